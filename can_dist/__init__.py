@@ -1,0 +1,50 @@
+"""CAN-Dist: make a language model safer by a stated amount in one fine-tuning run.
+
+    from can_dist import Run, load_config, mocan, solve_dual
+
+The names load on first use, so that ``import can_dist`` is quick and the solver alone needs neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from can_dist.algorithms.mocan import mocan
+    from can_dist.config import Constraint, PythonCallable, SequenceClassifier, load_config
+    from can_dist.dual import DualSolution, Margin, solve_dual
+    from can_dist.run import Run
+    from can_dist.scoring.protocol import Scorer
+
+_HOMES = {
+    "Constraint": "can_dist.config",
+    "DualSolution": "can_dist.dual",
+    "Margin": "can_dist.dual",
+    "PythonCallable": "can_dist.config",
+    "Run": "can_dist.run",
+    "Scorer": "can_dist.scoring.protocol",
+    "SequenceClassifier": "can_dist.config",
+    "load_config": "can_dist.config",
+    "mocan": "can_dist.algorithms.mocan",
+    "solve_dual": "can_dist.dual",
+}
+
+__all__ = [
+    "Constraint",
+    "DualSolution",
+    "Margin",
+    "PythonCallable",
+    "Run",
+    "Scorer",
+    "SequenceClassifier",
+    "load_config",
+    "mocan",
+    "solve_dual",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'can_dist' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

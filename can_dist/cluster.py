@@ -1,0 +1,220 @@
+"""Ray: connecting to it, and running the shards of a stage on actors that may die.
+
+The driver owns the ledger: an actor that dies is replaced and its shard is tried again, nothing else is repeated.
+A shard commits its own part atomically, so a part is either there or not, whoever dies.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from can_dist.config import Cluster
+from can_dist.errors import CanDistError, EnvironmentProblem, Interrupted
+
+
+class ShardJob(Protocol):
+    """What an actor does: load once, then process shards. Instances are pickled to the actors."""
+
+    def load(self) -> Any:
+        """Open models; runs in the actor, once per job."""
+
+    def process(self, loaded: Any, shard: int) -> None:
+        """Make and commit part ``shard``."""
+
+
+class ShardWorker:
+    """The actor: keeps what the newest job loaded and runs its shards."""
+
+    def __init__(self) -> None:
+        self._job: ShardJob | None = None
+        self._loaded: Any = None
+
+    def run(self, job: ShardJob, shard: int) -> int:
+        """Process one shard; returns its number."""
+        if job != self._job:
+            self._loaded = None  # free the old models before the new ones are loaded
+            self._loaded, self._job = job.load(), job
+        job.process(self._loaded, shard)
+        return shard
+
+    def process_id(self) -> int:
+        """Return the process id of the actor."""
+        return os.getpid()
+
+
+def connect(cluster: Cluster) -> None:
+    """Connect to the cluster that the config or RAY_ADDRESS names, or start a local Ray; once per process."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    # what the workers print stays in Ray's logs: errors come back as exceptions, progress through the driver's bars
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        # since Ray 2.59 a local Ray makes itself a token and demands it; naming the mode here would skip the making
+        # what the driver can import, its workers can: a user's scorer lies in the current directory
+        paths = [str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
+        options |= {"address": "local", "include_dashboard": False}
+    else:
+        options |= {"address": address}
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EnvironmentProblem(
+            f"Ray at {address or 'this machine'} cannot be reached: {error}. "
+            "If the cluster uses tokens, export RAY_AUTH_MODE=token and its token."
+        ) from None
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn SIGTERM and SIGINT into ``Interrupted`` (exit code 75) in the main thread.
+
+    Entered after Ray started, because ``ray.init`` installs its own SIGTERM handler.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _frame: Any) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; finished shards are kept, run again to continue.")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class ActorPool:
+    """A fixed number of ``ShardWorker`` actors in one placement group, replaced as they die."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        import ray
+        from ray.util.placement_group import placement_group
+
+        self._cluster = cluster
+        bundle = {"CPU": cluster.cpus_per_actor}
+        if cluster.gpus_per_actor:
+            bundle["GPU"] = cluster.gpus_per_actor
+        self._group = placement_group([bundle] * cluster.num_actors, strategy="SPREAD")
+        if not self._group.wait(cluster.wait_resources_s):
+            self.close()
+            there = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
+            raise EnvironmentProblem(
+                f"{cluster.num_actors} actors with {bundle} each were asked for; the cluster has {there}, and they "
+                f"were not free within {cluster.wait_resources_s:.0f} s. Lower cluster.num_actors or free the cluster."
+            )
+        self._actors = [self._start(index) for index in range(cluster.num_actors)]
+
+    def _start(self, index: int) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        return (
+            ray.remote(ShardWorker)
+            .options(
+                num_cpus=self._cluster.cpus_per_actor,
+                num_gpus=self._cluster.gpus_per_actor,
+                max_restarts=0,  # a dead actor is seen at once, and its shard goes to a new one
+                max_task_retries=0,
+                scheduling_strategy=strategy,
+            )
+            .remote()
+        )
+
+    def run(self, job: ShardJob, shards: Mapping[int, int], what: str) -> None:
+        """Process every shard; ``shards`` maps its number to its rows (for the progress bar).
+
+        Raises
+        ------
+        CanDistError
+            As raised by the job. A shard that kills its actor ``shard_attempts`` times is an EnvironmentProblem.
+        """
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        waiting, attempts = deque(shards), dict.fromkeys(shards, 0)
+        running: dict[Any, tuple[int, int]] = {}
+        free = deque(range(len(self._actors)))
+        with progress(what, total=sum(shards.values()), unit="row") as bar:
+            try:
+                while waiting or running:
+                    while waiting and free:
+                        slot, shard = free.popleft(), waiting.popleft()
+                        attempts[shard] += 1
+                        running[self._actors[slot].run.remote(job, shard)] = (slot, shard)
+                    done, _ = ray.wait(list(running), timeout=5)
+                    bar.refresh()
+                    for ref in done:
+                        slot, shard = running.pop(ref)
+                        free.append(slot)
+                        try:
+                            ray.get(ref)
+                            bar.update(shards[shard])
+                        except RayTaskError as error:
+                            raise _cause(error) from None
+                        except RayActorError as error:
+                            if attempts[shard] >= self._cluster.shard_attempts:
+                                raise EnvironmentProblem(
+                                    f"{what}: shard {shard} killed its actor {attempts[shard]} times; the last time: "
+                                    f"{str(error).splitlines()[0]} Look for memory in the actor's log."
+                                ) from None
+                            bar.write(f"{what}: the actor of shard {shard} died; trying again", file=sys.stderr)
+                            self._actors[slot] = self._start(slot)
+                            waiting.appendleft(shard)
+            finally:
+                for ref in running:
+                    ray.cancel(ref, force=False)
+
+    def process_ids(self) -> list[int]:
+        """Return the process ids of the actors."""
+        import ray
+
+        ids: list[int] = ray.get([actor.process_id.remote() for actor in self._actors])
+        return ids
+
+    def close(self) -> None:
+        """Stop the actors and give their resources back."""
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        for actor in getattr(self, "_actors", ()):
+            ray.kill(actor)
+        remove_placement_group(self._group)
+
+
+def _cause(error: Any) -> BaseException:
+    """Return the job's own exception; anything not ours keeps the remote traceback in its message."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, CanDistError):
+        return cause
+    return EnvironmentProblem(f"an actor failed with an unexpected error:\n{error}")
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str) -> Iterator[Any]:
+    """A tqdm bar with rate and remaining time; where the output is no terminal, one line a minute."""
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    with tqdm(
+        total=total, desc=what, unit=unit, mininterval=0.5 if terminal else 60, dynamic_ncols=terminal, smoothing=0.1
+    ) as bar:
+        yield bar

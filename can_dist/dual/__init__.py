@@ -1,0 +1,50 @@
+"""The dual of constrained alignment: solver, feasibility, estimators, uncertainty, frontier and diagnostics.
+
+NumPy and SciPy only.
+"""
+
+from can_dist.dual.choice import Choice, choose
+from can_dist.dual.diagnosis import Diagnosis, diagnose
+from can_dist.dual.estimators import ESTIMATORS
+from can_dist.dual.feasibility import Feasibility, attainable_margins, check_feasibility
+from can_dist.dual.frontier import Frontier, FrontierPoint, frontier, frontier_table
+from can_dist.dual.objective import Evaluation, PartialSums, dual_curve, evaluate, partial_sums
+from can_dist.dual.predict import Prediction, predict
+from can_dist.dual.solution import DualSolution, Margin, Status
+from can_dist.dual.solve import solve_dual, solve_table
+from can_dist.dual.table import ScoreTable
+from can_dist.dual.uncertainty import Bootstrap, CrossFit, Interval, bootstrap, cross_fit, lam_interval
+
+__all__ = [
+    "ESTIMATORS",
+    "Bootstrap",
+    "Choice",
+    "CrossFit",
+    "Diagnosis",
+    "DualSolution",
+    "Evaluation",
+    "Feasibility",
+    "Frontier",
+    "FrontierPoint",
+    "Interval",
+    "Margin",
+    "PartialSums",
+    "Prediction",
+    "ScoreTable",
+    "Status",
+    "attainable_margins",
+    "bootstrap",
+    "check_feasibility",
+    "choose",
+    "cross_fit",
+    "diagnose",
+    "dual_curve",
+    "evaluate",
+    "frontier",
+    "frontier_table",
+    "lam_interval",
+    "partial_sums",
+    "predict",
+    "solve_dual",
+    "solve_table",
+]

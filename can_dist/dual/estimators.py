@@ -1,0 +1,274 @@
+"""Three estimators of the dual from a finite number of responses per prompt (ALGORITHMS section 2).
+
+``empirical``: the softmax weights over the K sampled responses, the paper's. Biased by the finite K.
+``jackknife``: each per-prompt mean under the weights with its bias of order 1/K removed by leaving one response out.
+``gaussian``: second-order cumulants, exact where (r, g) are jointly Gaussian within each prompt.
+
+Each is a way to get the per-prompt moments at a given λ; λ̂ is where their mean meets the margins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import nnls
+
+from can_dist.dual.moments import PromptMoments, prompt_moments
+from can_dist.dual.newton import kkt_residual
+from can_dist.dual.objective import tilt
+from can_dist.dual.predict import Prediction, lambda_standard_error
+from can_dist.dual.table import FloatArray, ScoreTable
+from can_dist.errors import ConfigError
+
+ESTIMATORS = ("empirical", "jackknife", "gaussian", "auto")
+
+_MAX_STEPS = 40
+_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """λ̂ of one estimator and the moments there.
+
+    Attributes:
+        estimator: which one.
+        lam_J: λ̂, NaN where it did not converge.
+        lam_se_J: its sandwich standard error over prompts.
+        moments: per-prompt moments at λ̂ by this estimator.
+        hessian_JJ: derivative of the mean improvement with respect to λ.
+        residual: KKT residual in within-prompt standard deviations.
+        num_steps: Newton steps.
+    """
+
+    estimator: str
+    lam_J: FloatArray
+    lam_se_J: FloatArray
+    moments: PromptMoments
+    hessian_JJ: FloatArray
+    residual: float
+    num_steps: int
+
+    @property
+    def converged(self) -> bool:
+        """Whether λ̂ exists."""
+        return bool(np.isfinite(self.lam_J).all())
+
+
+def check_estimator(estimator: str, table: ScoreTable | None = None) -> None:
+    """Raise ConfigError for an unknown estimator, or one that cannot read the table."""
+    if estimator not in ESTIMATORS:
+        raise ConfigError(f"estimator: found {estimator!r}, expected one of {', '.join(ESTIMATORS)}.")
+    if table is not None and table.weighted and estimator == "jackknife":
+        raise ConfigError(
+            "estimator: 'jackknife' takes the responses as samples of the reference, and this table has reference "
+            "weights; use 'empirical', which is exact for a table that enumerates its support."
+        )
+
+
+def estimator_moments(table: ScoreTable, lam_J: FloatArray, beta: float, estimator: str) -> PromptMoments:
+    """Return the per-prompt moments of π_λ as ``estimator`` sees them."""
+    if estimator == "gaussian":
+        return gaussian_moments(table, lam_J, beta)
+    moments = prompt_moments(table, lam_J, beta)
+    return jackknife_moments(table, lam_J, beta, moments) if estimator == "jackknife" else moments
+
+
+def within_covariance(table: ScoreTable, first_N: FloatArray, second_N: FloatArray) -> FloatArray:
+    """Return the within-prompt covariance of two centred columns, unbiased for sampled responses; shape (P,)."""
+    if table.weighted:
+        return table.sum_rows(np.exp(table.log_weight_N) * first_N * second_N)
+    return table.sum_rows(first_N * second_N) / np.maximum(table.num_responses_P - 1, 1)
+
+
+def gaussian_moments(table: ScoreTable, lam_J: FloatArray, beta: float) -> PromptMoments:
+    """Return the moments where (r, g) are Gaussian within a prompt, with the sample covariances Σ_i.
+
+    Gain of g: (Σ_rg + Σ_gg λ)/β; of r: (Σ_rr + ⟨λ,Σ_rg⟩)/β; KL = Var(r + ⟨λ,g⟩)/(2β²) = ln normaliser.
+    """
+    num_prompts, num_constraints = table.num_prompts, table.num_constraints
+    covariance_PJJ = np.empty((num_prompts, num_constraints, num_constraints))
+    cross_PJ = np.empty((num_prompts, num_constraints))
+    for j, column_N in enumerate(table.utility_JN):
+        cross_PJ[:, j] = within_covariance(table, table.reward_N, column_N)
+        for k in range(j, num_constraints):
+            shared_P = within_covariance(table, column_N, table.utility_JN[k])
+            covariance_PJJ[:, j, k] = covariance_PJJ[:, k, j] = shared_P
+    reward_P = within_covariance(table, table.reward_N, table.reward_N)
+    gain_PJ = (cross_PJ + covariance_PJJ @ lam_J) / beta
+    reward_gain_P = (reward_P + cross_PJ @ lam_J) / beta
+    kl_P = (reward_gain_P + gain_PJ @ lam_J) / (2 * beta)
+    ess_P = 1.0 / table.sum_rows(tilt(table, lam_J, beta).weight_N ** 2)
+    return PromptMoments(gain_PJ, reward_gain_P, covariance_PJJ, cross_PJ, kl_P, ess_P, kl_P)
+
+
+def jackknife_moments(table: ScoreTable, lam_J: FloatArray, beta: float, empirical: PromptMoments) -> PromptMoments:
+    """Return the moments with their 1/K bias removed: m_J = K m − (K−1) mean_k m_{−k}.
+
+    For m = Σ_k w_k h_k, m_{−k} = (m − w_k h_k)/(1 − w_k), so m_J = m + ((K−1)/K) Σ_k w_k (h_k − m)/(1 − w_k); the log
+    normaliser loses ln(1 − w_k) and ln K becomes ln(K−1). The covariances stay the empirical ones.
+    """
+    tilted = tilt(table, lam_J, beta)
+    rest_N = np.maximum(1.0 - tilted.weight_N, 1e-12)
+    odds_N = tilted.weight_N / rest_N
+    count_P = table.num_responses_P.astype(np.float64)
+    factor_P = (count_P - 1) / count_P
+
+    def correct(mean_P: FloatArray, value_N: FloatArray) -> FloatArray:
+        deviation_N = value_N - table.spread(mean_P)
+        return mean_P + factor_P * table.sum_rows(odds_N * deviation_N)
+
+    gain_PJ = np.empty_like(empirical.gain_PJ)
+    for j, column_N in enumerate(table.utility_JN):
+        gain_PJ[:, j] = correct(empirical.gain_PJ[:, j], column_N)
+    several = table.num_responses_P > 1
+    lost_P = np.where(several, table.sum_rows(np.log(rest_N)), 0.0)
+    shrunk_P = np.where(several, count_P * np.log(np.maximum(count_P - 1, 1) / count_P), 0.0)
+    log_norm_P = empirical.log_norm_P - factor_P * (lost_P - shrunk_P)
+    score_N = tilted.log_ratio_N + table.spread(tilted.log_norm_P)
+    mean_score_P = table.sum_rows(tilted.weight_N * score_N)
+    return replace(
+        empirical,
+        gain_PJ=gain_PJ,
+        reward_gain_P=correct(empirical.reward_gain_P, table.reward_N),
+        kl_P=correct(mean_score_P, score_N) - log_norm_P,
+        log_norm_P=log_norm_P,
+    )
+
+
+def estimate(
+    table: ScoreTable,
+    beta: float,
+    margin_J: FloatArray,
+    estimator: str,
+    start_J: FloatArray,
+    level_J: FloatArray | None = None,
+) -> Estimate:
+    """Compute λ̂ of one estimator (``auto`` excluded).
+
+    Args:
+        table: scores of P prompts.
+        beta: KL weight β > 0.
+        margin_J: b.
+        estimator: which.
+        start_J: the empirical λ̂, from which the jackknife starts.
+        level_J: 1 where the constraint is an absolute level, so that ḡ is an estimate too; 0 where a margin.
+    """
+    spread_J = np.array([table.within_sd(column) or 1.0 for column in table.utility_JN])
+    steps = 0
+    if estimator == "gaussian":
+        lam, hessian = _gaussian_lam(table, beta, margin_J)
+        steps = 1
+    elif estimator == "jackknife":
+        lam, hessian, steps = _jackknife_lam(table, beta, margin_J, start_J, spread_J)
+    else:
+        lam, hessian = start_J, np.full((start_J.size, start_J.size), math.nan)
+    converged = bool(np.isfinite(lam).all())
+    moments = estimator_moments(table, lam if converged else start_J, beta, estimator)
+    if estimator == "empirical":
+        hessian = moments.hessian(beta)
+    slack_PJ = moments.gain_PJ - margin_J
+    error, residual = np.full(lam.size, math.nan), math.inf
+    if converged:
+        error = lambda_standard_error(with_level(table, slack_PJ, level_J), hessian, lam)
+        residual = kkt_residual(lam, slack_PJ.mean(axis=0) / spread_J)
+    return Estimate(estimator, lam, error, moments, hessian, residual, steps)
+
+
+def with_level(table: ScoreTable, slack_PJ: FloatArray, level_J: FloatArray | None) -> FloatArray:
+    """Return u_i unpaired where the constraint is an absolute level: Σ_k w_ik g_ik − τ varies with ḡ_i too."""
+    if level_J is None:
+        return slack_PJ
+    return slack_PJ + level_J * (table.mean_utility_JP.T - table.centre_J)
+
+
+def prediction_from(table: ScoreTable, moments: PromptMoments, beta: float, margin_J: FloatArray) -> Prediction:
+    """Summarise per-prompt moments as a prediction."""
+    num_prompts = table.num_prompts
+
+    def error(value_PJ: FloatArray) -> FloatArray:
+        none = np.full(value_PJ.shape[1], math.nan)
+        return none if num_prompts < 2 else value_PJ.std(axis=0, ddof=1) / math.sqrt(num_prompts)
+
+    reward = table.mean_reward + float(moments.reward_gain_P.mean())
+    kl = float(moments.kl_P.mean())
+    return Prediction(
+        improvement_J=moments.gain_PJ.mean(axis=0),
+        improvement_se_J=error(moments.gain_PJ),
+        slack_J=moments.gain_PJ.mean(axis=0) - margin_J,
+        slack_PJ=moments.gain_PJ - margin_J,
+        reward=reward,
+        reward_improvement=float(moments.reward_gain_P.mean()),
+        reward_improvement_se=float(error(moments.reward_gain_P[:, None])[0]),
+        reward_gain_P=moments.reward_gain_P,
+        kl=kl,
+        kl_P=moments.kl_P,
+        objective=reward - beta * kl,
+        ess_P=moments.ess_P,
+        prompt_P=table.prompt_P,
+    )
+
+
+def orthant_minimum(hessian_JJ: FloatArray, linear_J: FloatArray) -> FloatArray:
+    """Return argmin over λ ≥ 0 of ½ λᵀHλ + ⟨c,λ⟩ for H ⪰ 0; what has no curvature stays 0."""
+    lam = np.zeros(linear_J.size)
+    curved = np.diag(hessian_JJ) > 0
+    if not curved.any():
+        return lam
+    scale = np.sqrt(np.diag(hessian_JJ)[curved])
+    correlation = hessian_JJ[np.ix_(curved, curved)] / np.outer(scale, scale)
+    factor = np.linalg.cholesky(correlation + 1e-14 * np.eye(scale.size))
+    target, _ = nnls(factor.T, -np.linalg.solve(factor, linear_J[curved] / scale))
+    free = target > 0
+    if free.any():
+        refined = -np.linalg.solve(correlation[np.ix_(free, free)], (linear_J[curved] / scale)[free])
+        if np.all(refined > 0):
+            target[free] = refined
+    lam[curved] = target / scale
+    return lam
+
+
+def _gaussian_lam(table: ScoreTable, beta: float, margin_J: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return λ_G = argmin_{λ≥0} ½ λᵀΣ_gg λ + ⟨λ, Σ_rg − βb⟩ and the Hessian Σ_gg/β."""
+    at_zero = gaussian_moments(table, np.zeros(table.num_constraints), beta)
+    hessian = at_zero.hessian(beta)
+    return orthant_minimum(hessian, at_zero.gain_PJ.mean(axis=0) - margin_J), hessian
+
+
+def _jackknife_lam(
+    table: ScoreTable, beta: float, margin_J: FloatArray, start_J: FloatArray, spread_J: FloatArray
+) -> tuple[FloatArray, FloatArray, int]:
+    """Solve the jackknifed optimality conditions by Newton from the empirical λ̂; NaN where they have no root near."""
+
+    def slope(lam_J: FloatArray) -> FloatArray:
+        moments = prompt_moments(table, lam_J, beta)
+        return jackknife_moments(table, lam_J, beta, moments).gain_PJ.mean(axis=0) - margin_J
+
+    lam, none = start_J, np.full(start_J.size, math.nan)
+    unit_J = np.maximum(np.abs(start_J), max(table.within_sd(table.reward_N), beta) / spread_J)
+    hessian = np.full((start_J.size, start_J.size), math.nan)
+    for step in range(1, _MAX_STEPS + 1):
+        gradient = slope(lam)
+        hessian = _differences(slope, lam, gradient, 1e-5 * unit_J)
+        if not np.isfinite(hessian).all() or np.linalg.eigvalsh(hessian).min() <= 0:
+            return none, hessian, step
+        if kkt_residual(lam, gradient / spread_J) <= _TOLERANCE:
+            return lam, hessian, step
+        following = orthant_minimum(hessian, gradient - hessian @ lam)
+        if np.any(np.abs(following - start_J) > unit_J):
+            return none, hessian, step
+        lam = following
+    return none, hessian, _MAX_STEPS
+
+
+def _differences(
+    slope: Callable[[FloatArray], FloatArray], lam_J: FloatArray, gradient_J: FloatArray, step_J: FloatArray
+) -> FloatArray:
+    """Return the symmetrised derivative of the slope by forward differences."""
+    columns = [
+        (slope(lam_J + step * unit) - gradient_J) / step for step, unit in zip(step_J, np.eye(lam_J.size), strict=True)
+    ]
+    hessian = np.array(columns).T
+    return np.asarray((hessian + hessian.T) / 2, dtype=np.float64)

@@ -1,0 +1,139 @@
+"""The text of the errors of a solve: what is wrong, the numbers, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from can_dist.dual.estimators import Estimate
+from can_dist.dual.feasibility import BORDER, Feasibility
+from can_dist.dual.newton import Minimum
+from can_dist.dual.solution import Margin, Status
+from can_dist.dual.table import FloatArray, ScoreTable
+
+
+def infeasible_message(
+    table: ScoreTable,
+    constraints: Sequence[Margin],
+    margin_J: FloatArray,
+    feasibility: Feasibility,
+    scale_J: FloatArray,
+) -> str:
+    """Say which margins cannot be met, what can, and how to change that."""
+    short = [j for j in range(len(constraints)) if _alone(j, margin_J, feasibility, scale_J) < -BORDER]
+    joint = not short
+    named = list(range(len(constraints))) if joint else short
+    lines = ["no policy supported on this table meets the constraints."]
+    lines += [_attainable_line(table, constraints[j], float(margin_J[j]), feasibility, j) for j in named]
+    if joint:
+        mixture = ", ".join(f"{c.name} {v:.2f}" for c, v in zip(constraints, feasibility.certificate_J, strict=True))
+        lines.append(
+            f"  Each margin is attainable alone, not all together: t* = {feasibility.t_star:.3g}, weighting the "
+            f"constraints by v = ({mixture}) every policy misses by at least {-feasibility.t_star:.3g}."
+        )
+    lines.append(_remedy([constraints[j] for j in named]))
+    return "\n".join(lines)
+
+
+def boundary_message(
+    table: ScoreTable,
+    constraints: Sequence[Margin],
+    margin_J: FloatArray,
+    feasibility: Feasibility,
+    scale_J: FloatArray,
+) -> str:
+    """Say that the margins equal the most attainable, so that λ* is infinite."""
+    exact = [j for j in range(len(constraints)) if _alone(j, margin_J, feasibility, scale_J) <= BORDER]
+    named = exact or list(range(len(constraints)))
+    lines = ["the constraints are met only by the best responses alone, in the limit of infinite lambda."]
+    lines += [_attainable_line(table, constraints[j], float(margin_J[j]), feasibility, j) for j in named]
+    lines.append(_remedy([constraints[j] for j in named]))
+    return "\n".join(lines)
+
+
+def max_steps_message(point: Minimum, max_steps: int, tolerance: float) -> str:
+    """Say how far the iteration came."""
+    if point.num_steps >= max_steps:
+        advice = "raise max_steps; raise tolerance; raise beta"
+    else:
+        advice = "raise beta; raise tolerance; look for outlying scores"
+    return (
+        f"the dual did not converge: after {point.num_steps} of at most {max_steps} Newton steps the KKT residual is "
+        f"{point.residual:.1e} standard deviations, tolerance {tolerance:.1e}.\n  Do one of: {advice}."
+    )
+
+
+def equality_message(
+    status: Status, constraints: Sequence[Margin], margin_J: FloatArray, least_J: FloatArray, most_J: FloatArray
+) -> str:
+    """Say that constraints with an equality among them have no solution, and what each alone can reach."""
+    lines = [f"{status.value.rstrip('.')} (equality constraints among them)."]
+    for j, constraint in enumerate(constraints):
+        kind = "exactly" if constraint.equal else "at least"
+        lines.append(
+            f"  {constraint.name}: improvement of {kind} {margin_J[j]:.6g} requested, alone attainable from "
+            f"{least_J[j]:.6g} to {most_J[j]:.6g}."
+        )
+    lines.append("  Do one of: move the margins inside these ranges; raise generate.num_responses.")
+    return "\n".join(lines)
+
+
+def estimator_message(found: Estimate) -> str:
+    """Say that an estimator has no solution near the empirical one."""
+    ess = float(np.median(found.moments.ess_P))
+    return (
+        f"the {found.estimator} estimator has no solution near the empirical lambda: leaving one response out of a "
+        f"prompt changes too much (median effective sample size {ess:.1f}).\n"
+        "  Do one of: estimator auto, gaussian or empirical; raise beta; raise generate.num_responses."
+    )
+
+
+def nonfinite_message(largest: float, beta: float) -> str:
+    """Say that scores overflow at this β."""
+    return (
+        f"the dual left the finite numbers: the largest score difference within a prompt is {largest:.3g} at beta = "
+        f"{beta:g}.\n  Do one of: check the scorers for overflow; rescale the scores and beta together; raise beta."
+    )
+
+
+def _alone(j: int, margin_J: FloatArray, feasibility: Feasibility, scale_J: FloatArray) -> float:
+    """Return how far one margin lies under the most attainable, in standard deviations."""
+    return float((feasibility.attainable_J[j] - margin_J[j]) / scale_J[j])
+
+
+def _attainable_line(table: ScoreTable, constraint: Margin, margin: float, feasibility: Feasibility, j: int) -> str:
+    requested, attainable = _pair(margin, float(feasibility.attainable_J[j]))
+    asked = f"margin {requested} requested"
+    if constraint.threshold is not None:
+        centre = float(table.centre_J[j])
+        asked = (
+            f"threshold {constraint.threshold:.6g} requested, margin {requested} over the reference mean {centre:.6g}"
+        )
+    counts = table.num_responses_P
+    num = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()}-{counts.max()}"
+    return (
+        f"  {constraint.name}: {asked}, at most {attainable} attainable "
+        f"(mean over prompts of the best of K = {num}, minus the reference mean)."
+    )
+
+
+def _remedy(constraints: Sequence[Margin]) -> str:
+    fields = [f"constraints.{c.name}.{'margin' if c.threshold is None else 'threshold'}" for c in constraints]
+    return f"  Do one of: lower {' or '.join(fields)}; raise generate.num_responses; add prompts with safer responses."
+
+
+def _pair(first: float, second: float) -> tuple[str, str]:
+    """Format two numbers with as few digits as tell them apart, two decimals at least."""
+    size = max(abs(first), abs(second))
+    if size >= 1e6 or 0 < size < 1e-3:
+        for digits in range(3, 17):
+            texts = f"{first:.{digits}g}", f"{second:.{digits}g}"
+            if texts[0] != texts[1]:
+                return texts
+        return f"{first:.3g}", f"{second:.3g}"
+    for decimals in range(2, 13):
+        texts = f"{first:.{decimals}f}", f"{second:.{decimals}f}"
+        if texts[0] != texts[1]:
+            return texts
+    return f"{np.round(first, 2):.2f}", f"{np.round(second, 2):.2f}"

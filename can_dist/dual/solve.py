@@ -1,0 +1,320 @@
+"""The exact dual of constrained alignment on a table of scores: λ* = argmin_{λ≥0} D(λ) (ALGORITHMS section 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import norm
+
+from can_dist.dual import messages
+from can_dist.dual.choice import choose
+from can_dist.dual.diagnostics import weight_diagnostics
+from can_dist.dual.estimators import check_estimator, estimate, prediction_from, with_level
+from can_dist.dual.feasibility import Feasibility, attainable_margins
+from can_dist.dual.predict import Prediction, check_beta, lambda_standard_error, predict
+from can_dist.dual.problem import Outcome, Problem
+from can_dist.dual.solution import DualSolution, Margin, Predicted, Status
+from can_dist.dual.table import FloatArray, ScoreTable
+from can_dist.errors import ConfigError, InfeasibleConstraint, NumericalError
+
+_MAX_RAISES = 40
+
+
+def solve_dual(
+    reward_N: npt.ArrayLike,
+    utility_NJ: npt.ArrayLike,
+    prompt_N: npt.ArrayLike,
+    *,
+    beta: float,
+    constraints: Sequence[Margin],
+    log_weight_N: npt.ArrayLike | None = None,
+    max_steps: int = 100,
+    tolerance: float = 1e-8,
+    throw: bool = True,
+    estimator: str = "empirical",
+    confidence: float | None = None,
+) -> DualSolution:
+    """Solve max_π E[r − β KL(π‖π_ref)] subject to E_π g_j − E_{π_ref} g_j ≥ b_j through its dual.
+
+    Args:
+        reward_N: r(x,y) of each response, higher is better.
+        utility_NJ: g_j(x,y), higher is better, one column per constraint in their order.
+        prompt_N: prompt id of each row, strings or integers; rows in any order, any number of responses per prompt.
+        beta: KL weight β > 0, reward units per nat.
+        constraints: the J constraints; none is allowed and gives the unconstrained prediction. One with ``equal``
+            is met exactly, with a multiplier of either sign.
+        log_weight_N: ln of each response's weight under π_ref within its prompt, up to a constant; uniform if absent.
+        max_steps: most Newton steps.
+        tolerance: largest KKT residual, in within-prompt standard deviations of each utility.
+        throw: raise where no finite λ* was reached; otherwise return a solution whose status says why.
+        estimator: ``empirical`` (the softmax weights over the table), ``jackknife`` or ``gaussian`` (both remove the
+            bias of a finite K, see :mod:`can_dist.dual.estimators`), or ``auto``, which chooses by error bounds and
+            says why. All of them ask first whether the margins can be met on the table itself.
+        confidence: meet every margin with this joint confidence over the draw of the prompts: each margin is raised
+            to the fixed point b + z·SE of its improvement (Bonferroni over constraints). None meets them in the mean.
+
+    Returns:
+        λ* in raw score units, its standard error, predictions, feasibility and diagnostics.
+
+    Raises:
+        ConfigError: shapes, names, β, max_steps or tolerance that cannot mean anything (whatever ``throw``).
+        DataError: no rows, or scores that are not finite (whatever ``throw``).
+        InfeasibleConstraint: no policy on the table meets the margins, or only the limit λ → ∞ does.
+        NumericalError: steps exhausted, or overflow.
+    """
+    names = _names(constraints)
+    table = ScoreTable.build(reward_N, utility_NJ, prompt_N, log_weight_N, names=names)
+    return solve_table(
+        table,
+        beta=beta,
+        constraints=constraints,
+        max_steps=max_steps,
+        tolerance=tolerance,
+        throw=throw,
+        estimator=estimator,
+        confidence=confidence,
+    )
+
+
+def solve_table(
+    table: ScoreTable,
+    *,
+    beta: float,
+    constraints: Sequence[Margin],
+    max_steps: int = 100,
+    tolerance: float = 1e-8,
+    throw: bool = True,
+    estimator: str = "empirical",
+    confidence: float | None = None,
+) -> DualSolution:
+    """Solve on a table already grouped; arguments, result and errors as in :func:`solve_dual`."""
+    names = _names(constraints)
+    check_beta(beta)
+    if len(names) != table.num_constraints:
+        raise ConfigError(f"constraints: {len(names)} given for a table of {table.num_constraints} utilities.")
+    if max_steps < 1 or not tolerance > 0:
+        raise ConfigError(f"max_steps = {max_steps}, tolerance = {tolerance}: expected at least 1 and above 0.")
+    check_estimator(estimator, table)
+    if confidence is not None and not 0.5 <= confidence < 1:
+        raise ConfigError(f"confidence = {confidence}: expected at least 0.5 and below 1, or none.")
+    asked = _Request(table, float(beta), tuple(constraints), max_steps, tolerance, estimator)
+    if any(constraint.equal for constraint in constraints):
+        if confidence is not None:
+            raise ConfigError("confidence: an equality has no safe side to move to; leave confidence or equal out.")
+        return _solve_equalities(asked, throw)
+    margin = _margins(table, constraints)
+    outcome = asked.solve(margin)
+    if confidence is not None and names:
+        margin, outcome = _raise_margins(asked, margin, outcome, confidence)
+    if throw:
+        _raise(outcome, asked, margin)
+    return _report(outcome, asked, margin, confidence)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What stays the same while margins move."""
+
+    table: ScoreTable
+    beta: float
+    constraints: tuple[Margin, ...]
+    max_steps: int
+    tolerance: float
+    estimator: str
+
+    @property
+    def level_J(self) -> FloatArray:  # noqa: N802
+        """1 where the constraint is an absolute level, whose ḡ is estimated from the same prompts."""
+        return np.array([float(c.threshold is not None) for c in self.constraints])
+
+    def solve(self, margin_J: FloatArray) -> Outcome:
+        """Solve on the table, then correct by the estimator."""
+        problem = Problem.standardise(self.table, self.beta, margin_J)
+        if problem is None:
+            none_J = np.full(margin_J.size, math.nan)
+            return Outcome(Status.NONFINITE, None, Feasibility(math.nan, none_J, none_J, math.nan, False))
+        outcome = problem.solve(self.max_steps, self.tolerance)
+        if self.estimator == "empirical" or outcome.status is not Status.OPTIMAL or outcome.point is None:
+            return outcome
+        start_J = outcome.point.lam_J
+        if self.estimator == "auto":
+            choice = choose(self.table, self.beta, margin_J, start_J, level_J=self.level_J)
+            return replace(outcome, corrected=choice.chosen, reason=choice.reason)
+        corrected = estimate(self.table, self.beta, margin_J, self.estimator, start_J, self.level_J)
+        return replace(outcome, corrected=corrected, status=Status.OPTIMAL if corrected.converged else Status.MAX_STEPS)
+
+    def prediction(self, outcome: Outcome, margin_J: FloatArray) -> Prediction | None:
+        """Predict with the estimator that gave λ; None where there is no λ."""
+        if outcome.corrected is not None:
+            found = outcome.corrected
+            return prediction_from(self.table, found.moments, self.beta, margin_J) if found.converged else None
+        return None if outcome.point is None else predict(self.table, outcome.point.lam_J, self.beta, margin_J)
+
+
+def _solve_equalities(asked: _Request, throw: bool) -> DualSolution:
+    """Solve with multipliers of free sign for the equalities, orthant by orthant.
+
+    In one orthant every multiplier is ≥ 0 after the sign of its utility. Where an equality stops at λ_j = 0 with slack
+    above zero, D falls across that face, so its sign is turned and the solve repeated; D decreases each time, so no
+    orthant comes twice, and at the end ∇_jD = 0 for every equality.
+    """
+    equal_J = np.array([constraint.equal for constraint in asked.constraints])
+    spread_J = np.array([asked.table.within_sd(column) for column in asked.table.utility_JN])
+    sign_J = np.ones(equal_J.size)
+    for _ in range(2**equal_J.size + 1):
+        solution = solve_table(
+            asked.table.signed(sign_J),
+            beta=asked.beta,
+            constraints=[
+                replace(c.turned(sign), equal=False) for c, sign in zip(asked.constraints, sign_J, strict=True)
+            ],
+            max_steps=asked.max_steps,
+            tolerance=asked.tolerance,
+            throw=False,
+            estimator=asked.estimator,
+        )
+        if solution.status is not Status.OPTIMAL:
+            break
+        slack_J = np.array(list(solution.slack.values()))
+        turn = equal_J & (solution.lam_vector == 0) & (slack_J > asked.tolerance * spread_J)
+        if not turn.any():
+            break
+        sign_J[np.flatnonzero(turn)[0]] *= -1
+    if throw and solution.status is not Status.OPTIMAL:
+        ends = [attainable_margins(asked.table.signed(sign * np.ones(equal_J.size))) * sign for sign in (-1.0, 1.0)]
+        margin_J = _margins(asked.table, asked.constraints)
+        text = messages.equality_message(solution.status, asked.constraints, margin_J, ends[0], ends[1])
+        infeasible = solution.status in (Status.INFEASIBLE, Status.BOUNDARY)
+        raise (InfeasibleConstraint if infeasible else NumericalError)(text)
+    return solution.turned(sign_J, [constraint.threshold for constraint in asked.constraints])
+
+
+def _raise_margins(
+    asked: _Request, margin_J: FloatArray, outcome: Outcome, confidence: float
+) -> tuple[FloatArray, Outcome]:
+    """Iterate b ← b₀ + z·SE(improvement at λ(b)) until it moves by less than a thousandth of the SE (section 2)."""
+    quantile = float(norm.ppf(1 - (1 - confidence) / margin_J.size))
+    raised_J = margin_J
+    for _ in range(_MAX_RAISES):
+        prediction = asked.prediction(outcome, raised_J)
+        if outcome.status is not Status.OPTIMAL or prediction is None:
+            return raised_J, outcome
+        if asked.table.num_prompts < 2:
+            raise ConfigError("confidence: one prompt has no standard error; score more prompts or leave it out.")
+        slack_PJ = with_level(asked.table, prediction.slack_PJ, asked.level_J)
+        error_J = slack_PJ.std(axis=0, ddof=1) / math.sqrt(asked.table.num_prompts)
+        following_J = margin_J + quantile * error_J
+        settled = np.all(np.abs(following_J - raised_J) <= 1e-3 * error_J)
+        if settled and np.all(raised_J >= margin_J):
+            return raised_J, outcome
+        raised_J = following_J
+        outcome = asked.solve(raised_J)
+    return raised_J, replace(outcome, status=Status.MAX_STEPS)
+
+
+def _names(constraints: Sequence[Margin]) -> list[str]:
+    names = [constraint.name for constraint in constraints]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ConfigError(f"constraints: name {repeated[0]!r} is given twice; every constraint needs its own name.")
+    return names
+
+
+def _margins(table: ScoreTable, constraints: Sequence[Margin]) -> FloatArray:
+    """Return b_j; a threshold τ means b = τ − ḡ."""
+    margins = []
+    for constraint, centre in zip(constraints, table.centre_J, strict=True):
+        if constraint.threshold is not None:
+            margins.append(float(constraint.threshold) - float(centre))
+        elif constraint.margin is not None:
+            margins.append(float(constraint.margin))
+    return np.array(margins, dtype=np.float64)
+
+
+def _raise(outcome: Outcome, asked: _Request, margin_J: FloatArray) -> None:
+    table = asked.table
+    if outcome.status in (Status.INFEASIBLE, Status.BOUNDARY):
+        spread = np.array([table.within_sd(column) or 1e-200 for column in table.utility_JN])
+        say = messages.infeasible_message if outcome.status is Status.INFEASIBLE else messages.boundary_message
+        raise InfeasibleConstraint(say(table, asked.constraints, margin_J, outcome.feasibility, spread))
+    if outcome.status is Status.NONFINITE:
+        scores = np.concatenate([table.reward_N, table.utility_JN.ravel()])
+        raise NumericalError(messages.nonfinite_message(float(np.abs(scores).max()), asked.beta))
+    if outcome.status is Status.MAX_STEPS and outcome.corrected is not None:
+        raise NumericalError(messages.estimator_message(outcome.corrected))
+    if outcome.status is Status.MAX_STEPS and outcome.point is not None:
+        raise NumericalError(messages.max_steps_message(outcome.point, asked.max_steps, asked.tolerance))
+
+
+def _report(outcome: Outcome, asked: _Request, margin_J: FloatArray, confidence: float | None) -> DualSolution:
+    table, constraints = asked.table, asked.constraints
+    names = [constraint.name for constraint in constraints]
+    none_J = np.full(len(names), math.nan)
+    point, corrected, feasibility = outcome.point, outcome.corrected, outcome.feasibility
+    prediction = asked.prediction(outcome, margin_J)
+    lam_J = error_J = none_J
+    value = residual = math.nan
+    steps = 0
+    if point is not None:
+        lam_J, value, residual, steps = point.lam_J, point.at.value, point.residual, point.num_steps
+    if corrected is not None:
+        lam_J, error_J = corrected.lam_J, corrected.lam_se_J
+        log_norm = float(corrected.moments.log_norm_P.mean())
+        value = asked.beta * log_norm + table.mean_reward - float(lam_J @ margin_J)
+        residual, steps = corrected.residual, steps + corrected.num_steps
+    elif point is not None and prediction is not None:
+        slack_PJ = with_level(table, prediction.slack_PJ, asked.level_J)
+        error_J = lambda_standard_error(slack_PJ, point.at.hessian_JJ, lam_J)
+
+    def by_name(values: npt.ArrayLike) -> dict[str, float]:
+        return dict(zip(names, np.asarray(values, dtype=np.float64).tolist(), strict=True))
+
+    return DualSolution(
+        status=outcome.status,
+        lam=by_name(lam_J),
+        lam_se=by_name(error_J),
+        value=value,
+        slack=by_name(none_J if prediction is None else prediction.slack_J),
+        centre=by_name(table.centre_J),
+        margin=by_name(margin_J),
+        threshold={c.name: None if c.threshold is None else float(c.threshold) for c in constraints},
+        beta=asked.beta,
+        kkt_residual=residual,
+        num_steps=steps,
+        predicted=_predicted(prediction, names),
+        feasibility={
+            "t_star": feasibility.t_star,
+            "certificate": by_name(feasibility.certificate_J),
+            "attainable": by_name(feasibility.attainable_J),
+        },
+        diagnostics=weight_diagnostics(table, lam_J, asked.beta, prediction),
+        estimator=asked.estimator if corrected is None or asked.estimator != "auto" else corrected.estimator,
+        estimator_reason=outcome.reason,
+        confidence=confidence,
+        safety_margin=by_name(margin_J - _margins(table, constraints)) if confidence is not None else {},
+    )
+
+
+def _predicted(prediction: Prediction | None, names: list[str]) -> Predicted:
+    if prediction is None:
+        return {
+            "reward": math.nan,
+            "reward_improvement": math.nan,
+            "reward_improvement_se": math.nan,
+            "improvement": {name: {"mean": math.nan, "se": math.nan} for name in names},
+            "kl": math.nan,
+            "objective": math.nan,
+        }
+    pairs = zip(names, prediction.improvement_J.tolist(), prediction.improvement_se_J.tolist(), strict=True)
+    return {
+        "reward": prediction.reward,
+        "reward_improvement": prediction.reward_improvement,
+        "reward_improvement_se": prediction.reward_improvement_se,
+        "improvement": {name: {"mean": mean, "se": se} for name, mean, se in pairs},
+        "kl": prediction.kl,
+        "objective": prediction.objective,
+    }

@@ -1,0 +1,1 @@
+"""Models and text: the one loader, the one formatter, sequence log-probabilities, sampling."""

@@ -1,0 +1,212 @@
+"""The one place that opens models and tokenizers: safetensors only, no remote code unless asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from can_dist.config import Model, SequenceClassifier
+from can_dist.errors import ConfigError, DataError
+from can_dist.tables.artifacts import digest_of, file_digest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# what decides a model's output: weights, architecture, tokenizer and template
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+def model_digest(spec: Model) -> str:
+    """Return a digest of a model's files (local), or of its pinned hub commit.
+
+    Raises
+    ------
+    DataError
+        When a path that looks local does not exist, or has no configuration or safetensors.
+    """
+    path = Path(spec.model).expanduser()
+    if not path.is_dir():
+        if looks_local(spec.model):
+            raise DataError(
+                f"model {spec.model!r}: no such directory. Give a model directory or a hub id 'owner/name'."
+            )
+        return digest_of({"hub": spec.model, "commit": _hub_commit(spec)})
+    if not (path / "config.json").is_file():
+        raise DataError(f"model {spec.model!r}: no config.json in the directory. Expected a Hugging Face model.")
+    if not list(path.glob("*.safetensors")):
+        raise DataError(f"model {spec.model!r}: no *.safetensors in the directory. Pickled weights are not loaded.")
+    files = sorted({file for pattern in MODEL_FILES for file in path.glob(pattern)})
+    return digest_of({file.name: _cached_digest(str(file), file.stat().st_mtime_ns) for file in files})
+
+
+def looks_local(name: str) -> bool:
+    """Tell a path from a hub id: ids are 'name' or 'owner/name' without dots at the start."""
+    return name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir()
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_digest(path: str, _modified_ns: int) -> str:
+    return file_digest(Path(path))
+
+
+def _hub_commit(spec: Model) -> str:
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    try:
+        config = cached_file(spec.model, "config.json", revision=spec.revision)
+    except OSError as error:
+        raise DataError(f"model {spec.model!r}: not a local directory, and the hub answered: {error}") from None
+    return str(extract_commit_hash(config, None) or spec.revision)
+
+
+def resolve_precision(precision: str) -> str:
+    """Return 'bf16' or 'fp32': auto is bf16 on a GPU and fp32 on CPU, where bf16 is 30-170 times slower."""
+    import torch
+
+    if precision != "auto":
+        return precision
+    return "bf16" if torch.cuda.is_available() else "fp32"
+
+
+def torch_dtype(precision: str) -> torch.dtype:
+    """Return the torch dtype of a precision name."""
+    import torch
+
+    return torch.bfloat16 if resolve_precision(precision) == "bf16" else torch.float32
+
+
+def device() -> str:
+    """Return the device that models live on in this process."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model; its padding token defaults to its end of sequence."""
+    from transformers import AutoTokenizer
+
+    with _named(spec.model, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"model {spec.model!r}: its tokenizer has no end-of-sequence token, so no response can end.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(spec: Model, precision: str) -> PreTrainedModel:
+    """Load a causal language model for inference or training; every weight must come from the checkpoint."""
+    from transformers import AutoModelForCausalLM
+
+    model = _from_checkpoint(AutoModelForCausalLM, spec, precision, "causal language model")
+    model.config.use_cache = False
+    return model
+
+
+def load_sequence_classifier(spec: SequenceClassifier, precision: str) -> PreTrainedModel:
+    """Load a one-output sequence classifier; refuse one whose head was not in the checkpoint.
+
+    transformers initialises a missing head at random with only a warning, so a causal language model given as a
+    reward model would yield noise.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    check_sequence_classifier(spec)
+    return _from_checkpoint(AutoModelForSequenceClassification, spec, precision, "sequence classifier").eval()
+
+
+def _from_checkpoint(kind: Any, spec: Model, precision: str, role: str) -> Any:
+    with _named(spec.model, role):
+        model, info = kind.from_pretrained(
+            spec.model,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            use_safetensors=True,
+            dtype=torch_dtype(precision),
+            output_loading_info=True,
+        )
+    if info["missing_keys"]:
+        raise DataError(
+            f"model {spec.model!r}: weights missing from the checkpoint: {_some(info['missing_keys'])}; they would be "
+            f"random. Give a complete, trained {role}."
+        )
+    return model
+
+
+def check_sequence_classifier(spec: SequenceClassifier) -> None:
+    """Raise ``DataError`` unless a model's configuration is that of a classifier with one output; loads no weights."""
+    from transformers import AutoConfig
+
+    with _named(spec.model, "sequence classifier"):
+        config = AutoConfig.from_pretrained(
+            spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    architectures = config.architectures or []
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        raise DataError(
+            f"scorer model {spec.model!r}: its checkpoint is a {', '.join(architectures) or 'model without head'}, "
+            "not a sequence classifier; its score head would be random. Give a trained reward or cost model."
+        )
+    if config.num_labels != 1:
+        raise DataError(f"scorer model {spec.model!r}: has {config.num_labels} outputs, expected 1 score per response.")
+
+
+def callable_identity(function: str) -> dict[str, str]:
+    """Return what identifies a Python scorer: its name and the digest of its module's file."""
+    import_callable(function)
+    source = getattr(sys.modules[function.partition(":")[0]], "__file__", None)
+    return {"function": function, "source": file_digest(Path(source)) if source else "builtin"}
+
+
+def import_callable(function: str) -> Any:
+    """Import ``module:function``."""
+    import importlib
+
+    module_name, _, name = function.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"scorer {function!r}: cannot import {module_name!r} ({error}). Start the command where it can be imported."
+        ) from None
+    if not callable(getattr(module, name, None)):
+        raise ConfigError(f"scorer {function!r}: module {module_name!r} has no function {name!r}.")
+    return getattr(module, name)
+
+
+def context_length(model_or_config: Any) -> int:
+    """Return the longest sequence a model takes, in tokens."""
+    config = getattr(model_or_config, "config", model_or_config)
+    return int(getattr(config, "max_position_embeddings", None) or 10**9)
+
+
+@contextlib.contextmanager
+def _named(model: str, role: str) -> Iterator[None]:
+    """Name the model in whatever transformers has to say about it, and keep its advice off the screen."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"model {model!r}: cannot be loaded as a {role}: {error}") from None
+    finally:
+        logger.setLevel(level)
+
+
+def _some(names: Any, limit: int = 4) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:limit]) + (f" and {len(ordered) - limit} more" if len(ordered) > limit else "")

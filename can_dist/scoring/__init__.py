@@ -1,0 +1,1 @@
+"""Scorers: what turns a (conversation, response) into a number, higher is better."""

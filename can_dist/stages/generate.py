@@ -1,0 +1,161 @@
+"""prompts → responses: K samples of a model for each prompt, on Ray actors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from can_dist.config import Generate, Model, identity
+from can_dist.errors import DataError
+from can_dist.modeling.loading import model_digest, resolve_precision
+from can_dist.stages.workspace import Workspace
+from can_dist.tables.artifacts import Artifact, StageDirectory, load_artifact, write_part
+from can_dist.tables.schemas import PROMPTS, RESPONSES, check_schema
+
+
+def generate(work: Workspace, model: Model, prompts: Artifact, *, split: str, role: str) -> Artifact:
+    """Return the ``responses`` of ``model`` to the prompts of one split.
+
+    A response's randomness is its own (seed, prompt_id, k), and the batches are cut from the prompts' order alone,
+    so neither the number of actors nor the shard size changes a response.
+
+    Raises
+    ------
+    DataError
+        When a prompt and ``max_new_tokens`` do not fit the model's context (prompt ids listed).
+    """
+    config = work.config
+    num_responses = config.generate.num_responses if split == "train" else config.evaluate.num_responses
+    options = config.generate.model_copy(update={"num_responses": num_responses})
+    precision = resolve_precision(config.precision)
+    what = {
+        "model": model_digest(model),
+        "template": model.template,
+        "split": split,
+        "seed": config.seed,
+        "precision": precision,
+        "options": identity(options),
+    }
+    label = f"{role} on {split}"
+    stage = work.open("generate", label, what, {"prompts": prompts})
+    if stage.finished:
+        return stage.finished
+    job = GenerateJob(model, options, config.seed, precision, split, prompts.path, stage.path)
+    table = prompts_of_split(prompts.path, split)
+    num_prompts = table.num_rows
+    check_prompts_fit(model, table, options.max_new_tokens)
+    sizes = {
+        shard: min(options.shard_prompts, num_prompts - first)
+        for shard, first in enumerate(range(0, num_prompts, options.shard_prompts))
+    }
+    done = stage.finished_parts()
+    with work.timed("generate", label, prompts=num_prompts, responses_per_prompt=num_responses):
+        rows = {shard: size * num_responses for shard, size in sizes.items() if shard not in done}
+        work.run_shards(job, rows, f"generate ({label})")
+        return _commit(stage, num_prompts)
+
+
+def _commit(stage: StageDirectory, num_prompts: int) -> Artifact:
+    table = stage.parts_table()
+    reasons = pc.value_counts(table.column("finish_reason").combine_chunks()).to_pylist()
+    info = {
+        "num_prompts": num_prompts,
+        "num_responses": table.num_rows,
+        "num_tokens": pc.sum(table.column("num_tokens")).as_py(),
+        "finish_reason": {entry["values"]: entry["counts"] for entry in reasons},
+    }
+    return stage.commit(info=info)
+
+
+def check_prompts_fit(model: Model, prompts: pa.Table, max_new_tokens: int) -> None:
+    """Raise ``DataError`` listing the prompts that leave no room for a response in the model's context."""
+    from transformers import AutoConfig
+
+    from can_dist.modeling.formatter import Formatter
+    from can_dist.modeling.loading import context_length, load_tokenizer
+
+    formatter = Formatter(load_tokenizer(model), model.template)
+    config = AutoConfig.from_pretrained(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    room = context_length(config) - max_new_tokens
+    lengths = {row["prompt_id"]: len(formatter.prompt_ids(row["messages"])) for row in prompts.to_pylist()}
+    too_long = [f"{prompt_id} ({length} tokens)" for prompt_id, length in lengths.items() if length > room]
+    if too_long:
+        raise DataError(
+            f"model {model.model!r}: {len(too_long)} prompt(s) longer than its context allows: "
+            f"{', '.join(too_long[:5])}. At most {max(room, 0)} tokens leave room for generate.max_new_tokens = "
+            f"{max_new_tokens} in a context of {context_length(config)}. Shorten or remove these prompts."
+        )
+
+
+def prompts_of_split(path: Path, split: str) -> pa.Table:
+    """The prompts of one split, in table order."""
+    table = check_schema(load_artifact(path).table, PROMPTS, str(path))
+    return table.filter(pc.equal(table.column("split"), split))
+
+
+@dataclass(frozen=True)
+class GenerateJob:
+    """The work of one actor: open the model, sample the responses of a shard of prompts."""
+
+    model: Model
+    options: Generate
+    seed: int
+    precision: str
+    split: str
+    prompts_path: Path
+    out: Path
+
+    def load(self) -> Any:
+        """Open prompts, model, tokenizer and formatter."""
+        from can_dist.modeling.formatter import Formatter
+        from can_dist.modeling.loading import device, load_causal_lm, load_tokenizer
+        from can_dist.modeling.sampling import end_token_ids
+
+        model = load_causal_lm(self.model, self.precision).eval().to(device())
+        tokenizer = load_tokenizer(self.model)
+        formatter = Formatter(tokenizer, self.model.template)
+        prompts = prompts_of_split(self.prompts_path, self.split)
+        return prompts, model, tokenizer, formatter, end_token_ids(model, tokenizer)
+
+    def process(self, loaded: Any, shard: int) -> None:
+        """Sample and commit one shard."""
+        first = shard * self.options.shard_prompts
+        rows = loaded[0].slice(first, self.options.shard_prompts).to_pylist()
+        out: list[dict[str, Any]] = []
+        for start in range(0, len(rows), self.options.batch_prompts):
+            out += self._sample_batch(loaded, rows[start : start + self.options.batch_prompts])
+        write_part(self.out, shard, pa.Table.from_pylist(out, schema=RESPONSES))
+
+    def _sample_batch(self, loaded: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        from can_dist.modeling.sampling import row_seed, sample
+
+        _, model, tokenizer, formatter, end_ids = loaded
+        options, num_responses = self.options, self.options.num_responses
+        prompt_ids = [formatter.prompt_ids(row["messages"]) for row in rows]
+        pairs = [(row, ids, k) for row, ids in zip(rows, prompt_ids, strict=True) for k in range(num_responses)]
+        seeds = [row_seed(self.seed, row["prompt_id"], k) for row, _, k in pairs]
+        samples = sample(model, tokenizer, [ids for _, ids, _ in pairs], seeds, options, end_ids)
+        return [
+            {
+                "prompt_id": row["prompt_id"],
+                "response_id": f"{row['prompt_id']}/{k}",
+                "messages": row["messages"],
+                "text": _text(tokenizer, tokens, options),
+                "token_ids": tokens,
+                "num_tokens": len(tokens),
+                "finish_reason": reason,
+            }
+            for (row, _, k), (tokens, reason) in zip(pairs, samples, strict=True)
+        ]
+
+
+def _text(tokenizer: Any, tokens: list[int], options: Generate) -> str:
+    """Decode a response without special tokens, cut at the first stop string."""
+    text: str = tokenizer.decode(tokens, skip_special_tokens=True)
+    for stop in options.stop:
+        text = text.split(stop, 1)[0]
+    return text.strip()

@@ -1,0 +1,29 @@
+"""What can be known to be wrong before anything is computed: missing data, models, functions, DeepSpeed files."""
+
+from __future__ import annotations
+
+from can_dist.config import Config, SequenceClassifier
+from can_dist.modeling.loading import check_sequence_classifier, model_digest, resolve_precision
+from can_dist.scoring.protocol import scorer_identity
+from can_dist.stages.ingest import source_identity
+from can_dist.training.deepspeed_config import read_ds_config
+
+
+def preflight(config: Config) -> None:
+    """Raise the error that a later stage would meet after hours, now.
+
+    Raises
+    ------
+    DataError
+        When a data source or model does not exist, or a scorer's model is no classifier with one output.
+    ConfigError
+        When a Python scorer cannot be imported or the DeepSpeed file is not usable.
+    """
+    if config.label.preferences is not None:
+        source_identity(config.label.preferences)
+    read_ds_config(config.train.ds_config)
+    model_digest(config.reference)
+    for scorer in (config.reward, *(constraint.scorer for constraint in config.constraints.values())):
+        scorer_identity(scorer, resolve_precision(config.precision))
+        if isinstance(scorer, SequenceClassifier):
+            check_sequence_classifier(scorer)

@@ -1,0 +1,103 @@
+"""responses → scores: one float column per scorer, on Ray actors; each scorer's column is an artifact of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from can_dist.errors import DataError
+from can_dist.modeling.loading import resolve_precision
+from can_dist.scoring.protocol import LogProb, Response, ScorerSpec, load_scorer, scorer_identity
+from can_dist.stages.workspace import Workspace
+from can_dist.tables.artifacts import Artifact, canonical_json, load_artifact, write_part
+from can_dist.tables.schemas import RESPONSES, SCORE_KEYS, check_schema, check_unique
+
+
+def score(work: Workspace, responses: Artifact, scorers: Mapping[str, ScorerSpec], *, role: str) -> Artifact:
+    """Return the ``scores`` table: the responses' keys, lengths, and one float64 column per scorer.
+
+    Columns are named after the scorers, log-probabilities ``logp.<name>``; each column's metadata tells model,
+    weights digest, template and sign. Every score is higher-is-better: a cost model enters with ``sign: -1``.
+
+    Raises
+    ------
+    DataError
+        When a score is not finite (response ids listed), or a model is not what its spec says.
+    """
+    columns = {name: _score_one(work, responses, name, spec, role) for name, spec in scorers.items()}
+    stage = work.open("scores", role, {"columns": list(columns)}, {"responses": responses, **columns})
+    if stage.finished:
+        return stage.finished
+    check_unique(responses.table, "response_id", str(responses.path))
+    table = responses.table.select([*SCORE_KEYS.names, "num_tokens", "finish_reason"])
+    for name, artifact in columns.items():
+        part = artifact.table
+        if not part.column("response_id").equals(table.column("response_id")):
+            raise DataError(f"{artifact.path}: its response ids are not those of {responses.path}.")
+        table = table.append_column(part.schema.field(name), part.column(name))
+    write_part(stage.path, 0, table.combine_chunks())
+    return stage.commit(info={"scorers": {name: dict(artifact.info["scorer"]) for name, artifact in columns.items()}})
+
+
+def _score_one(work: Workspace, responses: Artifact, name: str, spec: ScorerSpec, role: str) -> Artifact:
+    """Score every response with one scorer, a shard per part of the responses."""
+    precision = resolve_precision(work.config.precision)
+    what = scorer_identity(spec, precision)
+    label = f"{name}, {role}"
+    stage = work.open("score", label, {"column": name, "scorer": what}, {"responses": responses})
+    if stage.finished:
+        return stage.finished
+    rows = {int(e["file"][5:10]): e["rows"] for e in responses.manifest["files"] if "rows" in e}
+    job = ScoreJob(name, spec, canonical_json(what), precision, responses.path, stage.path)
+    done = stage.finished_parts()
+    with work.timed("score", label, responses=sum(rows.values())):
+        work.run_shards(job, {shard: n for shard, n in rows.items() if shard not in done}, f"score ({label})")
+        shown = spec.function if hasattr(spec, "function") else _model_name(spec)
+        num_tokens = sum(responses.table.column("num_tokens").to_pylist())
+        return stage.commit(info={"scorer": {"name": name, "model": shown, **what}, "num_tokens": num_tokens})
+
+
+def _model_name(spec: Any) -> str:
+    return str(spec.model.model if isinstance(spec, LogProb) else spec.model)
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """The work of one actor: open one scorer, score a part of the responses."""
+
+    name: str
+    spec: ScorerSpec
+    identity: str
+    precision: str
+    responses: Path
+    out: Path
+
+    def load(self) -> Any:
+        """Open the scorer."""
+        return load_scorer(self.spec, self.precision)
+
+    def process(self, loaded: Any, shard: int) -> None:
+        """Score and commit one part; a score that is not a finite number never leaves the actor."""
+        table = load_artifact(self.responses).part(shard)
+        check_schema(table, RESPONSES, f"{self.responses}, part {shard}")
+        rows = [
+            Response(r["response_id"], r["messages"], r["text"], r["token_ids"])
+            for r in table.select(["response_id", "messages", "text", "token_ids"]).to_pylist()
+        ]
+        # the one place where a cost becomes a utility: from here on higher is better
+        values = loaded.score(rows) * (1 if isinstance(self.spec, LogProb) else self.spec.sign)
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size:
+            listed = ", ".join(f"{rows[i].response_id} ({values[i]})" for i in bad[:5])
+            raise DataError(
+                f"scorer {self.name!r}: {bad.size} score(s) are not finite numbers: {listed}. "
+                "Look at these responses and at the model's precision."
+            )
+        field = pa.field(self.name, pa.float64(), metadata={"scorer": self.identity})
+        columns = [*table.select(SCORE_KEYS.names).columns, pa.array(values, pa.float64())]
+        write_part(self.out, shard, pa.table(columns, schema=pa.schema([*SCORE_KEYS, field])))

@@ -1,0 +1,70 @@
+"""scores → DualSolution: λ* = argmin_{λ≥0} D(λ), on the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from can_dist.config import Constraint
+from can_dist.dual import DualSolution, Margin, solve_dual
+from can_dist.stages.workspace import Workspace
+from can_dist.tables.artifacts import Artifact, write_json
+from can_dist.tables.scores import score_arrays
+
+SOLUTION = "solution.json"
+
+
+def solve(
+    work: Workspace,
+    scores: Artifact,
+    *,
+    reward: str,
+    constraints: Mapping[str, Constraint],
+    beta: float,
+    log_weight: str | None = None,
+) -> Artifact:
+    """Return the artifact of the dual's solution (``solution.json``).
+
+    ``log_weight`` names a column of log-weights, such as ``logp.reference`` over an enumerated set of responses;
+    sampled responses weigh the same.
+
+    Raises
+    ------
+    InfeasibleConstraint
+        With the attainable margins, before anything is trained.
+    """
+    margins = [Margin(name, margin=c.margin, threshold=c.threshold) for name, c in constraints.items()]
+    what = {
+        "reward": reward,
+        "constraints": {m.name: {"margin": m.margin, "threshold": m.threshold} for m in margins},
+        "beta": beta,
+        "log_weight": log_weight,
+    }
+    stage = work.open("solve", "dual", what, {"scores": scores})
+    if stage.finished:
+        return stage.finished
+    with work.timed("solve", "dual"):
+        table = scores.table
+        arrays = score_arrays(table, reward, list(constraints), str(scores.path))
+        weights = None if log_weight is None else table.column(log_weight).to_numpy()
+        solution = solve_dual(
+            arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, beta=beta, constraints=margins, log_weight_N=weights
+        )
+        write_json(stage.path / SOLUTION, solution.to_dict())
+        work.say(describe(solution))
+        return stage.commit([SOLUTION], info={"lam": solution.to_dict()["lam"]})
+
+
+def load_solution(artifact: Artifact) -> DualSolution:
+    """Return the solution of a ``solve`` artifact."""
+    return DualSolution.from_dict(artifact.read_json(SOLUTION))
+
+
+def describe(solution: DualSolution) -> str:
+    """One line per solve for people."""
+    lam = ", ".join(
+        f"{name} {value:.4f}" + (f" ± {error:.4f}" if np.isfinite(error := solution.lam_se[name] or np.nan) else "")
+        for name, value in solution.lam.items()
+    )
+    return f"λ* = {lam}; {solution.diagnostics['verdict']}"

@@ -1,0 +1,223 @@
+"""preferences → policy: one DPO from the reference, by Ray Train inside a run or by a launcher's ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from can_dist import errors
+from can_dist.cluster import connect, interruptible, progress
+from can_dist.config import Config, Model, identity
+from can_dist.errors import CanDistError, EnvironmentProblem
+from can_dist.modeling.loading import model_digest, resolve_precision
+from can_dist.stages.workspace import Workspace
+from can_dist.tables.artifacts import Artifact, StageDirectory, write_json
+from can_dist.training import POLICY, SUMMARY
+from can_dist.training.batches import num_steps
+from can_dist.training.deepspeed_config import read_ds_config
+from can_dist.training.metrics import METRICS, RESUMED, loss_above_start, read_metrics
+
+FAILURE = "FAILURE.json"
+
+
+def train(work: Workspace, reference: Model, preferences: Artifact, *, beta: float) -> Artifact:
+    """Return the ``policy`` artifact: ``policy/`` is a Hugging Face directory of safetensors.
+
+    Unfinished training goes on from its newest checkpoint. Inside a launched process group (``deepspeed``,
+    ``torchrun``) this process is one of the ranks; otherwise Ray Train starts them.
+
+    Raises
+    ------
+    NumericalError
+        When a loss or gradient is not finite (step, rank, pair ids), or the loss does not start at ln 2.
+    """
+    stage = _open(work, reference, preferences, beta)
+    if stage.finished:
+        return stage.finished
+    (stage.path / FAILURE).unlink(missing_ok=True)
+    spec = _spec(work.config, stage.path, reference, preferences, beta)
+    if _launched():
+        from can_dist.training.engine import train_worker
+
+        with work.timed("train", "policy", ranks=int(os.environ["WORLD_SIZE"])):
+            train_worker(spec)
+            if int(os.environ["RANK"]) != 0:
+                raise SystemExit(0)  # rank 0 commits for all
+            return _commit(work, stage)
+    work.release_actors()
+    with work.timed("train", "policy", ranks=work.config.cluster.num_workers):
+        with _watch(stage.path, _total_steps(work.config, preferences)):
+            _run_ray_train(work.config, stage, spec)
+        _raise_failure(stage.path)
+        return _commit(work, stage)
+
+
+def policy_model(policy: Artifact, reference: Model) -> Model:
+    """Return the trained policy as a model that is used with the reference's text convention."""
+    policy.check()
+    return Model(model=str(policy.path / POLICY), template=reference.template)
+
+
+def _open(work: Workspace, reference: Model, preferences: Artifact, beta: float) -> StageDirectory:
+    config = work.config
+    what = {
+        "reference": model_digest(reference),
+        "template": reference.template,
+        "train": identity(config.train, exclude=["ds_config"]),
+        "ds_config": read_ds_config(config.train.ds_config),
+        "beta": beta,
+        "seed": config.seed,
+        "precision": resolve_precision(config.precision),
+    }
+    return work.open("train", "policy", what, {"preferences": preferences})
+
+
+def _spec(config: Config, directory: Path, reference: Model, preferences: Artifact, beta: float) -> str:
+    from can_dist.training.engine import TrainSpec
+
+    return TrainSpec(
+        directory=directory.resolve(),
+        preferences=preferences.path.resolve(),
+        reference=reference.model_copy(update={"model": _absolute(reference.model)}),
+        train=config.train.model_copy(update={"ds_config": _absolute(config.train.ds_config)}),
+        beta=beta,
+        seed=config.seed,
+        precision=resolve_precision(config.precision),
+    ).model_dump_json()
+
+
+def _absolute(path: str | None) -> str | None:
+    """Ray Train's workers start in another directory than the driver."""
+    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+
+def _launched() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _total_steps(config: Config, preferences: Artifact) -> int:
+    options = config.train
+    num_pairs = preferences.info["splits"]["train"]
+    return num_steps(num_pairs, options.batch_size, options.num_epochs, options.max_steps)
+
+
+def _run_ray_train(config: Config, stage: StageDirectory, spec: str) -> None:
+    """Start the ranks as one Ray Train worker group; a group that dies starts again from its newest checkpoint."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    connect(config.cluster)
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cluster = config.cluster
+    use_gpu = cluster.gpus_per_worker > 0
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if use_gpu else {})
+    environment = {"RAY_TRAIN_RUN": "1", "TORCH_EXTENSIONS_DIR": _extensions_directory()}
+    if not use_gpu:
+        environment["DS_ACCELERATOR"] = "cpu"
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"spec": spec},
+        scaling_config=ScalingConfig(num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        run_config=RunConfig(
+            name="group",
+            storage_path=str((stage.path / "ray").resolve()),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+    shutil.rmtree(stage.path / "ray", ignore_errors=True)
+    with interruptible():
+        try:
+            trainer.fit()
+        except CanDistError:
+            raise
+        except Exception as error:
+            if type(error).__module__.startswith("ray."):
+                raise EnvironmentProblem(
+                    f"training stopped: {error}\nThe same command goes on from the newest checkpoint."
+                ) from error
+            raise
+
+
+def _ray_worker(config: dict[str, Any]) -> None:
+    """One rank. An error of ours is told to the driver, not raised: Ray would start again and meet it again."""
+    from can_dist.training.engine import TrainSpec, train_worker
+
+    try:
+        train_worker(config["spec"])
+    except CanDistError as error:
+        if os.environ["RANK"] == "0":
+            directory = TrainSpec.model_validate_json(config["spec"]).directory
+            write_json(directory / FAILURE, {"type": type(error).__name__, "message": str(error)})
+
+
+def _extensions_directory() -> str:
+    """A private place for compiled extensions: the default is shared by all environments of a user."""
+    path = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "can_dist" / "torch_extensions"))
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return str(path)
+
+
+@contextmanager
+def _watch(directory: Path, total: int) -> Iterator[None]:
+    """Show the progress that the ranks write to metrics.jsonl."""
+    stop = threading.Event()
+
+    def follow() -> None:
+        with progress("train", total=total, unit="step") as bar:
+            finished = False
+            told: list[float] = []
+            while not finished:
+                finished = stop.wait(1.0)
+                metrics = read_metrics(directory / METRICS)
+                resumed = [line[RESUMED] for line in metrics if RESUMED in line]
+                if resumed and resumed != told:
+                    told = resumed
+                    bar.write(f"can-dist: train: going on from checkpoint step-{int(told[-1]):06d}", file=sys.stderr)
+                lines = [line for line in metrics if "loss" in line]
+                if lines:
+                    bar.set_postfix(loss=f"{lines[-1]['loss']:.4f}", refresh=False)
+                    bar.update(int(lines[-1]["step"]) - bar.n)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _raise_failure(directory: Path) -> None:
+    path = directory / FAILURE
+    if path.is_file():
+        failure = json.loads(path.read_text(encoding="utf-8"))
+        raise getattr(errors, failure["type"])(failure["message"])
+
+
+def _warn_if_drifting(work: Workspace, directory: Path) -> None:
+    loss = loss_above_start(directory)
+    if loss is not None:
+        work.say(
+            f"train: warning: the last training loss is {loss:.4f}, above its start at ln 2 = 0.6931: the policy "
+            "drifted. Lower train.learning_rate, add train.warmup_steps, or train longer before trusting it."
+        )
+
+
+def _commit(work: Workspace, stage: StageDirectory) -> Artifact:
+    _warn_if_drifting(work, stage.path)
+    files = sorted(str(p.relative_to(stage.path)) for p in (stage.path / POLICY).rglob("*") if p.is_file())
+    summary = json.loads((stage.path / SUMMARY).read_text(encoding="utf-8"))
+    artifact = stage.commit(files, info={"summary": summary})
+    for leftover in ("checkpoints", "ray"):
+        shutil.rmtree(stage.path / leftover, ignore_errors=True)
+    return artifact

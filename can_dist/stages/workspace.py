@@ -1,0 +1,111 @@
+"""What every stage needs of its run: the directory, the configuration, the actors, and the log of what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from can_dist.cluster import ActorPool, ShardJob, connect, interruptible
+from can_dist.config import Config, dump_yaml
+from can_dist.errors import DataError, EnvironmentProblem
+from can_dist.tables.artifacts import Artifact, StageDirectory, atomic_file, open_stage
+
+OWNER = ".owner"
+
+
+class Workspace:
+    """A run directory held by this process, and the Ray actors that work for it."""
+
+    def __init__(self, directory: Path, config: Config, *, only_stage: str | None = None) -> None:
+        """``only_stage``: the one stage that may compute; the others must be finished already (launched training)."""
+        self.directory = directory
+        self.config = config
+        self._only_stage = only_stage
+        self._pool: ActorPool | None = None
+        directory.mkdir(parents=True, exist_ok=True)
+        # of a launched process group the first rank holds the run for all
+        self._lock = _hold(directory) if int(os.environ.get("RANK", 0)) == 0 else None
+        if not only_stage:
+            with atomic_file(directory / "config.yaml") as temporary:
+                temporary.write_text(dump_yaml(config), encoding="utf-8")
+
+    def open(
+        self, stage: str, label: str, identity: Mapping[str, Any], inputs: Mapping[str, Artifact]
+    ) -> StageDirectory:
+        """Open a stage's directory and say whether its work is reused, resumed, or new, and why."""
+        place = open_stage(self.directory, stage, label, identity, inputs)
+        if place.finished:
+            self.say(f"{stage} ({label}): reusing {place.path.name}", event="reused", stage=stage, label=label)
+        elif self._only_stage not in (None, stage):
+            raise DataError(
+                f"{self.directory}: {stage} ({label}) is not finished for this configuration. "
+                f"Run 'can-dist label --config FILE --run {self.directory}' first."
+            )
+        elif place.reason:
+            self.say(f"{stage} ({label}): {place.reason}", event="changed", stage=stage, label=label)
+        return place
+
+    @contextlib.contextmanager
+    def timed(self, stage: str, label: str, **counts: Any) -> Iterator[None]:
+        """Log a stage's start, end and seconds."""
+        start = time.monotonic()
+        self.say(f"{stage} ({label}): started", event="started", stage=stage, label=label, **counts)
+        yield
+        seconds = round(time.monotonic() - start, 2)
+        self.say(f"{stage} ({label}): done in {seconds:.1f} s", event="done", stage=stage, label=label, seconds=seconds)
+
+    def run_shards(self, job: ShardJob, shards: Mapping[int, int], what: str) -> None:
+        """Run the shards of a job on the actors, starting Ray and them when needed."""
+        if not shards:
+            return
+        connect(self.config.cluster)
+        with interruptible():
+            if self._pool is None:
+                self._pool = ActorPool(self.config.cluster)
+            self._pool.run(job, shards, what)
+
+    def release_actors(self) -> None:
+        """Stop the actors, so that training gets their CPUs and GPUs."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def say(self, message: str, **event: Any) -> None:
+        """Tell the user a line, and append it to RUN/log.jsonl."""
+        if int(os.environ.get("RANK", 0)) != 0:
+            return
+        print(f"can-dist: {message}", file=sys.stderr, flush=True)
+        with (self.directory / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps({"time": round(time.time(), 3), **event, "message": message}) + "\n")
+
+    def close(self) -> None:
+        """Release the actors and the run directory."""
+        self.release_actors()
+        if self._lock is not None:
+            (self.directory / OWNER).unlink(missing_ok=True)  # before another process may hold it
+            self._lock.release()
+
+
+def _hold(directory: Path) -> Any:
+    """Take the run directory for this process, or say who has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(directory / ".lock")
+    owner = directory / OWNER
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "another process"
+        raise EnvironmentProblem(
+            f"run directory {directory} is in use by {who}. Wait for it, stop it, or give another --run."
+        ) from None
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    owner.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}\n", encoding="utf-8")
+    return lock

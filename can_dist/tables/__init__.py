@@ -1,0 +1,1 @@
+"""Tables on disk and the readers of other people's data sets."""

@@ -1,0 +1,341 @@
+"""Artifacts: what a stage leaves behind, addressed by content and committed so that a reader sees all of it or none.
+
+An artifact is a directory ``RUN/<stage>-<key>/``. ``key`` is a digest of the stage's name, the format version, the
+configuration that decides the result, and the digests of its inputs. ``STAGE.json`` (written first) says what the
+directory is for; ``MANIFEST.json`` (written last, by one process) lists every file with its size and sha256 and is
+what makes the artifact exist. Readers open only what the manifest lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from can_dist.errors import DataError
+
+FORMAT_VERSION = 1
+MANIFEST = "MANIFEST.json"
+STAGE = "STAGE.json"
+PART = re.compile(r"part-(\d{5})\.arrow")
+FILE_ENTRY = {"file": str, "bytes": int, "sha256": str}
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of a value: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """Return the sha256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path in the same directory; fsync and rename it to ``path`` when the block succeeds."""
+    handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        _sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished stage output. ``digest`` is the sha256 of its manifest file."""
+
+    path: Path
+    digest: str
+    manifest: Mapping[str, Any]
+
+    @property
+    def stage(self) -> str:
+        """Name of the stage that made it."""
+        return str(self.manifest["stage"])
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """What the stage recorded beside its files (counts, models, statistics)."""
+        info: Mapping[str, Any] = self.manifest["info"]
+        return info
+
+    @property
+    def parts(self) -> list[Path]:
+        """Paths of the table's parts, in order."""
+        return [self.path / entry["file"] for entry in self.manifest["files"] if PART.fullmatch(entry["file"])]
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The whole table, every part checked against the manifest's size and sha256."""
+        self.check()
+        return pa.concat_tables([read_part(path) for path in self.parts])
+
+    def part(self, index: int) -> pa.Table:
+        """One part of the table, checked."""
+        name = f"part-{index:05d}.arrow"
+        check_file(self.path, next(entry for entry in self.manifest["files"] if entry["file"] == name))
+        return read_part(self.path / name)
+
+    def check(self) -> None:
+        """Compare every listed file with the manifest; raise ``DataError`` at the first that is not as committed."""
+        for entry in self.manifest["files"]:
+            check_file(self.path, entry)
+
+    def read_json(self, name: str) -> Any:
+        """Return one listed JSON file, checked."""
+        entry = next((entry for entry in self.manifest["files"] if entry["file"] == name), None)
+        if entry is None:
+            raise DataError(f"{self.path / MANIFEST}: does not list {name}. Delete {self.path} and run again.")
+        check_file(self.path, entry)
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+
+def check_file(directory: Path, entry: Mapping[str, Any]) -> None:
+    """Compare a file with its manifest entry; raise ``DataError`` when it is missing, cut or changed."""
+    path = directory / entry["file"]
+    if directory.resolve() not in path.resolve().parents:
+        raise DataError(f"{directory / MANIFEST}: lists {entry['file']!r}, which lies outside the artifact.")
+    if not path.is_file():
+        raise DataError(f"{path}: listed in the manifest, but missing. Delete {directory} and run again.")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise DataError(f"{path}: {size} bytes, the manifest says {entry['bytes']}. Delete {directory} and run again.")
+    if file_digest(path) != entry["sha256"]:
+        raise DataError(f"{path}: the content changed since it was committed. Delete {directory} and run again.")
+
+
+def read_part(path: Path) -> pa.Table:
+    """Read one Arrow IPC file (never the stream format, which reads short without an error when cut)."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            return pa.ipc.open_file(source).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a readable Arrow file ({error}). Delete its directory and run again.") from None
+
+
+def load_artifact(directory: Path) -> Artifact:
+    """Open a committed artifact by its directory."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{directory}: no {MANIFEST}, so this is not a finished artifact.")
+    content = path.read_bytes()
+    try:
+        manifest = json.loads(content)
+        well_formed = isinstance(manifest["stage"], str) and all(
+            isinstance(entry[key], kind) for entry in manifest["files"] for key, kind in FILE_ENTRY.items()
+        )
+        well_formed &= all(
+            isinstance(entry[key], str) for entry in manifest["inputs"].values() for key in ("artifact", "digest")
+        )
+        well_formed &= isinstance(manifest["identity"], dict) and isinstance(manifest["info"], dict)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        well_formed = False
+    if not well_formed:
+        raise DataError(f"{path}: damaged, not a manifest of this program. Delete {directory} and run again.")
+    return Artifact(directory, hashlib.sha256(content).hexdigest(), manifest)
+
+
+@dataclass(frozen=True)
+class StageDirectory:
+    """A stage's place in the run: its identity is fixed, its files may be absent, partial or complete."""
+
+    path: Path
+    stage: str
+    identity: Mapping[str, Any]
+    inputs: Mapping[str, Artifact]
+    reason: str
+
+    @property
+    def finished(self) -> Artifact | None:
+        """The artifact, if it was committed."""
+        return load_artifact(self.path) if (self.path / MANIFEST).is_file() else None
+
+    def finished_parts(self) -> set[int]:
+        """Numbers of the parts whose commit is whole; anything else is removed to be made again."""
+        done = set()
+        for path in self._parts():
+            try:
+                check_file(self.path, json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+            except (DataError, OSError, ValueError, KeyError, TypeError):
+                path.unlink()
+            else:
+                done.add(int(path.stem.removeprefix("part-")))
+        return done
+
+    def parts_table(self) -> pa.Table:
+        """The parts made so far, before the manifest exists."""
+        return pa.concat_tables([read_part(path) for path in self._parts()])
+
+    def _parts(self) -> list[Path]:
+        return sorted(path for path in self.path.glob("part-*.arrow") if PART.fullmatch(path.name))
+
+    def commit(self, files: list[str] | None = None, info: Mapping[str, Any] | None = None) -> Artifact:
+        """Write the manifest over all parts and the named further files; from now on the artifact exists."""
+        for left_by_a_kill in self.path.glob(".tmp-*"):
+            left_by_a_kill.unlink()
+        entries = []
+        for part in self._parts():
+            entries.append(json.loads(part.with_suffix(".json").read_text(encoding="utf-8")))
+        for name in sorted(files or []):
+            path = self.path / name
+            entries.append({"file": name, "bytes": path.stat().st_size, "sha256": file_digest(path)})
+        manifest = {
+            "stage": self.stage,
+            "format_version": FORMAT_VERSION,
+            "identity": self.identity,
+            "inputs": {n: {"artifact": a.path.name, "digest": a.digest} for n, a in self.inputs.items()},
+            "files": entries,
+            "info": dict(info or {}),
+        }
+        write_json(self.path / MANIFEST, manifest)
+        return load_artifact(self.path)
+
+
+def write_part(directory: Path, index: int, table: pa.Table) -> None:
+    """Commit part ``index``: sidecar first, then the Arrow file whose presence completes the commit."""
+    path = directory / f"part-{index:05d}.arrow"
+    with atomic_file(path) as temporary:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        entry = {
+            "file": path.name,
+            "bytes": temporary.stat().st_size,
+            "sha256": file_digest(temporary),
+            "rows": table.num_rows,
+        }
+        write_json(path.with_suffix(".json"), entry)
+
+
+def open_stage(
+    run: Path, stage: str, label: str, identity: Mapping[str, Any], inputs: Mapping[str, Artifact]
+) -> StageDirectory:
+    """Find or create the directory of a stage from what decides its result.
+
+    ``label`` tells stages of the same name apart for people ("reward", "policy on test"); when nothing can be
+    reused, the finished artifact of the same stage and label that differs least is compared, to say why.
+    """
+    whole = {"stage": stage, "label": label, "format_version": FORMAT_VERSION, **identity}
+    digests = {name: artifact.digest for name, artifact in inputs.items()}
+    path = run / f"{stage}-{_key(whole, digests)}"
+    reason = ""
+    if not (path / STAGE).is_file():
+        reason = _why_not_reused(run, stage, label, whole, inputs)
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / STAGE, {"identity": whole, "inputs": digests})
+    return StageDirectory(path, stage, whole, inputs, reason)
+
+
+def _key(identity: Mapping[str, Any], input_digests: Mapping[str, str]) -> str:
+    return digest_of({"identity": identity, "inputs": input_digests})[:16]
+
+
+def _why_not_reused(
+    run: Path, stage: str, label: str, identity: Mapping[str, Any], inputs: Mapping[str, Artifact]
+) -> str:
+    """Name what changed against the most similar finished artifact of the same stage and label, or ''."""
+    best: tuple[int, str] | None = None
+    for manifest in sorted(run.glob(f"{stage}-*/{MANIFEST}")):
+        try:
+            other = load_artifact(manifest.parent)
+        except DataError:  # `verify` tells of it; here it is only no candidate
+            continue
+        theirs = other.manifest["identity"]
+        if theirs.get("label") != label:
+            continue
+        changes = _differences(theirs, identity)
+        for name, artifact in inputs.items():
+            before = other.manifest["inputs"].get(name, {}).get("digest")
+            if before != artifact.digest:
+                changes.append(f"its input {name} changed" if before else f"{name} is a new input")
+        changes += [f"{name} is no longer an input" for name in other.manifest["inputs"] if name not in inputs]
+        if best is None or len(changes) < best[0]:
+            best = (len(changes), f"{other.path.name} is not reused: {'; '.join(changes[:4])}")
+    return best[1] if best else ""
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    old, new = _flatten(before), _flatten(after)
+    return [
+        f"{key} was {old.get(key, 'absent')}, is {new.get(key, 'absent')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Return dotted keys with their values as JSON, which is what the key of an artifact is made of."""
+    if isinstance(value, Mapping) and value:
+        return {k: v for key, inner in value.items() for k, v in _flatten(inner, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): canonical_json(value)}
+
+
+def verify_run(run: Path) -> tuple[int, list[str]]:
+    """Check every committed artifact of a run: file digests, key, and the lineage of its inputs.
+
+    Returns the number of artifacts and one line per problem found (empty when all is well).
+    """
+    artifacts: dict[str, Artifact] = {}
+    problems = []
+    for manifest in sorted(run.glob(f"*/{MANIFEST}")):
+        try:
+            artifacts[manifest.parent.name] = load_artifact(manifest.parent)
+        except DataError as error:
+            problems.append(str(error))
+    for name, artifact in artifacts.items():
+        for entry in artifact.manifest["files"]:
+            try:
+                check_file(artifact.path, entry)
+            except DataError as error:
+                problems.append(str(error))
+        inputs = artifact.manifest["inputs"]
+        key = _key(artifact.manifest["identity"], {role: entry["digest"] for role, entry in inputs.items()})
+        if name != f"{artifact.stage}-{key}":
+            problems.append(f"{artifact.path / MANIFEST}: its identity has key {key}, the directory is named {name}.")
+        for role, entry in inputs.items():
+            source = artifacts.get(entry["artifact"])
+            if source is None:
+                problems.append(f"{artifact.path}: made from {role} = {entry['artifact']}, which is not in the run.")
+            elif source.digest != entry["digest"]:
+                problems.append(f"{artifact.path}: made from another {entry['artifact']} than the one in the run.")
+    return len(artifacts), problems

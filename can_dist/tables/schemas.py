@@ -1,0 +1,92 @@
+"""Arrow schemas of the tables that pass between stages, and the one check at every boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from can_dist.errors import DataError
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+PROMPTS = pa.schema([("prompt_id", pa.string()), ("messages", MESSAGES), ("split", pa.string())])
+
+RESPONSES = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("response_id", pa.string()),
+        ("messages", MESSAGES),
+        ("text", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),  # of the reference's tokenizer, its end-of-sequence included
+        ("num_tokens", pa.int32()),
+        ("finish_reason", pa.string()),  # stop, length, or given (brought by the user)
+    ]
+)
+
+SCORE_KEYS = pa.schema([("prompt_id", pa.string()), ("response_id", pa.string())])
+
+PREFERENCES = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("split", pa.string()),  # train or validation
+        ("messages", MESSAGES),
+        ("text_a", pa.string()),
+        ("text_b", pa.string()),
+        ("token_ids_a", pa.list_(pa.int32())),
+        ("token_ids_b", pa.list_(pa.int32())),
+        ("score_gap", pa.float64()),  # s_a − s_b
+        ("target", pa.float64()),  # P(a ≻ b): σ(s_a − s_b), or one Bernoulli draw of it
+        ("logp_ref_a", pa.float64()),  # nats, sum over the response's tokens
+        ("logp_ref_b", pa.float64()),
+    ]
+)
+
+
+def check_schema(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
+    """Return the table if it has the columns of ``schema`` without nulls, or raise ``DataError`` naming each misfit."""
+    problems = []
+    for field in schema:
+        index = table.schema.get_field_index(field.name)
+        if index < 0:
+            problems.append(f"column {field.name!r} is missing (expected {field.type})")
+        elif not table.schema.field(index).type.equals(field.type):
+            problems.append(f"column {field.name!r} is {table.schema.field(index).type}, expected {field.type}")
+        elif table.column(field.name).null_count:
+            problems.append(f"column {field.name!r} has nulls at rows {null_rows(table.column(field.name))}")
+    if problems:
+        raise DataError(f"{where}: " + "; ".join(problems) + f". Columns found: {', '.join(table.column_names)}.")
+    return table
+
+
+def null_rows(column: pa.ChunkedArray, limit: int = 5) -> list[int]:
+    """Return the first row numbers that hold null."""
+    rows: list[int] = pc.indices_nonzero(pc.is_null(column)).to_pylist()
+    return rows[:limit]
+
+
+def check_unique(table: pa.Table, column: str, where: str) -> None:
+    """Raise ``DataError`` with up to five values of ``column`` that occur more than once, and their rows."""
+    counts = pc.value_counts(table.column(column).combine_chunks())
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
+    if not repeated:
+        return
+    values = table.column(column).to_pylist()
+    shown = [f"{value!r} at rows {[i for i, v in enumerate(values) if v == value][:3]}" for value in repeated[:5]]
+    raise DataError(
+        f"{where}: {column} must be unique, {len(repeated)} value(s) repeat: {'; '.join(shown)}. Remove the duplicates."
+    )
+
+
+def require_columns(table: pa.Table, columns: Sequence[str], where: str) -> None:
+    """Raise ``DataError`` when a named column is absent or there twice, listing what is there."""
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise DataError(
+            f"{where}: no column {', '.join(map(repr, missing))}. Columns found: {', '.join(table.column_names)}."
+        )
+    twice = [name for name in columns if table.column_names.count(name) > 1]
+    if twice:
+        raise DataError(f"{where}: column {', '.join(map(repr, twice))} is there more than once. Rename or drop one.")

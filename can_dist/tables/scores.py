@@ -1,0 +1,131 @@
+"""Reading score tables: the run's own, or any Parquet/Arrow/JSONL table a user already has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from can_dist.errors import DataError
+from can_dist.tables.artifacts import MANIFEST, load_artifact
+from can_dist.tables.schemas import check_unique, null_rows, require_columns
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Columns of a score table as arrays: prompt ids (N,), reward (N,) float64, utilities (N, J) float64."""
+
+    prompt_N: np.ndarray
+    reward_N: np.ndarray
+    utility_NJ: np.ndarray
+
+
+def read_score_table(path: Path) -> pa.Table:
+    """Read a Parquet, Arrow IPC or JSONL file, a directory of Parquet/Arrow parts of one schema, or an artifact."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file. Give a Parquet, Arrow or JSONL table of scores.")
+    if (path / MANIFEST).is_file():
+        return load_artifact(path).table
+    if path.is_dir():
+        parts = sorted(p for p in path.iterdir() if p.suffix in (".parquet", ".arrow", ".feather") and p.name[0] != ".")
+        if not parts:
+            raise DataError(f"{path}: no .parquet or .arrow file in the directory.")
+        tables = [read_score_table(part) for part in parts]
+        for part, table in zip(parts, tables, strict=True):
+            if not table.schema.equals(tables[0].schema):
+                raise DataError(
+                    f"{part}: its schema differs from {parts[0].name}'s.\n  {parts[0].name}: "
+                    f"{_schema_line(tables[0])}\n  {part.name}: {_schema_line(table)}"
+                )
+        return pa.concat_tables(tables)
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty. Expected a table with a prompt_id column and scores.")
+    try:
+        return _read_file(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: cannot be read as a table, it may be truncated ({error}).") from None
+
+
+def _read_file(path: Path) -> pa.Table:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_table(path, page_checksum_verification=True)
+    if path.suffix in (".arrow", ".feather"):
+        with pa.memory_map(str(path)) as source:
+            if source.read(4) == b"\xff\xff\xff\xff":
+                raise DataError(
+                    f"{path}: an Arrow stream, which reads short without an error when it is cut. Expected the Arrow "
+                    "file format: write it with pyarrow.ipc.new_file, pyarrow.feather or as Parquet."
+                )
+            return pa.ipc.open_file(source).read_all()
+    if path.suffix in (".jsonl", ".json"):
+        import pyarrow.json
+
+        return pyarrow.json.read_json(path)
+    raise DataError(f"{path}: unknown kind of file {path.suffix!r}. Expected .parquet, .arrow, .feather or .jsonl.")
+
+
+def _schema_line(table: pa.Table) -> str:
+    return ", ".join(f"{field.name}: {field.type}" for field in table.schema)
+
+
+def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], where: str) -> Scores:
+    """Take the columns a dual needs out of a table, checked.
+
+    Raises
+    ------
+    DataError
+        When a column is missing or not numeric, ids are null or repeated, scores are null, NaN or infinite (rows
+        listed), the table is empty, or every prompt has a single response.
+    """
+    require_columns(table, ["prompt_id", reward, *constraints], where)
+    if reward in constraints:
+        raise DataError(f"{where}: column {reward!r} is both the reward and a constraint. Name two different columns.")
+    if table.num_rows == 0:
+        raise DataError(f"{where}: the table has no rows.")
+    prompt_N = _prompt_ids(table.column("prompt_id"), where)
+    if "response_id" in table.column_names:
+        check_unique(table, "response_id", where)
+    columns = [_finite_column(table, name, where) for name in (reward, *constraints)]
+    _, counts = np.unique(prompt_N, return_counts=True)
+    if counts.max() == 1:
+        raise DataError(
+            f"{where}: every prompt has one response (K = 1), so no response can be preferred to another and the dual "
+            "knows nothing. Sample at least 2 responses per prompt (generate.num_responses)."
+        )
+    utilities = np.stack(columns[1:], axis=1) if constraints else np.empty((table.num_rows, 0))
+    return Scores(prompt_N, columns[0], utilities)
+
+
+def _prompt_ids(column: pa.ChunkedArray, where: str) -> np.ndarray:
+    if column.null_count:
+        raise DataError(f"{where}: prompt_id is null at rows {null_rows(column)}.")
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_nested(kind):
+        raise DataError(f"{where}: prompt_id is {kind}, expected text or whole numbers.")
+    if not pa.types.is_integer(kind):
+        column = column.cast(pa.string())  # text that looks like dates is read from JSON as timestamps
+    return np.asarray(column.to_pylist())
+
+
+def _finite_column(table: pa.Table, name: str, where: str) -> np.ndarray:
+    column = table.column(name)
+    kind = column.type
+    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+        raise DataError(f"{where}: column {name!r} is {kind}, expected numbers.")
+    values = pc.fill_null(column.cast(pa.float64(), safe=False), float("nan")).to_numpy()
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        ids = table.column("response_id" if "response_id" in table.column_names else "prompt_id")
+        found = [column[int(row)].as_py() for row in bad[:5]]
+        listed = "; ".join(f"row {row} ({ids[int(row)].as_py()}): {v}" for row, v in zip(bad[:5], found, strict=True))
+        raise DataError(
+            f"{where}: column {name!r} has {bad.size} value(s) that are null, NaN or infinite: {listed}. "
+            "Remove these prompts or score them again."
+        )
+    return np.asarray(values, dtype=np.float64)

@@ -1,0 +1,53 @@
+"""The training stage alone, under a launcher and without Ray; the stages before it must be finished.
+
+can-dist label recipes/mocan.yaml --run runs/mocan
+deepspeed --module can_dist.train --config recipes/mocan.yaml --run runs/mocan
+torchrun --nproc_per_node 2 -m can_dist.train --config recipes/mocan.yaml --run runs/mocan
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from can_dist.config import load_config
+from can_dist.errors import CanDistError, ConfigError
+
+
+@click.command()
+@click.option("--config", "config_path", required=True, metavar="FILE", help="Configuration of the run.")
+@click.option("--run", "run_dir", required=True, type=click.Path(path_type=Path), help="Run directory.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+@click.option("--local_rank", type=int, default=0, hidden=True, help="Given by the deepspeed launcher; unused.")
+def train(config_path: str, run_dir: Path, overrides: tuple[str, ...], local_rank: int) -> None:
+    """Train as one rank of a launched process group."""
+    if "RANK" not in os.environ:
+        raise ConfigError(
+            "can_dist.train is started by a launcher: deepspeed --module can_dist.train --config ... --run ..."
+        )
+    from can_dist.pipeline import run_pipeline
+
+    run_pipeline(run_dir, load_config(config_path, overrides), "train", only_stage="train")
+
+
+def main() -> None:
+    """Run one rank; an error of ours is one message per machine and its exit code."""
+    try:
+        train(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(ConfigError.exit_code)
+    except CanDistError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            click.echo(f"{type(error).__name__}: {error}", err=True)
+        else:
+            time.sleep(2)  # the launcher ends the other ranks when the first one ends, and one has something to say
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

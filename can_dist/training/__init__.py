@@ -1,0 +1,5 @@
+"""Training: losses, batches, the engine, checkpoints, and small score models."""
+
+# what a training leaves in its directory
+POLICY = "policy"
+SUMMARY = "summary.json"

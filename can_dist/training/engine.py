@@ -1,0 +1,320 @@
+"""The training loop of one rank: the same function under Ray Train and under the ``deepspeed`` launcher.
+
+r + ⟨λ*, g⟩ is already in the preferences; what is left is one DPO with the same β, under ZeRO-3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict
+
+from can_dist.cluster import progress
+from can_dist.config import Model, Train
+from can_dist.errors import CanDistError, ConfigError, NumericalError
+from can_dist.modeling.formatter import Formatter
+from can_dist.modeling.loading import context_length, load_causal_lm, load_tokenizer
+from can_dist.modeling.logprobs import response_logp
+from can_dist.tables.artifacts import load_artifact, write_json
+from can_dist.training import POLICY, SUMMARY, batches, checkpoints, ranks
+from can_dist.training.batches import Pair, Slot
+from can_dist.training.deepspeed_config import build_ds_config, read_ds_config
+from can_dist.training.export import export_policy
+from can_dist.training.losses import implicit_margin, preference_loss
+from can_dist.training.metrics import MetricsLog
+
+LN2 = math.log(2)
+# the loss before the first step is ln 2 when the policy is the reference; bf16 log-probabilities differ by batch
+STEP0_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
+
+
+class TrainSpec(BaseModel):
+    """Everything a rank needs, JSON-safe, the same on all ranks."""
+
+    model_config = ConfigDict(frozen=True)
+
+    directory: Path
+    preferences: Path
+    reference: Model
+    train: Train
+    beta: float
+    seed: int
+    precision: str
+
+
+def train_worker(spec_json: str) -> None:
+    """Train on this rank of an initialised or launched process group, export the policy, leave the group.
+
+    A ``CanDistError`` is raised on all ranks alike. Any other exception leaves at once: the launcher or Ray Train sees
+    the dead rank and stops the others, which a rank waiting in a barrier would delay.
+    """
+    spec = TrainSpec.model_validate_json(spec_json)
+    ranks.join()
+    try:
+        ranks.require_same(spec.model_dump_json(), "configuration")
+        _train(spec)
+    except CanDistError:
+        ranks.leave()
+        raise
+    ranks.leave()
+
+
+def _train(spec: TrainSpec) -> None:
+    train, rank = spec.train, dist.get_rank()
+    torch.manual_seed(spec.seed)
+    num_micro = batches.micro_steps(train.batch_size, train.micro_batch_size, dist.get_world_size())
+    with ranks.agreed():
+        ds_config = build_ds_config(read_ds_config(train.ds_config), train, spec.precision, num_micro)
+        tokenizer = load_tokenizer(spec.reference)
+        preferences = load_artifact(spec.preferences)
+        formatter = Formatter(tokenizer, spec.reference.template)
+        pairs, validation = batches.load_pairs(preferences, formatter, context_length(_model_config(spec.reference)))
+    ranks.require_same(preferences.digest, f"content of {spec.preferences}")
+    total = batches.num_steps(len(pairs), train.batch_size, train.num_epochs, train.max_steps)
+    model, partitioned = _build_model(spec, ds_config)
+    engine = _initialize(model, ds_config, train, total)
+    first = checkpoints.resume(engine, spec.directory / "checkpoints", adapters_only=train.lora is not None)
+    log = None
+    if rank == 0:
+        log = MetricsLog(spec.directory, first, tensorboard=train.tensorboard, wandb_project=train.wandb_project)
+    loop = _Loop(spec, engine, pairs, validation, num_micro, log)
+    loop.run(first, total)
+    del partitioned  # kept until here: it makes transformers load partitioned weights
+    export_policy(engine, tokenizer, spec.reference, spec.directory / POLICY, spec.precision, train.max_shard_size_mb)
+    if log is not None:
+        log.close()
+        chosen = (batches.global_batch(len(pairs), train.batch_size, spec.seed, step) for step in range(total))
+        tokens = sum(pairs[index].num_tokens for batch in chosen for index in batch.tolist())
+        write_json(spec.directory / SUMMARY, {"num_steps": total, "num_pairs": len(pairs), "num_tokens": tokens})
+
+
+def _model_config(reference: Model) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(
+        reference.model, revision=reference.revision, trust_remote_code=reference.trust_remote_code
+    )
+
+
+def _build_model(spec: TrainSpec, ds_config: dict[str, Any]) -> tuple[Any, Any]:
+    """Load the policy, partitioned over the ranks from the start; returns it and the object that keeps it so."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    partitioned = HfDeepSpeedConfig(ds_config)
+    model = load_causal_lm(spec.reference, spec.precision)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # π_θ and π_ref of a log-ratio must be the same function at the start
+    if spec.train.lora is not None:
+        from peft import LoraConfig, get_peft_model
+
+        lora = spec.train.lora
+        modules = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+        adapters = LoraConfig(
+            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=modules, task_type="CAUSAL_LM"
+        )
+        # mixed fp32 adapters on a bf16 base fail in DeepSpeed's first step
+        try:
+            model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
+        except ValueError as error:
+            raise ConfigError(f"train.lora: {error}") from None
+    if spec.train.activation_checkpointing:
+        # the non-reentrant kind breaks on frozen weights that ZeRO-3 partitioned
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.enable_input_require_grads()
+    return model, partitioned
+
+
+def _initialize(model: Any, ds_config: dict[str, Any], train: Train, total: int) -> Any:
+    import deepspeed
+    from transformers import get_scheduler
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        return get_scheduler(train.schedule, optimizer, train.warmup_steps, total)
+
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=trainable, config=ds_config, lr_scheduler=schedule, dist_init_required=False
+    )
+    return engine
+
+
+class _Loop:
+    """One optimizer step, its checks and its metrics."""
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        engine: Any,
+        pairs: Sequence[Pair],
+        validation: Sequence[Pair],
+        num_micro: int,
+        log: MetricsLog | None,
+    ) -> None:
+        self.spec, self.engine, self.pairs, self.validation = spec, engine, pairs, validation
+        self.num_micro, self.log = num_micro, log
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = engine.device
+        self.sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        self.tokens, self.seconds, self.learning_rate = 0, 0.0, 0.0
+
+    def run(self, first: int, total: int) -> None:
+        """Train from step ``first`` to ``total``, with the checks, evaluations and checkpoints that are due."""
+        train, directory = self.spec.train, self.spec.directory / "checkpoints"
+        if first == 0:
+            self.check_start()
+        shown = self.rank == 0 and "RAY_TRAIN_RUN" not in os.environ  # in a Ray run the driver shows the bar
+        with progress("train", total=total, unit="step") if shown else contextlib.nullcontext() as bar:
+            if bar is not None:
+                bar.update(first)
+            for done in range(first + 1, total + 1):
+                self.step(done - 1)
+                saves = done % train.checkpoint_every == 0 and done < total
+                # a checkpoint ends an interval, else a resumed run would miss the losses before it
+                if done % train.log_every == 0 or done == total or saves:
+                    self.write_metrics(done)
+                if self.validation and (done % train.eval_every == 0 or done == total):
+                    self.evaluate(done)
+                if saves:
+                    checkpoints.save(self.engine, directory, done, adapters_only=train.lora is not None)
+                if bar is not None:
+                    bar.update(1)
+
+    def step(self, step: int) -> None:
+        """Accumulate the global batch and update; a non-finite loss on any rank stops all before the update."""
+        train, start = self.spec.train, time.monotonic()
+        self.engine.train()
+        self.learning_rate = self.engine.get_lr()[0]
+        # dropout follows the step, also after a resume
+        torch.manual_seed(self.spec.seed + 1_000_003 * step + self.rank)
+        chosen = batches.global_batch(len(self.pairs), train.batch_size, self.spec.seed, step)
+        for slots in self._micro_batches(self.pairs, chosen):
+            loss_B = self._losses(slots)
+            self._require_finite(loss_B, slots, step)
+            # DeepSpeed divides by accumulation steps and ranks; what is left is the mean over the global batch
+            self.engine.backward(loss_B.sum() * (self.num_micro * self.world_size / len(chosen)))
+            self.engine.step()
+        if self.engine.skipped_steps:
+            raise NumericalError(
+                f"step {step + 1}: the gradient was not finite and DeepSpeed skipped the update. "
+                "Lower train.learning_rate, or use precision fp32 to find the cause."
+            )
+        self.seconds += time.monotonic() - start
+
+    def check_start(self) -> None:
+        """Measure the loss of the untrained policy, which must be ln 2, and the validation loss."""
+        chosen = batches.global_batch(len(self.pairs), self.spec.train.batch_size, self.spec.seed, 0)
+        values = self._measure(self.pairs, chosen, require_finite=True)
+        if not abs(values["loss"] - LN2) <= STEP0_TOLERANCE[self.spec.precision]:
+            raise NumericalError(
+                f"{self.spec.preferences}: the loss before the first step is {values['loss']:.6f}, not ln 2 = "
+                f"{LN2:.6f}: the stored reference log-probabilities are not those of this model on these tokens."
+            )
+        if self.log is not None:
+            self.log.write(0, values)
+        if self.validation:
+            self.evaluate(0)
+
+    def evaluate(self, step: int) -> None:
+        """Write the loss on the validation pairs."""
+        values = self._measure(self.validation, np.arange(len(self.validation)))
+        if self.log is not None:
+            self.log.write(step, {f"eval_{name}": value for name, value in values.items()})
+
+    def write_metrics(self, step: int) -> None:
+        """Reduce the interval's sums over the ranks and write a line."""
+        tokens = torch.tensor(float(self.tokens), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tokens)
+        values = self._reduce()
+        norm = self.engine.get_global_grad_norm()
+        if self.log is not None:
+            values |= {"grad_norm": float(norm or 0.0), "learning_rate": self.learning_rate}
+            self.log.write(step, values | {"tokens_per_second": tokens.item() / self.seconds})
+        self.tokens, self.seconds = 0, 0.0
+
+    def _micro_batches(self, pairs: Sequence[Pair], chosen: np.ndarray) -> Iterator[list[Slot]]:
+        size = self.spec.train.micro_batch_size
+        num_micro = max(self.num_micro, batches.micro_steps(len(chosen), size, self.world_size))
+        return batches.micro_batches(pairs, chosen.tolist(), size, num_micro, self.rank, self.world_size)
+
+    @torch.no_grad()
+    def _measure(self, pairs: Sequence[Pair], chosen: np.ndarray, *, require_finite: bool = False) -> dict[str, float]:
+        self.engine.eval()
+        kept, kept_tokens = self.sums.clone(), self.tokens
+        self.sums.zero_()
+        for slots in self._micro_batches(pairs, chosen):
+            loss_B = self._losses(slots)
+            if require_finite:
+                self._require_finite(loss_B, slots, 0)
+        values = self._reduce()
+        self.sums, self.tokens = kept, kept_tokens
+        return values
+
+    def _losses(self, slots: Sequence[Slot]) -> torch.Tensor:
+        """Return the weighted loss of each pair, and add the micro-batch to the running sums."""
+        pairs = [slot.pair for slot in slots]
+        prompts = [pair.prompt_ids for pair in pairs]
+        logp = response_logp(
+            self.engine,
+            [*prompts, *prompts],
+            [*(pair.response_a for pair in pairs), *(pair.response_b for pair in pairs)],
+            self.device,
+        )
+        logp_a_B, logp_b_B = logp.chunk(2)
+        ref_a_B = self._tensor([pair.logp_ref_a for pair in pairs])
+        ref_b_B = self._tensor([pair.logp_ref_b for pair in pairs])
+        target_B = self._tensor([pair.target for pair in pairs])
+        weight_B = self._tensor([slot.weight for slot in slots])
+        margin_B = implicit_margin(logp_a_B, logp_b_B, ref_a_B, ref_b_B, self.spec.beta)
+        loss_B = preference_loss(margin_B, target_B) * weight_B
+        with torch.no_grad():
+            # both samples are the reference's: E[e^ℓ − 1 − ℓ] estimates KL(π_ref‖π_θ) without going below zero
+            ratio_2B = torch.cat([logp_a_B - ref_a_B, logp_b_B - ref_b_B])
+            kl_B = (ratio_2B.exp() - 1 - ratio_2B).reshape(2, -1).mean(dim=0)
+            agrees_B = 0.5 + 0.5 * torch.sign(margin_B) * torch.sign(target_B - 0.5)
+            signed_B = margin_B * torch.sign(target_B - 0.5)
+            rows = torch.stack([loss_B, weight_B * agrees_B, weight_B * signed_B, weight_B * kl_B, weight_B])
+            self.sums += rows.sum(dim=1).double()
+        self.tokens += sum(int(slot.weight) * slot.pair.num_tokens for slot in slots)
+        return loss_B
+
+    def _reduce(self) -> dict[str, float]:
+        """Average the running sums over all ranks and start them anew."""
+        sums = self.sums.clone()
+        self.sums.zero_()
+        dist.all_reduce(sums)
+        loss, accuracy, margin, kl, count = sums.tolist()
+        return {
+            "loss": loss / count,
+            "accuracy": accuracy / count,
+            "margin": margin / count,
+            "kl_ref_policy": kl / count,
+        }
+
+    def _tensor(self, values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+    def _require_finite(self, loss_B: torch.Tensor, slots: Sequence[Slot], step: int) -> None:
+        """Raise on all ranks when a loss on any of them is not a finite number."""
+        finite_B = torch.isfinite(loss_B.detach())
+        flag = finite_B.all().to(torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        if flag.item():
+            return
+        bad = [slot.pair.pair_id for slot, finite in zip(slots, finite_B.tolist(), strict=True) if not finite]
+        reports: list[list[str]] = [[]] * self.world_size
+        dist.all_gather_object(reports, bad)
+        where = "; ".join(f"rank {rank}: pairs {', '.join(ids)}" for rank, ids in enumerate(reports) if ids)
+        raise NumericalError(
+            f"step {step + 1}: the loss is not a finite number, before the update. {where}. "
+            "Look at these pairs; lower train.learning_rate if the loss grew before."
+        )

@@ -1,0 +1,21 @@
+"""Environment of all tests: one thread per process, no hub, helpers beside this file importable by Ray's workers."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data, or a skip that says where it was looked for."""
+    path = Path(os.environ.get("CAN_DIST_DATA", HERE.parents[1] / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no real data at {path}; set CAN_DIST_DATA")
+    return path

@@ -1,0 +1,231 @@
+"""Generation and scoring on real Ray actors: what comes out depends on the inputs alone, whoever does the work."""
+
+import json
+import os
+import signal
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+import torch
+from scipy import stats
+from tiny import make_tiny_classifier, make_tiny_lm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from can_dist.config import Config, Model, PythonCallable, SequenceClassifier, validate_config
+from can_dist.errors import DataError, EnvironmentProblem
+from can_dist.scoring.protocol import LogProb
+from can_dist.stages.generate import generate
+from can_dist.stages.ingest import ingest_prompts
+from can_dist.stages.score import score
+from can_dist.stages.workspace import Workspace
+
+WORDS = [f"w{i}" for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("world")
+    make_tiny_lm(directory / "lm", WORDS)
+    make_tiny_classifier(directory / "classifier", WORDS)
+    prompts = [{"prompt": f"{a} {b} {a}"[: 5 + 3 * (i % 2)].strip()} for i, (a, b) in enumerate(pairwise(WORDS))]
+    lines = [json.dumps({"prompt": f"{p['prompt']} w{i}"}) for i, p in enumerate(prompts)]
+    (directory / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def configure(world: Path, **changes: Any) -> Config:
+    raw: dict[str, Any] = {
+        "seed": 3,
+        "prompts": {"source": str(world / "prompts.jsonl"), "num_test": 3},
+        "reference": {"model": str(world / "lm")},
+        "reward": {"kind": "callable", "function": "scorers:num_words"},
+        "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.1}},
+        "generate": {"num_responses": 3, "max_new_tokens": 8, "batch_prompts": 2, "shard_prompts": 2},
+    }
+    for key, value in changes.items():
+        raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
+    return validate_config(raw)
+
+
+def respond(run: Path, config: Config) -> Any:
+    work = Workspace(run, config)
+    try:
+        prompts = ingest_prompts(work, config.prompts)
+        return generate(work, config.reference, prompts, split="train", role="reference")
+    finally:
+        work.close()
+
+
+@pytest.fixture(scope="module")
+def responses(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return respond(tmp_path_factory.mktemp("base"), configure(world))
+
+
+def scored(run: Path, config: Config, responses: Any, scorers: dict) -> Any:
+    work = Workspace(run, config)
+    try:
+        return score(work, responses, scorers, role="reference on train")
+    finally:
+        work.close()
+
+
+def test_responses_do_not_depend_on_sharding_or_on_the_number_of_actors(world, responses, tmp_path) -> None:
+    sharded = configure(world, generate={"shard_prompts": 8}, cluster={"num_actors": 1})
+    other = respond(tmp_path, sharded)
+    assert len(other.parts) == 1
+    assert len(responses.parts) == 4
+    assert other.table.equals(responses.table)
+
+
+def test_every_prompt_has_its_k_responses_and_finish_reasons(responses) -> None:
+    table = responses.table
+    per_prompt = pc.value_counts(table.column("prompt_id").combine_chunks()).field("counts")
+    assert set(per_prompt.to_pylist()) == {3}
+    for row in table.to_pylist():
+        assert row["num_tokens"] == len(row["token_ids"]) <= 8
+        assert (row["finish_reason"] == "stop") == (row["token_ids"][-1] == 4)
+        assert row["finish_reason"] == "stop" or row["num_tokens"] == 8
+
+
+def test_another_seed_gives_other_responses(world, responses, tmp_path) -> None:
+    other = respond(tmp_path, configure(world, seed=4))
+    assert other.table.column("text").to_pylist() != responses.table.column("text").to_pylist()
+
+
+def test_samples_follow_the_models_distribution(world, tmp_path) -> None:
+    """χ² of 4,000 first tokens of one prompt against the model's own softmax, with temperature and nucleus."""
+    (tmp_path / "one.jsonl").write_text('{"prompt": "w1 w2"}\n{"prompt": "w3"}\n{"prompt": "w4 w5"}\n')
+    options = {
+        "num_responses": 4000,
+        "max_new_tokens": 1,
+        "temperature": 0.05,
+        "top_p": 0.9,
+        "batch_prompts": 1,
+        "shard_prompts": 1,
+    }
+    config = configure(world, prompts={"source": str(tmp_path / "one.jsonl"), "num_test": 2}, generate=options)
+    table = respond(tmp_path / "run", config).table
+    tokens = np.array([ids[0] for ids in table.column("token_ids").to_pylist()])
+    tokenizer, model = AutoTokenizer.from_pretrained(world / "lm"), AutoModelForCausalLM.from_pretrained(world / "lm")
+    text = tokenizer.apply_chat_template(
+        table.column("messages")[0].as_py(), tokenize=False, add_generation_prompt=True
+    )
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+    with torch.no_grad():
+        probability = torch.softmax(model(ids).logits[0, -1].double() / 0.05, dim=-1).numpy()
+    order = np.argsort(-probability)
+    kept = order[: np.searchsorted(np.cumsum(probability[order]), 0.9) + 1]
+    assert set(tokens) <= set(kept)
+    expected = probability[kept] / probability[kept].sum() * len(tokens)
+    observed = np.array([(tokens == token).sum() for token in kept])
+    assert stats.chisquare(observed, expected).pvalue > 1e-3
+    assert len(kept) < len(probability), "the nucleus must cut something here"
+
+
+def test_stop_string_ends_a_response_and_is_not_kept(world, tmp_path) -> None:
+    config = configure(world, generate={"stop": ["w3", "w5"], "max_new_tokens": 24, "num_responses": 8})
+    rows = respond(tmp_path, config).table.to_pylist()
+    stopped = [row for row in rows if row["finish_reason"] == "stop" and row["token_ids"][-1] != 4]
+    assert stopped
+    for row in rows:
+        assert "w3" not in row["text"]
+        assert "w5" not in row["text"]
+
+
+def test_scores_are_those_of_the_models_alone(world, responses, tmp_path) -> None:
+    """Classifier scores and ln π against one forward pass per text with plain transformers."""
+    spec = SequenceClassifier(model=str(world / "classifier"), sign=-1, batch_size=5)
+    scorers = {"cost": spec, "logp.reference": LogProb(model=Model(model=str(world / "lm")))}
+    table = scored(tmp_path, configure(world), responses, scorers).table
+    tokenizer = AutoTokenizer.from_pretrained(world / "lm")
+    classifier = AutoModelForSequenceClassification.from_pretrained(world / "classifier").eval()
+    lm = AutoModelForCausalLM.from_pretrained(world / "lm").eval()
+    for row, values in zip(responses.table.to_pylist(), table.to_pylist(), strict=True):
+        conversation = [*row["messages"], {"role": "assistant", "content": row["text"]}]
+        text = tokenizer.apply_chat_template(conversation, tokenize=False)
+        prompt = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
+        prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        with torch.no_grad():
+            ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+            cost = classifier(ids, attention_mask=torch.ones_like(ids)).logits.item()
+            logits = lm(torch.tensor([prompt_ids + row["token_ids"]])).logits[0].log_softmax(-1)
+        logp = sum(logits[len(prompt_ids) - 1 + t, token].item() for t, token in enumerate(row["token_ids"]))
+        assert values["cost"] == pytest.approx(-cost, abs=1e-5)
+        assert values["logp.reference"] == pytest.approx(logp, abs=1e-4)
+
+
+def test_f01_actor_killed_mid_shard_loses_and_repeats_nothing(world, responses, tmp_path, monkeypatch) -> None:
+    kills = tmp_path / "kills"
+    kills.mkdir()
+    monkeypatch.setenv("CAN_DIST_TEST_KILLS", str(kills))
+    config = configure(world)
+    plain = scored(tmp_path / "plain", config, responses, {"r": PythonCallable(function="scorers:num_words")})
+    import ray
+
+    ray.shutdown()  # the next actors must see the variable
+    spec = PythonCallable(function="scorers:kills_its_actor_once")
+    killed = scored(tmp_path / "killed", config, responses, {"r": spec})
+    ray.shutdown()
+    assert (kills / "killed").exists()
+    assert len(list(kills.glob("call-*"))) == len(responses.parts) + 1
+    assert killed.table.drop_columns("r").equals(plain.table.drop_columns("r"))
+    assert killed.table.column("r").equals(plain.table.column("r"))
+
+
+def test_f01_actor_killed_from_outside_gives_identical_artifacts(world, responses, tmp_path) -> None:
+    config = configure(world)
+    scorers = {"r": PythonCallable(function="scorers:slow")}
+    undisturbed = scored(tmp_path / "undisturbed", config, responses, scorers)
+    work = Workspace(tmp_path / "killed", config)
+    killed: list[int] = []
+
+    def kill() -> None:
+        while work._pool is None or not killed:
+            if work._pool is not None and list((tmp_path / "killed").glob("score-*/part-*.arrow")):
+                killed.append(work._pool.process_ids()[0])
+                os.kill(killed[0], signal.SIGKILL)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        after = score(work, responses, scorers, role="reference on train")
+    finally:
+        thread.join(timeout=60)
+        work.close()
+    assert killed
+    assert after.digest == undisturbed.digest
+
+
+def test_shard_that_always_kills_its_actor_fails_the_stage_by_name(world, responses, tmp_path) -> None:
+    config = configure(world, cluster={"shard_attempts": 2})
+    with pytest.raises(EnvironmentProblem, match=r"shard \d killed its actor 2 times"):
+        scored(tmp_path, config, responses, {"r": PythonCallable(function="scorers:always_kills_its_actor")})
+
+
+def test_non_finite_score_names_scorer_and_response(world, responses, tmp_path) -> None:
+    with pytest.raises(DataError, match=r"scorer 'r': 1 score\(s\) are not finite numbers: \w+/1 \(nan\)"):
+        scored(tmp_path, configure(world), responses, {"r": PythonCallable(function="scorers:not_a_number")})
+
+
+def test_scorer_that_returns_too_few_scores_is_refused(world, responses, tmp_path) -> None:
+    with pytest.raises(DataError, match=r"'scorers:one_short': returned 5 scores for 6 responses"):
+        scored(tmp_path, configure(world), responses, {"r": PythonCallable(function="scorers:one_short")})
+
+
+def test_more_actors_than_the_cluster_has_say_what_there_is(world, responses, tmp_path) -> None:
+    config = configure(world, cluster={"num_actors": 64, "wait_resources_s": 2})
+    with pytest.raises(EnvironmentProblem, match=r"64 actors with \{'CPU': 1\} each were asked for; the cluster has"):
+        scored(tmp_path, config, responses, {"r": PythonCallable(function="scorers:num_words")})
+
+
+def test_classifier_context_too_short_for_a_text_is_refused(world, responses, tmp_path) -> None:
+    spec = SequenceClassifier(model=str(world / "classifier"), max_length=8)
+    with pytest.raises(DataError, match=r"has \d+ tokens with its prompt, the model takes 8"):
+        scored(tmp_path, configure(world), responses, {"r": spec})

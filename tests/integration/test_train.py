@@ -1,0 +1,310 @@
+"""Training as it really is: DeepSpeed ZeRO-3 on two gloo ranks, every parameter partitioned."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import train_world as tw
+from safetensors import safe_open
+from torch.nn.functional import logsigmoid
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
+
+from can_dist.tables.artifacts import MANIFEST
+from can_dist.training.batches import global_batch
+
+NUM_TRAIN, BATCH_SIZE, TOTAL = 22, 9, 6  # batches of 9, 9, 4, twice
+LORA = {"r": 2, "alpha": 8, "dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tw.World:
+    return tw.make_world(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: tw.World) -> str:
+    """Two ranks, full fine-tuning, from start to end."""
+    spec = world.spec("undisturbed", checkpoint_every=2)
+    outcome = tw.launch(spec)
+    assert outcome.codes == [0, 0], outcome.output
+    return spec
+
+
+def pair_losses(model: torch.nn.Module, rows: list[dict]) -> torch.Tensor:
+    """−p ln σ(z) − (1−p) ln σ(−z) of each row, one sequence at a time."""
+    losses = []
+    for row in rows:
+        ratio_a, ratio_b = (
+            tw.logp_one(model, tw.prompt_tokens(row), row[f"token_ids_{side}"]) - row[f"logp_ref_{side}"]
+            for side in "ab"
+        )
+        z = tw.BETA * (ratio_a - ratio_b)
+        losses.append(-row["target"] * logsigmoid(z) - (1 - row["target"]) * logsigmoid(-z))
+    return torch.stack(losses)
+
+
+def train_plainly(world: tw.World) -> tuple[dict[int, float], dict[int, float], dict[str, torch.Tensor]]:
+    """The same training in one process of plain torch: AdamW, cosine with warm-up, clipping at 1."""
+    rows = [row for row in world.rows if row["split"] == "train"]
+    model = AutoModelForCausalLM.from_pretrained(world.reference, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.999), weight_decay=0.01)
+    losses, norms = {}, {}
+    for step in range(TOTAL):
+        rate = step / 2 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / (TOTAL - 2)))
+        optimizer.param_groups[0]["lr"] = 3e-3 * rate
+        chosen = global_batch(NUM_TRAIN, BATCH_SIZE, 3, step)
+        loss = pair_losses(model, [rows[index] for index in chosen]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norms[step + 1] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        optimizer.step()
+        losses[step + 1] = loss.item()
+    return losses, norms, model.state_dict()
+
+
+def test_two_ranks_one_rank_and_plain_torch_train_alike(world: tw.World, undisturbed: str) -> None:
+    alone = world.spec("alone", micro_batch_size=5)
+    assert tw.launch(alone, num_ranks=1).codes == [0]
+    losses, norms, weights = train_plainly(world)
+    assert max(norms.values()) > 1 > min(norms.values()), "clipping must act in some steps and not in others"
+    validation = [row for row in world.rows if row["split"] == "validation"]
+    for spec in (undisturbed, alone):
+        metrics = tw.read_metrics(spec)
+        assert metrics.pop(0) == pytest.approx(math.log(2), abs=1e-5)
+        assert metrics == pytest.approx(losses, rel=1e-4)
+        assert tw.read_metrics(spec, "grad_norm") == pytest.approx(norms, rel=1e-3)
+        assert losses[TOTAL] < math.log(2) - 0.02, "the training must move for its trajectory to mean something"
+        model = tw.load_whole(tw.policy_dir(spec))
+        for name, expected in weights.items():
+            torch.testing.assert_close(model.state_dict()[name], expected, atol=2e-5, rtol=1e-3)
+        with torch.no_grad():
+            expected_eval = pair_losses(model, validation).mean().item()
+        assert tw.read_metrics(spec, "eval_loss") == {
+            0: pytest.approx(math.log(2), abs=1e-5),
+            3: pytest.approx(math.log(2), abs=0.05),
+            TOTAL: pytest.approx(expected_eval, rel=1e-5),
+        }
+
+
+def test_metrics_and_summary(world: tw.World, undisturbed: str) -> None:
+    directory = tw.policy_dir(undisturbed).parent
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    fields = {"loss", "accuracy", "margin", "kl_ref_policy"}
+    assert lines[0].keys() == {"step", *fields}
+    assert lines[1].keys() == {"step", *(f"eval_{name}" for name in fields)}
+    assert lines[-2].keys() == {"step", *fields, "grad_norm", "learning_rate", "tokens_per_second"}
+    rates = tw.read_metrics(undisturbed, "learning_rate")
+    cosine = [3e-3 * 0.5 * (1 + math.cos(math.pi * done / 4)) for done in range(4)]
+    assert [rates[step] for step in range(1, 7)] == pytest.approx([0, 1.5e-3, *cosine])
+    assert lines[-2]["kl_ref_policy"] > 0.001 > lines[0]["kl_ref_policy"] >= 0
+    assert lines[-2]["accuracy"] > 0.6
+    assert lines[-2]["tokens_per_second"] > 1
+    tokens = [
+        2 * len(tw.prompt_tokens(row)) + len(row["token_ids_a"]) + len(row["token_ids_b"])
+        for row in world.rows
+        if row["split"] == "train"
+    ]
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary == {"num_steps": TOTAL, "num_pairs": NUM_TRAIN, "num_tokens": 2 * sum(tokens)}
+
+
+def test_killed_training_goes_on_and_ends_with_the_same_bytes(world: tw.World, undisturbed: str) -> None:
+    spec = world.spec("killed", checkpoint_every=2)
+    killed = tw.launch(spec, hook="kill:1:4")
+    assert killed.codes[1] == -9
+    assert killed.codes[0] != 0, "the rank that is left must not think that it finished"
+    directory = tw.policy_dir(spec).parent
+    assert not (directory / "policy").exists()
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    resumed = tw.launch(spec)
+    assert resumed.codes == [0, 0], resumed.output
+    assert "going on from checkpoint step-000004" in resumed.output
+    assert tw.policy_bytes(spec) == tw.policy_bytes(undisturbed)
+    for key in ("loss", "grad_norm", "eval_loss", "margin", "learning_rate"):
+        assert tw.read_metrics(spec, key) == tw.read_metrics(undisturbed, key)
+
+
+@pytest.mark.slow
+def test_torn_checkpoint_is_passed_over_and_another_world_size_is_refused(world: tw.World, undisturbed: str) -> None:
+    spec = world.spec("torn", checkpoint_every=2)
+    assert tw.launch(spec, hook="kill:0:5").codes[0] == -9
+    alone = tw.launch(spec, num_ranks=1)
+    assert alone.codes == [2]
+    assert "step-000004: written by 2 ranks, this training has 1. Set cluster.num_workers to 2" in alone.output
+    newest = tw.policy_dir(spec).parent / "checkpoints" / "step-000004"
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-100])
+    resumed = tw.launch(spec)
+    assert resumed.codes == [0, 0], resumed.output
+    assert "checkpoint step-000004 is not whole and is passed over" in resumed.output
+    assert "going on from checkpoint step-000002" in resumed.output
+    assert tw.policy_bytes(spec) == tw.policy_bytes(undisturbed)
+
+
+def test_non_finite_loss_stops_all_ranks_before_the_update(world: tw.World) -> None:
+    batch = global_batch(NUM_TRAIN, BATCH_SIZE, 3, 2)
+    rows = [dict(row) for row in world.rows]
+    rows[batch[1]]["target"] = math.inf  # the second pair of step 3 belongs to rank 1
+    spec = world.spec("poisoned", rows=rows, checkpoint_every=1)
+    outcome = tw.launch(spec)
+    assert outcome.codes == [5, 5], outcome.output
+    assert (
+        f"NumericalError: step 3: the loss is not a finite number, before the update. rank 1: pairs pair-{batch[1]}."
+        in outcome.output
+    )
+    directory = tw.policy_dir(spec).parent
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+    assert max(tw.read_metrics(spec)) == 2
+    assert not (directory / "policy").exists()
+
+
+def test_stale_reference_is_refused_before_the_first_step(world: tw.World) -> None:
+    rows = [{**row, "logp_ref_a": row["logp_ref_a"] + 0.5} for row in world.rows]
+    spec = world.spec("stale", rows=rows)
+    outcome = tw.launch(spec)
+    assert outcome.codes == [5, 5], outcome.output
+    assert "the stored reference log-probabilities are not those of this model" in outcome.output
+    assert tw.read_metrics(spec) == {}
+    assert not tw.policy_dir(spec).exists()
+
+
+def test_failures_of_one_rank_do_not_hang_the_other(world: tw.World) -> None:
+    spec = world.spec("raised")
+    raised = tw.launch(spec, hook="raise:1:2")
+    assert raised.codes == [1, 1], raised.output
+    assert "RuntimeError: out of memory, say" in raised.output
+    gradient = tw.launch(spec, hook="nan_gradient")
+    assert gradient.codes == [5, 5], gradient.output
+    assert "NumericalError: step 1: the gradient was not finite and DeepSpeed skipped the update" in gradient.output
+    different = tw.launch(spec, last_spec=world.spec("raised", learning_rate=1e-4))
+    assert different.codes == [6, 6], different.output
+    assert "rank(s) [1] were started with another configuration than rank 0" in different.output
+    assert not tw.policy_dir(spec).exists()
+
+
+def test_adapters_train_resume_and_are_merged(world: tw.World) -> None:
+    spec = world.spec("lora", lora=LORA, learning_rate=2e-2, checkpoint_every=3)
+    assert tw.launch(spec).codes == [0, 0]
+    losses = tw.read_metrics(spec)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5), "adapters start as the identity"
+    assert losses[TOTAL] < math.log(2) - 0.02
+    killed = world.spec("lora-killed", lora=LORA, learning_rate=2e-2, checkpoint_every=3)
+    assert tw.launch(killed, hook="kill:1:4").codes[1] == -9
+    assert tw.launch(killed).codes == [0, 0]
+    assert tw.read_metrics(killed) == losses
+    assert tw.policy_bytes(killed) == tw.policy_bytes(spec)
+
+    policy, reference = tw.load_whole(tw.policy_dir(spec)), tw.load_whole(world.reference)
+    for name, weight in policy.state_dict().items():
+        change = weight - reference.state_dict()[name]
+        if "_proj" in name:
+            assert 0 < torch.linalg.matrix_rank(change, rtol=1e-4) <= LORA["r"], name
+        else:
+            assert change.abs().max() == 0, f"{name} is frozen"
+    # the engine measured base + adapters on the validation pairs; the merged policy must be the same function
+    validation = [row for row in world.rows if row["split"] == "validation"]
+    with torch.no_grad():
+        merged = pair_losses(policy, validation).mean().item()
+    assert tw.read_metrics(spec, "eval_loss")[TOTAL] == pytest.approx(merged, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_activation_checkpointing_changes_nothing(world: tw.World, lora: dict | None) -> None:
+    name = "lora" if lora else "full"
+    options = {"lora": lora, "learning_rate": 1e-2}
+    off = world.spec(f"{name}-off", **options)
+    on = world.spec(f"{name}-on", **options, activation_checkpointing=True)
+    for spec in (off, on):
+        outcome = tw.launch(spec)
+        assert outcome.codes == [0, 0], outcome.output
+    assert tw.read_metrics(on) == pytest.approx(tw.read_metrics(off), rel=1e-6)
+    assert tw.read_metrics(on, "grad_norm") == pytest.approx(tw.read_metrics(off, "grad_norm"), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["zero3_bf16.json", "zero3_offload.json"])
+def test_shipped_files_train_alike(world: tw.World, undisturbed: str, file: str) -> None:
+    spec = world.spec(file, ds_config=str(tw.ROOT / "ds_configs" / file))
+    outcome = tw.launch(spec)
+    assert outcome.codes == [0, 0], outcome.output
+    assert tw.read_metrics(spec) == pytest.approx(tw.read_metrics(undisturbed), rel=1e-5)
+
+
+def test_export_of_tied_embeddings_in_several_files_in_bf16(world: tw.World) -> None:
+    """The embedding of 2.6 MB stands alone; the reference has a generation config that save_pretrained refuses."""
+    directory = world.root / "tied"
+    config = AutoConfig.from_pretrained(world.reference)
+    config.tie_word_embeddings, config.vocab_size = True, 40_000
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    # the step-0 tolerance is of bf16, and so is the reference
+    model.to(torch.bfloat16).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(world.reference).save_pretrained(directory)
+    generation = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": tw.END}
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    tied = tw.World(world.root, directory, tw.fill_reference(tw.make_rows(6, 2), directory))
+    spec = tied.spec("tied-policy", precision="bf16", max_shard_size_mb=1, num_epochs=1, batch_size=3)
+    outcome = tw.launch(spec)
+    assert outcome.codes == [0, 0], outcome.output
+    out = tw.policy_dir(spec)
+    names = sorted(path.name for path in out.glob("*.safetensors"))
+    assert names == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(p.numel() for p in model.parameters()) * 2
+    for name, file in index["weight_map"].items():
+        with safe_open(out / file, framework="pt") as tensors:
+            assert tensors.get_slice(name).get_dtype() == "BF16"
+    policy = tw.load_whole(out, dtype=torch.bfloat16)
+    assert policy.lm_head.weight is policy.model.embed_tokens.weight
+    assert policy.config.tie_word_embeddings
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.9
+    assert not torch.equal(policy.lm_head.weight, model.lm_head.weight)
+
+
+SMALL = {"vocab_size": 32, "eos_token_id": tw.END, "pad_token_id": 0, "bos_token_id": None}
+HEADS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(**SMALL, n_embd=32, n_layer=2, n_head=2, n_positions=64),  # tied, with dropout and Conv1D
+        Qwen3Config(**SMALL, **HEADS, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True),
+        MixtralConfig(**SMALL, **HEADS, num_key_value_heads=2, num_local_experts=2),  # its experts are fused in memory
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_other_architectures_train_and_load(world: tw.World, config: PreTrainedConfig) -> None:
+    directory = world.root / config.model_type
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(world.reference).save_pretrained(directory)
+    other = tw.World(world.root, directory, tw.fill_reference(tw.make_rows(6, 2), directory, torch.float32))
+    spec = other.spec(f"{config.model_type}-policy", batch_size=3)
+    outcome = tw.launch(spec)
+    assert outcome.codes == [0, 0], outcome.output
+    assert tw.read_metrics(spec)[1] == pytest.approx(math.log(2), abs=1e-5), "no dropout before the first update"
+    with torch.no_grad():
+        expected = pair_losses(tw.load_whole(tw.policy_dir(spec)), other.rows[6:]).mean().item()
+    assert tw.read_metrics(spec, "eval_loss")[4] == pytest.approx(expected, rel=1e-5)
+
+
+def test_nothing_is_committed_by_failures(world: tw.World) -> None:
+    """Runs last: of all the trainings above, none left a manifest (the stage writes it, after the engine)."""
+    assert not list(world.root.glob(f"*/policy/{MANIFEST}"))
+    assert np.all([not (path / MANIFEST).exists() for path in world.root.iterdir() if "label" not in path.name])

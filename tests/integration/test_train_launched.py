@@ -1,0 +1,186 @@
+"""Training as a user starts it: by the deepspeed launcher, and by Ray Train inside a run; both on a labelled run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from ruamel.yaml import YAML
+from tiny import make_tiny_lm
+
+BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[2]
+WORDS = [f"w{i}" for i in range(12)]
+RAY_TRAIN = [str(BIN / "can-dist"), "train", "my.yaml", "--run"]
+ENVIRONMENT = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def start(folder: Path, *command: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def deepspeed(folder: Path, run: Path, *arguments: str) -> subprocess.Popen:
+    """Start two ranks with DeepSpeed's launcher, on a port of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port, "--module", "can_dist.train"]
+    return start(folder, *launcher, "--config", "my.yaml", "--run", str(run), *arguments)
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> str:
+    """Return all output of a process; its ``returncode`` is set."""
+    try:
+        return process.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+        pytest.fail(f"no end within {timeout} s:\n{process.communicate()[0]}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder with a run whose preferences are labelled, ``runs/labelled``."""
+    folder = tmp_path_factory.mktemp("user")
+    make_tiny_lm(folder / "lm", WORDS)
+    prompts = [f"{a} {b}" for a in WORDS[:6] for b in WORDS[6:10]]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    config = {
+        "seed": 1,
+        "beta": 0.5,
+        "prompts": {"source": "prompts.jsonl", "num_test": 4},
+        "reference": {"model": "lm"},
+        "reward": {"kind": "callable", "function": "scorers:num_words"},
+        "constraints": {
+            "calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.05},
+        },
+        "generate": {"num_responses": 4, "max_new_tokens": 6, "batch_prompts": 4, "shard_prompts": 20},
+        "label": {"validation_fraction": 0.2},
+        "train": {
+            "learning_rate": 1e-3,
+            "batch_size": 12,
+            "micro_batch_size": 2,
+            "num_epochs": 2,
+            "log_every": 1,
+            "checkpoint_every": 4,
+            "ds_config": str(ROOT / "ds_configs" / "zero3_cpu.json"),
+        },
+    }
+    with (folder / "my.yaml").open("w") as file:
+        YAML().dump(config, file)
+    process = start(folder, str(BIN / "can-dist"), "label", "my.yaml", "--run", "runs/labelled")
+    output = finish(process)
+    assert process.returncode == 0, output
+    return folder
+
+
+def copied(folder: Path, name: str) -> Path:
+    return Path(shutil.copytree(folder / "runs" / "labelled", folder / "runs" / name))
+
+
+def losses(run: Path) -> dict[int, float]:
+    paths = list(run.glob("train-*/metrics.jsonl"))
+    lines = [json.loads(line) for path in paths for line in path.read_text().split("\n")[:-1]]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def policy_bytes(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.glob("train-*/policy/*")}
+
+
+@pytest.fixture(scope="module")
+def launched(folder: Path) -> tuple[Path, str]:
+    """The run trained by ``deepspeed --module can_dist.train``, and what that printed."""
+    run = copied(folder, "launched")
+    process = deepspeed(folder, run)
+    output = finish(process)
+    assert process.returncode == 0, output
+    return run, output
+
+
+def test_deepspeed_launcher_trains_and_commits_a_labelled_run(folder: Path, launched: tuple[Path, str]) -> None:
+    run, output = launched
+    stage = next(run.glob("train-*"))
+    assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-3)
+    listed = [entry["file"] for entry in json.loads((stage / "MANIFEST.json").read_text())["files"]]
+    assert {"policy/model.safetensors", "policy/config.json", "policy/tokenizer.json"} <= set(listed)
+    assert not (stage / "checkpoints").exists(), "a finished policy needs no checkpoints"
+    assert list((stage / "tensorboard").glob("events.out.tfevents.*"))
+    ours = output.partition("train (policy): started")[2]  # before it the launcher speaks
+    for noise in ("Traceback", "Warning", "WARNING", "not sharded", "Setting accelerator"):
+        assert noise not in ours, ours
+    verified = start(folder, str(BIN / "can-dist"), "verify", str(run))
+    assert "every digest and every input as recorded" in finish(verified)
+
+
+def test_ray_train_survives_the_loss_of_a_rank_and_ends_with_the_same_policy(
+    folder: Path, launched: tuple[Path, str]
+) -> None:
+    run = copied(folder, "ray")
+    process = start(folder, *RAY_TRAIN, str(run))
+    deadline = time.monotonic() + 200
+    while max(losses(run), default=0) < 5 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "RayTrainWorker" in " ".join(child.cmdline())
+    ]
+    assert len(workers) == 2
+    assert not list(run.glob("train-*/policy")), "the kill comes too late to test anything"
+    workers[1].send_signal(signal.SIGKILL)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert "going on from checkpoint step-0000" in output
+    assert losses(run) == losses(launched[0])
+    assert policy_bytes(run) == policy_bytes(launched[0])
+    assert not list(run.glob("train-*/checkpoints")) + list(run.glob("train-*/ray"))
+
+
+@pytest.mark.slow
+def test_error_in_ray_workers_reaches_the_user_as_itself(folder: Path) -> None:
+    run = copied(folder, "ray-error")
+    lora = "train.lora={target_modules: [no_such_module]}"
+    process = start(folder, *RAY_TRAIN, str(run), "--set", lora)
+    output = finish(process)
+    assert process.returncode == 2, output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("ConfigError: train.lora: ")
+    assert "no_such_module" in last
+    assert "Traceback" not in output
+    assert "going on" not in output
+    assert not list(run.glob("train-*/MANIFEST.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "code", "message"),
+    [
+        ("train.lora={target_modules: [no_such_module]}", 2, "ConfigError: train.lora: "),
+        ("generate.top_p=0.5", 3, "DataError: "),
+        ("train.no_such_key=1", 2, "ConfigError: "),
+    ],
+    ids=["worker", "unfinished stage", "configuration"],
+)
+def test_launched_errors_are_said_once_with_their_exit_code(
+    folder: Path, setting: str, code: int, message: str
+) -> None:
+    run = copied(folder, f"launched-error-{setting.split('=')[0]}")
+    process = deepspeed(folder, run, "--set", setting)
+    output = finish(process)
+    assert process.returncode == code, output
+    assert output.count(message) == 1, output
+    assert "Traceback" not in output

@@ -1,0 +1,245 @@
+"""A preference table over a tiny model, and ranks that train on it: real processes, gloo and ZeRO-3.
+
+The ranks are forked from a server that has imported torch, DeepSpeed and transformers, so that a two-rank training
+costs seconds. They meet through the same environment variables that a launcher sets.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from tiny import SPECIAL_TOKENS, make_tiny_lm
+from transformers import AutoModelForCausalLM
+
+from can_dist.config import Model, Train
+from can_dist.tables.artifacts import Artifact, open_stage, write_part
+from can_dist.tables.schemas import PREFERENCES
+
+ROOT = Path(__file__).parents[1]
+WORDS = [f"w{i}" for i in range(20)]
+USER, ASSISTANT, END = (SPECIAL_TOKENS.index(token) for token in ("<user>", "<assistant>", "</s>"))
+BETA = 0.5
+
+
+def token_ids(words: list[str]) -> list[int]:
+    return [len(SPECIAL_TOKENS) + WORDS.index(word) for word in words]
+
+
+def make_rows(num_train: int = 22, num_validation: int = 11, seed: int = 0) -> list[dict]:
+    """Pairs of random words, all of different lengths; reference log-probabilities are filled in later."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for index in range(num_train + num_validation):
+        prompt, a, b = (random.choice(WORDS, size=size).tolist() for size in random.integers(1, 9, size=3))
+        gap = float(random.normal())
+        rows.append(
+            {
+                "pair_id": f"pair-{index}",
+                "prompt_id": f"prompt-{index}",
+                "split": "train" if index < num_train else "validation",
+                "messages": [{"role": "user", "content": " ".join(prompt)}],
+                "text_a": " ".join(a),
+                "text_b": " ".join(b),
+                "token_ids_a": [*token_ids(a), END],
+                "token_ids_b": [*token_ids(b), END],
+                "score_gap": gap,
+                "target": 1 / (1 + np.exp(-gap)),
+            }
+        )
+    return rows
+
+
+def prompt_tokens(row: dict) -> list[int]:
+    return [USER, *token_ids(row["messages"][0]["content"].split()), ASSISTANT]
+
+
+def logp_one(model: torch.nn.Module, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """ln π(response | prompt) of one sequence, alone and unpadded, token by token."""
+    ids = torch.tensor([[*prompt, *response]])
+    logp_TV = model(ids).logits[0].log_softmax(dim=-1)
+    return sum(logp_TV[len(prompt) + t - 1, token] for t, token in enumerate(response))
+
+
+@torch.no_grad()
+def fill_reference(rows: list[dict], model_dir: Path, dtype: torch.dtype = torch.float64) -> list[dict]:
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
+    for row in rows:
+        for side in "ab":
+            row[f"logp_ref_{side}"] = logp_one(model, prompt_tokens(row), row[f"token_ids_{side}"]).item()
+    return rows
+
+
+def write_preferences(run_dir: Path, rows: list[dict]) -> Artifact:
+    stage = open_stage(run_dir, "label", "preferences", {"rows": json.dumps(rows)}, {})
+    if stage.finished:
+        return stage.finished
+    write_part(stage.path, 0, pa.Table.from_pylist(rows, schema=PREFERENCES))
+    splits = {split: sum(row["split"] == split for row in rows) for split in ("train", "validation")}
+    return stage.commit([], info={"splits": splits})
+
+
+@dataclass
+class World:
+    """A reference model, its preference rows, and where trainings go."""
+
+    root: Path
+    reference: Path
+    rows: list[dict]
+
+    def spec(self, name: str, rows: list[dict] | None = None, precision: str = "fp32", **train: object) -> str:
+        """Return the JSON of a ``TrainSpec`` in the directory ``name``."""
+        from can_dist.training.engine import TrainSpec
+
+        directory = self.root / name
+        directory.mkdir(exist_ok=True)
+        options = {
+            "learning_rate": 3e-3,
+            "warmup_steps": 2,
+            "num_epochs": 2,
+            "batch_size": 9,
+            "micro_batch_size": 2,
+            "weight_decay": 0.01,
+            "log_every": 1,
+            "eval_every": 3,
+            "tensorboard": False,
+            "ds_config": str(ROOT / "ds_configs" / "zero3_cpu.json"),
+            **train,
+        }
+        return TrainSpec(
+            directory=directory,
+            preferences=write_preferences(self.root, self.rows if rows is None else rows).path,
+            reference=Model(model=str(self.reference)),
+            train=Train(**options),
+            beta=BETA,
+            seed=3,
+            precision=precision,
+        ).model_dump_json()
+
+
+def make_world(root: Path) -> World:
+    reference = make_tiny_lm(root / "reference", WORDS)
+    return World(root, reference, fill_reference(make_rows(), reference))
+
+
+@dataclass
+class Outcome:
+    """What became of the ranks of a launch."""
+
+    codes: list[int]
+    output: str
+    seconds: float
+
+
+def launch(spec: str, num_ranks: int = 2, hook: str = "", timeout: float = 120, last_spec: str = "") -> Outcome:
+    """Train on ``num_ranks`` forked processes, the last of them by ``last_spec`` if given.
+
+    ``hook`` makes a rank fail: 'kill:RANK:STEP', 'raise:RANK:STEP', or 'nan_gradient'.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_world_preload"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    directory = Path(json.loads(spec)["directory"])
+    start = time.monotonic()
+    logs = [directory / f"rank{rank}.log" for rank in range(num_ranks)]
+    processes = [
+        context.Process(target=run_rank, args=(rank, num_ranks, port, its_spec, hook, str(logs[rank])))
+        for rank, its_spec in enumerate([*[spec] * (num_ranks - 1), last_spec or spec])
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(max(1.0, timeout - (time.monotonic() - start)))
+    hung = [process for process in processes if process.is_alive()]
+    for process in hung:
+        process.kill()
+        process.join()
+    output = "".join(log.read_text(encoding="utf-8") for log in logs)
+    assert not hung, f"{len(hung)} rank(s) hung for {timeout} s:\n{output}"
+    return Outcome([process.exitcode for process in processes], output, time.monotonic() - start)
+
+
+def run_rank(rank: int, num_ranks: int, port: int, spec: str, hook: str, log: str) -> None:
+    """Be one rank: what ``can_dist.train`` does between a launcher and the engine."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    from can_dist.errors import CanDistError
+    from can_dist.training import engine
+
+    _install(hook, rank)
+    try:
+        engine.train_worker(spec)
+    except CanDistError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+
+def _install(hook: str, rank: int) -> None:
+    from can_dist.training import engine
+
+    kind, *arguments = hook.split(":")
+    if kind in ("kill", "raise") and rank == int(arguments[0]):
+        plain_step = engine._Loop.step
+
+        def step_or_fail(loop: engine._Loop, step: int) -> None:
+            if step == int(arguments[1]):
+                if kind == "raise":
+                    raise RuntimeError("out of memory, say")
+                os.kill(os.getpid(), signal.SIGKILL)
+            plain_step(loop, step)
+
+        engine._Loop.step = step_or_fail
+    if kind == "nan_gradient" and rank == 1:
+        plain_logp = engine.response_logp
+
+        def poisoned(*inputs: object) -> torch.Tensor:
+            logp = plain_logp(*inputs)
+            if logp.requires_grad:
+                logp.register_hook(lambda gradient: gradient * float("nan"))
+            return logp
+
+        engine.response_logp = poisoned
+
+
+def read_metrics(spec: str, key: str = "loss") -> dict[int, float]:
+    """Return {step: value} of a metric."""
+    path = Path(json.loads(spec)["directory"]) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def policy_dir(spec: str) -> Path:
+    return Path(json.loads(spec)["directory"]) / "policy"
+
+
+def policy_bytes(spec: str) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(policy_dir(spec).iterdir())}
+
+
+def load_whole(directory: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """Load an exported policy as a user would; nothing missing, nothing left over, no adapters."""
+    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    return model.eval()

@@ -1,0 +1,76 @@
+"""The one formatter: prompt, response and whole text agree with each other and with the chat template."""
+
+from pathlib import Path
+
+import pytest
+from tiny import make_tiny_tokenizer
+from transformers import AutoTokenizer
+
+from can_dist.errors import ConfigError, DataError
+from can_dist.modeling.formatter import Formatter
+
+MESSAGES = [{"role": "user", "content": "w1 w2"}]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path):
+    make_tiny_tokenizer(tmp_path, [f"w{i}" for i in range(5)] + ["USER:", "ASSISTANT:"])
+    return AutoTokenizer.from_pretrained(tmp_path)
+
+
+def test_prompt_and_response_make_the_whole_conversation(tokenizer) -> None:
+    formatter = Formatter(tokenizer)
+    whole = formatter.full_ids(MESSAGES, "w3 w4")
+    assert formatter.prompt_ids(MESSAGES) + formatter.response_ids(MESSAGES, "w3 w4") == whole
+    assert tokenizer.decode(whole) == "<user> w1 w2 <assistant> w3 w4 </s>"
+
+
+def test_chat_template_is_what_transformers_renders(tokenizer) -> None:
+    conversation = [*MESSAGES, {"role": "assistant", "content": "w3"}, {"role": "user", "content": "w4"}]
+    expected = tokenizer.apply_chat_template(conversation, tokenize=True, add_generation_prompt=True)["input_ids"]
+    assert Formatter(tokenizer).prompt_ids(conversation) == expected
+
+
+def test_plain_template_ends_with_the_end_token(tokenizer) -> None:
+    formatter = Formatter(tokenizer, "USER: {prompt} ASSISTANT:")
+    assert tokenizer.decode(formatter.prompt_ids(MESSAGES)) == "USER: w1 w2 ASSISTANT:"
+    assert formatter.response_ids(MESSAGES, "w3")[-1] == tokenizer.eos_token_id
+    assert formatter.full_ids(MESSAGES, " w3")[-1] == tokenizer.eos_token_id
+
+
+def test_plain_template_begins_with_the_token_that_the_tokenizer_adds(shared_data: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "models" / "stories260K")
+    ids = Formatter(tokenizer, "{prompt}").prompt_ids([{"role": "user", "content": "Once upon"}])
+    assert ids == tokenizer("Once upon").input_ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.bos_token_id not in ids[1:]
+
+
+def test_space_that_the_template_puts_before_a_response_is_part_of_it(shared_data: Path) -> None:
+    """The template writes 'ASSISTANT: text</s>': a given response must be tokenised as the model would say it."""
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "models" / "stories3M-qa-sft")
+    formatter = Formatter(tokenizer)
+    ids = formatter.response_ids(MESSAGES, "Hello there")
+    assert tokenizer.decode(ids).strip() == "Hello there</s>"
+    assert tokenizer.decode(formatter.prompt_ids(MESSAGES) + ids) == tokenizer.decode(
+        formatter.full_ids(MESSAGES, "Hello there")
+    )
+    assert ids[-1] == tokenizer.eos_token_id
+    assert formatter.prompt_ids(MESSAGES).count(tokenizer.bos_token_id) == 1
+
+
+def test_response_that_the_tokenizer_joins_to_the_prompt_is_encoded_on_its_own(tokenizer) -> None:
+    """Words split at spaces: 'ASSISTANT:w3' would be one unknown word."""
+    formatter = Formatter(tokenizer, "USER: {prompt} ASSISTANT:")
+    assert tokenizer.decode(formatter.response_ids(MESSAGES, "w3")) == "w3 </s>"
+
+
+def test_no_chat_template_is_a_clear_error(tokenizer) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match=r"has no chat template. Set template for it"):
+        Formatter(tokenizer)
+
+
+def test_dialogue_does_not_fit_a_plain_template(tokenizer) -> None:
+    with pytest.raises(DataError, match="a conversation of 3 messages does not fit the plain template"):
+        Formatter(tokenizer, "{prompt}").prompt_ids(MESSAGES * 3)

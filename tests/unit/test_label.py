@@ -1,0 +1,158 @@
+"""Pairs and their labels, on hand-made tables."""
+
+import json
+from collections import Counter
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from can_dist.config import validate_config
+from can_dist.dual import Margin, solve_dual
+from can_dist.errors import DataError
+from can_dist.stages.label import NOTED, label
+from can_dist.stages.solve import SOLUTION
+from can_dist.stages.workspace import Workspace
+from can_dist.tables.artifacts import open_stage, write_json, write_part
+from can_dist.tables.schemas import RESPONSES
+
+NUM_PROMPTS, NUM_RESPONSES, BETA = 40, 5, 1.0
+
+
+def tables(run: Path, reward_N: np.ndarray, safety_N: np.ndarray, texts: list[str] | None = None, margin: float = 0.1):
+    """Commit responses, scores and the dual's solution of a small table."""
+    rows = []
+    for n in range(len(reward_N)):
+        prompt, k = divmod(n, NUM_RESPONSES)
+        text = f"answer {n}" if texts is None else texts[n]
+        rows.append(
+            {
+                "prompt_id": f"p{prompt}",
+                "response_id": f"p{prompt}/{k}",
+                "messages": [{"role": "user", "content": f"question {prompt}"}],
+                "text": text,
+                "token_ids": [ord(c) for c in text] + [2],
+                "num_tokens": len(text) + 1,
+                "finish_reason": "stop",
+            }
+        )
+    stage = open_stage(run, "generate", "test", {}, {})
+    write_part(stage.path, 0, pa.Table.from_pylist(rows, schema=RESPONSES))
+    responses = stage.commit()
+    stage = open_stage(run, "scores", "test", {}, {"responses": responses})
+    columns = {"prompt_id": [r["prompt_id"] for r in rows], "response_id": [r["response_id"] for r in rows]}
+    columns |= {"reward": reward_N, "safety": safety_N, "logp.reference": -np.arange(len(rows), dtype=float)}
+    write_part(stage.path, 0, pa.table(columns))
+    scores = stage.commit()
+    solution = solve_dual(
+        reward_N, safety_N[:, None], columns["prompt_id"], beta=BETA, constraints=[Margin("safety", margin=margin)]
+    )
+    stage = open_stage(run, "solve", "test", {}, {"scores": scores})
+    write_json(stage.path / SOLUTION, solution.to_dict())
+    return responses, scores, stage.commit([SOLUTION]), solution
+
+
+def labelled(run: Path, inputs: Any, **options: Any) -> Any:
+    config = validate_config(
+        {
+            "prompts": {"source": "x.jsonl"},
+            "reference": {"model": "x"},
+            "reward": {"kind": "callable", "function": "a:b"},
+            "constraints": {"safety": {"scorer": {"kind": "callable", "function": "a:b"}, "margin": 0.1}},
+            "beta": BETA,
+            "label": options,
+        }
+    )
+    work = Workspace(run, config)
+    try:
+        return label(work, *inputs[:3], reward="reward")
+    finally:
+        work.close()
+
+
+@pytest.fixture
+def random_scores() -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    return tuple(generator.normal(size=(2, NUM_PROMPTS * NUM_RESPONSES)))
+
+
+def test_soft_labels_are_the_sigmoid_of_the_combined_gap(tmp_path, random_scores) -> None:
+    reward_N, safety_N = random_scores
+    *inputs, solution = tables(tmp_path, reward_N, safety_N)
+    table = labelled(tmp_path, inputs).table
+    combined = reward_N + solution.lam["safety"] * safety_N
+    assert solution.lam["safety"] > 0
+    assert table.num_rows == NUM_PROMPTS * comb(NUM_RESPONSES, 2)
+    for row in table.to_pylist():
+        left, right = row["pair_id"].split("|")
+        prompt, k = left.split("/")
+        a, b = int(prompt[1:]) * NUM_RESPONSES + int(k), int(prompt[1:]) * NUM_RESPONSES + int(right)
+        assert row["score_gap"] == pytest.approx(combined[a] - combined[b], abs=1e-12)
+        assert row["target"] == pytest.approx(1 / (1 + np.exp(combined[b] - combined[a])), abs=1e-12)
+        assert (row["logp_ref_a"], row["logp_ref_b"]) == (-a, -b)
+        assert (row["text_a"], row["text_b"]) == (f"answer {a}", f"answer {b}")
+
+
+def test_sampled_labels_are_draws_of_the_soft_ones(tmp_path, random_scores) -> None:
+    *inputs, _ = tables(tmp_path, *random_scores)
+    soft, hard = labelled(tmp_path, inputs).table, labelled(tmp_path, inputs, labels="sampled").table
+    p, draw = soft.column("target").to_numpy(), hard.column("target").to_numpy()
+    assert set(draw) == {0.0, 1.0}
+    assert abs((draw - p).mean()) < 4 * np.sqrt((p * (1 - p)).mean() / len(p))
+    assert np.corrcoef(p, draw)[0, 1] > 0.2
+    assert labelled(tmp_path, inputs, labels="sampled").digest == labelled(tmp_path, inputs, labels="sampled").digest
+
+
+def test_some_pairs_per_prompt_are_distinct_and_repeatable(tmp_path, random_scores) -> None:
+    *inputs, _ = tables(tmp_path, *random_scores)
+    table = labelled(tmp_path, inputs, pairs_per_prompt=3).table
+    assert set(Counter(table.column("prompt_id").to_pylist()).values()) == {3}
+    assert len(set(table.column("pair_id").to_pylist())) == 3 * NUM_PROMPTS
+    again = labelled(tmp_path / "again", tables(tmp_path / "again", *random_scores), pairs_per_prompt=3).table
+    assert again.equals(table)
+
+
+def test_validation_pairs_are_split_by_prompt(tmp_path, random_scores) -> None:
+    *inputs, _ = tables(tmp_path, *random_scores)
+    rows = labelled(tmp_path, inputs, validation_fraction=0.3).table.to_pylist()
+    splits: dict[str, set] = {}
+    for row in rows:
+        splits.setdefault(row["prompt_id"], set()).add(row["split"])
+    assert all(len(found) == 1 for found in splits.values())
+    held = sum(found == {"validation"} for found in splits.values())
+    assert 4 <= held <= 20  # 12 expected of 40
+
+
+def test_empty_and_equal_responses_are_set_aside_and_listed_and_ties_counted(tmp_path, random_scores) -> None:
+    reward_N, safety_N = (scores.copy() for scores in random_scores)
+    texts = [f"answer {n}" for n in range(len(reward_N))]
+    texts[0], texts[6], texts[7] = "  ", "twin", "twin"
+    reward_N[11], safety_N[11] = reward_N[10], safety_N[10]
+    *inputs, _ = tables(tmp_path, reward_N, safety_N, texts)
+    artifact = labelled(tmp_path, inputs)
+    counts = artifact.info["counts"]
+    assert (counts["empty response"], counts["equal responses"], counts["tie"]) == (4, 1, 1)
+    assert counts["pairs"] == NUM_PROMPTS * comb(NUM_RESPONSES, 2) - 5
+    listed = json.loads((artifact.path / NOTED).read_text())
+    assert {entry["pair_id"] for entry in listed if entry["reason"] == "equal responses"} == {"p1/1|2"}
+    assert [(entry["pair_id"], entry["kept"]) for entry in listed if entry["reason"] == "tie"] == [("p2/0|1", True)]
+    assert {entry["pair_id"] for entry in listed if entry["reason"] == "empty response"} == {
+        f"p0/0|{k}" for k in (1, 2, 3, 4)
+    }
+
+
+def test_constant_scores_are_no_preference_signal(tmp_path) -> None:
+    constant = np.ones(NUM_PROMPTS * NUM_RESPONSES)
+    *inputs, _ = tables(tmp_path, constant, constant, margin=-0.1)
+    with pytest.raises(DataError, match="no preference signal: the two scores of every pair are equal"):
+        labelled(tmp_path, inputs)
+    assert not list(tmp_path.glob("label-*/part-*"))
+
+
+def test_no_pair_left_is_an_error(tmp_path, random_scores) -> None:
+    *inputs, _ = tables(tmp_path, *random_scores, texts=["" for _ in random_scores[0]])
+    with pytest.raises(DataError, match=r"no pair is left to train on \(400 empty response"):
+        labelled(tmp_path, inputs)
