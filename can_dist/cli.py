@@ -219,7 +219,7 @@ def main() -> None:
     sys.path.append(str(Path.cwd()))  # a scorer given as module:function lies beside the configuration
     try:
         cli.main(standalone_mode=False)
-    except CanDistError as error:
+    except (CanDistError, Interrupted) as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:

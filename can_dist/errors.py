@@ -46,7 +46,11 @@ class EnvironmentProblem(CanDistError, RuntimeError):
     exit_code = 6
 
 
-class Interrupted(CanDistError):
-    """Stopped by a signal after committing what was finished; the same command continues."""
+class Interrupted(BaseException):
+    """Stopped by a signal after committing what was finished; the same command continues.
+
+    Not an ``Exception``: it is raised wherever the signal finds the process, and code that wraps the exceptions it
+    meets (Ray's deserialisation does) must not make an error of it.
+    """
 
     exit_code = 75

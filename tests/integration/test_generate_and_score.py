@@ -17,8 +17,9 @@ from scipy import stats
 from tiny import make_tiny_classifier, make_tiny_lm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from can_dist.cluster import interruptible
 from can_dist.config import Config, Model, PythonCallable, SequenceClassifier, validate_config
-from can_dist.errors import DataError, EnvironmentProblem
+from can_dist.errors import DataError, EnvironmentProblem, Interrupted
 from can_dist.scoring.protocol import LogProb
 from can_dist.stages.generate import generate
 from can_dist.stages.ingest import ingest_prompts
@@ -229,3 +230,19 @@ def test_classifier_context_too_short_for_a_text_is_refused(world, responses, tm
     spec = SequenceClassifier(model=str(world / "classifier"), max_length=8)
     with pytest.raises(DataError, match=r"has \d+ tokens with its prompt, the model takes 8"):
         scored(tmp_path, configure(world), responses, {"r": spec})
+
+
+class _SignalWhenRead:
+    """Reading it back from Ray sends this process a SIGTERM: the worst moment, inside Ray's own error handling."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.kill, (os.getpid(), signal.SIGTERM)
+
+
+def test_f07_stop_signal_inside_ray_is_not_made_an_error(world, responses) -> None:
+    """Ray wraps the exceptions it meets while it deserialises; a stop request must come through as itself."""
+    import ray
+
+    assert ray.is_initialized(), "the fixture generated on a real Ray"
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"), interruptible():
+        ray.get(ray.put(_SignalWhenRead()))
