@@ -1,0 +1,240 @@
+"""Methods beside each other: what each gained, what it cost, and who wins against whom.
+
+All methods are evaluated on the same P prompts against the same reference, so that their gains are paired. M methods,
+R replicates. The picture is in ``compare_plot``, the pairwise ranking in ``ranking``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import f, t
+
+from can_dist.dual import Interval
+from can_dist.errors import ConfigError, DataError
+
+FloatArray = npt.NDArray[np.float64]
+
+CONFIDENCE = 0.95
+MIN_PROMPTS = 3
+"""Fewer give no confidence ellipse."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method used, all its trainings together.
+
+    Attributes:
+        generated_tokens: tokens sampled.
+        scored_tokens: tokens read by score models.
+        trained_tokens: tokens passed through training, every epoch counted.
+        wall_s: seconds from start to end.
+        num_trainings: policies trained.
+    """
+
+    generated_tokens: int
+    scored_tokens: int
+    trained_tokens: int
+    wall_s: float
+    num_trainings: int
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One method on one constraint.
+
+    Attributes:
+        name: of the method, as tables and pictures show it.
+        reward_gain: E_{π_θ} r − E_{π_ref} r.
+        safety_gain: E_{π_θ} g − E_{π_ref} g.
+        covariance_22: of the two means (reward, safety), over prompts: cov/P.
+        margin: the safety gain that was asked for.
+        kl: KL(π_θ‖π_ref), nats.
+        cost: what it used.
+        reward_P: reward gain of each prompt.
+        safety_P: safety gain of each prompt.
+    """
+
+    name: str
+    reward_gain: float
+    safety_gain: float
+    covariance_22: FloatArray
+    margin: float
+    kl: float
+    cost: Cost
+    reward_P: FloatArray
+    safety_P: FloatArray
+
+
+@dataclass(frozen=True)
+class Ellipse:
+    """A confidence region of (safety gain, reward gain); the width axis is turned ``angle`` degrees from safety."""
+
+    safety: float
+    reward: float
+    width: float
+    height: float
+    angle: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text for Markdown or HTML; neither is escaped."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class OneShotRatio:
+    """Training tokens of an iterative method over those of the one-shot method, to the same margin.
+
+    Attributes:
+        ratio: baseline's tokens over one-shot's; a lower bound where ``reached`` is false.
+        reached: whether the baseline met the margin.
+        rounds: trainings the baseline took to the margin, or all it did.
+        baseline_tokens: trained tokens up to that round.
+        one_shot_tokens: trained tokens of the one-shot method.
+    """
+
+    ratio: float
+    reached: bool
+    rounds: int
+    baseline_tokens: int
+    one_shot_tokens: int
+
+
+def method_result(
+    name: str, reward_P: npt.ArrayLike, safety_P: npt.ArrayLike, *, margin: float, kl: float, cost: Cost
+) -> MethodResult:
+    """Build a result from the gains of each prompt.
+
+    Raises:
+        DataError: not one finite reward gain and safety gain per prompt, or fewer than 3 prompts.
+    """
+    gain_2P = [np.asarray(gain_P, dtype=np.float64) for gain_P in (reward_P, safety_P)]
+    shapes = [gain_P.shape for gain_P in gain_2P]
+    if shapes[0] != shapes[1] or len(shapes[0]) != 1 or shapes[0][0] < MIN_PROMPTS:
+        raise DataError(
+            f"method {name!r}: reward gains of shape {shapes[0]}, safety gains of shape {shapes[1]}; expected one each "
+            f"per prompt, on at least {MIN_PROMPTS} prompts."
+        )
+    if not np.isfinite(gain_2P).all():
+        raise DataError(f"method {name!r}: a gain is not finite. Evaluate it again.")
+    covariance_22 = np.cov(np.stack(gain_2P), ddof=1) / shapes[0][0]
+    means = [float(gain_P.mean()) for gain_P in gain_2P]
+    return MethodResult(name, means[0], means[1], covariance_22, margin, kl, cost, gain_2P[0], gain_2P[1])
+
+
+def comparison_table(results: Sequence[MethodResult]) -> Table:
+    """Return one row per method: gains with 95 % t-intervals over prompts, whether the margin was met, KL and cost.
+
+    Raises:
+        DataError: no methods, two of one name, or methods of different prompts.
+    """
+    check_comparable(results)
+    header = ("method", "helpfulness gain", "safety gain", "margin", "verdict", "KL (nats)", "trainings",
+              "trained tokens", "generated tokens", "scored tokens", "time")  # fmt: skip
+    rows = []
+    for result in results:
+        reward, safety = gain_interval(result.reward_P), gain_interval(result.safety_P)
+        cost = result.cost
+        rows.append((
+            result.name, _with_reach(reward), _with_reach(safety), f"{result.margin:.3g}",
+            margin_verdict(safety, result.margin), f"{result.kl:.3g}", str(cost.num_trainings),
+            short_count(cost.trained_tokens), short_count(cost.generated_tokens), short_count(cost.scored_tokens),
+            short_time(cost.wall_s),
+        ))  # fmt: skip
+    return Table(header, tuple(rows))
+
+
+def gain_interval(gain_P: FloatArray, confidence: float = CONFIDENCE) -> Interval:
+    """Return the mean gain over prompts with its t-interval."""
+    mean, se = float(gain_P.mean()), float(gain_P.std(ddof=1) / math.sqrt(gain_P.size))
+    reach = float(t.ppf(0.5 + confidence / 2, gain_P.size - 1)) * se
+    return Interval(mean, se, mean - reach, mean + reach)
+
+
+def margin_verdict(safety: Interval, margin: float) -> str:
+    """Say whether a margin was met, in the words of the report."""
+    if safety.low >= margin:
+        return "met"
+    return "met within the interval" if safety.high >= margin else "not met"
+
+
+def confidence_ellipse(result: MethodResult, confidence: float = CONFIDENCE) -> Ellipse:
+    """Return the joint confidence region of a method's two gains (Hotelling's T², exact for Gaussian gains).
+
+    (x − x̄)ᵀ C⁻¹ (x − x̄) ≤ 2(P − 1)/(P − 2) · F_{2,P−2}, with C the covariance of the means.
+    """
+    num_prompts = result.reward_P.size
+    scale = 2.0 * (num_prompts - 1) / (num_prompts - 2) * float(f.ppf(confidence, 2, num_prompts - 2))
+    value_2, vector_22 = np.linalg.eigh(result.covariance_22[::-1, ::-1])  # safety first, as the picture has it
+    height, width = 2.0 * np.sqrt(np.maximum(value_2, 0.0) * scale)
+    angle = math.degrees(math.atan2(vector_22[1, 1], vector_22[0, 1]))
+    return Ellipse(result.safety_gain, result.reward_gain, float(width), float(height), angle)
+
+
+def one_shot_ratio(
+    one_shot_tokens: int, trained_tokens: Sequence[int], safety_gains: Sequence[float], margin: float
+) -> OneShotRatio:
+    """Compare the training an iterative method (C-DPO) needs for a margin with that of the one-shot method (MoCAN).
+
+    Args:
+        one_shot_tokens: tokens trained by the method that meets the margin in one training.
+        trained_tokens: tokens trained in each round of the iterative method, in order.
+        safety_gains: E g − E_{π_ref} g measured after each round; the first at or above the margin ends the count.
+        margin: the same for both.
+
+    Raises:
+        ConfigError: no rounds, lists of different lengths, or tokens that are not positive.
+    """
+    if not trained_tokens or len(trained_tokens) != len(safety_gains) or min(one_shot_tokens, *trained_tokens) <= 0:
+        raise ConfigError(
+            f"one_shot_ratio: {one_shot_tokens} tokens against {len(trained_tokens)} rounds of training with "
+            f"{len(safety_gains)} measured gains; expected positive tokens and one gain per round."
+        )
+    met = [gain >= margin for gain in safety_gains]
+    rounds = met.index(True) + 1 if any(met) else len(met)
+    tokens = sum(trained_tokens[:rounds])
+    return OneShotRatio(tokens / one_shot_tokens, any(met), rounds, tokens, one_shot_tokens)
+
+
+def check_comparable(results: Sequence[MethodResult]) -> None:
+    """Raise ``DataError`` unless there are methods, of different names, on one set of prompts."""
+    names = [result.name for result in results]
+    sizes = {result.name: result.reward_P.size for result in results}
+    if not results or len(sizes) < len(names) or len(set(sizes.values())) > 1:
+        raise DataError(
+            f"methods {', '.join(names) or '(none)'} with {', '.join(map(str, sizes.values())) or 'no'} prompts: "
+            "expected methods of different names, evaluated on the same prompts."
+        )
+
+
+def short_count(count: int) -> str:
+    """Return a count with three digits: 940, 1.23k, 12.3M, 1.23G."""
+    value = float(count)
+    for unit in ("", "k", "M", "G"):
+        if value < 999.5 or unit == "G":
+            return f"{count}" if unit == "" else f"{value:.3g}{unit}"
+        value /= 1000.0
+    raise AssertionError
+
+
+def short_time(seconds: float) -> str:
+    """Return seconds as people say them: 42 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.3g} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _with_reach(interval: Interval) -> str:
+    """The mean with its reach, to two digits of the reach."""
+    reach = interval.high - interval.mean
+    digits = 2 if reach == 0.0 else min(max(1 - math.floor(math.log10(reach)), 0), 6)
+    return f"{interval.mean:+.{digits}f} ± {reach:.{digits}f}"

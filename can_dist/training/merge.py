@@ -1,0 +1,299 @@
+"""Two policies → their weighted mean θ = q·θ_a + (1 − q)·θ_b, one tensor at a time (P-SACPO, arXiv 2404.11049, 4.2).
+
+Neither model is ever whole in memory: at most one shard of the result and one tensor of each input are. The result
+appears under its name when it is complete, or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from can_dist.errors import ConfigError, DataError
+from can_dist.tables.artifacts import file_digest, write_json
+from can_dist.training.export import SINGLE, check_shapes, plan_shards
+
+INDEX = f"{SINGLE}.index.json"
+COPIED = ("config.json", "generation_config.json", "tokenizer*", "*.jinja", "special_tokens_map.json",
+          "added_tokens.json", "vocab.*", "merges.txt", "*.model")  # fmt: skip
+"""What else makes a policy; taken from the first one."""
+
+CONFIG_MAY_DIFFER = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+TOKENIZER_MAY_DIFFER = {"padding", "truncation", "version"}
+"""What a use of a tokenizer leaves in its file; the strings' tokens do not depend on it."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
+TOKENIZER_SETTINGS = ("chat_template", "bos_token", "eos_token", "add_bos_token", "add_eos_token")
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies and what it is, as its file's header says."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read it; the file is closed again, so that its mapped pages are given back with the tensor."""
+        with safe_open(self.file, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+
+def merge_policies(policy_a: Path, policy_b: Path, out: Path, q: float, max_shard_size_mb: int = 4000) -> Path:
+    """Write θ = q·θ_a + (1 − q)·θ_b as a Hugging Face directory ``out``; return it.
+
+    In P-SACPO, θ_a was aligned to r + λg and θ_b to r alone, q ∈ {0.25, 0.5, 0.75}.
+
+    The arithmetic is fp32 (fp64 for fp64 weights), the result has the stored dtype. q = 1 gives θ_a and q = 0 gives
+    θ_b to the bit. A tied weight that is stored twice is written once. Integer buffers must be equal.
+
+    Args:
+        policy_a: directory with config.json and safetensors, sharded or not; its configuration and tokenizer are kept.
+        policy_b: the same of the other policy.
+        out: directory to make; it must not exist, its parent must.
+        q: weight of ``policy_a``, in [0, 1].
+        max_shard_size_mb: largest file of the result, in MB; the memory this needs is two to three times as much.
+
+    Raises:
+        ConfigError: q outside [0, 1], ``out`` exists, or its parent does not.
+        DataError: the policies have not the same architecture, tensors, dtypes or tokenizer; or one is damaged, an
+            adapter, or pickled.
+    """
+    if not 0.0 <= q <= 1.0:
+        raise ConfigError(f"q = {q}: expected between 0 and 1, the weight of {policy_a} in the merge.")
+    if out.exists() or not out.parent.is_dir():
+        state = "already exists" if out.exists() else "has no parent directory"
+        raise ConfigError(f"out = {out}: {state}. Give a new directory inside an existing one.")
+    tensors_a, tensors_b = _stored_tensors(policy_a), _stored_tensors(policy_b)
+    config = _same_config(policy_a, policy_b)
+    _same_tokenizer(policy_a, policy_b)
+    tied = _tied_copies(config)
+    for policy, tensors in ((policy_a, tensors_a), (policy_b, tensors_b)):
+        _drop_tied_copies(policy, tensors, tied)
+    _refuse_differences(
+        policy_a, policy_b, "tensors",
+        {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors_a.items()},
+        {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors_b.items()},
+    )  # fmt: skip
+    check_shapes(policy_a, config)
+
+    with tempfile.TemporaryDirectory(prefix=".tmp-merge-", dir=out.parent) as scratch:
+        built = Path(scratch) / out.name
+        built.mkdir()
+        _write_weights(tensors_a, tensors_b, built, q, max_shard_size_mb * 10**6)
+        for pattern in COPIED:
+            for path in filter(Path.is_file, policy_a.glob(pattern)):
+                shutil.copyfile(path, built / path.name)
+        for path in (*built.iterdir(), built):
+            _sync(path)
+        built.rename(out)
+    _sync(out.parent)
+    return out
+
+
+def merged_tensor(a: torch.Tensor, b: torch.Tensor, q: float) -> torch.Tensor:
+    """Return q·a + (1 − q)·b, computed in at least fp32, in the dtype of the inputs.
+
+    The ends are the inputs themselves: 1·a + 0·b would turn −0 into 0.
+    """
+    if q in (0.0, 1.0):
+        return a if q == 1.0 else b
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (q * a.to(wide) + (1.0 - q) * b.to(wide)).to(a.dtype)
+
+
+def _write_weights(
+    tensors_a: Mapping[str, StoredTensor], tensors_b: Mapping[str, StoredTensor], out: Path, q: float, max_bytes: int
+) -> None:
+    """Write the shards one by one, then the index."""
+    sizes = {name: _bytes(tensor) for name, tensor in tensors_a.items()}
+    shards = plan_shards(sizes, max_bytes)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        merged = {name: _merge_one(name, tensors_a[name], tensors_b[name], q) for name in names}
+        save_file(merged, out / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        write_json(out / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+
+
+def _merge_one(name: str, stored_a: StoredTensor, stored_b: StoredTensor, q: float) -> torch.Tensor:
+    a, b = stored_a.read(name), stored_b.read(name)
+    if not a.dtype.is_floating_point:
+        if not torch.equal(a, b):
+            raise DataError(
+                f"{stored_a.file} and {stored_b.file}: {name} is {stored_a.dtype} and differs; only floating-point "
+                "tensors have a mean. Give unquantised policies of one architecture."
+            )
+        return a.clone()
+    merged = merged_tensor(a, b, q)
+    if merged.isnan().any():
+        raise DataError(f"{stored_a.file} or {stored_b.file}: {name} holds NaN. One of the policies is broken.")
+    return merged.clone() if merged is a or merged is b else merged  # the inputs' pages belong to their file
+
+
+def _stored_tensors(policy: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a policy by name, from the headers of its files; nothing is loaded."""
+    files = sorted(policy.glob("*.safetensors"))
+    if not (policy / "config.json").is_file():
+        adapter = " It is an adapter: merge it into its base model first." * (policy / "adapter_config.json").is_file()
+        raise DataError(f"{policy}: no config.json, so this is not a Hugging Face model directory.{adapter}")
+    if not files:
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in policy.glob(pattern))
+        found = f"only pickled weights ({pickled[0]}), which are not loaded" if pickled else "no weights"
+        raise DataError(f"{policy}: {found}. Expected *.safetensors; save it with save_pretrained of transformers.")
+    tensors: dict[str, StoredTensor] = {}
+    for path in files:
+        for name, tensor in _header(path):
+            if name in tensors:
+                raise DataError(f"{policy}: {name} is in {tensors[name].file.name} and in {path.name}. Remove one.")
+            tensors[name] = tensor
+    if (policy / INDEX).is_file():
+        listed = _read_json(policy / INDEX).get("weight_map", {})
+        if missing := sorted(set(listed) - set(tensors)):
+            raise DataError(
+                f"{policy}: {len(missing)} tensors of the index are missing, the first is {missing[0]} in "
+                f"{listed[missing[0]]}. Copy the directory again."
+            )
+    return tensors
+
+
+def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                yield name, StoredTensor(path, tuple(part.get_shape()), str(part.get_dtype()))
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: not a readable safetensors file ({error}). Copy it again.") from None
+
+
+def _same_config(policy_a: Path, policy_b: Path) -> Any:
+    """Return the configuration of both, which must describe one architecture."""
+    from transformers import AutoConfig
+
+    config_a, config_b = (_flat(_read_json(p / "config.json"), CONFIG_MAY_DIFFER) for p in (policy_a, policy_b))
+    _refuse_differences(policy_a, policy_b, "config.json", config_a, config_b)
+    if any(key.startswith("quantization_config") for key in config_a):
+        raise DataError(f"{policy_a}: quantised weights have no weighted mean. Give policies in bf16, fp16 or fp32.")
+    try:
+        return AutoConfig.from_pretrained(policy_a, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{policy_a / 'config.json'}: not a known architecture ({error}).") from None
+
+
+def _same_tokenizer(policy_a: Path, policy_b: Path) -> None:
+    _refuse_differences(policy_a, policy_b, "tokenizer", _tokenizer(policy_a), _tokenizer(policy_b))
+
+
+def _tokenizer(policy: Path) -> dict[str, str]:
+    """Return what decides the tokens of a text, by place."""
+    parts: dict[str, str] = {}
+    for name in TOKENIZER_FILES:
+        path = policy / name
+        if path.suffix == ".json" and path.is_file():
+            parts |= {f"{name}: {k}": v for k, v in _flat(_read_json(path), TOKENIZER_MAY_DIFFER).items()}
+        elif path.is_file():
+            parts[name] = f"sha256 {file_digest(path)}"
+    settings = policy / "tokenizer_config.json"
+    if settings.is_file():
+        content = _read_json(settings)
+        parts |= {f"tokenizer_config.json: {key}": json.dumps(content.get(key)) for key in TOKENIZER_SETTINGS}
+    return parts
+
+
+def _tied_copies(config: Any) -> dict[str, str]:
+    """Return {name: name of the parameter it is tied to} of the architecture, built without memory."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise DataError(f"{config.name_or_path}: not a causal language model ({error}).") from None
+    names = {parameter: name for name, parameter in module.named_parameters()}  # a tied weight appears once
+    every = module.named_parameters(remove_duplicate=False)
+    return {name: names[parameter] for name, parameter in every if names[parameter] != name}
+
+
+def _drop_tied_copies(policy: Path, tensors: dict[str, StoredTensor], tied: Mapping[str, str]) -> None:
+    for copy, name in tied.items():
+        if copy not in tensors:
+            continue
+        if name not in tensors:
+            raise DataError(
+                f"{policy}: stores {copy} but not {name}, which it is tied to. Save it with save_pretrained."
+            )
+        if not torch.equal(tensors[copy].read(copy), tensors[name].read(name)):
+            raise DataError(f"{policy}: {copy} and {name} are tied by config.json and stored with different values.")
+        del tensors[copy]
+
+
+def _refuse_differences(policy_a: Path, policy_b: Path, what: str, a: Mapping[str, str], b: Mapping[str, str]) -> None:
+    """Raise ``DataError`` with both sides of the first few differences."""
+    differ = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+    if not differ:
+        return
+    lines = [f"  {name}: {_short(a.get(name))} | {_short(b.get(name))}" for name in differ[:SHOWN]]
+    lines += [f"  and {len(differ) - SHOWN} more"] * (len(differ) > SHOWN)
+    raise DataError(
+        f"{policy_a} | {policy_b}: {what} differ, so the policies have no weighted mean:\n"
+        + "\n".join(lines)
+        + "\n  Merge two policies that were trained from one reference, stored in one precision."
+    )
+
+
+def _short(text: str | None) -> str:
+    return "absent" if text is None else text if len(text) <= 60 else f"{text[:40]}… ({len(text)} characters)"
+
+
+def _flat(content: Mapping[str, Any], without: set[str]) -> dict[str, str]:
+    """Return dotted keys with their values as JSON, less some of the first level."""
+    flat: dict[str, str] = {}
+    for key, value in content.items():
+        if key in without:
+            continue
+        if isinstance(value, dict) and value:
+            flat |= {f"{key}.{inner}": text for inner, text in _flat(value, set()).items()}
+        else:
+            flat[key] = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return flat
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}). Copy it again.") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a {type(content).__name__}, expected an object. Copy it again.")
+    return content
+
+
+def _bytes(tensor: StoredTensor) -> int:
+    count = 1
+    for size in tensor.shape:
+        count *= size
+    bits = 8 if tensor.dtype == "BOOL" else int("".join(filter(str.isdigit, tensor.dtype.partition("_")[0])))
+    return count * bits // 8
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
