@@ -169,7 +169,7 @@ class ActorPool:
                             ray.get(ref)
                             bar.update(shards[shard])
                         except RayTaskError as error:
-                            raise _cause(error) from None
+                            raise cause_of(error) from None
                         except RayActorError as error:
                             if attempts[shard] >= self._cluster.shard_attempts:
                                 raise EnvironmentProblem(
@@ -200,21 +200,31 @@ class ActorPool:
         remove_placement_group(self._group)
 
 
-def _cause(error: Any) -> BaseException:
+def cause_of(error: Any) -> BaseException:
     """Return the job's own exception; anything not ours keeps the remote traceback in its message."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, CanDistError):
         return cause
-    return EnvironmentProblem(f"an actor failed with an unexpected error:\n{error}")
+    return EnvironmentProblem(f"a worker failed with an unexpected error:\n{error}")
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str) -> Iterator[Any]:
-    """A tqdm bar with rate and remaining time; where the output is no terminal, one line a minute."""
+def progress(what: str, total: int, unit: str, *, delay: float = 0.0) -> Iterator[Any]:
+    """A tqdm bar with rate and remaining time; where the output is no terminal, one line a minute.
+
+    Work done within ``delay`` seconds shows none.
+    """
     from tqdm import tqdm
 
     terminal = sys.stderr.isatty()
     with tqdm(
-        total=total, desc=what, unit=unit, mininterval=0.5 if terminal else 60, dynamic_ncols=terminal, smoothing=0.1
+        total=total,
+        desc=what,
+        unit=unit,
+        unit_scale=total > 1_000_000,
+        mininterval=0.5 if terminal else 60,
+        dynamic_ncols=terminal,
+        smoothing=0.1,
+        delay=delay,
     ) as bar:
         yield bar

@@ -4,9 +4,10 @@ NumPy and SciPy only.
 """
 
 from can_dist.dual.choice import Choice, choose
+from can_dist.dual.columns import Block, ColumnScores, Pass, PassResult, run_pass
 from can_dist.dual.diagnosis import Diagnosis, diagnose
 from can_dist.dual.estimators import ESTIMATORS
-from can_dist.dual.feasibility import Feasibility, attainable_margins, check_feasibility
+from can_dist.dual.feasibility import Feasibility, check_feasibility
 from can_dist.dual.frontier import Frontier, FrontierPoint, frontier, frontier_table
 from can_dist.dual.objective import Evaluation, PartialSums, dual_curve, evaluate, partial_sums
 from can_dist.dual.predict import Prediction, predict
@@ -17,8 +18,10 @@ from can_dist.dual.uncertainty import Bootstrap, CrossFit, Interval, bootstrap, 
 
 __all__ = [
     "ESTIMATORS",
+    "Block",
     "Bootstrap",
     "Choice",
+    "ColumnScores",
     "CrossFit",
     "Diagnosis",
     "DualSolution",
@@ -29,10 +32,11 @@ __all__ = [
     "Interval",
     "Margin",
     "PartialSums",
+    "Pass",
+    "PassResult",
     "Prediction",
     "ScoreTable",
     "Status",
-    "attainable_margins",
     "bootstrap",
     "check_feasibility",
     "choose",
@@ -45,6 +49,7 @@ __all__ = [
     "lam_interval",
     "partial_sums",
     "predict",
+    "run_pass",
     "solve_dual",
     "solve_table",
 ]

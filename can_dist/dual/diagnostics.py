@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 
+from can_dist.dual.columns import Scores
 from can_dist.dual.predict import Prediction
 from can_dist.dual.solution import Diagnostics
-from can_dist.dual.table import FloatArray, ScoreTable
+from can_dist.dual.table import FloatArray
 
 TRUSTED_ESS = 10.0
 """Median effective sample size from which the finite-K bias of λ̂ is small beside its standard error."""
@@ -20,7 +21,7 @@ COLLAPSED_ESS = 2.0
 """Median effective sample size under which the weights are all but one-hot."""
 
 
-def weight_diagnostics(table: ScoreTable, lam_J: FloatArray, beta: float, prediction: Prediction | None) -> Diagnostics:
+def weight_diagnostics(table: Scores, lam_J: FloatArray, beta: float, prediction: Prediction | None) -> Diagnostics:
     """Summarise the table and, where λ is finite, the weights at λ.
 
     ESS and KL/ln K are over prompts with more than one response: the others hold no information.
@@ -29,7 +30,7 @@ def weight_diagnostics(table: ScoreTable, lam_J: FloatArray, beta: float, predic
     ess = {name: math.nan for name in ("min", "p10", "median", "p90", "max")}
     kl_over_log_k = sd_over_beta = math.nan
     if prediction is not None:
-        sd_over_beta = table.within_sd(table.score(lam_J)) / beta
+        sd_over_beta = table.score_spread(lam_J) / beta
         if informative.any():
             quantiles = np.quantile(prediction.ess_P[informative], [0.0, 0.1, 0.5, 0.9, 1.0])
             ess = dict(zip(ess, map(float, quantiles), strict=True))
@@ -52,7 +53,7 @@ def weight_diagnostics(table: ScoreTable, lam_J: FloatArray, beta: float, predic
     }
 
 
-def _verdict(table: ScoreTable, ess: float, low_ess: float, sd_over_beta: float, solved: bool) -> str:
+def _verdict(table: Scores, ess: float, low_ess: float, sd_over_beta: float, solved: bool) -> str:
     """Say whether the prediction may be trusted. Scores are frozen once sd/β passes √(2 ln K)."""
     if not solved:
         return "There is no prediction to trust: no finite lambda was reached."

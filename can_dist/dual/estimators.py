@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import nnls
 
+from can_dist.dual.columns import ColumnScores, Scores
 from can_dist.dual.moments import PromptMoments, prompt_moments
 from can_dist.dual.newton import kkt_residual
 from can_dist.dual.objective import tilt
-from can_dist.dual.predict import Prediction, lambda_standard_error
+from can_dist.dual.predict import Prediction, lambda_standard_error, prediction_of
 from can_dist.dual.table import FloatArray, ScoreTable
 from can_dist.errors import ConfigError
 
@@ -57,10 +58,15 @@ class Estimate:
         return bool(np.isfinite(self.lam_J).all())
 
 
-def check_estimator(estimator: str, table: ScoreTable | None = None) -> None:
+def check_estimator(estimator: str, table: Scores | None = None) -> None:
     """Raise ConfigError for an unknown estimator, or one that cannot read the table."""
     if estimator not in ESTIMATORS:
         raise ConfigError(f"estimator: found {estimator!r}, expected one of {', '.join(ESTIMATORS)}.")
+    if isinstance(table, ColumnScores) and estimator != "empirical":
+        raise ConfigError(
+            f"estimator: {estimator!r} revisits single responses, so it needs the table in memory; a streamed table "
+            "takes 'empirical'. Solve a sample of the prompts in memory to see how far the estimators differ."
+        )
     if table is not None and table.weighted and estimator == "jackknife":
         raise ConfigError(
             "estimator: 'jackknife' takes the responses as samples of the reference, and this table has reference "
@@ -156,7 +162,7 @@ def estimate(
         start_J: the empirical λ̂, from which the jackknife starts.
         level_J: 1 where the constraint is an absolute level, so that ḡ is an estimate too; 0 where a margin.
     """
-    spread_J = np.array([table.within_sd(column) or 1.0 for column in table.utility_JN])
+    spread_J = np.array([spread or 1.0 for spread in table.spread_J.tolist()])
     steps = 0
     if estimator == "gaussian":
         lam, hessian = _gaussian_lam(table, beta, margin_J)
@@ -177,7 +183,7 @@ def estimate(
     return Estimate(estimator, lam, error, moments, hessian, residual, steps)
 
 
-def with_level(table: ScoreTable, slack_PJ: FloatArray, level_J: FloatArray | None) -> FloatArray:
+def with_level(table: Scores, slack_PJ: FloatArray, level_J: FloatArray | None) -> FloatArray:
     """Return u_i unpaired where the constraint is an absolute level: Σ_k w_ik g_ik − τ varies with ḡ_i too."""
     if level_J is None:
         return slack_PJ
@@ -186,28 +192,15 @@ def with_level(table: ScoreTable, slack_PJ: FloatArray, level_J: FloatArray | No
 
 def prediction_from(table: ScoreTable, moments: PromptMoments, beta: float, margin_J: FloatArray) -> Prediction:
     """Summarise per-prompt moments as a prediction."""
-    num_prompts = table.num_prompts
-
-    def error(value_PJ: FloatArray) -> FloatArray:
-        none = np.full(value_PJ.shape[1], math.nan)
-        return none if num_prompts < 2 else value_PJ.std(axis=0, ddof=1) / math.sqrt(num_prompts)
-
-    reward = table.mean_reward + float(moments.reward_gain_P.mean())
-    kl = float(moments.kl_P.mean())
-    return Prediction(
-        improvement_J=moments.gain_PJ.mean(axis=0),
-        improvement_se_J=error(moments.gain_PJ),
-        slack_J=moments.gain_PJ.mean(axis=0) - margin_J,
-        slack_PJ=moments.gain_PJ - margin_J,
-        reward=reward,
-        reward_improvement=float(moments.reward_gain_P.mean()),
-        reward_improvement_se=float(error(moments.reward_gain_P[:, None])[0]),
+    return prediction_of(
+        table.mean_reward,
+        gain_PJ=moments.gain_PJ,
         reward_gain_P=moments.reward_gain_P,
-        kl=kl,
         kl_P=moments.kl_P,
-        objective=reward - beta * kl,
         ess_P=moments.ess_P,
         prompt_P=table.prompt_P,
+        beta=beta,
+        margin_J=margin_J,
     )
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linprog
 
-from can_dist.dual.table import FloatArray, ScoreTable
+from can_dist.dual.columns import Scores
+from can_dist.dual.table import FloatArray
 
 BORDER = 1e-9
 """|t*| below this many within-prompt standard deviations counts as t* = 0."""
@@ -47,12 +48,7 @@ class Feasibility:
         return abs(self.relative) <= BORDER and not self.flat
 
 
-def attainable_margins(table: ScoreTable) -> FloatArray:
-    """Return mean_i max_k g_ikj − ḡ_j for each constraint, shape (J,), the units of ``table``."""
-    return np.array([table.max_rows(column).mean() for column in table.utility_JN])
-
-
-def check_feasibility(scaled: ScoreTable, margin_J: FloatArray, scale_J: FloatArray) -> Feasibility:
+def check_feasibility(scaled: Scores, margin_J: FloatArray, scale_J: FloatArray) -> Feasibility:
     """Compute t*, the certificate and the attainable margins.
 
     Args:
@@ -60,7 +56,7 @@ def check_feasibility(scaled: ScoreTable, margin_J: FloatArray, scale_J: FloatAr
         margin_J: margins in those units.
         scale_J: the scales, to report in raw units.
     """
-    attainable = attainable_margins(scaled)
+    attainable = scaled.attainable_J
     num_constraints = scaled.num_constraints
     if num_constraints == 0:
         return Feasibility(np.nan, np.zeros(0), attainable, np.inf, False)
@@ -69,8 +65,7 @@ def check_feasibility(scaled: ScoreTable, margin_J: FloatArray, scale_J: FloatAr
         return Feasibility(relative * float(scale_J[0]), np.ones(1), attainable * scale_J, relative, False)
     cuts: list[FloatArray] = []
     relative, mixture = _minimise(scaled, margin_J, np.ones(num_constraints), cuts)
-    combined_N = mixture @ scaled.utility_JN
-    flat = bool(np.max(np.abs(combined_N)) <= 1e-12 * np.max(np.abs(scaled.utility_JN)))
+    flat = scaled.best(mixture)[1] <= 1e-12 * scaled.peak
     if np.all(scale_J == scale_J[0]):
         return Feasibility(relative * float(scale_J[0]), mixture, attainable * scale_J, relative, flat)
     smallest = float(scale_J.min())
@@ -79,17 +74,8 @@ def check_feasibility(scaled: ScoreTable, margin_J: FloatArray, scale_J: FloatAr
     return Feasibility(t_raw * smallest, certificate / certificate.sum(), attainable * scale_J, relative, flat)
 
 
-def _best_mean(table: ScoreTable, mixture_J: FloatArray) -> FloatArray:
-    """Return mean over prompts of the utilities of the response with the largest ⟨v,g⟩: a subgradient, shape (J,)."""
-    score_N = mixture_J @ table.utility_JN
-    hit = np.flatnonzero(score_N == table.spread(table.max_rows(score_N)))
-    prompt = table.row_prompt_N[hit]
-    first = hit[np.concatenate(([True], prompt[1:] != prompt[:-1]))]
-    return table.utility_JN[:, first].mean(axis=1)
-
-
 def _minimise(
-    table: ScoreTable, margin_J: FloatArray, price_J: FloatArray, cuts: list[FloatArray]
+    table: Scores, margin_J: FloatArray, price_J: FloatArray, cuts: list[FloatArray]
 ) -> tuple[float, FloatArray]:
     """Minimise mean_i max_k ⟨v,h_ik⟩ over v ≥ 0, ⟨price, v⟩ = 1, by cutting planes.
 
@@ -102,7 +88,7 @@ def _minimise(
     queue = [*corners, np.sum(corners, axis=0) / num_constraints]
     while len(cuts) < _MAX_CUTS:
         point = queue.pop(0)
-        cut = _best_mean(table, point) - margin_J
+        cut = table.best(point)[0] - margin_J
         cuts.append(cut)
         value = float(cut @ point)
         if value < best_value:

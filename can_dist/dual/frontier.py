@@ -17,7 +17,6 @@ import numpy.typing as npt
 from scipy.interpolate import PchipInterpolator
 from scipy.stats import norm
 
-from can_dist.dual.feasibility import attainable_margins
 from can_dist.dual.moments import PromptMoments, prompt_moments
 from can_dist.dual.predict import check_beta, lambda_standard_error
 from can_dist.dual.solution import Margin
@@ -159,7 +158,7 @@ def frontier_table(
         points, shape = _lam_grid(table, beta, num_points)
     else:
         points, shape = _margin_grid(table, beta, names, _axes(margins, num_constraints))
-    attainable = dict(zip(names, attainable_margins(table).tolist(), strict=True))
+    attainable = dict(zip(names, table.attainable_J.tolist(), strict=True))
     return Frontier(tuple(names), tuple(points), shape, attainable, float(beta), confidence)
 
 
@@ -186,7 +185,7 @@ def _curve(table: ScoreTable, beta: float, axis: int, num_points: int) -> dict[f
         return {0.0: _point(table, np.zeros(table.num_constraints), beta)}
     found = {0.0: _point(table, np.zeros(table.num_constraints), beta)}
     start = float(found[0.0].improvement_J[axis])
-    goal = start + REACH * (float(attainable_margins(table)[axis]) - start)
+    goal = start + REACH * (float(table.attainable_J[axis]) - start)
     lam, step = max(table.within_sd(table.reward_N), beta) / spread / 4, 2.0 if num_points >= 12 else 8.0
     for _ in range(min(_DOUBLINGS, max(1, num_points // 2))):
         found[lam] = _point(table, lam * direction, beta)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import nnls
 
+from can_dist.dual.columns import Scores
 from can_dist.dual.objective import Evaluation, evaluate
-from can_dist.dual.table import FloatArray, ScoreTable
+from can_dist.dual.table import FloatArray
 
 _FLOOR = 1e-15
 _EPS = float(np.finfo(np.float64).eps)
@@ -37,7 +38,7 @@ def kkt_residual(lam_J: FloatArray, gradient_J: FloatArray) -> float:
     return float(violation_J.max(initial=0.0))
 
 
-def minimise(table: ScoreTable, beta: float, margin_J: FloatArray, *, max_steps: int, tolerance: float) -> Minimum:
+def minimise(table: Scores, beta: float, margin_J: FloatArray, *, max_steps: int, tolerance: float) -> Minimum:
     """Minimise D over λ ≥ 0 (ALGORITHMS section 1) for a table and margins in units of about 1.
 
     Args:

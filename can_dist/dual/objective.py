@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -90,8 +91,12 @@ def tilt(table: ScoreTable, lam_J: FloatArray, beta: float) -> Tilt:
     return Tilt(score_N, weight_N, log_norm_P)
 
 
-def partial_sums(table: ScoreTable, lam_J: FloatArray, beta: float) -> PartialSums:
-    """Return the sums over the prompts of ``table`` that one Newton step needs: J² + J + 2 numbers and a count."""
+@functools.singledispatch
+def partial_sums(table: Any, lam_J: FloatArray, beta: float) -> PartialSums:
+    """Return the sums over the prompts of ``table`` that one Newton step needs: J² + J + 2 numbers and a count.
+
+    This is the form for a ``ScoreTable``; :mod:`can_dist.dual.columns` registers the one for ``ColumnScores``.
+    """
     blocks = [_block_sums(block, lam_J, beta) for block in table.blocks(BLOCK_ROWS)]
     return functools.reduce(operator.add, blocks)
 
@@ -119,11 +124,11 @@ def _block_sums(table: ScoreTable, lam_J: FloatArray, beta: float) -> PartialSum
     )
 
 
-def evaluate(table: ScoreTable, lam_J: FloatArray, beta: float, margin_J: FloatArray) -> Evaluation:
+def evaluate(table: Any, lam_J: FloatArray, beta: float, margin_J: FloatArray) -> Evaluation:
     """Return D(λ) = (β/I) Σ_i ln Σ_k π_ref(k) exp((r_ik + ⟨λ,h_ik⟩)/β) with its gradient and Hessian.
 
     Args:
-        table: scores of P prompts.
+        table: scores of P prompts, a ``ScoreTable`` or ``ColumnScores``.
         lam_J: λ, reward units per utility unit.
         beta: KL weight β > 0, reward units per nat.
         margin_J: b, utility units.

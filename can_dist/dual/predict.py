@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from can_dist.dual.objective import tilt
-from can_dist.dual.table import FloatArray, ScoreTable
+from can_dist.dual.table import FloatArray
 from can_dist.errors import ConfigError
 
 
@@ -48,11 +49,12 @@ class Prediction:
     prompt_P: npt.NDArray[Any]
 
 
-def predict(table: ScoreTable, lam_J: npt.ArrayLike, beta: float, margin_J: npt.ArrayLike) -> Prediction:
+@functools.singledispatch
+def predict(table: Any, lam_J: npt.ArrayLike, beta: float, margin_J: npt.ArrayLike) -> Prediction:
     """Predict what the policy of λ does on any table: on the prompts that gave λ, or on held-out ones.
 
     Args:
-        table: scores of P prompts, with the same utilities as λ.
+        table: scores of P prompts, with the same utilities as λ; a ``ScoreTable`` or ``ColumnScores``.
         lam_J: λ ≥ 0, reward units per utility unit, shape (J,).
         beta: KL weight β > 0.
         margin_J: b, improvement over the reference of ``table``, shape (J,).
@@ -69,13 +71,37 @@ def predict(table: ScoreTable, lam_J: npt.ArrayLike, beta: float, margin_J: npt.
     reward_gain_P = table.sum_rows(tilted.weight_N * table.reward_N)
     with np.errstate(invalid="ignore"):
         kl_P = np.maximum(table.sum_rows(tilted.weight_N * tilted.log_ratio_N), 0.0)
-    reward = table.mean_reward + float(reward_gain_P.mean())
+    return prediction_of(
+        table.mean_reward,
+        gain_PJ=gain_PJ,
+        reward_gain_P=reward_gain_P,
+        kl_P=kl_P,
+        ess_P=1.0 / table.sum_rows(tilted.weight_N**2),
+        prompt_P=table.prompt_P,
+        beta=beta,
+        margin_J=margin,
+    )
+
+
+def prediction_of(
+    mean_reward: float,
+    *,
+    gain_PJ: FloatArray,
+    reward_gain_P: FloatArray,
+    kl_P: FloatArray,
+    ess_P: FloatArray,
+    prompt_P: npt.NDArray[Any],
+    beta: float,
+    margin_J: FloatArray,
+) -> Prediction:
+    """Summarise what π_λ does on each prompt (fields as in :class:`Prediction`); ``mean_reward`` is E_{π_ref} r."""
+    reward = mean_reward + float(reward_gain_P.mean())
     kl = float(kl_P.mean())
     return Prediction(
         improvement_J=gain_PJ.mean(axis=0),
         improvement_se_J=_standard_error(gain_PJ),
-        slack_J=gain_PJ.mean(axis=0) - margin,
-        slack_PJ=gain_PJ - margin,
+        slack_J=gain_PJ.mean(axis=0) - margin_J,
+        slack_PJ=gain_PJ - margin_J,
         reward=reward,
         reward_improvement=float(reward_gain_P.mean()),
         reward_improvement_se=float(_standard_error(reward_gain_P[:, None])[0]),
@@ -83,8 +109,8 @@ def predict(table: ScoreTable, lam_J: npt.ArrayLike, beta: float, margin_J: npt.
         kl=kl,
         kl_P=kl_P,
         objective=reward - beta * kl,
-        ess_P=1.0 / table.sum_rows(tilted.weight_N**2),
-        prompt_P=table.prompt_P,
+        ess_P=ess_P,
+        prompt_P=prompt_P,
     )
 
 

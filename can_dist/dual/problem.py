@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from can_dist.dual.columns import Scores
 from can_dist.dual.estimators import Estimate
 from can_dist.dual.feasibility import Feasibility, check_feasibility
 from can_dist.dual.newton import Minimum, kkt_residual, minimise
 from can_dist.dual.objective import Evaluation, evaluate
 from can_dist.dual.solution import Status
-from can_dist.dual.table import FloatArray, ScoreTable
+from can_dist.dual.table import FloatArray
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,20 @@ class Outcome:
 class Problem:
     """The dual in units of about 1; utilities that never vary within a prompt are left out (λ = 0, or infeasible)."""
 
-    table: ScoreTable
+    table: Scores
     beta: float
     margin_J: FloatArray
     reward_scale: float
     scale_J: FloatArray
     varies_J: npt.NDArray[np.bool_]
-    raw: ScoreTable
+    raw: Scores
     raw_beta: float
     raw_margin_J: FloatArray
 
     @classmethod
-    def standardise(cls, table: ScoreTable, beta: float, margin_J: FloatArray) -> Problem | None:
+    def standardise(cls, table: Scores, beta: float, margin_J: FloatArray) -> Problem | None:
         """Scale by powers of two, which cost no digit; None where the scores overflow."""
-        spread_J = np.array([table.within_sd(column) for column in table.utility_JN])
-        reward_spread = table.within_sd(table.reward_N)
+        spread_J, reward_spread = table.spread_J, table.reward_spread
         if not (np.isfinite(spread_J).all() and math.isfinite(reward_spread) and np.isfinite(margin_J).all()):
             return None
         varies = spread_J > 0

@@ -12,9 +12,10 @@ from scipy.stats import norm
 
 from can_dist.dual import messages
 from can_dist.dual.choice import choose
+from can_dist.dual.columns import Scores
 from can_dist.dual.diagnostics import weight_diagnostics
 from can_dist.dual.estimators import check_estimator, estimate, prediction_from, with_level
-from can_dist.dual.feasibility import Feasibility, attainable_margins
+from can_dist.dual.feasibility import Feasibility
 from can_dist.dual.predict import Prediction, check_beta, lambda_standard_error, predict
 from can_dist.dual.problem import Outcome, Problem
 from can_dist.dual.solution import DualSolution, Margin, Predicted, Status
@@ -81,7 +82,7 @@ def solve_dual(
 
 
 def solve_table(
-    table: ScoreTable,
+    table: Scores,
     *,
     beta: float,
     constraints: Sequence[Margin],
@@ -91,7 +92,10 @@ def solve_table(
     estimator: str = "empirical",
     confidence: float | None = None,
 ) -> DualSolution:
-    """Solve on a table already grouped; arguments, result and errors as in :func:`solve_dual`."""
+    """Solve on a table already grouped, or on columns of any size; the rest as in :func:`solve_dual`.
+
+    :class:`~can_dist.dual.columns.ColumnScores` take the empirical estimator only: the others revisit single responses.
+    """
     names = _names(constraints)
     check_beta(beta)
     if len(names) != table.num_constraints:
@@ -119,7 +123,7 @@ def solve_table(
 class _Request:
     """What stays the same while margins move."""
 
-    table: ScoreTable
+    table: Scores
     beta: float
     constraints: tuple[Margin, ...]
     max_steps: int
@@ -127,7 +131,7 @@ class _Request:
     estimator: str
 
     @property
-    def level_J(self) -> FloatArray:  # noqa: N802
+    def level_J(self) -> FloatArray:
         """1 where the constraint is an absolute level, whose ḡ is estimated from the same prompts."""
         return np.array([float(c.threshold is not None) for c in self.constraints])
 
@@ -140,6 +144,7 @@ class _Request:
         outcome = problem.solve(self.max_steps, self.tolerance)
         if self.estimator == "empirical" or outcome.status is not Status.OPTIMAL or outcome.point is None:
             return outcome
+        assert isinstance(self.table, ScoreTable), "check_estimator refuses the others"
         start_J = outcome.point.lam_J
         if self.estimator == "auto":
             choice = choose(self.table, self.beta, margin_J, start_J, level_J=self.level_J)
@@ -151,6 +156,7 @@ class _Request:
         """Predict with the estimator that gave λ; None where there is no λ."""
         if outcome.corrected is not None:
             found = outcome.corrected
+            assert isinstance(self.table, ScoreTable)
             return prediction_from(self.table, found.moments, self.beta, margin_J) if found.converged else None
         return None if outcome.point is None else predict(self.table, outcome.point.lam_J, self.beta, margin_J)
 
@@ -163,7 +169,7 @@ def _solve_equalities(asked: _Request, throw: bool) -> DualSolution:
     orthant comes twice, and at the end ∇_jD = 0 for every equality.
     """
     equal_J = np.array([constraint.equal for constraint in asked.constraints])
-    spread_J = np.array([asked.table.within_sd(column) for column in asked.table.utility_JN])
+    spread_J = asked.table.spread_J
     sign_J = np.ones(equal_J.size)
     for _ in range(2**equal_J.size + 1):
         solution = solve_table(
@@ -185,7 +191,7 @@ def _solve_equalities(asked: _Request, throw: bool) -> DualSolution:
             break
         sign_J[np.flatnonzero(turn)[0]] *= -1
     if throw and solution.status is not Status.OPTIMAL:
-        ends = [attainable_margins(asked.table.signed(sign * np.ones(equal_J.size))) * sign for sign in (-1.0, 1.0)]
+        ends = [asked.table.signed(sign * np.ones(equal_J.size)).attainable_J * sign for sign in (-1.0, 1.0)]
         margin_J = _margins(asked.table, asked.constraints)
         text = messages.equality_message(solution.status, asked.constraints, margin_J, ends[0], ends[1])
         infeasible = solution.status in (Status.INFEASIBLE, Status.BOUNDARY)
@@ -224,7 +230,7 @@ def _names(constraints: Sequence[Margin]) -> list[str]:
     return names
 
 
-def _margins(table: ScoreTable, constraints: Sequence[Margin]) -> FloatArray:
+def _margins(table: Scores, constraints: Sequence[Margin]) -> FloatArray:
     """Return b_j; a threshold τ means b = τ − ḡ."""
     margins = []
     for constraint, centre in zip(constraints, table.centre_J, strict=True):
@@ -238,12 +244,11 @@ def _margins(table: ScoreTable, constraints: Sequence[Margin]) -> FloatArray:
 def _raise(outcome: Outcome, asked: _Request, margin_J: FloatArray) -> None:
     table = asked.table
     if outcome.status in (Status.INFEASIBLE, Status.BOUNDARY):
-        spread = np.array([table.within_sd(column) or 1e-200 for column in table.utility_JN])
+        spread = np.maximum(table.spread_J, 1e-200)
         say = messages.infeasible_message if outcome.status is Status.INFEASIBLE else messages.boundary_message
         raise InfeasibleConstraint(say(table, asked.constraints, margin_J, outcome.feasibility, spread))
     if outcome.status is Status.NONFINITE:
-        scores = np.concatenate([table.reward_N, table.utility_JN.ravel()])
-        raise NumericalError(messages.nonfinite_message(float(np.abs(scores).max()), asked.beta))
+        raise NumericalError(messages.nonfinite_message(table.peak, asked.beta))
     if outcome.status is Status.MAX_STEPS and outcome.corrected is not None:
         raise NumericalError(messages.estimator_message(outcome.corrected))
     if outcome.status is Status.MAX_STEPS and outcome.point is not None:

@@ -129,7 +129,7 @@ class ScoreTable:
         return int(self.utility_JN.shape[0])
 
     @property
-    def centre_J(self) -> FloatArray:  # noqa: N802
+    def centre_J(self) -> FloatArray:
         """ḡ_j, mean over prompts of the reference mean of g_j, in raw units."""
         return self.mean_utility_JP.mean(axis=1)
 
@@ -220,6 +220,38 @@ class ScoreTable:
         else:
             variance_P = self.sum_rows(square_N) / np.maximum(self.num_responses_P - 1, 1)
         return peak * float(np.sqrt(variance_P.mean()))
+
+    @property
+    def reward_spread(self) -> float:
+        """Root mean within-prompt variance of r."""
+        return self.within_sd(self.reward_N)
+
+    @property
+    def spread_J(self) -> FloatArray:
+        """Root mean within-prompt variance of each g_j."""
+        return np.array([self.within_sd(column) for column in self.utility_JN])
+
+    @property
+    def attainable_J(self) -> FloatArray:
+        """Mean over prompts of max_k g_ikj, minus ḡ_j."""
+        return np.array([self.max_rows(column).mean() for column in self.utility_JN])
+
+    @property
+    def peak(self) -> float:
+        """Largest centred |score|."""
+        return float(max(np.abs(self.reward_N).max(), np.abs(self.utility_JN).max(initial=0.0)))
+
+    def score_spread(self, lam_J: FloatArray) -> float:
+        """Return the root mean within-prompt variance of r + ⟨λ,g⟩."""
+        return self.within_sd(self.score(lam_J))
+
+    def best(self, mixture_J: FloatArray) -> tuple[FloatArray, float]:
+        """Return the mean utilities of each prompt's best response under ⟨v,g⟩ (J,), and the largest |⟨v,g⟩|."""
+        score_N = mixture_J @ self.utility_JN
+        hit = np.flatnonzero(score_N == self.spread(self.max_rows(score_N)))
+        prompt = self.row_prompt_N[hit]
+        first = hit[np.concatenate(([True], prompt[1:] != prompt[:-1]))]
+        return self.utility_JN[:, first].mean(axis=1), float(np.abs(score_N).max())
 
     def signed(self, sign_J: FloatArray) -> ScoreTable:
         """Multiply each utility by +1 or −1."""

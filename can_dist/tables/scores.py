@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import pyarrow.compute as pc
 from can_dist.errors import DataError
 from can_dist.tables.artifacts import MANIFEST, load_artifact
 from can_dist.tables.schemas import check_unique, null_rows, require_columns
+
+TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
+"""Files a table can be sharded over and streamed from."""
 
 
 @dataclass(frozen=True)
@@ -26,52 +30,88 @@ class Scores:
 
 def read_score_table(path: Path) -> pa.Table:
     """Read a Parquet, Arrow IPC or JSONL file, a directory of Parquet/Arrow parts of one schema, or an artifact."""
+    if (path / MANIFEST).is_file():
+        return load_artifact(path).table
+    paths = score_files(path)
+    tables = [_read_file(part) for part in paths]
+    for part, table in zip(paths[1:], tables[1:], strict=True):
+        if difference := schema_difference(tables[0].schema, paths[0].name, table.schema, part.name):
+            raise DataError(f"{part}: its schema differs from {paths[0].name}'s; write them alike.\n{difference}")
+    _check_not_twice(paths, tables)
+    return pa.concat_tables(tables)
+
+
+def score_files(path: Path) -> list[Path]:
+    """Return the files of a score table in order: the file itself, the parts of an artifact, or those of a folder."""
     if not path.exists():
         raise DataError(f"{path}: no such file. Give a Parquet, Arrow or JSONL table of scores.")
     if (path / MANIFEST).is_file():
-        return load_artifact(path).table
-    if path.is_dir():
-        parts = sorted(p for p in path.iterdir() if p.suffix in (".parquet", ".arrow", ".feather") and p.name[0] != ".")
-        if not parts:
-            raise DataError(f"{path}: no .parquet or .arrow file in the directory.")
-        tables = [read_score_table(part) for part in parts]
-        for part, table in zip(parts, tables, strict=True):
-            if not table.schema.equals(tables[0].schema):
-                raise DataError(
-                    f"{part}: its schema differs from {parts[0].name}'s.\n  {parts[0].name}: "
-                    f"{_schema_line(tables[0])}\n  {part.name}: {_schema_line(table)}"
-                )
-        return pa.concat_tables(tables)
+        return load_artifact(path).parts
+    if not path.is_dir():
+        return [path]
+    parts = sorted(p for p in path.iterdir() if p.suffix in TABLE_SUFFIXES and p.name[0] != ".")
+    if not parts:
+        raise DataError(f"{path}: no .parquet or .arrow file in the directory.")
+    return parts
+
+
+def schema_difference(first: pa.Schema, first_name: str, other: pa.Schema, other_name: str) -> str:
+    """Return the columns in which two schemas differ, side by side; empty where they agree."""
+    names = list(dict.fromkeys([*first.names, *other.names]))
+    types = [
+        [str(schema.field(name).type) if name in schema.names else "(absent)" for schema in (first, other)]
+        for name in names
+    ]
+    rows = [(name, *pair) for name, pair in zip(names, types, strict=True) if pair[0] != pair[1]]
+    if not rows:
+        return "" if first.names == other.names else f"  order of columns: {first.names}\n  {other_name}: {other.names}"
+    rows = [("column", first_name, other_name), *rows]
+    widths = [max(len(row[c]) for row in rows) for c in range(3)]
+    return "\n".join(
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+@contextmanager
+def unreadable(path: Path) -> Iterator[None]:
+    """Turn what Arrow says of a damaged file into one message."""
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty. Expected a table with a prompt_id column and scores.")
     try:
-        return _read_file(path)
+        yield
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: cannot be read as a table, it may be truncated ({error}).") from None
 
 
 def _read_file(path: Path) -> pa.Table:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
+    with unreadable(path):
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
 
-        return pq.read_table(path, page_checksum_verification=True)
-    if path.suffix in (".arrow", ".feather"):
-        with pa.memory_map(str(path)) as source:
-            if source.read(4) == b"\xff\xff\xff\xff":
-                raise DataError(
-                    f"{path}: an Arrow stream, which reads short without an error when it is cut. Expected the Arrow "
-                    "file format: write it with pyarrow.ipc.new_file, pyarrow.feather or as Parquet."
-                )
-            return pa.ipc.open_file(source).read_all()
-    if path.suffix in (".jsonl", ".json"):
-        import pyarrow.json
+            return pq.read_table(path, page_checksum_verification=True)
+        if path.suffix in (".arrow", ".feather"):
+            with pa.memory_map(str(path)) as source:
+                if source.read(4) == b"\xff\xff\xff\xff":
+                    raise DataError(
+                        f"{path}: an Arrow stream, which reads short without an error when it is cut. Expected the "
+                        "Arrow file format: write it with pyarrow.ipc.new_file, pyarrow.feather or as Parquet."
+                    )
+                return pa.ipc.open_file(source).read_all()
+        if path.suffix in (".jsonl", ".json"):
+            import pyarrow.json
 
-        return pyarrow.json.read_json(path)
+            return pyarrow.json.read_json(path)
     raise DataError(f"{path}: unknown kind of file {path.suffix!r}. Expected .parquet, .arrow, .feather or .jsonl.")
 
 
-def _schema_line(table: pa.Table) -> str:
-    return ", ".join(f"{field.name}: {field.type}" for field in table.schema)
+def _check_not_twice(paths: Sequence[Path], tables: Sequence[pa.Table]) -> None:
+    """Refuse a part whose every row is in another one; rows without response ids cannot tell it otherwise."""
+    for number, table in enumerate(tables):
+        for before in range(number):
+            if table.num_rows and table.num_rows == tables[before].num_rows and table.equals(tables[before]):
+                raise DataError(
+                    f"{paths[number]}: the same rows as {paths[before].name}: a shard counted twice. Remove one."
+                )
 
 
 def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], where: str) -> Scores:
@@ -115,9 +155,7 @@ def _prompt_ids(column: pa.ChunkedArray, where: str) -> np.ndarray:
 
 def _finite_column(table: pa.Table, name: str, where: str) -> np.ndarray:
     column = table.column(name)
-    kind = column.type
-    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
-        raise DataError(f"{where}: column {name!r} is {kind}, expected numbers.")
+    check_numeric(column.type, name, where)
     values = pc.fill_null(column.cast(pa.float64(), safe=False), float("nan")).to_numpy()
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
@@ -129,3 +167,9 @@ def _finite_column(table: pa.Table, name: str, where: str) -> np.ndarray:
             "Remove these prompts or score them again."
         )
     return np.asarray(values, dtype=np.float64)
+
+
+def check_numeric(kind: pa.DataType, name: str, where: str) -> None:
+    """Raise ``DataError`` unless a column of this type can hold scores."""
+    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+        raise DataError(f"{where}: column {name!r} is {kind}, expected numbers.")

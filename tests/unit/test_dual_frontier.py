@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from can_dist.dual import Frontier, Margin, ScoreTable, attainable_margins, frontier, frontier_table, solve_dual
+from can_dist.dual import Frontier, Margin, ScoreTable, frontier, frontier_table, solve_dual
 from can_dist.dual.frontier import REACH
 from can_dist.errors import ConfigError
 
@@ -44,7 +44,7 @@ class TestCurve:
     def test_it_starts_without_the_constraint_and_ends_near_the_attainable(self) -> None:
         reward, utility, prompt = scores(2)
         found = curve(2)
-        most = float(attainable_margins(ScoreTable.build(reward, utility, prompt))[0])
+        most = float(ScoreTable.build(reward, utility, prompt).attainable_J[0])
         first, last = found.points[0], found.points[-1]
         assert first.lam_J[0] == 0.0
         assert math.isnan(first.lam_se_J[0])

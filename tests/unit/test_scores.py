@@ -148,8 +148,8 @@ def test_shards_of_different_schema_are_refused_with_both_schemas(tmp_path: Path
     write(tmp_path / "a.parquet", pa.table({"prompt_id": ["a"], "reward": [1.0]}))
     write(tmp_path / "b.parquet", pa.table({"prompt_id": ["a"], "reward": ["1.0"]}))
     assert reading_refusal(tmp_path) == (
-        f"{tmp_path}/b.parquet: its schema differs from a.parquet's.\n"
-        "  a.parquet: prompt_id: string, reward: double\n  b.parquet: prompt_id: string, reward: string"
+        f"{tmp_path}/b.parquet: its schema differs from a.parquet's; write them alike.\n"
+        "  column  a.parquet  b.parquet\n  reward  double     string"
     )
 
 

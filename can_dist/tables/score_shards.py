@@ -1,0 +1,249 @@
+"""Score tables larger than memory: sharded Parquet or Arrow files, checked once and then read block by block.
+
+The rows of a prompt lie side by side in one file, so that a shard is a sum over whole prompts. The ids are read once,
+by :func:`index_shard`; later passes read the scores alone. What stays in memory is 16 bytes per prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from can_dist.errors import DataError
+from can_dist.tables.artifacts import MANIFEST, load_artifact
+from can_dist.tables.schemas import require_columns
+from can_dist.tables.scores import check_numeric, schema_difference, score_files, unreadable
+
+IntArray = npt.NDArray[np.int64]
+
+BATCH_ROWS = 1 << 20
+"""Rows read at a time: 16 MB for a reward and a utility."""
+
+_PART_OF = re.compile(r"^(?P<stem>.*?)-?(?P<index>\d+)-of-(?P<count>\d+)$")
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The prompts of a shard in the order of its rows: responses of each, and a 64-bit hash of its id."""
+
+    num_responses_P: IntArray
+    hash_P: npt.NDArray[np.uint64]
+
+
+def open_score_shards(path: Path, columns: Sequence[str]) -> list[Path]:
+    """Return the files of a score table after the checks that need no scores.
+
+    Raises
+    ------
+    DataError
+        For a missing or cut file, a part missing by its name (part-00001-of-00004), columns that are absent or not
+        numbers, and files whose schemas differ (shown side by side).
+    """
+    if (path / MANIFEST).is_file():
+        load_artifact(path).check()
+    paths = score_files(path)
+    _check_none_missing(paths)
+    first = _schema(paths[0])
+    require_columns(first.empty_table(), ["prompt_id", *columns], str(paths[0]))
+    for name in columns:
+        check_numeric(first.field(name).type, name, str(paths[0]))
+    for other in paths[1:]:
+        if difference := schema_difference(first, paths[0].name, _schema(other), other.name):
+            raise DataError(f"{other}: its schema differs from {paths[0].name}'s; write them alike.\n{difference}")
+    return paths
+
+
+def index_shard(path: Path, columns: Sequence[str]) -> ShardIndex:
+    """Read a shard once: group its rows by prompt and check every score.
+
+    Raises
+    ------
+    DataError
+        For null ids, repeated response ids, rows of a prompt that are not side by side, and scores that are null, NaN
+        or infinite, each with its row.
+    """
+    ids = [name for name in ("prompt_id", "response_id") if name in _schema(path).names]
+    starts, hashes, row, last = [], [], 0, None
+    for batch in _batches(path, [*ids, *columns]):
+        for name in columns:
+            _check_finite(batch, name, path, row)
+        prompt = _text(batch.column(0), path, row)
+        if "response_id" in ids and pc.count_distinct(batch.column(1)).as_py() < batch.num_rows:
+            raise DataError(f"{path}: a response_id is repeated in rows {row} to {row + batch.num_rows - 1}. Keep one.")
+        changes = pc.not_equal(prompt[1:], prompt[:-1]).to_numpy(zero_copy_only=False)
+        first = np.flatnonzero(np.concatenate(([prompt[0].as_py() != last], changes)))
+        starts.append(first + row)
+        hashes.append(np.array([_hash(text) for text in prompt.take(pa.array(first)).to_pylist()], dtype=np.uint64))
+        row, last = row + batch.num_rows, prompt[-1].as_py()
+    if row == 0:
+        raise DataError(f"{path}: the shard has no rows. Remove it or write it again.")
+    start_P = np.concatenate(starts)
+    index = ShardIndex(np.diff(np.concatenate((start_P, [row]))).astype(np.int64), np.concatenate(hashes))
+    _check_side_by_side(path, index, start_P)
+    return index
+
+
+def check_whole(
+    paths: Sequence[Path], indexes: Sequence[ShardIndex], expected: npt.NDArray[np.uint64] | None = None
+) -> None:
+    """Check by their ids that every prompt is in one shard and, given the hashes of the expected ids, that all are.
+
+    Raises
+    ------
+    DataError
+        For a shard counted twice or a prompt spread over shards, and for prompts missing or unknown.
+    """
+    hash_P = np.concatenate([index.hash_P for index in indexes])
+    shard_P = np.repeat(np.arange(len(indexes)), [index.hash_P.size for index in indexes])
+    order = np.argsort(hash_P, kind="stable")
+    again = np.flatnonzero(hash_P[order][1:] == hash_P[order][:-1])
+    if again.size:
+        one, two = (int(shard_P[order[again[0] + step]]) for step in (0, 1))
+        shared = np.intersect1d(indexes[one].hash_P, indexes[two].hash_P)
+        names = ", ".join(_prompt_of(paths[two], indexes[two], value) for value in shared[:3])
+        whole = shared.size == indexes[two].hash_P.size
+        raise DataError(
+            f"{paths[two]}: {shared.size} of its {indexes[two].hash_P.size} prompts ({names}) are in {paths[one].name} "
+            f"too: {'a shard counted twice; remove one' if whole else 'write each prompt to one shard'}."
+        )
+    if expected is None:
+        return
+    missing, unknown = np.setdiff1d(expected, hash_P), np.setdiff1d(hash_P, expected)
+    if missing.size or unknown.size:
+        raise DataError(
+            f"{paths[0].parent}: {missing.size} of {expected.size} expected prompts have no scores, and {unknown.size} "
+            "prompts with scores were not expected: a shard is missing, or one belongs to another run."
+        )
+
+
+def read_blocks(
+    path: Path, columns: Sequence[str], num_responses_P: IntArray
+) -> Iterator[tuple[IntArray, tuple[npt.NDArray[Any], ...]]]:
+    """Yield K_i and the score columns of consecutive whole prompts, about ``BATCH_ROWS`` rows at a time.
+
+    Columns are float32 where the file has all of them so, else float64.
+    """
+    narrow = all(pa.types.is_float32(_schema(path).field(name).type) for name in columns)
+    end_P = np.cumsum(num_responses_P)
+    done, begin, left = 0, 0, [np.empty(0, dtype=np.float32 if narrow else np.float64)] * len(columns)
+    for batch in _batches(path, columns):
+        arrays = [_floats(batch.column(c), narrow) for c in range(len(columns))]
+        if left[0].size:
+            arrays = [np.concatenate(pair) for pair in zip(left, arrays, strict=True)]
+        last = int(np.searchsorted(end_P, begin + arrays[0].size, side="right"))
+        if last > done:
+            used = int(end_P[last - 1]) - begin
+            yield num_responses_P[done:last], tuple(array[:used] for array in arrays)
+            done, begin, arrays = last, begin + used, [array[used:] for array in arrays]
+        left = arrays
+    if done < num_responses_P.size or left[0].size:
+        raise DataError(f"{path}: its rows changed since it was first read; leave the shards alone meanwhile.")
+
+
+def id_hashes(ids: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+    """Return the hashes of distinct prompt ids, as in :class:`ShardIndex`."""
+    return np.array([_hash(str(value)) for value in pc.unique(ids).to_pylist()], dtype=np.uint64)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
+
+
+def _schema(path: Path) -> pa.Schema:
+    with unreadable(path):
+        if path.suffix == ".parquet":
+            return pq.read_schema(path)
+        with pa.OSFile(str(path)) as source:
+            return pa.ipc.open_file(source).schema
+
+
+def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Read a file batch by batch, these columns only; empty batches are passed over."""
+    with unreadable(path):
+        if path.suffix == ".parquet":
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
+                    if batch.num_rows:
+                        yield batch.select(list(columns))
+            return
+        fields = [_schema(path).get_field_index(name) for name in columns]
+        with pa.OSFile(str(path)) as source:
+            reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=fields))
+            for number in range(reader.num_record_batches):
+                batch = reader.get_batch(number).select(list(columns))
+                for begin in range(0, batch.num_rows, BATCH_ROWS):
+                    yield batch.slice(begin, BATCH_ROWS)
+
+
+def _floats(column: pa.Array, narrow: bool) -> npt.NDArray[Any]:
+    values = column if narrow else column.cast(pa.float64(), safe=False)
+    array: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False)
+    return array
+
+
+def _text(column: pa.Array, path: Path, row: int) -> pa.Array:
+    """Return the ids as text; nulls are refused."""
+    if column.null_count:
+        null = row + int(pc.index(pc.is_null(column), True).as_py())
+        raise DataError(f"{path}: prompt_id is null at row {null}. Every row needs the id of its prompt.")
+    if pa.types.is_nested(column.type):
+        raise DataError(f"{path}: prompt_id is {column.type}, expected text or whole numbers.")
+    return column.cast(pa.string())
+
+
+def _check_finite(batch: pa.RecordBatch, name: str, path: Path, row: int) -> None:
+    values = pc.fill_null(batch.column(name).cast(pa.float64(), safe=False), float("nan")).to_numpy()
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        found = batch.column(name)[int(bad[0])].as_py()
+        raise DataError(
+            f"{path}: column {name!r} has {bad.size} value(s) that are null, NaN or infinite in rows {row} to "
+            f"{row + batch.num_rows - 1}, first row {row + int(bad[0])} ({batch.column(0)[int(bad[0])].as_py()}): "
+            f"{found}. Remove these prompts or score them again."
+        )
+
+
+def _check_side_by_side(path: Path, index: ShardIndex, start_P: IntArray) -> None:
+    order = np.argsort(index.hash_P, kind="stable")
+    again = np.flatnonzero(index.hash_P[order][1:] == index.hash_P[order][:-1])
+    if again.size:
+        one, two = int(order[again[0]]), int(order[again[0] + 1])
+        raise DataError(
+            f"{path}: the rows of prompt {_prompt_of(path, index, index.hash_P[one])} are not side by side (from row "
+            f"{start_P[one]}, and again from row {start_P[two]}). Sort the table by prompt_id to stream it."
+        )
+
+
+def _prompt_of(path: Path, index: ShardIndex, value: np.uint64) -> str:
+    """Return the id behind a hash, for a message."""
+    row = int(index.num_responses_P[: int(np.flatnonzero(index.hash_P == value)[0])].sum())
+    for batch in _batches(path, ["prompt_id"]):
+        if row < batch.num_rows:
+            return str(batch.column(0)[row].as_py())
+        row -= batch.num_rows
+    raise AssertionError("the index has more rows than the file")
+
+
+def _check_none_missing(paths: Sequence[Path]) -> None:
+    """Where files are named part-00001-of-00004, all four must be there."""
+    found: dict[tuple[str, int], set[int]] = {}
+    for path in paths:
+        if match := _PART_OF.match(path.stem):
+            found.setdefault((match["stem"], int(match["count"])), set()).add(int(match["index"]))
+    for (stem, count), numbers in found.items():
+        first = 0 if 0 in numbers else 1
+        if missing := sorted(set(range(first, first + count)) - numbers):
+            raise DataError(
+                f"{paths[0].parent}: {len(missing)} of {count} parts of {stem!r} are missing: number "
+                f"{', '.join(map(str, missing[:5]))}. Copy them, or score them again."
+            )
