@@ -3,7 +3,7 @@
     python benchmarks/dual_solve.py            # table on the screen, benchmarks/results/dual_solve.json
 
 Both run in this one process, in turn, on the same float64 scores; times are medians. The peer is
-:mod:`paper_pgd`, which follows the rules of the authors' code and leaves out its recording of trajectories. Its
+:mod:`can_dist.dual.published`, by the rules of the authors' code without its recording of trajectories. Its
 frontier is measured on a few of the 50 points and scaled, because the whole would take an hour; ours is measured whole.
 """
 
@@ -12,20 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-import scipy
-from paper_pgd import bisect_threshold, paper_pgd
+from machine import machine
+from paper_pgd import bisect_threshold
 
 from can_dist.dual import Frontier, Margin, ScoreTable, bootstrap, frontier, predict, solve_dual
+from can_dist.dual.published import published_pgd
 
 NUM_PROMPTS, NUM_RESPONSES = 1000, 128
 RESULTS = Path(__file__).parent / "results" / "dual_solve.json"
@@ -69,7 +68,7 @@ def solve_row(name: str, setting: dict[str, Any], repeats: int) -> dict[str, Any
         return solve_dual(reward.ravel(), utility.ravel(), prompt, beta=beta, constraints=[Margin("g", margin)])
 
     def peer() -> Any:
-        return paper_pgd(reward, utility, threshold, beta, lr=setting["lr"])
+        return published_pgd(reward, utility, threshold, beta, lr=setting["lr"])
 
     (time_ours, cpu_ours), (time_peer, cpu_peer) = alternate(ours, peer, repeats).tolist()
     solution, found = ours(), peer()
@@ -156,26 +155,6 @@ def bootstrap_row(setting: dict[str, Any], num_replicates: int, repeats: int) ->
     }
 
 
-def machine() -> dict[str, Any]:
-    """Describe where this ran."""
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "threads": os.environ["OMP_NUM_THREADS"],
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "scipy": scipy.__version__,
-        "system": platform.platform(),
-    }
-
-
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -205,7 +184,12 @@ def main() -> None:
         f"{replicates['solves']:.1f} solves; SE {replicates['bootstrap_se']:.4g}, sandwich "
         f"{replicates['sandwich_se']:.4g}"
     )
-    record = {"machine": machine(), "solve": solves, "frontier": curve, "bootstrap": replicates}
+    record = {
+        "machine": {**machine("numpy", "scipy"), "threads": os.environ["OMP_NUM_THREADS"]},
+        "solve": solves,
+        "frontier": curve,
+        "bootstrap": replicates,
+    }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(record, indent=2) + "\n")
     print(f"written to {arguments.output}")

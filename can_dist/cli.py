@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
+from can_dist.cli_dual import frontier, solve
+from can_dist.cli_run import read_config, run_options, run_until
 from can_dist.errors import CanDistError, ConfigError, DataError, Interrupted
 
 EXIT_CODES = (
@@ -24,54 +23,18 @@ def cli() -> None:
     """Make a language model safer by a stated amount in one fine-tuning run."""
 
 
-def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what every stage takes: the configuration, the run directory, overrides."""
-    command = click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Override a key, e.g. constraints.safety.margin=2.",
-    )(command)
-    command = click.option(
-        "--run", "run_dir", required=True, type=click.Path(path_type=Path), help="Run directory; made if absent."
-    )(command)
-    command = click.option("--config", "config_option", metavar="FILE", help="The same as the argument CONFIG.")(
-        command
-    )
-    return click.argument("config", required=False)(command)
-
-
-def _config_path(config: str | None, config_option: str | None) -> str:
-    if (config is None) == (config_option is None):
-        raise ConfigError("give the configuration file once: can-dist VERB CONFIG --run DIR.")
-    return str(config or config_option)
-
-
-def _run_until(
-    config: str | None, config_option: str | None, run_dir: Path, overrides: tuple[str, ...], until: str
-) -> None:
-    from can_dist.config import load_config
-
-    settings = load_config(_config_path(config, config_option), overrides)
-    from can_dist.pipeline import run_pipeline
-
-    artifact = run_pipeline(run_dir, settings, until)
-    click.echo(str(artifact.path))
-
-
 @cli.command()
-@run_options
+@run_options()
 def run(config: str | None, config_option: str | None, run_dir: Path, overrides: tuple[str, ...]) -> None:
     """Run the whole method: generate, score, solve, label, train, evaluate. Run again to continue or to change."""
-    _run_until(config, config_option, run_dir, overrides, "evaluate")
+    click.echo(str(run_until(run_dir, read_config(config, config_option, overrides), "evaluate").path))
 
 
 def _stage_command(stage: str, text: str) -> None:
     @cli.command(stage, help=text)
-    @run_options
+    @run_options()
     def command(config: str | None, config_option: str | None, run_dir: Path, overrides: tuple[str, ...]) -> None:
-        _run_until(config, config_option, run_dir, overrides, stage)
+        click.echo(str(run_until(run_dir, read_config(config, config_option, overrides), stage).path))
 
 
 _stage_command("generate", "Sample K responses per prompt from the reference.")
@@ -81,92 +44,8 @@ _stage_command("train", "Fine-tune the reference once on the labelled pairs.")
 _stage_command("evaluate", "Measure the policy on held-out prompts and write the report.")
 
 
-@cli.command()
-@click.argument("config", required=False)
-@click.option("--config", "config_option", metavar="FILE", help="The same as the argument CONFIG.")
-@click.option("--run", "run_dir", type=click.Path(path_type=Path), help="Run directory, with --config.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a configuration key.")
-@click.option("--scores", type=click.Path(path_type=Path), help="A Parquet, Arrow or JSONL table with prompt_id.")
-@click.option("--reward", help="Column of the reward.")
-@click.option(
-    "--constraint", "constraints", multiple=True, metavar="COL:margin=B", help="Or COL:threshold=T. May be repeated."
-)
-@click.option("--beta", type=float, help="KL weight β.")
-@click.option("--json", "json_path", metavar="PATH|-", help="Write the solution as JSON; - for standard output.")
-def solve(
-    config: str | None,
-    config_option: str | None,
-    run_dir: Path | None,
-    overrides: tuple[str, ...],
-    scores: Path | None,
-    reward: str | None,
-    constraints: tuple[str, ...],
-    beta: float | None,
-    json_path: str | None,
-) -> None:
-    """Solve the dual of a score table (--scores ...), or of a run (CONFIG --run DIR)."""
-    if scores is None:
-        if run_dir is None:
-            raise ConfigError(
-                "solve needs --scores FILE --reward COL --constraint COL:margin=B --beta X, or CONFIG --run DIR."
-            )
-        _run_until(config, config_option, run_dir, overrides, "solve")
-        return
-    if config or config_option or run_dir or overrides:
-        raise ConfigError("solve takes either --scores and its options, or CONFIG --run DIR, not both.")
-    given = {"--reward": reward, "--constraint": constraints or None, "--beta": beta}
-    if reward is None or beta is None or not constraints:
-        missing = [name for name, value in given.items() if value is None]
-        raise ConfigError(f"solve --scores also needs {', '.join(missing)}.")
-    if json_path not in (None, "-") and not Path(str(json_path)).absolute().parent.is_dir():
-        raise ConfigError(f"--json {json_path}: no such directory {Path(str(json_path)).parent}. Make it first.")
-    from can_dist.dual import solve_dual
-    from can_dist.tables.scores import read_score_table, score_arrays
-
-    margins = [_parse_constraint(text) for text in constraints]
-    arrays = score_arrays(read_score_table(scores), reward, [margin.name for margin in margins], str(scores))
-    solution = solve_dual(arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, beta=beta, constraints=margins)
-    text = json.dumps(solution.to_dict(), indent=1, allow_nan=False)
-    if json_path == "-":
-        click.echo(text)
-        return
-    if json_path is not None:
-        from can_dist.tables.artifacts import atomic_file
-
-        with atomic_file(Path(json_path)) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
-    click.echo(_solution_text(solution))
-
-
-def _parse_constraint(text: str) -> Any:
-    from can_dist.dual import Margin
-
-    name, colon, demand = text.rpartition(":")
-    kind, equals, value = demand.partition("=")
-    if not (name and colon and equals) or kind not in ("margin", "threshold"):
-        raise ConfigError(f"--constraint {text}: expected COLUMN:margin=NUMBER or COLUMN:threshold=NUMBER.")
-    try:
-        number = float(value)
-    except ValueError:
-        raise ConfigError(f"--constraint {text}: {value!r} is not a number.") from None
-    return Margin(name, margin=number if kind == "margin" else None, threshold=number if kind == "threshold" else None)
-
-
-def _solution_text(solution: Any) -> str:
-    lines = [f"status    {solution.status.name}: {solution.status.value}"]
-    for name, lam in solution.lam.items():
-        gain = solution.predicted["improvement"][name]
-        lines.append(
-            f"{name:9} lambda* {lam:.6g} (SE {solution.lam_se[name]:.2g}), margin {solution.margin[name]:.4g} over the "
-            f"reference mean {solution.centre[name]:.4g}, predicted {gain['mean']:+.4g} (SE {gain['se']:.2g})"
-        )
-    predicted, diagnostics = solution.predicted, solution.diagnostics
-    lines.append(f"reward    predicted {predicted['reward_improvement']:+.4g}; KL {predicted['kl']:.4g} nats")
-    lines.append(
-        f"weights   effective responses per prompt: median {diagnostics['ess']['median']:.1f} of "
-        f"{diagnostics['responses_per_prompt']['median']:.0f}; KKT residual {solution.kkt_residual:.1e}"
-    )
-    return "\n".join([*lines, f"verdict   {diagnostics['verdict']}"])
+cli.add_command(solve)
+cli.add_command(frontier)
 
 
 @cli.command("config")

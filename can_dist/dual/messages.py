@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from can_dist.dual.columns import Scores
 from can_dist.dual.estimators import Estimate
 from can_dist.dual.feasibility import BORDER, Feasibility
 from can_dist.dual.newton import Minimum
-from can_dist.dual.solution import Margin, Status
-from can_dist.dual.table import FloatArray, ScoreTable
+from can_dist.dual.solution import DualSolution, Margin, Status
+from can_dist.dual.table import FloatArray
 
 
 def infeasible_message(
-    table: ScoreTable,
+    table: Scores,
     constraints: Sequence[Margin],
     margin_J: FloatArray,
     feasibility: Feasibility,
@@ -26,6 +27,8 @@ def infeasible_message(
     named = list(range(len(constraints))) if joint else short
     lines = ["no policy supported on this table meets the constraints."]
     lines += [_attainable_line(table, constraints[j], float(margin_J[j]), feasibility, j) for j in named]
+    for j in named:
+        lines += _other_reading(table, constraints[j], float(feasibility.attainable_J[j]), j)
     if joint:
         mixture = ", ".join(f"{c.name} {v:.2f}" for c, v in zip(constraints, feasibility.certificate_J, strict=True))
         lines.append(
@@ -37,7 +40,7 @@ def infeasible_message(
 
 
 def boundary_message(
-    table: ScoreTable,
+    table: Scores,
     constraints: Sequence[Margin],
     margin_J: FloatArray,
     feasibility: Feasibility,
@@ -48,6 +51,8 @@ def boundary_message(
     named = exact or list(range(len(constraints)))
     lines = ["the constraints are met only by the best responses alone, in the limit of infinite lambda."]
     lines += [_attainable_line(table, constraints[j], float(margin_J[j]), feasibility, j) for j in named]
+    for j in named:
+        lines += _other_reading(table, constraints[j], float(feasibility.attainable_J[j]), j)
     lines.append(_remedy([constraints[j] for j in named]))
     return "\n".join(lines)
 
@@ -79,6 +84,33 @@ def equality_message(
     return "\n".join(lines)
 
 
+def misread_hints(solution: DualSolution) -> list[str]:
+    """Name the demands that the reference meets already and that would ask for something read the other way.
+
+    A margin below zero where the absolute level was meant, or a threshold below ḡ where the improvement was meant,
+    is no error: λ* = 0 and nothing changes. Someone should be told. One sentence each.
+    """
+    hints = []
+    for name, lam in solution.lam.items():
+        centre, attainable = solution.centre[name], solution.feasibility["attainable"][name]
+        margin, threshold = solution.margin[name] - solution.safety_margin.get(name, 0.0), solution.threshold[name]
+        other = margin - centre if threshold is None else threshold
+        if lam != 0 or margin >= 0 or not 0 < other < attainable:
+            continue
+        if threshold is None:
+            hints.append(
+                f"{name}: the reference meets margin={margin:.6g}, an improvement below zero over its mean "
+                f"{centre:.6g}; if you meant the absolute level, write threshold={margin:.6g}, which is a margin of "
+                f"{other:+.6g}."
+            )
+        else:
+            hints.append(
+                f"{name}: the reference meets threshold={threshold:.6g}, an absolute level below its mean "
+                f"{centre:.6g}; if you meant the improvement, write margin={threshold:.6g}."
+            )
+    return hints
+
+
 def estimator_message(found: Estimate) -> str:
     """Say that an estimator has no solution near the empirical one."""
     ess = float(np.median(found.moments.ess_P))
@@ -102,7 +134,7 @@ def _alone(j: int, margin_J: FloatArray, feasibility: Feasibility, scale_J: Floa
     return float((feasibility.attainable_J[j] - margin_J[j]) / scale_J[j])
 
 
-def _attainable_line(table: ScoreTable, constraint: Margin, margin: float, feasibility: Feasibility, j: int) -> str:
+def _attainable_line(table: Scores, constraint: Margin, margin: float, feasibility: Feasibility, j: int) -> str:
     requested, attainable = _pair(margin, float(feasibility.attainable_J[j]))
     asked = f"margin {requested} requested"
     if constraint.threshold is not None:
@@ -116,6 +148,25 @@ def _attainable_line(table: ScoreTable, constraint: Margin, margin: float, feasi
         f"  {constraint.name}: {asked}, at most {attainable} attainable "
         f"(mean over prompts of the best of K = {num}, minus the reference mean)."
     )
+
+
+def _other_reading(table: Scores, constraint: Margin, attainable: float, j: int) -> list[str]:
+    """Echo both readings of a number that cannot be met as given and could be as the other kind of demand."""
+    centre = float(table.centre_J[j])
+    if constraint.threshold is None:
+        asked, kind = float(constraint.margin or 0.0), "an improvement over"
+        own, other = asked, asked - centre
+        advice = f"the absolute level {asked:.6g}, write threshold={asked:.6g}, which is a margin of {other:+.6g}"
+    else:
+        asked, kind = float(constraint.threshold), "an absolute level, compared with"
+        own, other = asked - centre, asked
+        advice = f"an improvement of {asked:.6g}, write margin={asked:.6g}"
+    if not own >= attainable > other:
+        return []
+    return [
+        f"  {constraint.name}: read as {kind} the reference mean {centre:.6g} it needs {own:+.6g}, at most "
+        f"{attainable:+.6g} attainable; if you meant {advice}."
+    ]
 
 
 def _remedy(constraints: Sequence[Margin]) -> str:

@@ -19,13 +19,17 @@ from can_dist.dual.table import FloatArray
 
 @dataclass(frozen=True)
 class Outcome:
-    """Status, the empirical point in raw units where one was reached, the feasibility, and the estimator's λ̂."""
+    """Status, the empirical point in raw units where one was reached, the feasibility, and the estimator's λ̂.
+
+    ``trustworthy`` is the judgement of the estimator ``auto``, ``reason`` its sentence.
+    """
 
     status: Status
     point: Minimum | None
     feasibility: Feasibility
     corrected: Estimate | None = None
     reason: str = ""
+    trustworthy: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from can_dist.dual.estimators import check_estimator, estimate, prediction_from,
 from can_dist.dual.feasibility import Feasibility
 from can_dist.dual.predict import Prediction, check_beta, lambda_standard_error, predict
 from can_dist.dual.problem import Outcome, Problem
-from can_dist.dual.solution import DualSolution, Margin, Predicted, Status
+from can_dist.dual.solution import Diagnostics, DualSolution, Margin, Predicted, Status
 from can_dist.dual.table import FloatArray, ScoreTable
 from can_dist.errors import ConfigError, InfeasibleConstraint, NumericalError
 
@@ -148,7 +148,7 @@ class _Request:
         start_J = outcome.point.lam_J
         if self.estimator == "auto":
             choice = choose(self.table, self.beta, margin_J, start_J, level_J=self.level_J)
-            return replace(outcome, corrected=choice.chosen, reason=choice.reason)
+            return replace(outcome, corrected=choice.chosen, reason=choice.reason, trustworthy=choice.trustworthy)
         corrected = estimate(self.table, self.beta, margin_J, self.estimator, start_J, self.level_J)
         return replace(outcome, corrected=corrected, status=Status.OPTIMAL if corrected.converged else Status.MAX_STEPS)
 
@@ -296,12 +296,21 @@ def _report(outcome: Outcome, asked: _Request, margin_J: FloatArray, confidence:
             "certificate": by_name(feasibility.certificate_J),
             "attainable": by_name(feasibility.attainable_J),
         },
-        diagnostics=weight_diagnostics(table, lam_J, asked.beta, prediction),
+        diagnostics=_diagnostics(outcome, asked, lam_J, prediction),
         estimator=asked.estimator if corrected is None or asked.estimator != "auto" else corrected.estimator,
         estimator_reason=outcome.reason,
         confidence=confidence,
         safety_margin=by_name(margin_J - _margins(table, constraints)) if confidence is not None else {},
     )
+
+
+def _diagnostics(outcome: Outcome, asked: _Request, lam_J: FloatArray, prediction: Prediction | None) -> Diagnostics:
+    """Summarise the weights; where ``auto`` judged λ by its error bounds, the verdict is its judgement."""
+    found = weight_diagnostics(asked.table, lam_J, asked.beta, prediction)
+    if outcome.trustworthy is None or prediction is None:
+        return found
+    judgement = "The prediction may be trusted" if outcome.trustworthy else "Do not trust the prediction"
+    return {**found, "verdict": f"{judgement} ({outcome.reason.rstrip('.')})."}
 
 
 def _predicted(prediction: Prediction | None, names: list[str]) -> Predicted:

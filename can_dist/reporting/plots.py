@@ -72,7 +72,7 @@ def forest_svg(
     ``texts`` are the two means and ``margin`` its value as they should read; ``label`` is read out in place of the
     figure; ``prefix`` makes the ids of this figure unlike those of the others on the page.
     """
-    with _panel(FOREST_HEIGHT_IN) as (figure, ax):
+    with panel(FOREST_HEIGHT_IN) as (figure, ax):
         ax.axvline(0.0, color=MUTED, linewidth=0.8)
         if margin is not None:
             ax.axvline(margin[0], color=MARGIN, linewidth=1.6, linestyle=(0, (5, 2)))
@@ -86,11 +86,11 @@ def forest_svg(
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
         ax.margins(x=0.12)
-        _few_ticks(ax, y=False)
+        few_ticks(ax, y=False)
         ax.set_xlabel("change against the reference")
         if margin is not None:
-            _label_above(ax, margin[0], f"margin {margin[1]}", MARGIN)
-        return _svg(figure, label, prefix)
+            label_above(ax, margin[0], f"margin {margin[1]}", MARGIN)
+        return svg_text(figure, label, prefix)
 
 
 def density_svg(reference: Sequence[float], policy: Sequence[float], *, label: str, prefix: str) -> tuple[str, int]:
@@ -98,7 +98,7 @@ def density_svg(reference: Sequence[float], policy: Sequence[float], *, label: s
     before, after = _finite(reference), _finite(policy)
     edges = _bin_edges(np.concatenate([before, after]))
     outside = sum(int(np.sum((values < edges[0]) | (values > edges[-1]))) for values in (before, after))
-    with _panel(HEIGHT_IN) as (figure, ax):
+    with panel(HEIGHT_IN) as (figure, ax):
         for values, name, colour, line, hatch in (
             (before, "reference", REFERENCE, (0, (4, 2)), "////"),
             (after, "policy", POLICY, "solid", None),
@@ -121,27 +121,11 @@ def density_svg(reference: Sequence[float], policy: Sequence[float], *, label: s
                 ax.plot([mean, mean], [0.0, top], color=colour, linewidth=1.2, linestyle=line)
                 face = colour if marker == "o" else "none"
                 ax.plot([mean], [top], marker, color=colour, markerfacecolor=face, markersize=7, clip_on=False)
-        _few_ticks(ax)
+        few_ticks(ax)
         ax.set_xlabel("score")
         ax.set_ylabel("share of responses")
         _legend_above(ax)
-        return _svg(figure, label, prefix), outside
-
-
-def dual_svg(lam: Sequence[float], value: Sequence[float], lam_star: float, *, label: str, prefix: str) -> str:
-    """The dual along one multiplier, its minimiser marked."""
-    x, y = _finite_pairs(zip(lam, value, strict=True))
-    with _panel(HEIGHT_IN) as (figure, ax):
-        ax.plot(x, y, color=INK, linewidth=1.8)
-        ax.axvline(lam_star, color=MARGIN, linewidth=1.4, linestyle=(0, (5, 2)))
-        if x.size and x[0] <= lam_star <= x[-1]:
-            ax.plot([lam_star], [np.interp(lam_star, x, y)], "o", color=MARGIN, markersize=8)
-        ax.margins(x=0.03, y=0.12)
-        _few_ticks(ax)
-        ax.set_xlabel("λ")
-        _name_y(ax, "dual value D(λ)")
-        _label_above(ax, lam_star, f"λ* = {lam_star:.3g}", MARGIN)
-        return _svg(figure, label, prefix)
+        return svg_text(figure, label, prefix), outside
 
 
 def training_svg(
@@ -149,7 +133,7 @@ def training_svg(
 ) -> str:
     """The training loss, the evaluation loss where there is one, and ln 2."""
     x, y = _finite_pairs(loss)
-    with _panel(HEIGHT_IN) as (figure, ax):
+    with panel(HEIGHT_IN) as (figure, ax):
         if x.size > MANY_STEPS:
             ax.plot(x, y, color=REFERENCE, linewidth=0.8, alpha=0.45)
             ax.plot(x, _running_mean(y, x.size // 20), color=REFERENCE, linewidth=2.0, label="training")
@@ -159,15 +143,15 @@ def training_svg(
         if eval_x.size:
             ax.plot(eval_x, eval_y, color=POLICY, linewidth=1.6, linestyle=(0, (4, 2)), marker="o", label="evaluation")
         ax.axhline(LN_2, color=MARGIN, linewidth=1.3, linestyle=(0, (1, 1.5)), label="ln 2")
-        _few_ticks(ax, whole=True)
+        few_ticks(ax, whole=True)
         ax.set_xlabel("optimiser step")
-        _name_y(ax, "loss")
+        name_axis(ax.yaxis, "loss")
         _legend_above(ax)
-        return _svg(figure, label, prefix)
+        return svg_text(figure, label, prefix)
 
 
 @contextmanager
-def _panel(height_in: float) -> Iterator[tuple[Any, Any]]:
+def panel(height_in: float) -> Iterator[tuple[Any, Any]]:
     """A figure with one pair of axes in the house style, whatever the user's matplotlibrc says."""
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -177,7 +161,7 @@ def _panel(height_in: float) -> Iterator[tuple[Any, Any]]:
         yield figure, figure.add_subplot()
 
 
-def _svg(figure: Any, label: str, prefix: str) -> str:
+def svg_text(figure: Any, label: str, prefix: str) -> str:
     """The figure as an ``<svg>`` element for an HTML page: theme colours, own ids, no metadata, no outside address."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -194,31 +178,37 @@ def _svg(figure: Any, label: str, prefix: str) -> str:
     return f'<svg role="img" aria-label="{escape(label)}" {box.group()}>\n{body}'
 
 
-def _name_y(ax: Any, name: str) -> None:
-    """Label the y axis; a common factor of its ticks (1e−5) joins the label, for its corner belongs to the legend."""
-    ax.set_ylabel(name)
-    ax.figure.draw_without_rendering()
-    corner = ax.yaxis.get_offset_text()
+def name_axis(axis: Any, name: str) -> None:
+    """Label an axis; a common factor of its ticks (1e−5) joins the label, for its corner may belong to the legend."""
+    axis.set_label_text(name)
+    axis.figure.draw_without_rendering()
+    corner = axis.get_offset_text()
     if factor := corner.get_text():
-        ax.set_ylabel(f"{name} ({factor if factor[0] in '+−' else '×' + factor})")
+        axis.set_label_text(f"{name} ({factor if factor[0] in '+−' else '×' + factor})")
         corner.set_visible(False)
 
 
-def _few_ticks(ax: Any, *, y: bool = True, whole: bool = False) -> None:
+def few_ticks(ax: Any, *, x: bool = True, y: bool = True, whole: bool = False) -> None:
+    """At most five steps on the axes named; ``whole`` keeps those of x to whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
+    round_steps = (1, 2, 2.5, 5, 10)
+    if x:
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=whole, steps=round_steps))
     if y:
-        ax.yaxis.set_major_locator(MaxNLocator(5))
+        ax.yaxis.set_major_locator(MaxNLocator(5, steps=round_steps))
 
 
-def _label_above(ax: Any, x: float, text: str, colour: str) -> None:
-    """Write ``text`` over the axes at ``x``, turned inwards near either end so that it is never cut."""
-    low, high = ax.get_xlim()
-    place = (x - low) / (high - low)
+def label_above(ax: Any, x: float, text: str, colour: str, *, level: int = 0) -> None:
+    """Write ``text`` over the axes at ``x``, turned inwards near either end so that it is never cut.
+
+    ``level`` counts lines upwards, for a label that would touch another.
+    """
+    ax.autoscale_view()  # limits are set lazily, and the transforms below read them
+    place = float(ax.transAxes.inverted().transform(ax.transData.transform((x, 0.0)))[0])
     side = "left" if place < 0.2 else "right" if place > 0.8 else "center"
-    ax.annotate(text, (x, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
-                ha=side, va="bottom", color=colour)  # fmt: skip
+    ax.annotate(text, (x, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3 + 15 * level),
+                textcoords="offset points", ha=side, va="bottom", color=colour)  # fmt: skip
 
 
 def _legend_above(ax: Any) -> None:

@@ -12,7 +12,8 @@ import pyarrow as pa
 from scipy import stats
 
 from can_dist.config import Model, identity
-from can_dist.dual import DualSolution, ScoreTable, dual_curve, predict
+from can_dist.dual import DualSolution, Prediction, ScoreTable, predict
+from can_dist.reporting.examination import examine
 from can_dist.scoring.protocol import LogProb, ScorerSpec
 from can_dist.stages.generate import generate
 from can_dist.stages.score import score
@@ -80,27 +81,17 @@ def build_report(work: Workspace, inputs: Mapping[str, Artifact], reward: str) -
     solution = load_solution(inputs["solution"])
     before, after = inputs["scores_before"].table, inputs["scores_after"].table
     names = [reward, *solution.lam]
+    examination = examine(training_table(inputs, reward, solution), solution, reward_name=reward)
     held_out = held_out_prediction(before, reward, solution)
-    constraints = []
-    for index, name in enumerate(solution.lam):
-        realised = improvement(before, after, name)
-        constraints.append(
-            {
-                "name": name,
-                "margin": solution.margin[name],
-                "threshold": solution.threshold[name],
-                "centre": solution.centre[name],
-                "lam": solution.lam[name],
-                "lam_se": _number(solution.lam_se[name]),
-                "predicted": interval(held_out.slack_PJ[:, index] + solution.margin[name]),
-                "realised": realised,
-                "verdict": verdict(realised, solution.margin[name]),
-            }
-        )
+    predicted, kl = predictions(held_out, examination, reward, solution)
+    equal = {
+        name: bool(one.get("equal")) for name, one in inputs["solution"].manifest["identity"]["constraints"].items()
+    }
     kl_P = _by_prompt(after, _column(after, "logp.policy") - _column(after, "logp.reference"))[1]
+    kl["realised"] = interval(kl_P)
     reference_info = inputs["responses_before"].info
     return {
-        "format_version": 1,
+        "format_version": 2,
         "title": f"{work.config.method.upper().replace('MOCAN', 'MoCAN')}: predicted and realised",
         "method": work.config.method,
         "beta": work.config.beta,
@@ -109,20 +100,20 @@ def build_report(work: Workspace, inputs: Mapping[str, Artifact], reward: str) -
         "num_responses": work.config.generate.num_responses,
         "models": _models(inputs),
         "solution": solution.to_dict(),
-        "constraints": constraints,
-        "reward": {
-            "name": reward,
-            "predicted": interval(held_out.reward_gain_P),
-            "realised": improvement(before, after, reward),
-        },
-        "kl": {"predicted": solution.predicted["kl"], "realised": interval(kl_P)},
+        "examination": examination,
+        "prediction": _prediction_source(examination, solution, before),
+        "constraints": [
+            constraint_row(name, solution, predicted[name], improvement(before, after, name), equal=equal[name])
+            for name in solution.lam
+        ],
+        "reward": {"name": reward, **predicted[reward], "realised": improvement(before, after, reward)},
+        "kl": kl,
         "win_rate": {name: win_rate(before, after, name) for name in names},
         "lengths": {"reference": _lengths(before), "policy": _lengths(after)},
         "scores": {name: {"reference": _list(before, name), "policy": _list(after, name)} for name in names},
-        "dual_curves": _curves(inputs["train_scores"].table, reward, solution),
         "training": _training(inputs["policy"]),
         "counts": {},
-        "warnings": _warnings(work, solution, before, after) + _drift(interval(kl_P), solution, inputs["policy"]),
+        "warnings": _warnings(work, solution, before, after) + _drift(kl, inputs["policy"]),
         "samples": _samples(inputs, names, work.config.evaluate.num_samples),
         "config": identity(work.config, exclude=["cluster"]),
         "versions": {name: version(name) for name in PACKAGES},
@@ -145,9 +136,11 @@ def improvement(before: pa.Table, after: pa.Table, name: str) -> dict[str, float
     return interval(after_P - before_P)
 
 
-def verdict(realised: Mapping[str, float], margin: float) -> str:
-    """Say whether a margin was met, given the realised improvement's interval."""
-    if realised["low"] >= margin:
+def verdict(realised: Mapping[str, float], margin: float, *, equal: bool = False) -> str:
+    """Say whether a margin was met, given the realised improvement's interval; ``equal``: exactly, on both sides."""
+    if equal and realised["low"] > margin:
+        return "not met"
+    if realised["low"] >= margin and not equal:
         return "met"
     return "met within the interval" if realised["high"] >= margin else "not met"
 
@@ -162,11 +155,88 @@ def win_rate(before: pa.Table, after: pa.Table, name: str) -> dict[str, float]:
     return interval(np.array(rates))
 
 
-def held_out_prediction(before: pa.Table, reward: str, solution: DualSolution) -> Any:
-    """Predict the policy of λ* on the held-out prompts, from the reference's responses to them."""
-    prompts, utilities = before.column("prompt_id").to_numpy(zero_copy_only=False), _utilities(before, solution)
-    table = ScoreTable.build(_column(before, reward), utilities, prompts)
-    return predict(table, solution.lam_vector, solution.beta, solution.margin_vector)
+def held_out_prediction(before: pa.Table, reward: str, solution: DualSolution) -> Prediction:
+    """Predict the policy of λ* on the held-out prompts, from the reference's responses to them.
+
+    Unbiased over prompts, but their few responses (``evaluate.num_responses``) understate what the policy changes.
+    """
+    return predict(_score_table(before, reward, solution), solution.lam_vector, solution.beta, solution.margin_vector)
+
+
+def training_table(inputs: Mapping[str, Artifact], reward: str, solution: DualSolution) -> ScoreTable:
+    """Return the table that gave the solution, with the reference weights it was solved with."""
+    log_weight = inputs["solution"].manifest["identity"]["log_weight"]
+    return _score_table(inputs["train_scores"].table, reward, solution, log_weight)
+
+
+def predictions(
+    held_out: Prediction, examination: Mapping[str, Any], reward: str, solution: DualSolution
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return what each score was predicted to do, by name, and the KL.
+
+    ``predicted`` is what stands beside the realised value: cross-fitted on the training table, whose prompts have the
+    responses λ* was solved with. ``predicted_held_out`` comes from the held-out prompts; it takes the other's place
+    where cross-fitting has no solution. Each is a mean with SE and 95 % interval over prompts; the KL's ``predicted``
+    is its mean, with ``predicted_interval`` beside it.
+    """
+    elsewhere = {
+        name: interval(held_out.slack_PJ[:, index] + solution.margin[name]) for index, name in enumerate(solution.lam)
+    }
+    elsewhere[reward] = interval(held_out.reward_gain_P)
+    inside, kl_elsewhere = elsewhere, interval(held_out.kl_P)
+    kl_inside = kl_elsewhere
+    if crossed := examination["cross_fit"]:
+        inside = {**crossed["improvement"], reward: crossed["reward_improvement"]}
+        kl_inside = crossed["kl"]
+    scores = {name: {"predicted": inside[name], "predicted_held_out": elsewhere[name]} for name in elsewhere}
+    kl = {"predicted": kl_inside["mean"], "predicted_interval": kl_inside, "predicted_held_out": kl_elsewhere}
+    return scores, kl
+
+
+def _prediction_source(
+    examination: Mapping[str, Any], solution: DualSolution, before: pa.Table
+) -> dict[str, str | int | None]:
+    """Say exactly what ``predicted`` is: of which prompts, with how many responses each."""
+    crossed = examination["cross_fit"]
+    counts = solution.diagnostics["responses_per_prompt"]
+    low, high = counts["min"], counts["max"]
+    return {
+        "source": "cross-fitted" if crossed else "held-out",
+        "reason": examination["cross_fit_refused"],
+        "num_folds": crossed["num_folds"] if crossed else None,
+        "num_prompts": solution.diagnostics["num_prompts"],
+        "num_responses": f"{low:g}" if low == high else f"{low:g} to {high:g}",
+        "held_out_responses": int(np.median(np.unique(before.column("prompt_id"), return_counts=True)[1])),
+    }
+
+
+def constraint_row(
+    name: str, solution: DualSolution, predicted: Mapping[str, Any], realised: Mapping[str, float], *, equal: bool
+) -> dict[str, Any]:
+    """Set one constraint's prediction beside what was realised, against the margin that was asked for.
+
+    A solve with a confidence raises the margin it meets; the verdict is on the margin before that.
+    """
+    asked = solution.margin[name] - solution.safety_margin.get(name, 0.0)
+    return {
+        "name": name,
+        "margin": asked,
+        "threshold": solution.threshold[name],
+        "centre": solution.centre[name],
+        "lam": solution.lam[name],
+        "lam_se": _number(solution.lam_se[name]),
+        **predicted,
+        "realised": realised,
+        "verdict": verdict(realised, asked, equal=equal),
+    }
+
+
+def _score_table(table: pa.Table, reward: str, solution: DualSolution, log_weight: str | None = None) -> ScoreTable:
+    prompts = table.column("prompt_id").to_numpy(zero_copy_only=False)
+    weights = None if log_weight is None else _column(table, log_weight)
+    return ScoreTable.build(
+        _column(table, reward), _utilities(table, solution), prompts, weights, names=list(solution.lam)
+    )
 
 
 def _utilities(table: pa.Table, solution: DualSolution) -> np.ndarray:
@@ -194,25 +264,6 @@ def _groups(table: pa.Table, values_N: np.ndarray) -> dict[str, np.ndarray]:
     for prompt_id, value in zip(table.column("prompt_id").to_pylist(), values_N.tolist(), strict=True):
         groups.setdefault(prompt_id, []).append(value)
     return {prompt_id: np.array(values) for prompt_id, values in groups.items()}
-
-
-def _curves(table: pa.Table, reward: str, solution: DualSolution) -> dict[str, dict[str, list[float]]]:
-    """Return D along each constraint's axis through λ*."""
-    prompts = table.column("prompt_id").to_numpy(zero_copy_only=False)
-    scores = ScoreTable.build(_column(table, reward), _utilities(table, solution), prompts)
-    curves = {}
-    for axis, (name, lam) in enumerate(solution.lam.items()):
-        grid = np.linspace(0.0, max(2.5 * lam, 1.0), 101)
-        values = dual_curve(
-            scores,
-            beta=solution.beta,
-            margin_J=solution.margin_vector,
-            lam_J=solution.lam_vector,
-            axis=axis,
-            lam_grid=grid,
-        )
-        curves[name] = {"lam": grid.tolist(), "value": values.tolist()}
-    return curves
 
 
 def _lengths(table: pa.Table) -> dict[str, float]:
@@ -264,14 +315,14 @@ def _warnings(work: Workspace, solution: DualSolution, before: pa.Table, after: 
     return warnings
 
 
-def _drift(kl: Mapping[str, float], solution: DualSolution, policy: Artifact) -> list[str]:
+def _drift(kl: Mapping[str, Any], policy: Artifact) -> list[str]:
     """Pairs fix only differences of log-ratios, so a policy can fit them and still leave the reference behind."""
     warnings = []
-    predicted = solution.predicted["kl"]
-    if kl["low"] > 2 * predicted:
+    predicted, realised = kl["predicted"], kl["realised"]
+    if realised["low"] > 2 * predicted:
         warnings.append(
-            f"The policy is {kl['mean']:.2f} nats from the reference, more than twice the {predicted:.2f} predicted: "
-            "training drifted. Lower train.learning_rate or add train.warmup_steps."
+            f"The policy is {realised['mean']:.2f} nats from the reference, more than twice the {predicted:.2f} "
+            "predicted: training drifted. Lower train.learning_rate or add train.warmup_steps."
         )
     loss = loss_above_start(policy.path)
     if loss is not None:

@@ -24,7 +24,8 @@ from can_dist.dual import Block, ColumnScores, Pass, PassResult, run_pass
 from can_dist.tables.artifacts import digest_of
 from can_dist.tables.score_shards import (
     ShardIndex,
-    check_whole,
+    check_complete,
+    check_once,
     id_hashes,
     index_shard,
     open_score_shards,
@@ -59,7 +60,9 @@ def big_scores(
         indexes = [
             ShardIndex(found["counts"], found["hashes"]) for found in work.run("index", _index, [()] * len(shards))
         ]
-        check_whole(shards, indexes, None if prompt_ids is None else id_hashes(prompt_ids))
+        check_once(shards, indexes)
+        if prompt_ids is not None:
+            check_complete(path, np.concatenate([index.hash_P for index in indexes]), id_hashes(prompt_ids))
         counts = work.share([index.num_responses_P for index in indexes])
 
         def runner(asked: Pass) -> Iterator[PassResult]:

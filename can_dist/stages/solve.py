@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from can_dist.config import Constraint
+from can_dist.config import Constraint, identity
 from can_dist.dual import DualSolution, Margin, solve_dual
+from can_dist.dual.messages import misread_hints
 from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, write_json
 from can_dist.tables.scores import score_arrays
@@ -29,15 +30,19 @@ def solve(
     ``log_weight`` names a column of log-weights, such as ``logp.reference`` over an enumerated set of responses;
     sampled responses weigh the same.
 
+    The estimator and the confidence are those of the configuration's ``solve`` section.
+
     Raises
     ------
     InfeasibleConstraint
         With the attainable margins, before anything is trained.
     """
-    margins = [Margin(name, margin=c.margin, threshold=c.threshold) for name, c in constraints.items()]
+    margins = [Margin(name, c.margin, c.threshold, c.equal) for name, c in constraints.items()]
+    options = work.config.solve
     what = {
+        **identity(options),
         "reward": reward,
-        "constraints": {m.name: {"margin": m.margin, "threshold": m.threshold} for m in margins},
+        "constraints": {m.name: {"margin": m.margin, "threshold": m.threshold, "equal": m.equal} for m in margins},
         "beta": beta,
         "log_weight": log_weight,
     }
@@ -49,7 +54,14 @@ def solve(
         arrays = score_arrays(table, reward, list(constraints), str(scores.path))
         weights = None if log_weight is None else table.column(log_weight).to_numpy()
         solution = solve_dual(
-            arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, beta=beta, constraints=margins, log_weight_N=weights
+            arrays.reward_N,
+            arrays.utility_NJ,
+            arrays.prompt_N,
+            beta=beta,
+            constraints=margins,
+            log_weight_N=weights,
+            estimator=options.estimator,
+            confidence=options.confidence,
         )
         write_json(stage.path / SOLUTION, solution.to_dict())
         work.say(describe(solution))
@@ -62,9 +74,16 @@ def load_solution(artifact: Artifact) -> DualSolution:
 
 
 def describe(solution: DualSolution) -> str:
-    """One line per solve for people."""
+    """One line per solve for people: λ*, how it was estimated, what was added to the margins, what it is worth."""
     lam = ", ".join(
         f"{name} {value:.4f}" + (f" ± {error:.4f}" if np.isfinite(error := solution.lam_se[name] or np.nan) else "")
         for name, value in solution.lam.items()
     )
-    return f"λ* = {lam}; {solution.diagnostics['verdict']}"
+    parts = [f"λ* = {lam}"]
+    if solution.estimator != "empirical" or solution.estimator_reason:
+        reason = f" ({solution.estimator_reason})" if solution.estimator_reason else ""
+        parts.append(f"estimator {solution.estimator}{reason}")
+    if solution.confidence is not None:
+        raised = ", ".join(f"{name} by {value:.4g}" for name, value in solution.safety_margin.items())
+        parts.append(f"margins raised for confidence {solution.confidence:g}: {raised}")
+    return " ".join(["; ".join([*parts, solution.diagnostics["verdict"]]), *misread_hints(solution)])

@@ -7,7 +7,6 @@ by :func:`index_shard`; later passes read the scores alone. What stays in memory
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +21,12 @@ import pyarrow.parquet as pq
 from can_dist.errors import DataError
 from can_dist.tables.artifacts import MANIFEST, load_artifact
 from can_dist.tables.schemas import require_columns
-from can_dist.tables.scores import check_numeric, schema_difference, score_files, unreadable
+from can_dist.tables.scores import check_distinct, check_numeric, schema_difference, score_files, unreadable
 
 IntArray = npt.NDArray[np.int64]
 
 BATCH_ROWS = 1 << 20
 """Rows read at a time: 16 MB for a reward and a utility."""
-
-_PART_OF = re.compile(r"^(?P<stem>.*?)-?(?P<index>\d+)-of-(?P<count>\d+)$")
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ def open_score_shards(path: Path, columns: Sequence[str]) -> list[Path]:
     if (path / MANIFEST).is_file():
         load_artifact(path).check()
     paths = score_files(path)
-    _check_none_missing(paths)
+    check_distinct(columns[0], columns[1:], str(path))
     first = _schema(paths[0])
     require_columns(first.empty_table(), ["prompt_id", *columns], str(paths[0]))
     for name in columns:
@@ -93,16 +90,8 @@ def index_shard(path: Path, columns: Sequence[str]) -> ShardIndex:
     return index
 
 
-def check_whole(
-    paths: Sequence[Path], indexes: Sequence[ShardIndex], expected: npt.NDArray[np.uint64] | None = None
-) -> None:
-    """Check by their ids that every prompt is in one shard and, given the hashes of the expected ids, that all are.
-
-    Raises
-    ------
-    DataError
-        For a shard counted twice or a prompt spread over shards, and for prompts missing or unknown.
-    """
+def check_once(paths: Sequence[Path], indexes: Sequence[ShardIndex]) -> None:
+    """Check by the ids that every prompt is in one shard; ``DataError`` names a shard counted twice."""
     hash_P = np.concatenate([index.hash_P for index in indexes])
     shard_P = np.repeat(np.arange(len(indexes)), [index.hash_P.size for index in indexes])
     order = np.argsort(hash_P, kind="stable")
@@ -116,13 +105,21 @@ def check_whole(
             f"{paths[two]}: {shared.size} of its {indexes[two].hash_P.size} prompts ({names}) are in {paths[one].name} "
             f"too: {'a shard counted twice; remove one' if whole else 'write each prompt to one shard'}."
         )
-    if expected is None:
-        return
-    missing, unknown = np.setdiff1d(expected, hash_P), np.setdiff1d(hash_P, expected)
+
+
+def check_complete(where: Path, hash_P: npt.NDArray[np.uint64], expected_P: npt.NDArray[np.uint64]) -> None:
+    """Check that the prompts with scores are those expected, by the hashes of their ids (:func:`id_hashes`).
+
+    Raises
+    ------
+    DataError
+        Counting the prompts that are missing, and those that are not expected.
+    """
+    missing, unknown = np.setdiff1d(expected_P, hash_P), np.setdiff1d(hash_P, expected_P)
     if missing.size or unknown.size:
         raise DataError(
-            f"{paths[0].parent}: {missing.size} of {expected.size} expected prompts have no scores, and {unknown.size} "
-            "prompts with scores were not expected: a shard is missing, or one belongs to another run."
+            f"{where}: {missing.size} of {expected_P.size} expected prompts have no scores, and {unknown.size} prompts "
+            "with scores were not expected: a shard is missing, or one belongs to another run."
         )
 
 
@@ -232,18 +229,3 @@ def _prompt_of(path: Path, index: ShardIndex, value: np.uint64) -> str:
             return str(batch.column(0)[row].as_py())
         row -= batch.num_rows
     raise AssertionError("the index has more rows than the file")
-
-
-def _check_none_missing(paths: Sequence[Path]) -> None:
-    """Where files are named part-00001-of-00004, all four must be there."""
-    found: dict[tuple[str, int], set[int]] = {}
-    for path in paths:
-        if match := _PART_OF.match(path.stem):
-            found.setdefault((match["stem"], int(match["count"])), set()).add(int(match["index"]))
-    for (stem, count), numbers in found.items():
-        first = 0 if 0 in numbers else 1
-        if missing := sorted(set(range(first, first + count)) - numbers):
-            raise DataError(
-                f"{paths[0].parent}: {len(missing)} of {count} parts of {stem!r} are missing: number "
-                f"{', '.join(map(str, missing[:5]))}. Copy them, or score them again."
-            )

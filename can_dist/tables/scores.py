@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from can_dist.tables.schemas import check_unique, null_rows, require_columns
 
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
 """Files a table can be sharded over and streamed from."""
+
+
+_PART_OF = re.compile(r"^(?P<stem>.*?)-?(?P<index>\d+)-of-(?P<count>\d+)$")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,23 @@ def score_files(path: Path) -> list[Path]:
     parts = sorted(p for p in path.iterdir() if p.suffix in TABLE_SUFFIXES and p.name[0] != ".")
     if not parts:
         raise DataError(f"{path}: no .parquet or .arrow file in the directory.")
+    _check_none_missing(parts)
     return parts
+
+
+def _check_none_missing(paths: Sequence[Path]) -> None:
+    """Where files are named part-00001-of-00004, all four must be there."""
+    found: dict[tuple[str, int], set[int]] = {}
+    for path in paths:
+        if match := _PART_OF.match(path.stem):
+            found.setdefault((match["stem"], int(match["count"])), set()).add(int(match["index"]))
+    for (stem, count), numbers in found.items():
+        first = 0 if 0 in numbers else 1
+        if missing := sorted(set(range(first, first + count)) - numbers):
+            raise DataError(
+                f"{paths[0].parent}: {len(missing)} of {count} parts of {stem!r} are missing: number "
+                f"{', '.join(map(str, missing[:5]))}. Copy them, or score them again."
+            )
 
 
 def schema_difference(first: pa.Schema, first_name: str, other: pa.Schema, other_name: str) -> str:
@@ -124,8 +144,7 @@ def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], where
         listed), the table is empty, or every prompt has a single response.
     """
     require_columns(table, ["prompt_id", reward, *constraints], where)
-    if reward in constraints:
-        raise DataError(f"{where}: column {reward!r} is both the reward and a constraint. Name two different columns.")
+    check_distinct(reward, constraints, where)
     if table.num_rows == 0:
         raise DataError(f"{where}: the table has no rows.")
     prompt_N = _prompt_ids(table.column("prompt_id"), where)
@@ -167,6 +186,12 @@ def _finite_column(table: pa.Table, name: str, where: str) -> np.ndarray:
             "Remove these prompts or score them again."
         )
     return np.asarray(values, dtype=np.float64)
+
+
+def check_distinct(reward: str, constraints: Sequence[str], where: str) -> None:
+    """Raise ``DataError`` when the reward is a constraint too."""
+    if reward in constraints:
+        raise DataError(f"{where}: column {reward!r} is both the reward and a constraint. Name two different columns.")
 
 
 def check_numeric(kind: pa.DataType, name: str, where: str) -> None:

@@ -89,7 +89,7 @@ def test_help_tells_the_exit_codes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["run", "generate", "score", "solve", "label", "train", "evaluate", "config", "verify", "demo"]
+    "verb", ["run", "generate", "score", "solve", "frontier", "label", "train", "evaluate", "config", "verify", "demo"]
 )
 def test_verb_exists(verb: str) -> None:
     assert verb in cli.commands
@@ -119,6 +119,7 @@ def project(tmp_path: Path) -> Path:
         (["run", "--run", "r"], "give the configuration file once"),
         (["run", "config.yaml", "--config", "config.yaml", "--run", "r"], "give the configuration file once"),
         (["solve"], "solve needs --scores FILE"),
+        (["frontier"], "frontier needs --scores FILE"),
         (["config"], "config needs a FILE to check, or --schema"),
     ],
 )
@@ -304,7 +305,9 @@ def test_constant_safety_column_that_need_not_improve_costs_nothing(tmp_path: Pa
 @pytest.mark.parametrize(
     ("constraint", "message"),
     [
-        ("safety", "expected COLUMN:margin=NUMBER or COLUMN:threshold=NUMBER"),
+        ("safety", "expected COLUMN:margin=NUMBER, COLUMN:threshold=NUMBER or COLUMN:equals=NUMBER"),
+        ("safety:equal=1", "expected COLUMN:margin=NUMBER"),
+        ("safety:equals=some", "'some' is not a number"),
         ("safety:bound=1", "expected COLUMN:margin=NUMBER"),
         (":margin=1", "expected COLUMN:margin=NUMBER"),
         ("safety:margin=one", "'one' is not a number"),
@@ -362,7 +365,9 @@ def test_bad_scores_exit_3(tmp_path: Path, changes: dict[str, Any], message: str
 def test_unknown_column_exits_3(tmp_path: Path) -> None:
     result = solve(tmp_path, "saftey:margin=0.1")
     assert_refused(result, 3, "DataError")
-    assert "no column 'saftey'. Columns found: prompt_id, response_id, reward, safety" in result.err
+    assert (
+        "no column 'saftey'. Did you mean 'safety'? Columns found: prompt_id, response_id, reward, safety" in result.err
+    )
 
 
 @pytest.mark.parametrize(

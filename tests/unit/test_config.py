@@ -27,6 +27,18 @@ FULL = BASE | {
 }
 
 
+def learning_from_people(loss: str) -> dict[str, Any]:
+    """A configuration whose method uses ``label.human``."""
+    return FULL | {"method": "dpo_s", "label": {"preferences": {"source": "pairs.jsonl"}, "human": {"loss": loss}}}
+
+
+def base_of(key: str) -> dict[str, Any]:
+    """The configuration in which a key may have other values than its default."""
+    if not key.startswith("label.human."):
+        return FULL
+    return learning_from_people("kto" if key.endswith("_weight") else "dpo")
+
+
 def changed(path: str, value: Any, base: dict[str, Any] = FULL) -> dict[str, Any]:
     """Return a copy of a configuration with one key set."""
     raw = copy.deepcopy(base)
@@ -79,8 +91,12 @@ BOUNDS = [
     ("generate.max_new_tokens", 0, 1, 10**6, None),
     ("generate.batch_prompts", 0, 1, 32, None),
     ("generate.shard_prompts", 0, 4, 4000, None),
+    ("solve.confidence", 0.499, 0.5, 0.999, 1),
     ("label.pairs_per_prompt", 0, 1, 10**6, None),
     ("label.validation_fraction", -0.001, 0, 0.999, 1),
+    ("label.human.smoothing", -0.001, 0, 0.499, 0.5),
+    ("label.human.desirable_weight", 0, 1e-9, 1e9, None),
+    ("label.human.undesirable_weight", 0, 1e-9, 1e9, None),
     ("train.learning_rate", 0, 1e-12, 0.999, 1),
     ("train.warmup_steps", -1, 0, 10**6, None),
     ("train.num_epochs", 0, 1, 1000, None),
@@ -115,13 +131,13 @@ OUTSIDE = [(key, value) for key, below, *_, above in BOUNDS for value in (below,
 
 @pytest.mark.parametrize(("key", "value"), INSIDE)
 def test_value_on_a_bound_is_accepted(key: str, value: Any) -> None:
-    found = get(validate_config(changed(key, value)), key)
+    found = get(validate_config(changed(key, value, base_of(key))), key)
     assert found == (tuple(value) if isinstance(value, list) else value)
 
 
 @pytest.mark.parametrize(("key", "value"), OUTSIDE)
 def test_value_outside_a_bound_is_refused_with_its_key(key: str, value: Any) -> None:
-    message = refusal(changed(key, value))
+    message = refusal(changed(key, value, base_of(key)))
     assert "1 problem." in message
     assert (key if key != "label.pairs_per_prompt" else "pairs_per_prompt") in message
 
@@ -161,8 +177,13 @@ def test_true_is_no_number_and_no_text(key: str) -> None:
     [
         ("generate.num_responses", 2.5, "generate.num_responses: expected a valid integer"),
         ("generate.num_responses", "many", "(found 'many')"),
+        (
+            "solve.estimator",
+            "jacknife",
+            "solve.estimator: expected 'empirical', 'jackknife', 'gaussian' or 'auto' (found 'jacknife')",
+        ),
         ("train.schedule", "cosin", "train.schedule: expected 'cosine', 'linear' or 'constant' (found 'cosin')"),
-        ("method", "ppo", "method: expected 'mocan' (found 'ppo')"),
+        ("method", "ppo", "method: expected 'mocan', 'dpo_h' or 'dpo_s' (found 'ppo')"),
         ("precision", "fp16", "precision: expected 'auto', 'bf16' or 'fp32' (found 'fp16')"),
         ("reward.sign", 0, "reward.sign: expected 1 or -1 (found 0)"),
         ("reward.kind", "guard", "reward.kind: expected 'sequence_classifier', 'callable' (found 'guard')"),
@@ -286,11 +307,64 @@ def test_constraint_takes_one_demand_of_any_sign(demand: dict[str, float]) -> No
     }
 
 
+def test_constraint_may_be_met_exactly() -> None:
+    assert validate_config(FULL).constraints["safety"].equal is False
+    assert validate_config(changed("constraints.safety.equal", True)).constraints["safety"].equal is True
+    assert "constraints.safety.equal: expected a valid boolean" in refusal(changed("constraints.safety.equal", "often"))
+
+
+def test_confidence_with_an_equality_is_refused() -> None:
+    raw = changed("solve.confidence", 0.95, changed("constraints.safety.equal", True))
+    raw["constraints"]["honesty"] = {**raw["constraints"]["safety"], "equal": False}
+    assert refusal(raw) == (
+        "configuration: 1 problem.\n  solve: confidence 0.95 raises the margins to their safe side, and an equality "
+        "has none; leave out solve.confidence or constraints.safety.equal"
+    )
+
+
+def test_confidence_alone_and_equality_alone_are_accepted() -> None:
+    assert validate_config(changed("solve.confidence", 0.95)).solve.confidence == 0.95
+    assert validate_config(changed("constraints.safety.equal", True)).solve.confidence is None
+
+
+def test_confidence_with_broken_constraints_reports_those() -> None:
+    message = refusal(changed("solve.confidence", 0.95, changed("constraints", {})))
+    assert "1 problem." in message
+    assert "constraints: expected at least 1 item" in message
+
+
 @pytest.mark.parametrize(
     "name", ["reward", "prompt_id", "response_id", "num_tokens", "finish_reason", "two words", "a.b", "1st", "", "é"]
 )
 def test_constraint_name_that_could_not_be_a_column_is_refused(name: str) -> None:
     assert f"constraint name {name!r}:" in refusal({**BASE, "constraints": {name: BASE["constraints"]["safety"]}})
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"method": "dpo_s"}, "method dpo_s learns from a data set's own labels; name it in label.preferences"),
+        ({"label": {"human": {"loss": "kto"}}}, "label: method mocan does not use label.human; leave out"),
+        (
+            {"method": "dpo_h", "label": {"labels": "sampled", "preferences": {"source": "x"}}},
+            "label: method dpo_h does not use label.labels; leave out",
+        ),
+        (
+            {"label": {"labels": "listwise", "pairs_per_prompt": 3}},
+            "label: labels 'listwise' compares all responses of a prompt; leave out pairs_per_prompt",
+        ),
+        (
+            {"label": {"human": {"loss": "kto", "smoothing": 0.1}}},
+            "label.human: loss 'kto' does not use smoothing; leave out",
+        ),
+        (
+            {"label": {"human": {"safe_flags": False, "undesirable_weight": 2.0}}},
+            "label.human: loss 'dpo' does not use safe_flags, undesirable_weight; leave out",
+        ),
+    ],
+)
+def test_label_keys_that_the_method_or_loss_does_not_use_are_refused(raw: dict[str, Any], message: str) -> None:
+    assert message in refusal({**BASE, **raw})
 
 
 @pytest.mark.parametrize("name", ["safety", "harm-less_2", "S"])
@@ -451,14 +525,28 @@ def leaves(model: type[BaseModel], path: str = "") -> list[tuple[str, bool]]:
     for name, field in model.model_fields.items():
         extra = field.json_schema_extra
         found.append((f"{path}{name}", isinstance(extra, dict) and bool(extra.get("runtime"))))
-        if name in ("generate", "label", "train", "evaluate", "cluster", "prompts", "reference", "lora", "preferences"):
+        if name in (
+            "generate",
+            "solve",
+            "label",
+            "train",
+            "evaluate",
+            "cluster",
+            "prompts",
+            "reference",
+            "lora",
+            "preferences",
+        ):
             found = found[:-1] + leaves(models_in(field.annotation)[0], f"{path}{name}.")
     return found
 
 
 OTHER = {
-    "method": None,  # there is one method yet
+    "method": None,  # tied to label
     "label.pairs": None,  # tied to label.preferences
+    "label.human": None,  # of methods that learn from people
+    "solve.estimator": "auto",
+    "solve.confidence": 0.9,
     "label.labels": "sampled",
     "precision": "fp32",
     "train.schedule": "linear",

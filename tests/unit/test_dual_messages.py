@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from can_dist.dual import DualSolution, Margin, ScoreTable, Status, predict, solve_dual, solve_table
+from can_dist.dual.messages import misread_hints
 from can_dist.errors import ConfigError, DataError, InfeasibleConstraint, NumericalError
 
 REWARD = np.array([0.0, 1.0, 2.0, 0.5, 0.0, 1.0])
@@ -104,6 +105,99 @@ class TestInfeasible:
         solution = solve(prompt_N=np.arange(6), constraints=[Margin("safety", 0.0)])
         assert solution.diagnostics["num_single_response_prompts"] == 6
         assert "every prompt has one response" in solution.diagnostics["verdict"]
+
+
+class TestBothReadings:
+    """A number given as a margin where a level was meant, or the other way round: ḡ = −4.5 or 5.5, at most +1."""
+
+    def refusal(self, shift: float, constraint: Margin) -> list[str]:
+        with pytest.raises(InfeasibleConstraint) as caught:
+            solve(utility_NJ=UTILITY + shift, constraints=[constraint])
+        return str(caught.value).splitlines()
+
+    def test_a_margin_that_could_be_a_level(self) -> None:
+        lines = self.refusal(5.0, Margin("safety", 6.0))
+        assert lines[1].startswith("  safety: margin 6.00 requested, at most 1.00 attainable")
+        assert lines[2] == (
+            "  safety: read as an improvement over the reference mean 5.5 it needs +6, at most +1 attainable; if you "
+            "meant the absolute level 6, write threshold=6, which is a margin of +0.5."
+        )
+        meant = solve(utility_NJ=UTILITY + 5.0, constraints=[Margin("safety", threshold=6.0)])
+        assert meant.margin["safety"] == pytest.approx(0.5)
+
+    def test_a_threshold_that_could_be_a_margin(self) -> None:
+        lines = self.refusal(-5.0, Margin("safety", threshold=0.4))
+        assert lines[1].startswith("  safety: threshold 0.4 requested, margin 4.90 over the reference mean -4.5")
+        assert lines[2] == (
+            "  safety: read as an absolute level, compared with the reference mean -4.5 it needs +4.9, at most +1 "
+            "attainable; if you meant an improvement of 0.4, write margin=0.4."
+        )
+
+    def test_at_the_boundary(self) -> None:
+        lines = self.refusal(0.25, Margin("safety", 1.0))
+        assert "if you meant the absolute level 1, write threshold=1, which is a margin of +0.25." in lines[2]
+
+    @pytest.mark.parametrize("constraint", [Margin("safety", 3.0), Margin("safety", threshold=3.0)])
+    def test_a_number_impossible_either_way_is_not_explained(self, constraint: Margin) -> None:
+        assert len(self.refusal(0.0, constraint)) == 3
+
+    def test_only_the_constraint_at_fault_is_explained(self) -> None:
+        """Jointly infeasible margins are no misreadings: each can be met alone."""
+        utility = np.stack([UTILITY + 5.0, -UTILITY - 5.0], axis=1)
+        with pytest.raises(InfeasibleConstraint) as caught:
+            solve(utility_NJ=utility, constraints=[Margin("safety", 0.4), Margin("bluntness", 0.2)])
+        assert "if you meant" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("shift", "constraint", "hint"),
+        [
+            (
+                -3.0,
+                Margin("safety", -2.0),
+                "safety: the reference meets margin=-2, an improvement below zero over its mean -2.5; if you meant the "
+                "absolute level, write threshold=-2, which is a margin of +0.5.",
+            ),
+            (
+                5.0,
+                Margin("safety", threshold=0.4),
+                "safety: the reference meets threshold=0.4, an absolute level below its mean 5.5; if you meant the "
+                "improvement, write margin=0.4.",
+            ),
+        ],
+    )
+    def test_a_demand_met_without_any_change_is_pointed_out(self, shift: float, constraint: Margin, hint: str) -> None:
+        solution = solve(utility_NJ=UTILITY + shift, constraints=[constraint])
+        assert solution.lam["safety"] == 0.0
+        assert misread_hints(solution) == [hint]
+
+    @pytest.mark.parametrize(
+        ("shift", "constraint"),
+        [
+            (5.0, Margin("safety", -0.9)),  # a tolerated loss, which as a level lies far below the mean
+            (-9.0, Margin("safety", -0.9)),  # and here far above what is attainable
+            (5.0, Margin("safety", threshold=3.0)),  # a floor, which as a margin is out of reach
+            (5.0, Margin("safety", threshold=-3.0)),  # and here asks for nothing either way
+        ],
+    )
+    def test_other_demands_that_are_met_are_taken_as_given(self, shift: float, constraint: Margin) -> None:
+        solution = solve(utility_NJ=UTILITY + shift, constraints=[constraint])
+        assert solution.lam["safety"] == 0.0
+        assert misread_hints(solution) == []
+
+    def test_an_improvement_that_comes_by_itself_is_taken_as_given(self) -> None:
+        """g = r improves without any λ; 0.1 is a sensible margin, though as a level it could be asked for as well."""
+        solution = solve(utility_NJ=REWARD - 0.85, constraints=[Margin("kindness", 0.1)])
+        assert solution.lam["kindness"] == 0.0
+        assert 0 < 0.1 - solution.centre["kindness"] < solution.feasibility["attainable"]["kindness"]
+        assert misread_hints(solution) == []
+
+    @pytest.mark.parametrize("constraint", [Margin("safety", -0.3), Margin("safety", -0.3, equal=True)])
+    def test_a_demand_with_a_multiplier_is_taken_as_given(self, constraint: Margin) -> None:
+        """Without it the policy would lose more than 0.3, so someone asked for it, though −0.3 could be a level too."""
+        solution = solve(utility_NJ=UTILITY - 1.2, constraints=[constraint])
+        assert solution.lam["safety"] != 0.0
+        assert 0 < -0.3 - solution.centre["safety"] < solution.feasibility["attainable"]["safety"]
+        assert misread_hints(solution) == []
 
 
 class TestThreshold:

@@ -5,8 +5,19 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from can_dist.dual import Margin, solve_dual
-from can_dist.stages.evaluate import held_out_prediction, improvement, interval, verdict, win_rate
+from can_dist.dual import Margin, cross_fit, predict, solve_dual, solve_table
+from can_dist.dual.table import ScoreTable
+from can_dist.reporting.examination import examine
+from can_dist.stages.evaluate import (
+    constraint_row,
+    held_out_prediction,
+    improvement,
+    interval,
+    predictions,
+    training_table,
+    verdict,
+    win_rate,
+)
 
 
 def table(scores: dict[str, list[float]], name: str = "g") -> pa.Table:
@@ -51,6 +62,14 @@ def test_verdict(low: float, high: float, expected: str) -> None:
     assert verdict({"low": low, "high": high}, 1.0) == expected
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.5, 1.5, "met within the interval"), (1.1, 2.0, "not met"), (0.1, 0.9, "not met")],
+)
+def test_an_equality_is_missed_on_either_side(low: float, high: float, expected: str) -> None:
+    assert verdict({"low": low, "high": high}, 1.0, equal=True) == expected
+
+
 def test_win_rate_compares_all_pairs_and_halves_ties() -> None:
     before, after = table({"a": [0.0, 1.0], "b": [0.0, 0.0]}), table({"b": [0.0, 0.0], "a": [1.0, 2.0]})
     assert win_rate(before, after, "g")["mean"] == pytest.approx(((1 + 0.5 + 1 + 1) / 4 + 0.5) / 2)
@@ -71,3 +90,65 @@ def test_held_out_prediction_reweights_the_references_responses() -> None:
         values = values.reshape(30, 6)
         expected = (weights * values).sum(axis=1) - values.mean(axis=1)
         np.testing.assert_allclose(np.sort(predicted), np.sort(expected), rtol=1e-10)
+
+
+def gaussian_table(num_prompts: int, num_responses: int, seed: int = 5) -> ScoreTable:
+    score = np.random.default_rng(seed).normal(size=(num_prompts * num_responses, 2))
+    return ScoreTable.build(score[:, 0], score[:, 1], np.repeat(np.arange(num_prompts), num_responses))
+
+
+def test_what_is_predicted_is_cross_fitted_and_the_held_out_value_stands_beside_it() -> None:
+    table, held = gaussian_table(50, 32), gaussian_table(20, 2, seed=6)
+    solution = solve_table(table, beta=1.0, constraints=[Margin("safety", 0.6)])
+    held_out = predict(held, solution.lam_vector, 1.0, solution.margin_vector)
+    scores, kl = predictions(held_out, examine(table, solution), "reward", solution)
+    crossed = cross_fit(table, beta=1.0, constraints=[Margin("safety", 0.6)])
+    for found, inside, outside_P in (
+        (scores["safety"], crossed.improvement["safety"], held_out.slack_PJ[:, 0] + 0.6),
+        (scores["reward"], crossed.reward_improvement, held_out.reward_gain_P),
+        (
+            {"predicted": kl["predicted_interval"], "predicted_held_out": kl["predicted_held_out"]},
+            crossed.kl,
+            held_out.kl_P,
+        ),
+    ):
+        assert found["predicted"] == {"mean": inside.mean, "se": inside.se, "low": inside.low, "high": inside.high}
+        assert found["predicted_held_out"] == interval(outside_P)
+    assert kl["predicted"] == crossed.kl.mean
+    # why: two responses per prompt cannot show what λ* does
+    assert scores["safety"]["predicted_held_out"]["mean"] < 0.8 * scores["safety"]["predicted"]["mean"]
+
+
+def test_the_held_out_prediction_takes_its_place_where_nothing_can_be_cross_fitted() -> None:
+    """One prompt carries the whole margin, so the others have no solution of their own."""
+    table = ScoreTable.build([0.0, 0, 0, 0], [0.0, 8, 0, 0.1], ["a", "a", "b", "b"])
+    solution = solve_table(table, beta=1.0, constraints=[Margin("safety", 1.5)])
+    held_out = predict(gaussian_table(20, 4), solution.lam_vector, 1.0, solution.margin_vector)
+    examination = examine(table, solution)
+    assert examination["cross_fit"] is None
+    assert "the prompts outside one of 2 folds have no solution" in examination["cross_fit_refused"]
+    scores, kl = predictions(held_out, examination, "reward", solution)
+    assert scores["safety"]["predicted"] == scores["safety"]["predicted_held_out"]
+    assert kl["predicted"] == kl["predicted_held_out"]["mean"] == held_out.kl_P.mean()
+
+
+def test_the_verdict_is_on_the_margin_asked_for_not_the_one_raised_for_confidence() -> None:
+    table = gaussian_table(50, 32)
+    solution = solve_table(table, beta=1.0, constraints=[Margin("safety", 0.6)], confidence=0.95)
+    assert solution.margin["safety"] > 0.61
+    row = constraint_row("safety", solution, {}, {"mean": 0.65, "low": 0.601, "high": 0.7}, equal=False)
+    assert row["margin"] == pytest.approx(0.6)
+    assert row["verdict"] == "met"
+
+
+def test_the_training_table_carries_the_weights_it_was_solved_with() -> None:
+    class Fake:
+        def __init__(self, rows: pa.Table | None = None, log_weight: str | None = None) -> None:
+            self.table, self.manifest = rows, {"identity": {"log_weight": log_weight}}
+
+    rows = pa.table({"prompt_id": ["a", "a"], "reward": [0.0, 1.0], "safety": [1.0, 0.0], "logp": np.log([0.9, 0.1])})
+    solution = solve_dual([0.0, 1.0], [[1.0], [0.0]], ["a", "a"], beta=1.0, constraints=[Margin("safety", -0.1)])
+    weighted = training_table({"train_scores": Fake(rows), "solution": Fake(log_weight="logp")}, "reward", solution)
+    assert weighted.weighted
+    np.testing.assert_allclose(np.exp(weighted.log_weight_N), [0.9, 0.1])
+    assert not training_table({"train_scores": Fake(rows), "solution": Fake()}, "reward", solution).weighted

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from can_dist.reporting import html as report_html
+from can_dist.dual import Margin, ScoreTable, solve_table
+from can_dist.reporting import page as report_page
+from can_dist.reporting.examination import examine
 from can_dist.reporting.html import render_report, write_report
 
-SECTIONS = ["verdict", "comparison", "scores", "dual", "training", "diagnostics", "samples", "provenance", "reading"]
+SECTIONS = ["verdict", "comparison", "scores", "belief", "training", "diagnostics", "samples", "provenance", "reading"]
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
@@ -32,7 +34,8 @@ def interval(mean: float, half: float, se: bool = False) -> dict[str, float]:
 def constraint(name: str, mean: float, verdict: str, margin: float = 1.0, half: float = 0.21) -> dict[str, Any]:
     return {
         "name": name, "margin": margin, "threshold": None, "centre": -0.41, "lam": 0.5312, "lam_se": 0.0821,
-        "predicted": interval(1.04, 0.15), "realised": interval(mean, half, se=True), "verdict": verdict,
+        "predicted": interval(1.04, 0.15), "predicted_held_out": interval(0.97, 0.31),
+        "realised": interval(mean, half, se=True), "verdict": verdict,
     }  # fmt: skip
 
 
@@ -52,6 +55,15 @@ def make_solution(names: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@functools.cache
+def examination(names: tuple[str, ...]) -> dict[str, Any]:
+    """What the evaluate stage finds on a table of 40 prompts × 16 responses."""
+    score = np.random.default_rng(3).normal(size=(640, len(names) + 1))
+    table = ScoreTable.build(score[:, 0], score[:, 1:], np.repeat(np.arange(40), 16))
+    solution = solve_table(table, beta=1.0, constraints=[Margin(name, 0.3) for name in names])
+    return examine(table, solution, reward_name="helpfulness")
+
+
 def make_report(constraints: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     rng = np.random.default_rng(7)
     constraints = constraints or [constraint("safety", 1.23, "met")]
@@ -59,7 +71,6 @@ def make_report(constraints: list[dict[str, Any]] | None = None) -> dict[str, An
     scorers = ["helpfulness", *names]
     steps = np.arange(1, 241)
     loss = math.log(2) * np.exp(-steps / 300) + 0.04 * rng.standard_normal(steps.size)
-    lam = np.linspace(0, 2, 81)
     prompts = ["How do I pick a lock?\nI forgot my key.", "Tell me about tides. " * 12, "שלום, מה שלומך?", ""]
     return {
         "format_version": 1, "title": "Safety of a tiny model: MoCAN", "method": "mocan", "beta": 0.5,
@@ -69,13 +80,16 @@ def make_report(constraints: list[dict[str, Any]] | None = None) -> dict[str, An
         "solution": make_solution(names), "constraints": constraints,
         "reward": {"name": "helpfulness", "predicted": interval(0.41, 0.12),
                    "realised": interval(-0.337, 0.14, se=True)},
-        "kl": {"predicted": 0.512, "realised": interval(0.634, 0.055, se=True)},
+        "kl": {"predicted": 0.512, "predicted_interval": interval(0.512, 0.02),
+               "predicted_held_out": interval(0.31, 0.04), "realised": interval(0.634, 0.055, se=True)},
         "win_rate": {name: interval(0.64, 0.06) for name in scorers},
         "lengths": {"reference": {"mean": 41.26, "truncated_fraction": 0.031},
                     "policy": {"mean": 46.9, "truncated_fraction": 0.004}},
         "scores": {name: {"reference": rng.normal(0, 1, 512).tolist(), "policy": rng.normal(1, 0.9, 512).tolist()}
                    for name in scorers},
-        "dual_curves": {n: {"lam": lam.tolist(), "value": ((lam - 0.5312) ** 2 - 0.34).tolist()} for n in names},
+        "examination": examination(tuple(names)),
+        "prediction": {"source": "cross-fitted", "reason": None, "num_folds": 5, "num_prompts": 1000,
+                       "num_responses": "16", "held_out_responses": 2},
         "training": {"num_steps": 240, "loss": np.stack([steps, loss], 1).tolist(), "tokens": 1_234_567,
                      "eval_loss": [[s, 0.69 - 0.0012 * s] for s in (40, 80, 120, 160, 200, 240)]},
         "counts": {"prompts_train": 1000, "prompts_repeated": 3, "responses_empty": 0},
@@ -150,7 +164,7 @@ def test_every_section_stands_in_order() -> None:
 def test_figures_have_labels_and_ids_of_their_own() -> None:
     page = Page(rendered("two"))
     figures = [a for t, a in page.tags if t == "svg"]
-    assert len(figures) == 3 + 3 + 2 + 1  # forest, densities, duals, training
+    assert len(figures) == 3 + 3 + (2 + 2 + 2 + 4) + 1  # forest, densities, (weights, λ̂, duals, frontiers), training
     assert all(a["role"] == "img" and a["aria-label"] and a["viewbox"] for a in figures)
     assert figures[0]["aria-label"] == (
         "safety: predicted +1.04 [0.89, 1.19], realised +1.23 [1.02, 1.44], margin 1.00"
@@ -189,6 +203,26 @@ def test_nothing_unknown_is_printed(world: str) -> None:
     assert not re.search(r"\bnan\b|\bNone\b|\binf\b|Undefined", visible, re.IGNORECASE)
 
 
+def test_both_predictions_are_named_for_what_they_are() -> None:
+    text = Page(rendered("one")).text
+    assert "cross-fitted, each of the 1 000 training prompts with a λ solved on the others (5 folds), from 16" in (
+        text.replace("\u202f", " ")
+    )
+    assert "λ* applied to the reference’s 2 responses to each held-out prompt" in text
+    assert "+1.04 [0.89, 1.19] held-out +0.97 [0.66, 1.28]" in text
+    assert "0.51 [0.49, 0.53] held-out 0.31 [0.27, 0.35]" in text
+    report = copy.deepcopy(WORLDS["one"])
+    report["prediction"] |= {"source": "held-out", "reason": "the prompts outside a fold have no solution."}
+    text = Page(render_report(report)).text
+    assert "There is no cross-fitted prediction: the prompts outside a fold have no solution." in text
+    assert "Predicted: cross-fitted" not in text
+
+
+def test_an_equality_missed_from_above_says_so() -> None:
+    report = make_report([constraint("safety", 1.83, "not met")])
+    assert "The whole 95% interval lies above the margin." in Page(render_report(report)).text
+
+
 def test_unknown_numbers_become_dashes() -> None:
     report = copy.deepcopy(WORLDS["one"])
     report["constraints"][0] |= {"lam_se": None, "predicted": {"mean": None, "low": None, "high": None}}
@@ -204,7 +238,7 @@ def test_unknown_numbers_become_dashes() -> None:
 def test_minimal_report_leaves_sections_out() -> None:
     page = Page(render_report(minimal_report()))
     sections = [a["id"] for t, a in page.tags if t == "section" and "id" in a]
-    assert sections == ["verdict", "comparison", "diagnostics", "provenance", "reading"]
+    assert sections == ["verdict", "comparison", "provenance", "reading"]
     assert not render_report(minimal_report() | {"constraints": []}).count("constraint is")
 
 
@@ -254,9 +288,9 @@ def test_odd_score_columns_draw(scores: list[float]) -> None:
 
 
 def test_tiny_values_name_their_factor_on_the_axis() -> None:
-    curve = {"lam": [0.0, 0.5, 1.0], "value": [2e-5, 1e-5, 3e-5]}
+    curve = {"lam": [0.0, 0.5, 1.0], "value": [2e-5, 1e-5, 3e-5], "margins": [1.0], "minima": [0.5]}
     assert "dual value D(λ) (×1e−5)" in render_report(minimal_report() | {
-        "solution": make_solution(["safety"]), "dual_curves": {"safety": curve}})  # fmt: skip
+        "solution": make_solution(["safety"]), "examination": {"dual_curves": {"safety": curve}}})  # fmt: skip
 
 
 def test_same_report_same_bytes(tmp_path: Path) -> None:
@@ -277,7 +311,7 @@ def test_a_failure_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.Mon
     def full_disk(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report_html.os, "fsync", full_disk)
+    monkeypatch.setattr(report_page.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_report(WORLDS["unmet"], path)
     assert path.read_bytes() == before
@@ -334,7 +368,7 @@ def test_renders_in_a_browser(tmp_path: Path, width: int) -> None:
     assert seen["wide"] == []
     assert seen["headings"][0] == report["title"]
     assert len(seen["headings"]) == len(SECTIONS)  # the verdict stands under the title; h1 takes its place
-    assert len(seen["figures"]) == 9
+    assert len(seen["figures"]) == 17
     assert all(w > 250 and h > 80 for w, h in seen["figures"])
     assert seen["small"] >= 9
     assert seen["scripts"] == "undefined"
@@ -345,5 +379,5 @@ def test_opens_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_report(WORLDS["one"], path)
     dom = browse(tmp_path, path, "--dump-dom")
-    assert dom.count("<svg ") == 6
+    assert dom.count("<svg ") == 11
     assert "Predicted beside realised" in dom

@@ -13,7 +13,14 @@ import pytest
 
 from can_dist.errors import DataError
 from can_dist.tables import score_shards
-from can_dist.tables.score_shards import check_whole, id_hashes, index_shard, open_score_shards, read_blocks
+from can_dist.tables.score_shards import (
+    check_complete,
+    check_once,
+    id_hashes,
+    index_shard,
+    open_score_shards,
+    read_blocks,
+)
 
 COLUMNS = ("reward", "safety")
 
@@ -104,7 +111,7 @@ def test_shard_counted_twice_is_found_by_its_ids(tmp_path: Path) -> None:
     write(tmp_path / "part-0.parquet", table())
     write(tmp_path / "part-1.parquet", table())
     paths = open_score_shards(tmp_path, COLUMNS)
-    said = refusal(lambda: check_whole(paths, [index_shard(path, COLUMNS) for path in paths]))
+    said = refusal(lambda: check_once(paths, [index_shard(path, COLUMNS) for path in paths]))
     assert said.startswith(f"{paths[1]}: 50 of its 50 prompts (p")
     assert said.endswith("are in part-0.parquet too: a shard counted twice; remove one.")
 
@@ -113,18 +120,18 @@ def test_prompt_spread_over_shards_is_named(tmp_path: Path) -> None:
     write(tmp_path / "part-0.parquet", table(0, 30))
     write(tmp_path / "part-1.parquet", table(29, 30))
     paths = open_score_shards(tmp_path, COLUMNS)
-    said = refusal(lambda: check_whole(paths, [index_shard(path, COLUMNS) for path in paths]))
+    said = refusal(lambda: check_once(paths, [index_shard(path, COLUMNS) for path in paths]))
     assert said == f"{paths[1]}: 1 of its 30 prompts (p29) are in part-0.parquet too: write each prompt to one shard."
 
 
 def test_missing_shard_is_found_by_the_ids_expected(tmp_path: Path) -> None:
     paths = [write(tmp_path / "part-0.parquet", table(0, 30)), write(tmp_path / "part-1.parquet", table(30, 30))]
-    indexes = [index_shard(path, COLUMNS) for path in paths]
+    hashes = [index_shard(path, COLUMNS).hash_P for path in paths]
     expected = id_hashes(pa.chunked_array([[f"p{i}" for i in range(60)]]))
-    check_whole(paths, indexes, expected)
-    said = refusal(lambda: check_whole(paths[:1], indexes[:1], expected))
+    check_complete(tmp_path, np.concatenate(hashes), expected)
+    said = refusal(lambda: check_complete(tmp_path, hashes[0], expected))
     assert said.startswith(f"{tmp_path}: 30 of 60 expected prompts have no scores, and 0 prompts with scores were not")
-    said = refusal(lambda: check_whole(paths, indexes, expected[:50]))
+    said = refusal(lambda: check_complete(tmp_path, np.concatenate(hashes), expected[:50]))
     assert "0 of 50 expected prompts have no scores, and 10 prompts with scores were not expected" in said
 
 

@@ -1,0 +1,85 @@
+"""What the commands of the command line share: the options of a run, running it, and checking where to write."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from can_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from can_dist.config import Config
+    from can_dist.tables.artifacts import Artifact
+
+
+def run_options(required: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add what every stage takes: the configuration, the run directory, overrides."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        command = click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Override a key, e.g. constraints.safety.margin=2.",
+        )(command)
+        command = click.option(
+            "--run",
+            "run_dir",
+            required=required,
+            type=click.Path(path_type=Path),
+            help="Run directory; made if absent.",
+        )(command)
+        command = click.option("--config", "config_option", metavar="FILE", help="The same as the argument CONFIG.")(
+            command
+        )
+        return click.argument("config", required=False)(command)
+
+    return add
+
+
+def read_config(config: str | None, config_option: str | None, overrides: tuple[str, ...]) -> Config:
+    """Load the configuration that was given either way; ``ConfigError`` unless it was given once."""
+    from can_dist.config import load_config
+
+    if (config is None) == (config_option is None):
+        raise ConfigError("give the configuration file once: can-dist VERB CONFIG --run DIR.")
+    return load_config(str(config or config_option), overrides)
+
+
+def run_until(run_dir: Path, settings: Config, until: str) -> Artifact:
+    """Run the configured method up to and including a stage; return that stage's artifact."""
+    # libraries announce themselves on standard output, which is for what was asked for
+    with contextlib.redirect_stdout(sys.stderr):
+        from can_dist.pipeline import run_pipeline
+
+        return run_pipeline(run_dir, settings, until)
+
+
+def given(options: Mapping[str, Any]) -> list[str]:
+    """Return the names of the options that were given."""
+    return [name for name, value in options.items() if value not in (None, (), False)]
+
+
+def check_output(option: str, path: str | None) -> None:
+    """Refuse, before any work, a path that could not be written: ``ConfigError``. None and - are no paths."""
+    if path is None or path == "-":
+        return
+    parent = Path(path).absolute().parent
+    if not parent.is_dir():
+        raise ConfigError(f"{option} {path}: no such directory {Path(path).parent}. Make it first.")
+    if Path(path).is_dir():
+        raise ConfigError(f"{option} {path}: is a directory. Give the path of a file.")
+    try:
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=".tmp-"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {path}: cannot be written ({error.strerror}). Give a path in a directory you may write to."
+        ) from None

@@ -1,0 +1,88 @@
+"""YAML files to plain data and back, and ``key=value`` overrides."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from can_dist.errors import ConfigError
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds.
+
+    Raises
+    ------
+    ConfigError
+        When there is no such file, or it holds something else.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file. Give the path of a YAML file; recipes/ holds examples.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}). Give a YAML file.") from None
+    raw = parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys at the top level, found {type(raw).__name__}.")
+    return raw
+
+
+def format_yaml(data: Any) -> str:
+    """Return plain data as YAML text, one key a line."""
+    import io
+
+    from ruamel.yaml import YAML
+
+    stream = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.width = 120
+    yaml.dump(data, stream)
+    return stream.getvalue()
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return the plain data of a YAML text; ``where`` names it in messages.
+
+    Raises
+    ------
+    ConfigError
+        When it is not valid YAML, or a key is given twice.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.constructor import DuplicateKeyError
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        key = re.search(r'duplicate key "([^"]*)"', str(error.problem))
+        raise ConfigError(
+            f"{where}, line {line}: key {key.group(1) if key else '?'!r} is given twice. Keep one."
+        ) from None
+    except YAMLError as error:
+        text = str(error).replace('in "<unicode string>", ', "")
+        raise ConfigError(f"{where}: not valid YAML: {text}") from None
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one ``dotted.key=value`` in ``raw``; the value is read as YAML.
+
+    Raises
+    ------
+    ConfigError
+        When there is no key, no '=', or a parent of the key is no group.
+    """
+    key, equals, text = override.partition("=")
+    *parents, last = key.strip().split(".")
+    if not equals or not all([*parents, last]):
+        raise ConfigError(f"--set {override}: expected key=value, for example constraints.safety.margin=2.0.")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {parent!r} holds a value, not a group of keys.")
+    node[last] = parse_yaml(text, f"--set {override}")

@@ -1,0 +1,120 @@
+"""What every page is made with: the templates, numbers as words, and a file that appears whole or not at all."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+MISSING = "–"
+MINUS = "−"
+# Control characters become their visible pictures and lone surrogates the replacement character: neither is legal HTML.
+VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """Fill a template of this package in; everything but the figures drawn here is escaped.
+
+    Args:
+        template: its file name in ``can_dist/reporting``.
+        values: what it shows; a name that it asks for and does not find is an error.
+    """
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FunctionLoader(lambda name: files("can_dist.reporting").joinpath(name).read_text("utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"num": number, "plain": plain, "pct": percent}
+    return environment.get_template(template).render(values).translate(VISIBLE)
+
+
+def safe_svg(svg: str) -> Any:
+    """Mark a figure drawn here, in which every label is escaped, as needing no escaping."""
+    from markupsafe import Markup
+
+    return Markup(svg)
+
+
+def decimals_of(interval: Mapping[str, Any], margin: float | None) -> int:
+    """Two digits of the interval's width, the margin's own first three, and enough to tell a bound from the margin."""
+    low, high = interval.get("low"), interval.get("high")
+    width = abs(high - low) if low is not None and high is not None else 0.0
+    scale = width or abs(interval.get("mean") or 0.0) or 1.0
+    if not math.isfinite(scale):
+        return 2
+    decimals = min(max(1 - math.floor(math.log10(scale)), 0), 8)
+    if margin is None:
+        return decimals
+    decimals = max(
+        decimals, next(d for d in range(9) if d == 8 or math.isclose(round(margin, d), margin, rel_tol=5e-3))
+    )
+    bounds = [bound for bound in (low, high, interval.get("mean")) if bound is not None and bound != margin]
+    most = min(decimals + 3, 8)
+    while decimals < most and any(round(bound, decimals) == round(margin, decimals) for bound in bounds):
+        decimals += 1
+    return decimals
+
+
+def number(value: float | None, decimals: int = 2, *, sign: bool = False) -> str:
+    """Fixed decimals with a true minus sign; a dash for what is unknown; no minus before a zero."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    text = f"{round(value, decimals) + 0.0:{'+' if sign else ''}.{decimals}f}"
+    return text.replace("-", MINUS)
+
+
+def plain(value: Any) -> str:
+    """Any JSON value for reading: three or four significant digits, lists and mappings on one line."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return MISSING
+        text = f"{value:.3g}" if abs(value) < 1000 else f"{value:.6g}"
+        return text.replace("-", MINUS)
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", "\u202f").replace("-", MINUS)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {plain(item)}" for key, item in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(plain(item) for item in value) or "(none)"
+    return str(value)
+
+
+def percent(value: float | None, decimals: int = 0) -> str:
+    """Return a share as a percentage; a dash for what is unknown."""
+    return MISSING if value is None or not math.isfinite(value) else f"{100 * value:.{decimals}f}%"
+
+
+def interval_text(interval: Mapping[str, Any], decimals: int) -> str:
+    """Return '[low, high]', or nothing where a bound is unknown."""
+    if interval.get("low") is None or interval.get("high") is None:
+        return ""
+    return f"[{number(interval['low'], decimals)}, {number(interval['high'], decimals)}]"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a temporary file beside ``path``, force it to disk, and only then give it the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with partial.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

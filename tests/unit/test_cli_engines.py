@@ -1,0 +1,106 @@
+"""``can-dist solve`` on a table in memory, streamed and on Ray: one answer, and what an engine cannot do is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from can_dist.cli import cli
+from can_dist.errors import CanDistError, ConfigError, DataError
+
+PROMPTS = [f"p{i:03d}" for i in range(80)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two shards of 40 prompts with 8 responses each, and the prompts that were asked."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(4)
+    (tmp_path / "scores").mkdir()
+    for number in range(2):
+        ids = np.repeat(PROMPTS[40 * number : 40 * number + 40], 8)
+        columns = {"prompt_id": ids, "reward": rng.standard_normal(320), "safety": rng.standard_normal(320)}
+        pq.write_table(pa.table(columns), tmp_path / "scores" / f"part-{number}.parquet")
+    pq.write_table(pa.table({"prompt_id": PROMPTS}), tmp_path / "prompts.parquet")
+    return tmp_path
+
+
+def solve(folder: Path, *options: str) -> dict:
+    arguments = ["solve", "--scores", str(folder / "scores"), "--reward", "reward", "--beta", "1"]
+    arguments += ["--constraint", "safety:margin=0.4", "--json", "-", *options]
+    done = CliRunner().invoke(cli, arguments, standalone_mode=False)
+    if done.exception:
+        raise done.exception
+    found: dict = json.loads(done.stdout)
+    return found
+
+
+def refusal(folder: Path, kind: type[CanDistError], *options: str) -> str:
+    with pytest.raises(kind) as caught:
+        solve(folder, *options)
+    return str(caught.value)
+
+
+def test_engines_agree(folder: Path) -> None:
+    expected = solve(folder)
+    for engine in ("memory", "stream", "ray"):
+        found = solve(folder, "--engine", engine, "--prompts", str(folder / "prompts.parquet"))
+        assert found["lam"]["safety"] == pytest.approx(expected["lam"]["safety"], rel=1e-8), engine
+        assert found["lam_se"]["safety"] == pytest.approx(expected["lam_se"]["safety"], rel=1e-8), engine
+
+
+def test_large_table_is_streamed_unless_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("can_dist.cli_dual.MEMORY_BYTES", 100)
+    assert "needs the table in memory" in refusal(folder, ConfigError, "--estimator", "auto")
+    assert solve(folder, "--engine", "memory", "--estimator", "auto")["estimator"] in (
+        "empirical",
+        "gaussian",
+        "jackknife",
+    )
+
+
+@pytest.mark.parametrize("engine", ["memory", "stream"])
+def test_missing_shard_is_found_by_the_prompts(folder: Path, engine: str) -> None:
+    (folder / "scores" / "part-1.parquet").unlink()
+    said = refusal(folder, DataError, "--engine", engine, "--prompts", str(folder / "prompts.parquet"))
+    assert said.startswith(f"{folder / 'scores'}: 40 of 80 expected prompts have no scores, and 0 prompts with scores")
+
+
+@pytest.mark.parametrize("engine", ["memory", "stream"])
+def test_shard_counted_twice_is_refused(folder: Path, engine: str) -> None:
+    (folder / "scores" / "part-2.parquet").write_bytes((folder / "scores" / "part-0.parquet").read_bytes())
+    said = refusal(folder, DataError, "--engine", engine)
+    assert "part-2.parquet" in said
+    assert "a shard counted twice" in said
+
+
+@pytest.mark.parametrize("engine", ["memory", "stream"])
+def test_reward_named_as_a_constraint_is_refused(folder: Path, engine: str) -> None:
+    assert "both the reward and a constraint" in refusal(
+        folder, DataError, "--engine", engine, "--constraint", "reward:margin=0.1"
+    )
+
+
+def test_page_needs_the_table_in_memory(folder: Path) -> None:
+    page = folder / "page.html"
+    said = refusal(folder, ConfigError, "--engine", "stream", "--report", str(page))
+    assert said == "--report: the table must be in memory for it; give --engine memory."
+    assert not page.exists()
+
+
+def test_page_of_diagnostics_is_written(folder: Path) -> None:
+    page = folder / "page.html"
+    verdict = solve(folder, "--report", str(page))["diagnostics"]["verdict"]
+    assert verdict.split(" (")[0] in page.read_text(encoding="utf-8")
+
+
+def test_run_takes_no_engine(folder: Path) -> None:
+    done = CliRunner().invoke(cli, ["solve", "c.yaml", "--run", str(folder), "--engine", "ray"], standalone_mode=False)
+    assert isinstance(done.exception, ConfigError)
+    assert "--engine" in str(done.exception)

@@ -1,0 +1,117 @@
+"""The solve stage: what of the configuration reaches the dual, what makes a stage a new one, what people are told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from can_dist.config import validate_config
+from can_dist.dual import DualSolution, Margin, solve_dual
+from can_dist.stages.solve import describe, load_solution, solve
+from can_dist.stages.workspace import Workspace
+from can_dist.tables.artifacts import Artifact, open_stage, write_part
+
+BETA = 0.8
+SCORER = {"kind": "callable", "function": "builtins:len"}
+FIRST, SECOND = np.random.default_rng(0).normal(size=(2, 240))
+PROMPT = np.repeat(np.arange(30), 8)
+SAFETY = SECOND - 0.4 * FIRST - 1.6
+
+
+def config(constraint: dict[str, Any], options: dict[str, Any]) -> Any:
+    return validate_config(
+        {
+            "prompts": {"source": "prompts.jsonl"},
+            "reference": {"model": "lm"},
+            "reward": SCORER,
+            "constraints": {"safety": {"scorer": SCORER, **constraint}},
+            "beta": BETA,
+            "solve": options,
+        }
+    )
+
+
+@contextmanager
+def workspace(directory: Path, settings: Any) -> Iterator[tuple[Workspace, Artifact]]:
+    """A run directory with finished scores."""
+    work = Workspace(directory, settings)
+    stage = open_stage(directory, "scores", "reference", {}, {})
+    if not stage.finished:
+        write_part(stage.path, 0, pa.table({"prompt_id": PROMPT, "reward": FIRST, "safety": SAFETY}))
+    yield work, stage.finished or stage.commit()
+    work.close()
+
+
+def solved(directory: Path, constraint: dict[str, Any], **options: Any) -> Artifact:
+    settings = config(constraint, options)
+    with workspace(directory, settings) as (work, scores):
+        return solve(work, scores, reward="reward", constraints=settings.constraints, beta=BETA)
+
+
+def expected(constraint: Margin, **options: Any) -> DualSolution:
+    return solve_dual(FIRST, SAFETY, PROMPT, beta=BETA, constraints=[constraint], **options)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "options"),
+    [
+        ({"margin": 0.3}, {}),
+        ({"threshold": -1.2}, {}),
+        ({"margin": 0.3}, {"estimator": "jackknife"}),
+        ({"margin": 0.3}, {"estimator": "auto"}),
+        ({"margin": 0.3}, {"confidence": 0.9}),
+        ({"threshold": -1.2}, {"estimator": "gaussian", "confidence": 0.9}),
+        ({"margin": -0.9, "equal": True}, {}),
+    ],
+)
+def test_the_configuration_reaches_the_solver(
+    tmp_path: Path, constraint: dict[str, Any], options: dict[str, Any]
+) -> None:
+    found = load_solution(solved(tmp_path, constraint, **options))
+    assert found.to_dict() == expected(Margin("safety", **constraint), **options).to_dict()
+
+
+def test_what_changes_the_solution_is_a_new_artifact(tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"margin": 0.3}, {}),
+        ({"margin": 0.3}, {"estimator": "gaussian"}),
+        ({"margin": 0.3}, {"confidence": 0.9}),
+        ({"margin": 0.3}, {"confidence": 0.95}),
+        ({"margin": 0.3, "equal": True}, {}),
+    ]
+    paths = [solved(tmp_path, constraint, **options).path for constraint, options in cases]
+    assert len(set(paths)) == len(cases)
+
+
+def test_the_same_configuration_is_solved_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = solved(tmp_path, {"margin": 0.3}, confidence=0.9)
+    capsys.readouterr()
+    assert solved(tmp_path, {"margin": 0.3}, confidence=0.9).digest == first.digest
+    assert f"solve (dual): reusing {first.path.name}" in capsys.readouterr().err
+
+
+def test_description_of_a_plain_solution() -> None:
+    solution = expected(Margin("safety", 0.3))
+    lam, error = solution.lam["safety"], solution.lam_se["safety"]
+    assert describe(solution) == f"λ* = safety {lam:.4f} ± {error:.4f}; {solution.diagnostics['verdict']}"
+
+
+def test_description_tells_the_estimator_its_reason_and_the_safety_margin() -> None:
+    solution = expected(Margin("safety", 0.3), estimator="auto", confidence=0.9)
+    assert solution.estimator_reason
+    text = describe(solution)
+    assert f"; estimator {solution.estimator} ({solution.estimator_reason}); " in text
+    assert f"; margins raised for confidence 0.9: safety by {solution.safety_margin['safety']:.4g}; " in text
+    assert "; estimator gaussian; " in describe(expected(Margin("safety", 0.3), estimator="gaussian"))
+
+
+def test_description_points_out_a_level_given_as_a_margin() -> None:
+    text = describe(expected(Margin("safety", -1.3)))
+    assert text.startswith("λ* = safety 0.0000; ")
+    assert "write threshold=-1.3, which is a margin of" in text
