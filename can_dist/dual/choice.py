@@ -134,7 +134,9 @@ def _sampled_candidates(
         objection = "leaving one response out changes too much for a solution to exist"
     elif ess[1] < MIN_MEDIAN_ESS or ess[0] < MIN_LOW_ESS:
         objection = f"the median effective sample size is {ess[1]:.1f}, the tenth percentile {ess[0]:.1f}"
-    elif not shape <= MAX_SHAPE:
+    elif math.isnan(shape):
+        objection = "the weights are too few to judge their tail"
+    elif shape > MAX_SHAPE:
         objection = f"the weights have a heavy tail, pooled Pareto k = {shape:.2f}"
     bounds = [
         relative_bound(found, margin_J, factor * gap_J, found.lam_se_J, factor * shift_J)
