@@ -14,10 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
-    Discriminator,
     Field,
-    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -25,6 +22,14 @@ from pydantic import (
 )
 
 from can_dist.config_keys import explain
+from can_dist.config_methods import SECTIONS, Caid, Cdpo, Human, PSacpo, Sacpo, Strict, changed
+from can_dist.config_scorers import DataSource as DataSource
+from can_dist.config_scorers import LogRatio as LogRatio
+from can_dist.config_scorers import Model as Model
+from can_dist.config_scorers import PythonCallable as PythonCallable
+from can_dist.config_scorers import Scorer as Scorer
+from can_dist.config_scorers import SequenceClassifier as SequenceClassifier
+from can_dist.config_yaml import apply_override, format_yaml, read_yaml
 from can_dist.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -35,91 +40,19 @@ def runtime(default: Any, description: str, **bounds: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"runtime": True}, **bounds)
 
 
-class Strict(BaseModel):
-    """Base of every configuration model: frozen, unknown keys rejected, numbers finite."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("true and false are no value for this key")
-        return value
-
-
-class Model(Strict):
-    """A causal language model and the text convention it is used with."""
-
-    model: str = Field(description="Local directory or hub id of a causal language model with a tokenizer.")
-    revision: str | None = Field(None, description="Hub commit or tag; pin it for anything you publish.")
-    template: str | None = Field(
-        None,
-        description="Plain template, e.g. 'USER: {prompt} ASSISTANT:'; default: the tokenizer's chat template.",
-    )
-    trust_remote_code: bool = Field(False, description="Run code shipped with the model; off unless you have read it.")
-
-    @field_validator("template")
-    @classmethod
-    def _names_the_prompt(cls, template: str | None) -> str | None:
-        if template is not None and "{prompt}" not in template:
-            raise ValueError("must contain {prompt}")
-        return template
-
-
-class SequenceClassifier(Model):
-    """A Hugging Face sequence-classification reward or cost model: one score per (prompt, response)."""
-
-    kind: Literal["sequence_classifier"] = Field("sequence_classifier", description="Kind of scorer.")
-    sign: Literal[1, -1] = Field(1, description="-1 for a cost model: every score must be 'higher is better'.")
-    max_length: int | None = Field(
-        None, ge=8, description="Refuse longer texts (tokens); default: the model's context."
-    )
-    batch_size: int = Field(16, ge=1, description="Texts per forward pass.")
-
-
-class PythonCallable(Strict):
-    """A Python function ``module:function`` taking (conversations, responses) and returning one float each."""
-
-    kind: Literal["callable"] = Field("callable", description="Kind of scorer.")
-    function: str = Field(
-        pattern=r"^[\w.]+:\w+$", description="module:function, importable where the command is started."
-    )
-    sign: Literal[1, -1] = Field(1, description="-1 for a cost: every score must be 'higher is better'.")
-    batch_size: int = Field(256, ge=1, description="Responses handed to the function at once.")
-
-
-def _kind(scorer: Any) -> Any:
-    return scorer.get("kind", "sequence_classifier") if isinstance(scorer, Mapping) else getattr(scorer, "kind", None)
-
-
-Scorer = Annotated[
-    Annotated[SequenceClassifier, Tag("sequence_classifier")] | Annotated[PythonCallable, Tag("callable")],
-    Discriminator(_kind),
-]
-
-
 class Constraint(Strict):
     """A demand on the mean of one safety score: a margin over the reference, or an absolute threshold."""
 
     scorer: Scorer = Field(description="What measures this constraint; higher is safer.")
     margin: float | None = Field(None, description="Improvement of the mean score over the reference that is demanded.")
     threshold: float | None = Field(None, description="Absolute mean score that is demanded, instead of a margin.")
+    equal: bool = Field(False, description="Meet it exactly instead of at least; its λ may then have either sign.")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Constraint:
         if (self.margin is None) == (self.threshold is None):
             raise ValueError("give exactly one of margin (improvement over the reference) and threshold (absolute)")
         return self
-
-
-class DataSource(Strict):
-    """A data set, local or on the hub; its format is found by its columns."""
-
-    source: str = Field(description="Local JSONL/Parquet/Arrow file or directory, or a hub data set id.")
-    split: str = Field("train", description="Split of a hub data set or directory.")
-    subset: str | None = Field(None, description="Subset (configuration) of a hub data set.")
-    revision: str | None = Field(None, description="Revision of a hub data set.")
 
 
 class Prompts(DataSource):
@@ -149,23 +82,41 @@ class Generate(Strict):
         return self
 
 
-class Label(Strict):
-    """How scores become preferences."""
+class Solve(Strict):
+    """How λ* is estimated from the scores (docs/estimators.md)."""
 
-    labels: Literal["soft", "sampled"] = Field("soft", description="soft: p = σ(s_a − s_b); sampled: one draw of it.")
+    estimator: Literal["empirical", "jackknife", "gaussian", "auto"] = Field(
+        "empirical", description="empirical: as the paper; jackknife, gaussian: less biased at small K; auto: chooses."
+    )
+    confidence: float | None = Field(
+        None, ge=0.5, lt=1, description="Raise the margins until all are met with this joint confidence, e.g. 0.95."
+    )
+
+
+class Label(Strict):
+    """How scores, or a data set's own labels, become preferences."""
+
+    labels: Literal["soft", "sampled", "regression", "listwise"] = Field(
+        "soft",
+        description="soft: p = σ(s_a − s_b); sampled: one draw of it; regression: s_a − s_b itself; "
+        "listwise: softmax(s/β) over all K.",
+    )
     pairs: Literal["responses", "preferences"] = Field(
         "responses", description="Pair the K responses of a prompt, or take a preference data set's own pairs."
     )
-    preferences: DataSource | None = Field(None, description="The data set, when pairs is 'preferences'.")
+    preferences: DataSource | None = Field(
+        None, description="The data set, when pairs is 'preferences' or the method learns from people's labels."
+    )
+    human: Human = Field(default_factory=lambda: Human(), description="The data set's own labels.")
     pairs_per_prompt: int | Literal["all"] = Field("all", description="Pairs drawn per prompt, or all K(K−1)/2.")
     validation_fraction: float = Field(0.05, ge=0, lt=1, description="Share of prompts whose pairs only measure loss.")
 
     @model_validator(mode="after")
-    def _source_given(self) -> Label:
-        if (self.pairs == "preferences") != (self.preferences is not None):
-            raise ValueError("label.preferences names the data set when label.pairs is 'preferences', and only then")
+    def _sensible_pairs(self) -> Label:
         if self.pairs_per_prompt != "all" and self.pairs_per_prompt < 1:
             raise ValueError(f"pairs_per_prompt must be 'all' or at least 1, not {self.pairs_per_prompt}")
+        if self.pairs_per_prompt != "all" and self.labels == "listwise":
+            raise ValueError("labels 'listwise' compares all responses of a prompt; leave out pairs_per_prompt")
         return self
 
 
@@ -189,10 +140,10 @@ class Train(Strict):
     learning_rate: float = Field(1e-6, gt=0, lt=1, description="Peak learning rate of AdamW.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
-    num_epochs: int = Field(1, ge=1, description="Passes over the training pairs.")
+    num_epochs: int = Field(1, ge=1, description="Passes over the training examples.")
     max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps.")
-    batch_size: int = Field(32, ge=1, description="Pairs per optimizer step, over all ranks.")
-    micro_batch_size: int = runtime(4, "Pairs per forward pass on one rank.", ge=1)
+    batch_size: int = Field(32, ge=1, description="Examples (pairs, lists) per optimizer step, over all ranks.")
+    micro_batch_size: int = runtime(4, "Examples per forward pass on one rank.", ge=1)
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="AdamW's averaging coefficients, below 1.")
     max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
@@ -232,7 +183,9 @@ class Cluster(Strict):
 class Config(Strict):
     """A whole run."""
 
-    method: Literal["mocan"] = Field("mocan", description="The alignment method.")
+    method: Literal["mocan", "dpo_h", "dpo_s", "sacpo", "p_sacpo", "cdpo", "caid"] = Field(
+        "mocan", description="The algorithm; dpo_h, dpo_s: plain DPO on people's helpfulness or safety preferences."
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Root of every random stream.")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on GPUs, fp32 on CPU.")
     beta: float = Field(0.1, gt=0, description="KL weight β, used by the dual and by DPO alike.")
@@ -241,7 +194,12 @@ class Config(Strict):
     reward: Scorer = Field(description="What measures helpfulness.")
     constraints: dict[str, Constraint] = Field(min_length=1, description="Safety constraints by name.")
     generate: Generate = Field(default_factory=lambda: Generate(), description="Sampling.")
-    label: Label = Field(default_factory=lambda: Label(), description="Preferences.")
+    solve: Solve = Field(default_factory=lambda: Solve(), description="The dual.")
+    sacpo: Sacpo = Field(default_factory=lambda: Sacpo(), validate_default=True, description="SACPO's two steps.")
+    p_sacpo: PSacpo = Field(default_factory=lambda: PSacpo(), description="P-SACPO's mixtures.")
+    cdpo: Cdpo = Field(default_factory=lambda: Cdpo(), description="C-DPO's loop.")
+    caid: Caid = Field(default_factory=lambda: Caid(), description="CAID's feedback.")
+    label: Label = Field(default_factory=lambda: Label(), validate_default=True, description="Preferences.")
     train: Train = Field(default_factory=lambda: Train(), description="Fine-tuning.")
     evaluate: Evaluate = Field(default_factory=lambda: Evaluate(), description="Evaluation.")
     cluster: Cluster = Field(default_factory=lambda: Cluster(), description="Resources.")
@@ -257,7 +215,64 @@ class Config(Strict):
             )
         return constraints
 
+    @field_validator("sacpo", "p_sacpo", "cdpo", "caid")
+    @classmethod
+    def _section_of_its_method(cls, section: Strict, info: ValidationInfo) -> Strict:
+        method, name = info.data.get("method", "mocan"), str(info.field_name)
+        if name not in SECTIONS.get(method, ()) and section != type(section)():
+            users = " or ".join(user for user, sections in SECTIONS.items() if name in sections)
+            raise ValueError(f"method {method} does not use this section; leave out, or set method to {users}")
+        return section
 
+    @field_validator("sacpo")
+    @classmethod
+    def _sacpo_fits(cls, sacpo: Sacpo, info: ValidationInfo) -> Sacpo:
+        method, names = info.data.get("method"), list(info.data.get("constraints", ()))
+        if method == "p_sacpo" and sacpo.order != "helpful_first":
+            raise ValueError("method p_sacpo mixes with the helpful policy; order must be 'helpful_first'")
+        if method in ("sacpo", "p_sacpo") and sacpo.labels_from == "scores" and len(names) > 1:
+            raise ValueError(f"labels_from 'scores' follows one safety score, but constraints has {', '.join(names)}")
+        return sacpo
+
+    @field_validator("label")
+    @classmethod
+    def _fits_the_method(cls, label: Label, info: ValidationInfo) -> Label:
+        method = info.data.get("method", "mocan")
+        sacpo = info.data.get("sacpo") if "sacpo" in SECTIONS.get(method, ()) else None
+        sources = (sacpo.labels_from,) if sacpo else LEARNS_FROM[method]
+        if "people" in sources and label.preferences is None:
+            raise ValueError(f"method {method} learns from a data set's own labels; name it in label.preferences")
+        if "people" not in sources and (label.pairs == "preferences") != (label.preferences is not None):
+            raise ValueError("label.preferences names the data set when label.pairs is 'preferences', and only then")
+        unused = [] if "scores" in sources else ["labels", "pairs", "pairs_per_prompt"]
+        unused += [] if "people" in sources and not sacpo else ["human"]  # SACPO's steps have their own
+        if given := changed(label, unused):
+            raise ValueError(f"method {method} does not use {', '.join(f'label.{name}' for name in given)}; leave out")
+        return label
+
+    @field_validator("solve")
+    @classmethod
+    def _equality_has_no_safe_side(cls, solve: Solve, info: ValidationInfo) -> Solve:
+        equal = [name for name, constraint in info.data.get("constraints", {}).items() if constraint.equal]
+        if solve.confidence is not None and equal:
+            fields = " and ".join(f"constraints.{name}.equal" for name in equal)
+            raise ValueError(
+                f"confidence {solve.confidence:g} raises the margins to their safe side, and an equality has none; "
+                f"leave out solve.confidence or {fields}"
+            )
+        return solve
+
+
+# what the preferences of a method are made from
+LEARNS_FROM = {
+    "mocan": ("scores",),
+    "dpo_h": ("people",),
+    "dpo_s": ("people",),
+    "sacpo": ("people",),  # unless its section says otherwise
+    "p_sacpo": ("people",),
+    "cdpo": ("scores",),
+    "caid": ("scores",),
+}
 RESERVED_SCORE_NAMES = ("reward", "prompt_id", "response_id", "num_tokens", "finish_reason")
 
 
@@ -288,18 +303,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     ConfigError
         Naming every problem of the file at once: unknown keys with the nearest valid one, duplicates, bounds.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such configuration file. Give the path of a YAML file; recipes/ holds examples.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}). Give a YAML file.") from None
-    raw = _parse_yaml(text, str(path))
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys at the top level, found {type(raw).__name__}.")
+    raw = read_yaml(Path(path))
     for override in overrides:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     return validate_config(raw, str(path))
 
 
@@ -315,45 +321,4 @@ def validate_config(raw: Mapping[str, Any], where: str = "configuration") -> Con
 
 def dump_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML."""
-    import io
-
-    from ruamel.yaml import YAML
-
-    stream = io.StringIO()
-    yaml = YAML()
-    yaml.default_flow_style = False
-    yaml.width = 120
-    yaml.dump(json.loads(config.model_dump_json()), stream)
-    return stream.getvalue()
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    from ruamel.yaml import YAML
-    from ruamel.yaml.constructor import DuplicateKeyError
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        return YAML(typ="safe", pure=True).load(text)
-    except DuplicateKeyError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        key = re.search(r'duplicate key "([^"]*)"', str(error.problem))
-        raise ConfigError(
-            f"{where}, line {line}: key {key.group(1) if key else '?'!r} is given twice. Keep one."
-        ) from None
-    except YAMLError as error:
-        text = str(error).replace('in "<unicode string>", ', "")
-        raise ConfigError(f"{where}: not valid YAML: {text}") from None
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    *parents, last = key.strip().split(".")
-    if not equals or not all([*parents, last]):
-        raise ConfigError(f"--set {override}: expected key=value, for example constraints.safety.margin=2.0.")
-    node = raw
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"--set {override}: {parent!r} holds a value, not a group of keys.")
-    value = _parse_yaml(text, f"--set {override}")
-    node[last] = value
+    return format_yaml(json.loads(config.model_dump_json()))

@@ -7,13 +7,16 @@ from pathlib import Path
 from types import TracebackType
 
 from can_dist.config import Config, Constraint, Model, Scorer
-from can_dist.errors import DataError
+from can_dist.errors import ConfigError, DataError
 from can_dist.scoring.protocol import LogProb, ScorerSpec
-from can_dist.stages import evaluate, generate, ingest, label, score, solve, train
+from can_dist.stages import evaluate, generate, human_labels, ingest, label, score, solve, train
+from can_dist.stages.human_labels import Criterion
+from can_dist.stages.train import Policy
 from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, load_artifact
 
 REWARD = "reward"
+LOGP = "logp.reference"
 
 
 class StageReached(Exception):
@@ -52,20 +55,22 @@ class Run:
         """Read the configured prompts and hold some out."""
         return ingest.ingest_prompts(self._work, self.config.prompts)
 
-    def generate(self, model: Model, prompts: Artifact) -> Artifact:
-        """Sample K responses of ``model`` per training prompt."""
-        return self._reached("generate", generate.generate(self._work, model, prompts, split="train", role="reference"))
+    def generate(self, policy: Policy, prompts: Artifact) -> Artifact:
+        """Sample K responses of the reference, or of a trained policy, per training prompt."""
+        role = "reference" if isinstance(policy, Model) else "policy"
+        model = train.policy_model(policy, self.config.reference)
+        return self._reached("generate", generate.generate(self._work, model, prompts, split="train", role=role))
 
     def score(
-        self, responses: Artifact, reward: Scorer, constraints: Mapping[str, Constraint], reference: Model
+        self, responses: Artifact, reward: Scorer, constraints: Mapping[str, Constraint], reference: Policy
     ) -> Artifact:
         """Score responses with the reward, every constraint, and ln π_ref."""
-        scorers: dict[str, ScorerSpec] = {
-            **named_scorers(reward, constraints),
-            "logp.reference": LogProb(model=reference),
-        }
-        role = "given pairs" if responses.stage == "pairs" else "reference on train"
-        return self._reached("score", score.score(self._work, responses, scorers, role=role))
+        logp = LogProb(model=train.policy_model(reference, self.config.reference))
+        return self._score(responses, {**named_scorers(reward, constraints), LOGP: logp})
+
+    def log_probs(self, responses: Artifact, policy: Policy) -> Artifact:
+        """Score responses with ln π alone, of the reference or of a trained policy, for a training relative to it."""
+        return self._score(responses, {LOGP: LogProb(model=train.policy_model(policy, self.config.reference))})
 
     def solve(
         self, scores: Artifact, constraints: Mapping[str, Constraint], beta: float, *, log_weight: str | None = None
@@ -77,18 +82,29 @@ class Run:
         return self._reached("solve", solution)
 
     def pairs(self, reference: Model, prompts: Artifact, responses: Artifact) -> Artifact:
-        """Return the responses to be paired: the sampled ones, or those of the configured preference data set."""
-        if self.config.label.preferences is None:
+        """Return the responses to be compared: the sampled ones, or those of the configured preference data set."""
+        if self.config.label.pairs == "responses":
             return responses
-        return ingest.ingest_pairs(self._work, self.config.label.preferences, reference, prompts)
+        return self._given_pairs(reference, prompts, mismatched=False)
 
-    def label(self, responses: Artifact, scores: Artifact, solution: Artifact) -> Artifact:
-        """Pair responses and label the pairs with σ(s_a − s_b), s = r + ⟨λ*, g⟩."""
-        return self._reached("label", label.label(self._work, responses, scores, solution, reward=REWARD))
+    def human_pairs(self, reference: Model, prompts: Artifact) -> Artifact:
+        """Return the response pairs of the configured preference data set, with people's labels."""
+        return self._given_pairs(reference, prompts, mismatched=self.config.label.human.loss == "kto")
 
-    def train(self, reference: Model, preferences: Artifact, beta: float) -> Artifact:
-        """Fine-tune the reference once on the preferences."""
-        return self._reached("train", train.train(self._work, reference, preferences, beta=beta))
+    def label(
+        self, responses: Artifact, scores: Artifact, lam: Artifact | Mapping[str, float], beta: float
+    ) -> Artifact:
+        """Label responses by s = r + ⟨λ, g⟩; λ is that of a solution, or given by name of its constraint."""
+        return self._reached("label", label.label(self._work, responses, scores, lam, reward=REWARD, beta=beta))
+
+    def label_human(self, pairs: Artifact, logps: Artifact, criterion: Criterion) -> Artifact:
+        """Label a data set's own pairs as people did: which response is more 'helpful', or 'safe'."""
+        return self._reached("label", human_labels.label_human(self._work, pairs, logps, criterion=criterion))
+
+    def train(self, reference: Policy, preferences: Artifact, beta: float, *, start: Policy | None = None) -> Artifact:
+        """Fine-tune on the preferences, relative to ``reference``, from its weights or from those of ``start``."""
+        policy = train.train(self._work, reference, preferences, beta=beta, start=start)
+        return self._reached("train", policy)
 
     def evaluate(
         self,
@@ -118,6 +134,16 @@ class Run:
                     return found
             level = inputs
         raise DataError(f"{artifact.path}: not made from a {stage!r} artifact.")
+
+    def _given_pairs(self, reference: Model, prompts: Artifact, *, mismatched: bool) -> Artifact:
+        source = self.config.label.preferences
+        if source is None:
+            raise ConfigError("label.preferences: required, not given. Name the data set whose pairs are to be read.")
+        return ingest.ingest_pairs(self._work, source, reference, prompts, mismatched=mismatched)
+
+    def _score(self, responses: Artifact, scorers: Mapping[str, ScorerSpec]) -> Artifact:
+        role = responses.manifest["identity"]["label"]  # whose responses they are
+        return self._reached("score", score.score(self._work, responses, scorers, role=role))
 
     def _reached(self, stage: str, artifact: Artifact) -> Artifact:
         if self._until == stage:

@@ -43,18 +43,19 @@ def make_rows(num_train: int = 22, num_validation: int = 11, seed: int = 0) -> l
     for index in range(num_train + num_validation):
         prompt, a, b = (random.choice(WORDS, size=size).tolist() for size in random.integers(1, 9, size=3))
         gap = float(random.normal())
+        p = 1 / (1 + np.exp(-gap))
         rows.append(
             {
-                "pair_id": f"pair-{index}",
+                "example_id": f"pair-{index}",
                 "prompt_id": f"prompt-{index}",
                 "split": "train" if index < num_train else "validation",
                 "messages": [{"role": "user", "content": " ".join(prompt)}],
-                "text_a": " ".join(a),
-                "text_b": " ".join(b),
-                "token_ids_a": [*token_ids(a), END],
-                "token_ids_b": [*token_ids(b), END],
-                "score_gap": gap,
-                "target": 1 / (1 + np.exp(-gap)),
+                "response_ids": [f"prompt-{index}/{side}" for side in "ab"],
+                "texts": [" ".join(words) for words in (a, b)],
+                "token_ids": [[*token_ids(words), END] for words in (a, b)],
+                "scores": [gap, 0.0],
+                "target": [p, 1 - p],
+                "weight": 1.0,
             }
         )
     return rows
@@ -75,18 +76,17 @@ def logp_one(model: torch.nn.Module, prompt: list[int], response: list[int]) -> 
 def fill_reference(rows: list[dict], model_dir: Path, dtype: torch.dtype = torch.float64) -> list[dict]:
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
     for row in rows:
-        for side in "ab":
-            row[f"logp_ref_{side}"] = logp_one(model, prompt_tokens(row), row[f"token_ids_{side}"]).item()
+        row["logp_ref"] = [logp_one(model, prompt_tokens(row), tokens).item() for tokens in row["token_ids"]]
     return rows
 
 
-def write_preferences(run_dir: Path, rows: list[dict]) -> Artifact:
-    stage = open_stage(run_dir, "label", "preferences", {"rows": json.dumps(rows)}, {})
+def write_preferences(run_dir: Path, rows: list[dict], loss: str = "sigmoid") -> Artifact:
+    stage = open_stage(run_dir, "label", "preferences", {"rows": json.dumps(rows), "loss": loss}, {})
     if stage.finished:
         return stage.finished
     write_part(stage.path, 0, pa.Table.from_pylist(rows, schema=PREFERENCES))
     splits = {split: sum(row["split"] == split for row in rows) for split in ("train", "validation")}
-    return stage.commit([], info={"splits": splits})
+    return stage.commit([], info={"loss": loss, "splits": splits})
 
 
 @dataclass
@@ -97,7 +97,15 @@ class World:
     reference: Path
     rows: list[dict]
 
-    def spec(self, name: str, rows: list[dict] | None = None, precision: str = "fp32", **train: object) -> str:
+    def spec(
+        self,
+        name: str,
+        rows: list[dict] | None = None,
+        precision: str = "fp32",
+        loss: str = "sigmoid",
+        start: Path | None = None,
+        **train: object,
+    ) -> str:
         """Return the JSON of a ``TrainSpec`` in the directory ``name``."""
         from can_dist.training.engine import TrainSpec
 
@@ -118,8 +126,9 @@ class World:
         }
         return TrainSpec(
             directory=directory,
-            preferences=write_preferences(self.root, self.rows if rows is None else rows).path,
+            preferences=write_preferences(self.root, self.rows if rows is None else rows, loss).path,
             reference=Model(model=str(self.reference)),
+            start=Model(model=str(start or self.reference)),
             train=Train(**options),
             beta=BETA,
             seed=3,
@@ -196,7 +205,7 @@ def run_rank(rank: int, num_ranks: int, port: int, spec: str, hook: str, log: st
 
 
 def _install(hook: str, rank: int) -> None:
-    from can_dist.training import engine
+    from can_dist.training import engine, objective
 
     kind, *arguments = hook.split(":")
     if kind in ("kill", "raise") and rank == int(arguments[0]):
@@ -211,7 +220,7 @@ def _install(hook: str, rank: int) -> None:
 
         engine._Loop.step = step_or_fail
     if kind == "nan_gradient" and rank == 1:
-        plain_logp = engine.response_logp
+        plain_logp = objective.response_logp
 
         def poisoned(*inputs: object) -> torch.Tensor:
             logp = plain_logp(*inputs)
@@ -219,7 +228,7 @@ def _install(hook: str, rank: int) -> None:
                 logp.register_hook(lambda gradient: gradient * float("nan"))
             return logp
 
-        engine.response_logp = poisoned
+        objective.response_logp = poisoned
 
 
 def read_metrics(spec: str, key: str = "loss") -> dict[int, float]:

@@ -35,5 +35,5 @@ def mocan(
     pairs = run.pairs(reference, prompts, responses)  # the same samples, or a data set's own response pairs
     if pairs is not responses:
         scores = run.score(pairs, reward, constraints, reference)
-    preferences = run.label(pairs, scores, solution)  # p(y_a ≻ y_b) = σ(s_a − s_b)
+    preferences = run.label(pairs, scores, solution, beta)  # p(y_a ≻ y_b) = σ(s_a − s_b)
     return run.train(reference, preferences, beta)  # one DPO, same β

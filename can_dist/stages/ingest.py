@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,9 +15,13 @@ from can_dist.modeling.loading import model_digest
 from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, file_digest, write_part
 from can_dist.tables.formats import read_preferences, read_prompts
-from can_dist.tables.schemas import PROMPTS, RESPONSES
+from can_dist.tables.schemas import GIVEN_RESPONSES, PROMPTS
+
+if TYPE_CHECKING:
+    from can_dist.modeling.formatter import Formatter
 
 SHARD_ROWS = 512
+UNLABELLED = {"better": -1, "safer": -1, "safe": -1}
 
 
 def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
@@ -56,10 +60,38 @@ def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
     return stage.commit(info={"format": read.format, "counts": counts, "set_aside": list(read.set_aside)})
 
 
-def ingest_pairs(work: Workspace, source: DataSource, reference: Model, prompts: Artifact) -> Artifact:
-    """Read a preference data set's own response pairs as a ``responses`` table, tokenised as the reference would.
+def ingest_benign(work: Workspace, source: DataSource) -> Artifact:
+    """Read prompts that deserve no refusal; all of them are held out, none is trained on.
 
-    Responses ``<prompt_id>/<row>a`` and ``.../<row>b`` are a pair. Pairs of held-out prompts are left out and counted.
+    Raises
+    ------
+    DataError
+        When the source cannot be read.
+    """
+    stage = work.open("prompts", "benign prompts", {"source": source_identity(source)}, {})
+    if stage.finished:
+        return stage.finished
+    read = read_prompts(source.source, split=source.split, subset=source.subset, revision=source.revision)
+    work.say(read.announcement)
+    splits = pa.array(["test"] * read.table.num_rows, pa.string())
+    write_part(stage.path, 0, read.table.append_column("split", splits).cast(PROMPTS).combine_chunks())
+    return stage.commit(info={"format": read.format, "counts": read.counts, "set_aside": list(read.set_aside)})
+
+
+def ingest_pairs(
+    work: Workspace, source: DataSource, reference: Model, prompts: Artifact, *, mismatched: bool = False
+) -> Artifact:
+    """Read a preference data set's own response pairs and labels, tokenised as the reference would.
+
+    The table has the schema ``GIVEN_RESPONSES``. Responses ``<prompt_id>/<row>a`` and ``.../<row>b`` are a pair. With
+    ``mismatched`` each of them is followed by a response to another prompt put in its place, ``.../<row>a-other``,
+    which KTO needs: its baseline is the mean log-ratio of responses that do not belong to the prompt. Pairs of
+    held-out prompts are left out and counted.
+
+    Raises
+    ------
+    DataError
+        When the source cannot be read, or ``mismatched`` is asked of pairs of one prompt only.
     """
     from can_dist.modeling.formatter import Formatter
     from can_dist.modeling.loading import load_tokenizer
@@ -68,40 +100,68 @@ def ingest_pairs(work: Workspace, source: DataSource, reference: Model, prompts:
         "source": source_identity(source),
         "reference": model_digest(reference),
         "template": reference.template,
+        "mismatched": mismatched,
     }
     stage = work.open("pairs", "given pairs", what, {"prompts": prompts})
     if stage.finished:
         return stage.finished
-    read = read_preferences(
-        source.source, criterion=None, split=source.split, subset=source.subset, revision=source.revision
-    )
+    read = read_preferences(source.source, split=source.split, subset=source.subset, revision=source.revision)
     work.say(read.announcement)
     splits = prompts.table.filter(pc.equal(prompts.table.column("split"), "test"))
     held_out = set(splits.column("prompt_id").to_pylist())
+    pairs = [(n, pair) for n, pair in enumerate(read.table.to_pylist()) if pair["prompt_id"] not in held_out]
+    others = _pairs_of_other_prompts([pair for _, pair in pairs], source.source) if mismatched else []
     formatter = Formatter(load_tokenizer(reference), reference.template)
     rows: list[dict[str, Any]] = []
-    num_held_out = 0
-    for number, pair in enumerate(read.table.to_pylist()):
-        if pair["prompt_id"] in held_out:
-            num_held_out += 1
-            continue
+    for index, (number, pair) in enumerate(pairs):
         for side in "ab":
-            text = pair[f"response_{side}"]
-            tokens = formatter.response_ids(pair["messages"], text)
-            rows.append(
-                {
-                    "prompt_id": pair["prompt_id"],
-                    "response_id": f"{pair['prompt_id']}/{number}{side}",
-                    "messages": pair["messages"],
-                    "text": text,
-                    "token_ids": tokens,
-                    "num_tokens": len(tokens),
-                    "finish_reason": "given",
-                }
-            )
+            response_id = f"{pair['prompt_id']}/{number}{side}"
+            rows.append(_given_response(formatter, pair, response_id, pair[f"response_{side}"], _labels(pair, side)))
+            if mismatched:
+                text = others[index][f"response_{side}"]
+                rows.append(_given_response(formatter, pair, f"{response_id}-other", text, UNLABELLED))
     for part, first in enumerate(range(0, len(rows), SHARD_ROWS)):
-        write_part(stage.path, part, pa.Table.from_pylist(rows[first : first + SHARD_ROWS], schema=RESPONSES))
-    return stage.commit(info={"counts": {**read.counts, "held_out": num_held_out}, "set_aside": list(read.set_aside)})
+        write_part(stage.path, part, pa.Table.from_pylist(rows[first : first + SHARD_ROWS], schema=GIVEN_RESPONSES))
+    counts = {**read.counts, "held_out": read.table.num_rows - len(pairs)}
+    return stage.commit(info={"counts": counts, "mismatched": mismatched, "set_aside": list(read.set_aside)})
+
+
+def _labels(pair: dict[str, Any], side: str) -> dict[str, int]:
+    """Return people's labels of one response of a pair: 1 yes, 0 no, -1 not labelled."""
+    number, safe = "ab".index(side), pair[f"safe_{side}"]
+    chosen = {name: -1 if pair[name] < 0 else int(pair[name] == number) for name in ("better", "safer")}
+    return {**chosen, "safe": -1 if safe is None else int(safe)}
+
+
+def _given_response(
+    formatter: Formatter, pair: dict[str, Any], response_id: str, text: str, labels: dict[str, int]
+) -> dict[str, Any]:
+    tokens = formatter.response_ids(pair["messages"], text)
+    return {
+        "prompt_id": pair["prompt_id"],
+        "response_id": response_id,
+        "messages": pair["messages"],
+        "text": text,
+        "token_ids": tokens,
+        "num_tokens": len(tokens),
+        "finish_reason": "given",
+        **labels,
+    }
+
+
+def _pairs_of_other_prompts(pairs: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
+    """Return for each pair the next one, in a circle, that has another prompt."""
+    if len({pair["prompt_id"] for pair in pairs}) < 2:
+        raise DataError(
+            f"{source}: label.human.loss 'kto' compares with responses to other prompts, and all pairs that are not "
+            "held out share one prompt. Bring pairs of several prompts, or set label.human.loss to 'dpo'."
+        )
+    others: list[dict[str, Any]] = []
+    following = next(pair for pair in pairs if pair["prompt_id"] != pairs[-1]["prompt_id"])
+    for pair, after in zip(reversed(pairs), [pairs[0], *reversed(pairs[1:])], strict=True):
+        following = after if after["prompt_id"] != pair["prompt_id"] else following
+        others.append(following)
+    return others[::-1]
 
 
 def source_identity(source: DataSource) -> dict[str, Any]:

@@ -1,10 +1,14 @@
-"""scores + λ* → preferences: pairs with s = r + ⟨λ*, g⟩ and P(a ≻ b) = σ(s_a − s_b) (CAN, arXiv 2405.19544, eq. 9)."""
+"""scores + λ → preferences: examples labelled by s = r + ⟨λ, g⟩, P(a ≻ b) = σ(s_a − s_b) (CAN, 2405.19544, eq. 9).
+
+One row is one training example: a prompt, its responses, and a target per response. What a target means, and so which
+loss the trainer uses, is told by ``info["loss"]`` of the artifact.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -12,92 +16,230 @@ import numpy as np
 import pyarrow as pa
 
 from can_dist.config import Label, identity
-from can_dist.dual import DualSolution
 from can_dist.errors import DataError
 from can_dist.stages.solve import load_solution
 from can_dist.stages.workspace import Workspace
-from can_dist.tables.artifacts import Artifact, write_json, write_part
+from can_dist.tables.artifacts import Artifact, StageDirectory, write_json, write_part
 from can_dist.tables.schemas import PREFERENCES
 
-NOTED = "noted_pairs.json"
+NOTED = "noted_examples.json"
+LOSS_OF = {"soft": "sigmoid", "sampled": "sigmoid", "regression": "regression", "listwise": "listwise"}
+
+Row = dict[str, Any]
 
 
-def label(work: Workspace, responses: Artifact, scores: Artifact, solution: Artifact, *, reward: str) -> Artifact:
-    """Return the ``preferences`` table.
+def label(
+    work: Workspace,
+    responses: Artifact,
+    scores: Artifact,
+    lam: Artifact | Mapping[str, float],
+    *,
+    reward: str,
+    beta: float,
+) -> Artifact:
+    """Return the ``preferences`` table of s = r + ⟨λ, g⟩; ``lam`` is a dual's solution, or λ by name of its score.
 
-    Pairs with an empty response, or with twice the same tokens, teach nothing and are set aside. Pairs of equal score
-    (ties) are kept: their target ½ holds the log-ratios equal. All of them are counted, and listed in
-    ``noted_pairs.json``.
+    Empty responses, and pairs of twice the same tokens, teach nothing and are set aside. Pairs of equal score (ties)
+    are kept: their target holds the log-ratios equal. All of them are counted, and listed in ``noted_examples.json``.
 
     Raises
     ------
     DataError
-        When no pair is left, or all scores of every prompt are equal, so that there is nothing to learn.
+        When no example is left, or all scores of every example are equal, so that there is nothing to learn.
     """
     options = work.config.label
-    what = {**identity(options, exclude=["preferences"]), "seed": work.config.seed, "reward": reward}
-    inputs = {"responses": responses, "scores": scores, "solution": solution}
-    stage = work.open("label", "preferences", what, inputs)
+    what = {**identity(options, exclude=["preferences", "human"]), "seed": work.config.seed, "reward": reward}
+    inputs = {"responses": responses, "scores": scores}
+    if isinstance(lam, Artifact):
+        inputs["solution"] = lam
+    else:
+        what["lam"] = dict(lam)
+    stage = work.open("label", "preferences", {**what, "beta": beta}, inputs)
     if stage.finished:
         return stage.finished
     with work.timed("label", "preferences"):
-        rows = _joined(responses, scores, combined_score(scores, load_solution(solution), reward))
-        kept, noted = _label_pairs(rows, options, work.config.seed)
-        counts = Counter(entry["reason"] for entry in noted)
-        counts["pairs"] = len(kept)
-        _require_signal(kept, counts, str(scores.path))
-        write_part(stage.path, 0, pa.Table.from_pylist(kept, schema=PREFERENCES))
-        write_json(stage.path / NOTED, noted)
-        splits = Counter(pair["split"] for pair in kept)
-        work.say("label: " + ", ".join(f"{n} {what}" for what, n in (counts | splits).items()))
-        return stage.commit([NOTED], info={"counts": dict(counts), "splits": dict(splits)})
+        multipliers = load_solution(lam).lam if isinstance(lam, Artifact) else lam
+        rows = join(responses, scores)
+        for row, score in zip(rows, combined_score(scores, multipliers, reward).tolist(), strict=True):
+            row["score"] = score
+        if options.labels == "listwise":
+            kept, noted = _label_lists(rows, options, work.config.seed, beta)
+        else:
+            kept, noted = _label_pairs(rows, options, work.config.seed)
+        if kept and all(len(set(example["scores"])) == 1 for example in kept):
+            raise DataError(
+                f"{scores.path}: no preference signal: the scores of every example are equal ({listed(noted)}). "
+                "Check the scorers: a constant score cannot say which response is better."
+            )
+        return commit(work, stage, kept, noted, loss=LOSS_OF[options.labels])
 
 
-def combined_score(scores: Artifact, solution: DualSolution, reward: str) -> np.ndarray:
-    """Return s = r + ⟨λ*, g⟩ of every response, (N,) float64."""
+def combined_score(scores: Artifact, lam: Mapping[str, float], reward: str) -> np.ndarray:
+    """Return s = r + ⟨λ, g⟩ of every response, (N,) float64."""
     table = scores.table
     total: np.ndarray = table.column(reward).to_numpy().astype(np.float64)
-    for name, lam in solution.lam.items():
-        total = total + lam * table.column(name).to_numpy()
+    for name, value in lam.items():
+        total = total + value * table.column(name).to_numpy()
     return total
 
 
-def _joined(responses: Artifact, scores: Artifact, combined_N: np.ndarray) -> list[dict[str, Any]]:
+# --------------------------------------------------------------------------------- shared with people's preferences
+
+
+def join(responses: Artifact, scores: Artifact) -> list[Row]:
+    """Return the responses as rows with their reference log-probability, ``logp_ref``."""
     if not responses.table.column("response_id").equals(scores.table.column("response_id")):
         raise DataError(f"{scores.path}: its response ids are not those of {responses.path}.")
-    rows: list[dict[str, Any]] = responses.table.to_pylist()
-    logp = scores.table.column("logp.reference").to_pylist()
-    for row, total, logp_ref in zip(rows, combined_N.tolist(), logp, strict=True):
-        row["score"], row["logp_ref"] = total, logp_ref
+    rows: list[Row] = responses.table.to_pylist()
+    for row, logp_ref in zip(rows, scores.table.column("logp.reference").to_pylist(), strict=True):
+        row["logp_ref"] = logp_ref
     return rows
 
 
-def _label_pairs(
-    rows: list[dict[str, Any]], options: Label, seed: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def example(
+    example_id: str,
+    responses: Sequence[Row],
+    target: Sequence[float],
+    validation: float,
+    seed: int,
+    weight: float = 1.0,
+) -> Row:
+    """Return a row of the preferences table; a share ``validation`` of the prompts is held out from the training."""
+    first = responses[0]
+    return {
+        "example_id": example_id,
+        "prompt_id": first["prompt_id"],
+        "split": "validation" if _draw(seed, f"validation:{first['prompt_id']}") < validation else "train",
+        "messages": first["messages"],
+        "response_ids": [response["response_id"] for response in responses],
+        "texts": [response["text"] for response in responses],
+        "token_ids": [response["token_ids"] for response in responses],
+        "logp_ref": [response["logp_ref"] for response in responses],
+        "scores": [response["score"] for response in responses if "score" in response],
+        "target": list(target),
+        "weight": weight,
+    }
+
+
+def pair_id(a: Row, b: Row) -> str:
+    """Return the id of a pair of responses to one prompt."""
+    return f"{a['response_id']}|{b['response_id'].rsplit('/', 1)[1]}"
+
+
+def useless(a: Row, b: Row) -> str:
+    """Return why a pair of responses teaches nothing, or ''."""
+    if not a["text"].strip() or not b["text"].strip():
+        return "empty response"
+    return "equal responses" if a["token_ids"] == b["token_ids"] else ""
+
+
+def note(example_id: str, reason: str, *, kept: bool) -> Row:
+    """Return a line of ``noted_examples.json``."""
+    return {"example_id": example_id, "reason": reason, "kept": kept}
+
+
+def listed(noted: Sequence[Row]) -> str:
+    """Return how many examples were noted for each reason, for messages."""
+    return ", ".join(f"{n} {reason}" for reason, n in Counter(e["reason"] for e in noted).items()) or "none noted"
+
+
+def _draw(seed: int, name: str) -> float:
+    """Return the first uniform number of the random stream of that name."""
+    return float(np.random.default_rng(_stream(seed, name)).random())
+
+
+def _stream(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")
+
+
+def commit(work: Workspace, stage: StageDirectory, kept: list[Row], noted: list[Row], *, loss: str) -> Artifact:
+    """Write the examples and what was noted, say how many there are, and commit.
+
+    Raises
+    ------
+    DataError
+        When no example is left to train on.
+    """
+    if not any(one["split"] == "train" for one in kept):
+        raise DataError(f"{stage.path}: no example is left to train on ({listed(noted)}). Bring more data.")
+    write_part(stage.path, 0, pa.Table.from_pylist(kept, schema=PREFERENCES))
+    write_json(stage.path / NOTED, noted)
+    counts = Counter(entry["reason"] for entry in noted)
+    counts["examples"] = len(kept)
+    splits = Counter(one["split"] for one in kept)
+    work.say("label: " + ", ".join(f"{n} {what}" for what, n in (counts | splits).items()))
+    return stage.commit([NOTED], info={"loss": loss, "counts": dict(counts), "splits": dict(splits)})
+
+
+# ------------------------------------------------------------------------------------------------ labels from scores
+
+
+def _label_pairs(rows: list[Row], options: Label, seed: int) -> tuple[list[Row], list[Row]]:
     kept, noted = [], []
     for a, b in _pairs(rows, options, seed):
-        pair_id = f"{a['response_id']}|{b['response_id'].rsplit('/', 1)[1]}"
-        if not a["text"].strip() or not b["text"].strip():
-            noted.append({"pair_id": pair_id, "reason": "empty response", "kept": False})
-        elif a["token_ids"] == b["token_ids"]:
-            noted.append({"pair_id": pair_id, "reason": "equal responses", "kept": False})
-        else:
-            kept.append(_preference(pair_id, a, b, options, seed))
-            if a["score"] == b["score"]:
-                noted.append({"pair_id": pair_id, "reason": "tie", "kept": True})
+        name = pair_id(a, b)
+        if reason := useless(a, b):
+            noted.append(note(name, reason, kept=False))
+            continue
+        kept.append(example(name, [a, b], _pair_target(name, a, b, options, seed), options.validation_fraction, seed))
+        if a["score"] == b["score"]:
+            noted.append(note(name, "tie", kept=True))
     return kept, noted
 
 
-def _pairs(rows: list[dict[str, Any]], options: Label, seed: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def _pair_target(name: str, a: Row, b: Row, options: Label, seed: int) -> tuple[float, float]:
+    if options.labels == "regression":
+        return a["score"], b["score"]
+    p = _sigmoid(a["score"] - b["score"])
+    if options.labels == "sampled":
+        p = float(_draw(seed, f"label:{name}") < p)
+    return p, 1.0 - p
+
+
+def _label_lists(rows: list[Row], options: Label, seed: int, beta: float) -> tuple[list[Row], list[Row]]:
+    """Label the distinct responses of each prompt with softmax(s/β)."""
+    kept, noted = [], []
+    for name, members in _lists(rows, options):
+        distinct: dict[tuple[int, ...], Row] = {}
+        for row in members:
+            tokens = tuple(row["token_ids"])
+            if not row["text"].strip():
+                noted.append(note(row["response_id"], "empty response", kept=False))
+            elif tokens in distinct:
+                noted.append(note(row["response_id"], "equal responses", kept=False))
+            else:
+                distinct[tokens] = row
+        left = list(distinct.values())
+        if len(left) < 2:
+            noted.append(note(name, "less than two responses", kept=False))
+            continue
+        logit_K = np.array([row["score"] for row in left]) / beta
+        weight_K = np.exp(logit_K - logit_K.max())
+        kept.append(example(name, left, (weight_K / weight_K.sum()).tolist(), options.validation_fraction, seed))
+    return kept, noted
+
+
+def _by_prompt(rows: list[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["prompt_id"], []).append(row)
+    return groups
+
+
+def _lists(rows: list[Row], options: Label) -> Iterator[tuple[str, list[Row]]]:
+    """Yield an id and the responses that are compared: a given pair, else all responses of a prompt."""
+    if options.pairs == "preferences":
+        yield from ((pair_id(a, b), [a, b]) for a, b in _pairs(rows, options, 0))
+        return
+    yield from _by_prompt(rows).items()
+
+
+def _pairs(rows: list[Row], options: Label, seed: int) -> Iterator[tuple[Row, Row]]:
     """Yield the pairs: neighbouring rows of given pairs, else all or some pairs of each prompt's responses."""
     if options.pairs == "preferences":
         yield from zip(rows[::2], rows[1::2], strict=True)
         return
-    by_prompt: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_prompt.setdefault(row["prompt_id"], []).append(row)
-    for prompt_id, members in by_prompt.items():
+    for prompt_id, members in _by_prompt(rows).items():
         pairs = list(combinations(members, 2))
         if options.pairs_per_prompt != "all" and options.pairs_per_prompt < len(pairs):
             random = np.random.default_rng(_stream(seed, f"pairs:{prompt_id}"))
@@ -106,42 +248,5 @@ def _pairs(rows: list[dict[str, Any]], options: Label, seed: int) -> Iterator[tu
         yield from pairs
 
 
-def _preference(pair_id: str, a: dict[str, Any], b: dict[str, Any], options: Label, seed: int) -> dict[str, Any]:
-    gap = a["score"] - b["score"]
-    target = _sigmoid(gap)
-    if options.labels == "sampled":
-        target = float(np.random.default_rng(_stream(seed, f"label:{pair_id}")).random() < target)
-    held = np.random.default_rng(_stream(seed, f"validation:{a['prompt_id']}")).random() < options.validation_fraction
-    return {
-        "pair_id": pair_id,
-        "prompt_id": a["prompt_id"],
-        "split": "validation" if held else "train",
-        "messages": a["messages"],
-        "text_a": a["text"],
-        "text_b": b["text"],
-        "token_ids_a": a["token_ids"],
-        "token_ids_b": b["token_ids"],
-        "score_gap": gap,
-        "target": target,
-        "logp_ref_a": a["logp_ref"],
-        "logp_ref_b": b["logp_ref"],
-    }
-
-
 def _sigmoid(x: float) -> float:
     return float(0.5 * (1.0 + np.tanh(0.5 * x)))  # never overflows
-
-
-def _stream(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")
-
-
-def _require_signal(kept: list[dict[str, Any]], counts: Counter[str], where: str) -> None:
-    listed = ", ".join(f"{n} {reason}" for reason, n in counts.items()) or "none"
-    if not any(pair["split"] == "train" for pair in kept):
-        raise DataError(f"{where}: no pair is left to train on ({listed}). Sample more responses or prompts.")
-    if all(pair["score_gap"] == 0 for pair in kept):
-        raise DataError(
-            f"{where}: no preference signal: the two scores of every pair are equal ({listed}). "
-            "Check the scorers: a constant score cannot say which response is better."
-        )

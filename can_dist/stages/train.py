@@ -1,4 +1,4 @@
-"""preferences → policy: one DPO from the reference, by Ray Train inside a run or by a launcher's ranks."""
+"""preferences → policy: one preference optimisation, by Ray Train inside a run or by a launcher's ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,17 @@ from can_dist.training.metrics import METRICS, RESUMED, loss_above_start, read_m
 FAILURE = "FAILURE.json"
 
 
-def train(work: Workspace, reference: Model, preferences: Artifact, *, beta: float) -> Artifact:
+Policy = Model | Artifact
+"""A language model: one that the configuration names, or a trained policy."""
+
+
+def train(
+    work: Workspace, reference: Policy, preferences: Artifact, *, beta: float, start: Policy | None = None
+) -> Artifact:
     """Return the ``policy`` artifact: ``policy/`` is a Hugging Face directory of safetensors.
+
+    The log-ratios are relative to ``reference``, whose log-probabilities the preferences hold; the weights are at
+    first those of ``start``, by default the reference's. The loss is the one that the preferences are for.
 
     Unfinished training goes on from its newest checkpoint. Inside a launched process group (``deepspeed``,
     ``torchrun``) this process is one of the ranks; otherwise Ray Train starts them.
@@ -36,13 +45,18 @@ def train(work: Workspace, reference: Model, preferences: Artifact, *, beta: flo
     Raises
     ------
     NumericalError
-        When a loss or gradient is not finite (step, rank, pair ids), or the loss does not start at ln 2.
+        When a loss or gradient is not finite (step, rank, example ids), or the loss of the reference's own weights
+        is not what log-ratios of zero give.
     """
-    stage = _open(work, reference, preferences, beta)
+    config = work.config
+    policies = {"reference": reference} if start is None else {"reference": reference, "start": start}
+    models = {name: policy_model(policy, config.reference) for name, policy in policies.items()}
+    trained = {name: policy for name, policy in policies.items() if isinstance(policy, Artifact)}
+    stage = _open(work, models, {"preferences": preferences, **trained}, beta)
     if stage.finished:
         return stage.finished
     (stage.path / FAILURE).unlink(missing_ok=True)
-    spec = _spec(work.config, stage.path, reference, preferences, beta)
+    spec = _spec(config, stage.path, models, preferences, beta)
     if _launched():
         from can_dist.training.engine import train_worker
 
@@ -52,40 +66,45 @@ def train(work: Workspace, reference: Model, preferences: Artifact, *, beta: flo
                 raise SystemExit(0)  # rank 0 commits for all
             return _commit(work, stage)
     work.release_actors()
-    with work.timed("train", "policy", ranks=work.config.cluster.num_workers):
-        with _watch(stage.path, _total_steps(work.config, preferences)):
-            _run_ray_train(work.config, stage, spec)
+    with work.timed("train", "policy", ranks=config.cluster.num_workers):
+        with _watch(stage.path, _total_steps(config, preferences)):
+            _run_ray_train(config, stage, spec)
         _raise_failure(stage.path)
         return _commit(work, stage)
 
 
-def policy_model(policy: Artifact, reference: Model) -> Model:
-    """Return the trained policy as a model that is used with the reference's text convention."""
+def policy_model(policy: Policy, reference: Model) -> Model:
+    """Return the model that a policy is; a trained one is used with the text convention of ``reference``."""
+    if isinstance(policy, Model):
+        return policy
     policy.check()
     return Model(model=str(policy.path / POLICY), template=reference.template)
 
 
-def _open(work: Workspace, reference: Model, preferences: Artifact, beta: float) -> StageDirectory:
+def _open(work: Workspace, models: Mapping[str, Model], inputs: Mapping[str, Artifact], beta: float) -> StageDirectory:
     config = work.config
     what = {
-        "reference": model_digest(reference),
-        "template": reference.template,
+        **{name: model_digest(model) for name, model in models.items()},
+        "template": models["reference"].template,
         "train": identity(config.train, exclude=["ds_config"]),
         "ds_config": read_ds_config(config.train.ds_config),
         "beta": beta,
         "seed": config.seed,
         "precision": resolve_precision(config.precision),
     }
-    return work.open("train", "policy", what, {"preferences": preferences})
+    return work.open("train", "policy", what, inputs)
 
 
-def _spec(config: Config, directory: Path, reference: Model, preferences: Artifact, beta: float) -> str:
+def _spec(config: Config, directory: Path, models: Mapping[str, Model], preferences: Artifact, beta: float) -> str:
     from can_dist.training.engine import TrainSpec
 
+    # Ray Train's workers start in another directory than the driver
+    absolute = {name: m.model_copy(update={"model": _absolute(m.model)}) for name, m in models.items()}
     return TrainSpec(
         directory=directory.resolve(),
         preferences=preferences.path.resolve(),
-        reference=reference.model_copy(update={"model": _absolute(reference.model)}),
+        reference=absolute["reference"],
+        start=absolute.get("start", absolute["reference"]),
         train=config.train.model_copy(update={"ds_config": _absolute(config.train.ds_config)}),
         beta=beta,
         seed=config.seed,
@@ -94,7 +113,6 @@ def _spec(config: Config, directory: Path, reference: Model, preferences: Artifa
 
 
 def _absolute(path: str | None) -> str | None:
-    """Ray Train's workers start in another directory than the driver."""
     return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
 
@@ -104,8 +122,8 @@ def _launched() -> bool:
 
 def _total_steps(config: Config, preferences: Artifact) -> int:
     options = config.train
-    num_pairs = preferences.info["splits"]["train"]
-    return num_steps(num_pairs, options.batch_size, options.num_epochs, options.max_steps)
+    num_examples = preferences.info["splits"]["train"]
+    return num_steps(num_examples, options.batch_size, options.num_epochs, options.max_steps)
 
 
 def _run_ray_train(config: Config, stage: StageDirectory, spec: str) -> None:
@@ -208,8 +226,8 @@ def _warn_if_drifting(work: Workspace, directory: Path) -> None:
     loss = loss_above_start(directory)
     if loss is not None:
         work.say(
-            f"train: warning: the last training loss is {loss:.4f}, above its start at ln 2 = 0.6931: the policy "
-            "drifted. Lower train.learning_rate, add train.warmup_steps, or train longer before trusting it."
+            f"train: warning: the last training loss is {loss:.4f}, above the reference's on the same examples: the "
+            "policy drifted. Lower train.learning_rate, add train.warmup_steps, or train longer before trusting it."
         )
 
 

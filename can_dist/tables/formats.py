@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 
@@ -32,7 +32,8 @@ PREFERENCES_READ = pa.schema(
         ("messages", MESSAGES),
         ("response_a", pa.string()),
         ("response_b", pa.string()),
-        ("preferred", pa.int8()),  # 0 = a, 1 = b, -1 = no label
+        ("better", pa.int8()),  # the more helpful response: 0 = a, 1 = b, -1 = no label
+        ("safer", pa.int8()),  # the safer response, likewise
         ("safe_a", pa.bool_()),  # null = no label
         ("safe_b", pa.bool_()),
     ]
@@ -59,9 +60,9 @@ class PromptsRead:
 class PreferencesRead:
     """Pairs as read: ``table`` (schema ``PREFERENCES_READ``) and what was found.
 
-    ``counts``: ``rows`` read, ``pairs`` in the table, ``prompts`` (distinct messages), ``unlabelled``,
-    ``equal_responses``, ``empty_responses`` (pairs with at least one), ``disagreements`` (better and safer differ),
-    ``conflicts`` (rows whose response called safer is unsafe, the other safe), ``set_aside``.
+    ``counts``: ``rows`` read, ``pairs`` in the table, ``prompts`` (distinct messages), ``equal_responses``,
+    ``empty_responses`` (pairs with at least one), ``disagreements`` (better and safer differ), ``conflicts`` (rows
+    whose response called safer is unsafe, the other safe), ``set_aside``.
     ``set_aside``: one line per row set aside, with file, row and reason.
     """
 
@@ -139,36 +140,31 @@ def read_prompts(
 def read_preferences(
     source: str | Path,
     *,
-    criterion: Literal["better", "safer"] | None,
     split: str = "train",
     subset: str | None = None,
     revision: str | None = None,
     limit: int | None = None,
-    drop_conflicts: bool = False,
 ) -> PreferencesRead:
-    """Read pairs of responses with the one preferred.
+    """Read pairs of responses with people's labels of them.
+
+    Files of chosen and rejected responses have one unnamed criterion: chosen is response a, better and safer alike.
 
     Args:
         source: as in ``read_prompts``.
-        criterion: ``better`` takes ``better_response_id``, ``safer`` takes ``safer_response_id``; files of chosen and
-            rejected responses have one unnamed criterion, ``chosen`` is always response a. None: no label is wanted.
         split: as in ``read_prompts``.
         subset: as in ``read_prompts``.
         revision: as in ``read_prompts``.
         limit: stop after this many pairs.
-        drop_conflicts: set aside the rows whose ``safer_response_id`` contradicts ``is_response_i_safe``.
 
     Returns:
-        ``table: prompt_id, messages, response_a, response_b, preferred, safe_a, safe_b``, one row per pair, file order.
+        ``table`` in the schema ``PREFERENCES_READ``, one row per pair, file order.
 
     Raises:
-        DataError: as ``read_prompts``, and where the source has no label for the criterion in any row.
+        DataError: as ``read_prompts``.
         ConfigError: an argument that cannot mean anything.
         EnvironmentProblem: the hub cannot be reached.
     """
     _check_limit(limit)
-    if criterion not in ("better", "safer", None):
-        raise ConfigError(f"criterion is {criterion!r}; expected 'better' or 'safer'.")
     scan = _Scan(source)
     ids = _Ids()
     out: list[tuple[Any, ...]] = []
@@ -176,25 +172,13 @@ def read_preferences(
     for where, _, row, pair in scan.rows(split, subset, revision, pairs_only=True):
         if not isinstance(pair, Pair):
             continue
-        counts["conflicts"] += pair.conflict
-        if pair.conflict and drop_conflicts:
-            scan.put_aside(where, "safer_response_id contradicts is_response_i_safe")
-            continue
         key = ids.add(row, prompt_id(pair.messages), where, given=scan.has_ids, unique=False)
-        preferred = {"better": pair.better, "safer": pair.safer, None: -1}[criterion]
-        out.append((key, pair.messages, pair.a, pair.b, preferred, pair.safe_a, pair.safe_b))
-        counts.update(_properties(pair, preferred))
+        out.append((key, pair.messages, pair.a, pair.b, pair.better, pair.safer, pair.safe_a, pair.safe_b))
+        counts.update(_properties(pair))
         if len(out) == limit:
             break
     ids.check()
     scan.check_any(len(out))
-    if criterion is not None and counts["unlabelled"] == len(out):
-        other = "safer" if criterion == "better" else "better"
-        raise DataError(
-            f"{source}: no row has a label for criterion {criterion!r}: column '{criterion}_response_id' is missing "
-            f"or null throughout.\n  Columns found: {', '.join(scan.columns)}.\n"
-            f"  Use criterion {other!r}, or add the column."
-        )
     return _preferences(scan, out, counts, len(ids.contents))
 
 
@@ -203,19 +187,19 @@ def _check_limit(limit: int | None) -> None:
         raise ConfigError(f"limit is {limit}; expected at least 1, or none to read everything.")
 
 
-def _properties(pair: Pair, preferred: int) -> dict[str, int]:
+def _properties(pair: Pair) -> dict[str, int]:
     return {
-        "unlabelled": preferred < 0,
         "equal_responses": pair.a == pair.b,
         "empty_responses": not pair.a.strip() or not pair.b.strip(),
         "disagreements": pair.better != pair.safer and min(pair.better, pair.safer) >= 0,
+        "conflicts": pair.conflict,
     }
 
 
 def _preferences(
     scan: _Scan, out: list[tuple[Any, ...]], found: Mapping[str, int], num_prompts: int
 ) -> PreferencesRead:
-    names = ("unlabelled", "equal_responses", "empty_responses", "disagreements", "conflicts")
+    names = ("equal_responses", "empty_responses", "disagreements", "conflicts")
     counts = {
         "rows": scan.num_rows,
         "pairs": len(out),
@@ -224,7 +208,6 @@ def _preferences(
         "set_aside": len(scan.set_aside),
     }
     text = f"{counts['rows']} rows, {num_prompts} distinct prompts" + _notes(
-        (counts["unlabelled"], "pairs without a label"),
         (counts["equal_responses"], "pairs of equal responses"),
         (counts["empty_responses"], "pairs with an empty response"),
         (counts["disagreements"], "pairs where better and safer differ"),

@@ -27,20 +27,30 @@ RESPONSES = pa.schema(
 
 SCORE_KEYS = pa.schema([("prompt_id", pa.string()), ("response_id", pa.string())])
 
+# responses that a data set brings, with people's labels of each: 1 yes, 0 no, -1 not labelled
+GIVEN_RESPONSES = pa.schema(
+    [
+        *RESPONSES,
+        ("better", pa.int8()),  # is the more helpful of its pair
+        ("safer", pa.int8()),  # is the safer of its pair
+        ("safe", pa.int8()),  # is safe by itself
+    ]
+)
+
+# One row is one training example: a prompt and its responses, all lists in the same order.
 PREFERENCES = pa.schema(
     [
-        ("pair_id", pa.string()),
+        ("example_id", pa.string()),
         ("prompt_id", pa.string()),
         ("split", pa.string()),  # train or validation
         ("messages", MESSAGES),
-        ("text_a", pa.string()),
-        ("text_b", pa.string()),
-        ("token_ids_a", pa.list_(pa.int32())),
-        ("token_ids_b", pa.list_(pa.int32())),
-        ("score_gap", pa.float64()),  # s_a − s_b
-        ("target", pa.float64()),  # P(a ≻ b): σ(s_a − s_b), or one Bernoulli draw of it
-        ("logp_ref_a", pa.float64()),  # nats, sum over the response's tokens
-        ("logp_ref_b", pa.float64()),
+        ("response_ids", pa.list_(pa.string())),
+        ("texts", pa.list_(pa.string())),
+        ("token_ids", pa.list_(pa.list_(pa.int32()))),
+        ("logp_ref", pa.list_(pa.float64())),  # nats, sum over each response's tokens
+        ("scores", pa.list_(pa.float64())),  # s = r + ⟨λ, g⟩ of each response; empty where people labelled
+        ("target", pa.list_(pa.float64())),  # one number per response; its meaning is that of the table's loss
+        ("weight", pa.float64()),  # multiplies the example's loss
     ]
 )
 

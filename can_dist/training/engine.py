@@ -1,15 +1,15 @@
 """The training loop of one rank: the same function under Ray Train and under the ``deepspeed`` launcher.
 
-r + ⟨λ*, g⟩ is already in the preferences; what is left is one DPO with the same β, under ZeRO-3.
+What is to be learned, from scores or from people, is already in the preferences, and so are the reference's
+log-probabilities; what is left is one preference optimisation under ZeRO-3.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,15 @@ from can_dist.config import Model, Train
 from can_dist.errors import CanDistError, ConfigError, NumericalError
 from can_dist.modeling.formatter import Formatter
 from can_dist.modeling.loading import context_length, load_causal_lm, load_tokenizer
-from can_dist.modeling.logprobs import response_logp
 from can_dist.tables.artifacts import load_artifact, write_json
 from can_dist.training import POLICY, SUMMARY, batches, checkpoints, ranks
-from can_dist.training.batches import Pair, Slot
+from can_dist.training.batches import Example, Slot
 from can_dist.training.deepspeed_config import build_ds_config, read_ds_config
 from can_dist.training.export import export_policy
-from can_dist.training.losses import implicit_margin, preference_loss
 from can_dist.training.metrics import MetricsLog
+from can_dist.training.objective import METRIC_NAMES, kto_baseline, micro_batch_losses
 
-LN2 = math.log(2)
-# the loss before the first step is ln 2 when the policy is the reference; bf16 log-probabilities differ by batch
+# of the loss before the first step, relative above 1: bf16 log-probabilities differ by batch
 STEP0_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 
 
@@ -45,6 +43,7 @@ class TrainSpec(BaseModel):
     directory: Path
     preferences: Path
     reference: Model
+    start: Model  # the weights to start from; those of the reference unless a trained policy is trained further
     train: Train
     beta: float
     seed: int
@@ -77,32 +76,31 @@ def _train(spec: TrainSpec) -> None:
         tokenizer = load_tokenizer(spec.reference)
         preferences = load_artifact(spec.preferences)
         formatter = Formatter(tokenizer, spec.reference.template)
-        pairs, validation = batches.load_pairs(preferences, formatter, context_length(_model_config(spec.reference)))
+        context = context_length(_model_config(spec.start))
+        examples, validation = batches.load_examples(preferences, formatter, context)
     ranks.require_same(preferences.digest, f"content of {spec.preferences}")
-    total = batches.num_steps(len(pairs), train.batch_size, train.num_epochs, train.max_steps)
+    total = batches.num_steps(len(examples), train.batch_size, train.num_epochs, train.max_steps)
     model, partitioned = _build_model(spec, ds_config)
     engine = _initialize(model, ds_config, train, total)
     first = checkpoints.resume(engine, spec.directory / "checkpoints", adapters_only=train.lora is not None)
     log = None
     if rank == 0:
         log = MetricsLog(spec.directory, first, tensorboard=train.tensorboard, wandb_project=train.wandb_project)
-    loop = _Loop(spec, engine, pairs, validation, num_micro, log)
+    loop = _Loop(spec, engine, preferences.info["loss"], examples, validation, num_micro, log)
     loop.run(first, total)
     del partitioned  # kept until here: it makes transformers load partitioned weights
-    export_policy(engine, tokenizer, spec.reference, spec.directory / POLICY, spec.precision, train.max_shard_size_mb)
+    export_policy(engine, tokenizer, spec.start, spec.directory / POLICY, spec.precision, train.max_shard_size_mb)
     if log is not None:
         log.close()
-        chosen = (batches.global_batch(len(pairs), train.batch_size, spec.seed, step) for step in range(total))
-        tokens = sum(pairs[index].num_tokens for batch in chosen for index in batch.tolist())
-        write_json(spec.directory / SUMMARY, {"num_steps": total, "num_pairs": len(pairs), "num_tokens": tokens})
+        chosen = (batches.global_batch(len(examples), train.batch_size, spec.seed, step) for step in range(total))
+        tokens = sum(examples[index].num_tokens for batch in chosen for index in batch.tolist())
+        write_json(spec.directory / SUMMARY, {"num_steps": total, "num_examples": len(examples), "num_tokens": tokens})
 
 
-def _model_config(reference: Model) -> Any:
+def _model_config(model: Model) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(
-        reference.model, revision=reference.revision, trust_remote_code=reference.trust_remote_code
-    )
+    return AutoConfig.from_pretrained(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
 def _build_model(spec: TrainSpec, ds_config: dict[str, Any]) -> tuple[Any, Any]:
@@ -110,7 +108,7 @@ def _build_model(spec: TrainSpec, ds_config: dict[str, Any]) -> tuple[Any, Any]:
     from transformers.integrations import HfDeepSpeedConfig
 
     partitioned = HfDeepSpeedConfig(ds_config)
-    model = load_causal_lm(spec.reference, spec.precision)
+    model = load_causal_lm(spec.start, spec.precision)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # π_θ and π_ref of a log-ratio must be the same function at the start
@@ -155,16 +153,17 @@ class _Loop:
         self,
         spec: TrainSpec,
         engine: Any,
-        pairs: Sequence[Pair],
-        validation: Sequence[Pair],
+        loss: str,
+        examples: Sequence[Example],
+        validation: Sequence[Example],
         num_micro: int,
         log: MetricsLog | None,
     ) -> None:
-        self.spec, self.engine, self.pairs, self.validation = spec, engine, pairs, validation
+        self.spec, self.engine, self.loss, self.examples, self.validation = spec, engine, loss, examples, validation
         self.num_micro, self.log = num_micro, log
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = engine.device
-        self.sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(len(METRIC_NAMES) + 1, dtype=torch.float64, device=self.device)
         self.tokens, self.seconds, self.learning_rate = 0, 0.0, 0.0
 
     def run(self, first: int, total: int) -> None:
@@ -192,13 +191,15 @@ class _Loop:
     def step(self, step: int) -> None:
         """Accumulate the global batch and update; a non-finite loss on any rank stops all before the update."""
         train, start = self.spec.train, time.monotonic()
-        self.engine.train()
         self.learning_rate = self.engine.get_lr()[0]
+        chosen = batches.global_batch(len(self.examples), train.batch_size, self.spec.seed, step)
+        passes = self._micro_batches(self.examples, chosen)
+        baseline = self._baseline(passes)
+        self.engine.train()
         # dropout follows the step, also after a resume
         torch.manual_seed(self.spec.seed + 1_000_003 * step + self.rank)
-        chosen = batches.global_batch(len(self.pairs), train.batch_size, self.spec.seed, step)
-        for slots in self._micro_batches(self.pairs, chosen):
-            loss_B = self._losses(slots)
+        for slots in passes:
+            loss_B = self._losses(slots, baseline)
             self._require_finite(loss_B, slots, step)
             # DeepSpeed divides by accumulation steps and ranks; what is left is the mean over the global batch
             self.engine.backward(loss_B.sum() * (self.num_micro * self.world_size / len(chosen)))
@@ -211,13 +212,19 @@ class _Loop:
         self.seconds += time.monotonic() - start
 
     def check_start(self) -> None:
-        """Measure the loss of the untrained policy, which must be ln 2, and the validation loss."""
-        chosen = batches.global_batch(len(self.pairs), self.spec.train.batch_size, self.spec.seed, 0)
-        values = self._measure(self.pairs, chosen, require_finite=True)
-        if not abs(values["loss"] - LN2) <= STEP0_TOLERANCE[self.spec.precision]:
+        """Measure the loss before the first step, and the validation loss.
+
+        A policy that is still the reference has log-ratios of zero, so its loss is known: ln 2 for pairs with
+        probabilities, the mean squared gap for regression, ln K for lists, half the weight for KTO.
+        """
+        chosen = batches.global_batch(len(self.examples), self.spec.train.batch_size, self.spec.seed, 0)
+        values = self._measure(self.examples, chosen, require_finite=True)
+        expected = values["reference_loss"]
+        tolerance = STEP0_TOLERANCE[self.spec.precision] * max(1.0, expected)
+        if self.spec.start == self.spec.reference and not abs(values["loss"] - expected) <= tolerance:
             raise NumericalError(
-                f"{self.spec.preferences}: the loss before the first step is {values['loss']:.6f}, not ln 2 = "
-                f"{LN2:.6f}: the stored reference log-probabilities are not those of this model on these tokens."
+                f"{self.spec.preferences}: the loss before the first step is {values['loss']:.6f}, not "
+                f"{expected:.6f}: the stored reference log-probabilities are not those of this model on these tokens."
             )
         if self.log is not None:
             self.log.write(0, values)
@@ -225,7 +232,7 @@ class _Loop:
             self.evaluate(0)
 
     def evaluate(self, step: int) -> None:
-        """Write the loss on the validation pairs."""
+        """Write the loss on the validation examples."""
         values = self._measure(self.validation, np.arange(len(self.validation)))
         if self.log is not None:
             self.log.write(step, {f"eval_{name}": value for name, value in values.items()})
@@ -241,50 +248,42 @@ class _Loop:
             self.log.write(step, values | {"tokens_per_second": tokens.item() / self.seconds})
         self.tokens, self.seconds = 0, 0.0
 
-    def _micro_batches(self, pairs: Sequence[Pair], chosen: np.ndarray) -> Iterator[list[Slot]]:
+    def _micro_batches(self, examples: Sequence[Example], chosen: np.ndarray) -> list[list[Slot]]:
         size = self.spec.train.micro_batch_size
         num_micro = max(self.num_micro, batches.micro_steps(len(chosen), size, self.world_size))
-        return batches.micro_batches(pairs, chosen.tolist(), size, num_micro, self.rank, self.world_size)
+        return list(batches.micro_batches(examples, chosen.tolist(), size, num_micro, self.rank, self.world_size))
 
     @torch.no_grad()
-    def _measure(self, pairs: Sequence[Pair], chosen: np.ndarray, *, require_finite: bool = False) -> dict[str, float]:
-        self.engine.eval()
+    def _measure(
+        self, examples: Sequence[Example], chosen: np.ndarray, *, require_finite: bool = False
+    ) -> dict[str, float]:
         kept, kept_tokens = self.sums.clone(), self.tokens
         self.sums.zero_()
-        for slots in self._micro_batches(pairs, chosen):
-            loss_B = self._losses(slots)
+        passes = self._micro_batches(examples, chosen)
+        baseline = self._baseline(passes)
+        self.engine.eval()
+        for slots in passes:
+            loss_B = self._losses(slots, baseline)
             if require_finite:
                 self._require_finite(loss_B, slots, 0)
         values = self._reduce()
         self.sums, self.tokens = kept, kept_tokens
         return values
 
-    def _losses(self, slots: Sequence[Slot]) -> torch.Tensor:
-        """Return the weighted loss of each pair, and add the micro-batch to the running sums."""
-        pairs = [slot.pair for slot in slots]
-        prompts = [pair.prompt_ids for pair in pairs]
-        logp = response_logp(
-            self.engine,
-            [*prompts, *prompts],
-            [*(pair.response_a for pair in pairs), *(pair.response_b for pair in pairs)],
-            self.device,
+    def _baseline(self, passes: Sequence[Sequence[Slot]]) -> torch.Tensor | None:
+        """Return KTO's z_ref of a global batch, measured without dropout before its first update; else None."""
+        if self.loss != "kto":
+            return None
+        self.engine.eval()
+        return kto_baseline(self.engine, passes, self.device)
+
+    def _losses(self, slots: Sequence[Slot], baseline: torch.Tensor | None) -> torch.Tensor:
+        """Return the loss of each example, and add the micro-batch to the running sums."""
+        loss_B, sums = micro_batch_losses(
+            self.engine, slots, self.device, loss=self.loss, beta=self.spec.beta, baseline=baseline
         )
-        logp_a_B, logp_b_B = logp.chunk(2)
-        ref_a_B = self._tensor([pair.logp_ref_a for pair in pairs])
-        ref_b_B = self._tensor([pair.logp_ref_b for pair in pairs])
-        target_B = self._tensor([pair.target for pair in pairs])
-        weight_B = self._tensor([slot.weight for slot in slots])
-        margin_B = implicit_margin(logp_a_B, logp_b_B, ref_a_B, ref_b_B, self.spec.beta)
-        loss_B = preference_loss(margin_B, target_B) * weight_B
-        with torch.no_grad():
-            # both samples are the reference's: E[e^ℓ − 1 − ℓ] estimates KL(π_ref‖π_θ) without going below zero
-            ratio_2B = torch.cat([logp_a_B - ref_a_B, logp_b_B - ref_b_B])
-            kl_B = (ratio_2B.exp() - 1 - ratio_2B).reshape(2, -1).mean(dim=0)
-            agrees_B = 0.5 + 0.5 * torch.sign(margin_B) * torch.sign(target_B - 0.5)
-            signed_B = margin_B * torch.sign(target_B - 0.5)
-            rows = torch.stack([loss_B, weight_B * agrees_B, weight_B * signed_B, weight_B * kl_B, weight_B])
-            self.sums += rows.sum(dim=1).double()
-        self.tokens += sum(int(slot.weight) * slot.pair.num_tokens for slot in slots)
+        self.sums += sums
+        self.tokens += sum(int(slot.share) * slot.example.num_tokens for slot in slots)
         return loss_B
 
     def _reduce(self) -> dict[str, float]:
@@ -292,16 +291,8 @@ class _Loop:
         sums = self.sums.clone()
         self.sums.zero_()
         dist.all_reduce(sums)
-        loss, accuracy, margin, kl, count = sums.tolist()
-        return {
-            "loss": loss / count,
-            "accuracy": accuracy / count,
-            "margin": margin / count,
-            "kl_ref_policy": kl / count,
-        }
-
-    def _tensor(self, values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.device)
+        *totals, count = sums.tolist()
+        return {name: total / count for name, total in zip(METRIC_NAMES, totals, strict=True)}
 
     def _require_finite(self, loss_B: torch.Tensor, slots: Sequence[Slot], step: int) -> None:
         """Raise on all ranks when a loss on any of them is not a finite number."""
@@ -310,11 +301,11 @@ class _Loop:
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         if flag.item():
             return
-        bad = [slot.pair.pair_id for slot, finite in zip(slots, finite_B.tolist(), strict=True) if not finite]
+        bad = [slot.example.example_id for slot, finite in zip(slots, finite_B.tolist(), strict=True) if not finite]
         reports: list[list[str]] = [[]] * self.world_size
         dist.all_gather_object(reports, bad)
-        where = "; ".join(f"rank {rank}: pairs {', '.join(ids)}" for rank, ids in enumerate(reports) if ids)
+        where = "; ".join(f"rank {rank}: examples {', '.join(ids)}" for rank, ids in enumerate(reports) if ids)
         raise NumericalError(
             f"step {step + 1}: the loss is not a finite number, before the update. {where}. "
-            "Look at these pairs; lower train.learning_rate if the loss grew before."
+            "Look at these examples; lower train.learning_rate if the loss grew before."
         )

@@ -1,25 +1,94 @@
-"""Preference losses: plain functions of sequence log-probabilities."""
+"""Losses of the policy's log-ratios: plain functions, each with its own minimiser.
+
+An example is a prompt with N responses; ``ratio_BN`` is ln π_θ(y_n|x) − ln π_ref(y_n|x), sums over response tokens, in
+nats. With s the scores that labelled the example, the losses ``sigmoid``, ``regression`` and ``listwise`` all have the
+minimiser ln π_θ/π_ref = s/β + a constant of the prompt: π_θ ∝ π_ref exp(s/β).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import logsigmoid
 
+LOSSES = ("sigmoid", "regression", "listwise", "kto")
 
-def implicit_margin(
-    logp_a_B: torch.Tensor, logp_b_B: torch.Tensor, ref_a_B: torch.Tensor, ref_b_B: torch.Tensor, beta: float
+
+def example_losses(
+    name: str, ratio_BN: torch.Tensor, target_BN: torch.Tensor, is_real_BN: torch.Tensor, beta: float
 ) -> torch.Tensor:
-    """Return ``z_B = β[(ln π_θ(y_a) − ln π_ref(y_a)) − (ln π_θ(y_b) − ln π_ref(y_b))]``.
+    """Return the loss ``name`` of each example, (B,).
 
-    All arguments are (B,) sums over response tokens, in nats (DPO, arXiv 2305.18290, eq. 7).
+    ``target_BN`` means what the loss says: ``sigmoid``: (p, 1 − p) with p = P(a ≻ b); ``regression``: the scores
+    (s_a, s_b); ``listwise``: softmax_n(s_n/β); ``kto``: (1, 0) for a desirable response and (0, 1) for an undesirable
+    one, with the baseline z_ref in the place of a second ratio. ``is_real_BN`` is False where a shorter list of
+    ``listwise`` was padded; the other losses have N = 2.
     """
-    return beta * ((logp_a_B - ref_a_B) - (logp_b_B - ref_b_B))
+    if name == "listwise":
+        return listwise_loss(ratio_BN, target_BN, is_real_BN)
+    margin_B = implicit_margin(ratio_BN, beta)
+    if name == "sigmoid":
+        return sigmoid_loss(margin_B, target_BN[:, 0])
+    if name == "regression":
+        return regression_loss(margin_B, target_BN[:, 0] - target_BN[:, 1])
+    assert name == "kto", name
+    return kto_loss(margin_B, target_BN[:, 0])
 
 
-def preference_loss(margin_B: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
+def implicit_margin(ratio_B2: torch.Tensor, beta: float) -> torch.Tensor:
+    """Return ``z_B = β[ln π_θ/π_ref(y_a) − ln π_θ/π_ref(y_b)]`` of pairs (DPO, arXiv 2305.18290, eq. 7)."""
+    return beta * (ratio_B2[:, 0] - ratio_B2[:, 1])
+
+
+def sigmoid_loss(margin_B: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
     """Return the cross-entropy ``−p ln σ(z) − (1−p) ln σ(−z)`` of each pair, (B,).
 
     ``target_B`` is p = P(a ≻ b): σ(s_a − s_b) for soft labels, 0 or 1 for sampled ones (CAN, arXiv 2405.19544,
-    section 4). Both have the minimiser z = s_a − s_b; at z = 0 the loss is ln 2 whatever p is.
+    section 4), 1 − ε or ε for people's labels of which a share ε is wrong (cDPO, Mitchell 2023). The minimiser is
+    z = logit(E p); at z = 0 the loss is ln 2 whatever p is.
     """
     return -(target_B * logsigmoid(margin_B) + (1 - target_B) * logsigmoid(-margin_B))
+
+
+def regression_loss(margin_B: torch.Tensor, gap_B: torch.Tensor) -> torch.Tensor:
+    """Return ``(z − (s_a − s_b))²`` of each pair, (B,): it does not saturate where the gap is large.
+
+    Minimiser z = s_a − s_b (the relative-reward regression of REBEL, arXiv 2404.16767).
+    """
+    return (margin_B - gap_B).square()
+
+
+def listwise_loss(ratio_BN: torch.Tensor, target_BN: torch.Tensor, is_real_BN: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy ``−Σ_n t_n ln softmax_n(ln π_θ/π_ref)`` of each list, (B,).
+
+    ``target_BN`` is t = softmax_n(s_n/β): all N(N−1)/2 comparisons of a prompt for N forward passes. Minimiser
+    softmax_n(ln π_θ/π_ref) = t; with all ratios equal the loss is ln N whatever t is.
+    """
+    logp_BN = ratio_BN.masked_fill(~is_real_BN, -torch.inf).log_softmax(dim=1)
+    return -(target_BN * logp_BN.masked_fill(~is_real_BN, 0.0)).sum(dim=1)
+
+
+def kto_loss(margin_B: torch.Tensor, desirable_B: torch.Tensor) -> torch.Tensor:
+    """Return ``1 − σ(±z)`` of each response, (B,): + for a desirable one, − for an undesirable one.
+
+    z = β(ln π_θ/π_ref(y) − z_ref) (KTO, arXiv 2402.01306, section 4); λ_D and λ_U are the examples' weights.
+    """
+    return torch.sigmoid(torch.where(desirable_B > 0.5, -margin_B, margin_B))
+
+
+def agreement(
+    ratio_BN: torch.Tensor, target_BN: torch.Tensor, is_real_BN: torch.Tensor, beta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (accuracy, margin) of each example, both (B,), averaged over its pairs of responses.
+
+    A pair is right when the response with the larger target has the larger ratio, ties count half; its margin is
+    β times the difference of the ratios in the direction of the target.
+    """
+    is_pair_BNN = (
+        is_real_BN[:, :, None] & is_real_BN[:, None, :] & ~torch.eye(ratio_BN.shape[1]).bool().to(ratio_BN.device)
+    )
+    margin_BNN = beta * (ratio_BN[:, :, None] - ratio_BN[:, None, :])
+    direction_BNN = torch.sign(target_BN[:, :, None] - target_BN[:, None, :])
+    right_BNN = 0.5 + 0.5 * torch.sign(margin_BNN) * direction_BNN
+    num_pairs_B = is_pair_BNN.sum(dim=(1, 2))
+    accuracy_B = (right_BNN * is_pair_BNN).sum(dim=(1, 2)) / num_pairs_B
+    return accuracy_B, (margin_BNN * direction_BNN * is_pair_BNN).sum(dim=(1, 2)) / num_pairs_B

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +53,12 @@ class MetricsLog:
 
 
 def loss_above_start(directory: Path) -> float | None:
-    """Return the last training loss when it is above ln 2, where training starts: the sign of a policy that drifted."""
-    losses = [line["loss"] for line in read_metrics(directory / METRICS) if "loss" in line]
-    return losses[-1] if losses and losses[-1] > math.log(2) else None
+    """Return the last training loss when it is above the reference's on the same examples, where training starts.
+
+    It is the sign of a policy that drifted. For pairs with probabilities the reference's loss is ln 2.
+    """
+    lines = [line for line in read_metrics(directory / METRICS) if "loss" in line]
+    return lines[-1]["loss"] if lines and lines[-1]["loss"] > lines[-1]["reference_loss"] else None
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

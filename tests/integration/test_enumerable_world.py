@@ -44,7 +44,7 @@ def enumerate_responses(run_dir: Path, reference: Path) -> tuple:
     return prompts, stage.commit()
 
 
-def configure(reference: Path, margins: dict[str, float], train: dict) -> Config:
+def configure(reference: Path, margins: dict[str, float], train: dict, labels: str = "soft") -> Config:
     return validate_config(
         {
             "beta": BETA,
@@ -55,7 +55,7 @@ def configure(reference: Path, margins: dict[str, float], train: dict) -> Config
                 name: {"scorer": {"kind": "callable", "function": f"enumerable_world:{name}"}, "margin": margin}
                 for name, margin in margins.items()
             },
-            "label": {"validation_fraction": 0.0},
+            "label": {"labels": labels, "validation_fraction": 0.0},
             "train": {"schedule": "cosine", "warmup_steps": 20, "log_every": 50, **train},
         }
     )
@@ -71,13 +71,25 @@ class EnumeratedRun(Run):
         return super().solve(scores, constraints, beta, log_weight="logp.reference")
 
 
+PAIRS = {"batch_size": 192, "micro_batch_size": 96, "num_epochs": 20}
+LISTS = {"batch_size": 3, "micro_batch_size": 2, "num_epochs": 400}  # three prompts with 64 responses each
+
+
 @pytest.mark.parametrize(
-    "margins", [{"harmless": 0.6}, {"harmless": 0.45, "honest": 0.45}], ids=["one constraint", "two constraints"]
+    ("labels", "margins", "train"),
+    [
+        ("soft", {"harmless": 0.6}, PAIRS),
+        ("soft", {"harmless": 0.45, "honest": 0.45}, PAIRS),
+        pytest.param("regression", {"harmless": 0.6}, PAIRS, marks=pytest.mark.slow),
+        pytest.param("listwise", {"harmless": 0.6}, LISTS, marks=pytest.mark.slow),
+    ],
+    ids=["one constraint", "two constraints", "regression", "listwise"],
 )
-def test_trained_policy_is_the_closed_form(tmp_path: Path, margins: dict[str, float]) -> None:
+def test_trained_policy_is_the_closed_form(
+    tmp_path: Path, labels: str, margins: dict[str, float], train: dict[str, int]
+) -> None:
     reference = world.make_reference(tmp_path / "reference")
-    train = {"learning_rate": 5e-3, "batch_size": 192, "micro_batch_size": 96, "num_epochs": 20, "max_steps": 400}
-    config = configure(reference, margins, train)
+    config = configure(reference, margins, {"learning_rate": 5e-3, "max_steps": 400, **train}, labels)
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     prompts, responses = enumerate_responses(run_dir, reference)

@@ -188,8 +188,8 @@ def test_pairs_of_a_preference_data_set_can_be_labelled_instead(folder: Path, fi
     with pa.memory_map(str(newest / "part-00000.arrow")) as source:
         rows = pa.ipc.open_file(source).read_all().to_pylist()
     assert len(rows) == NUM_PROMPTS - 64
-    assert {row["target"] for row in rows} <= {0.0, 1.0}
-    assert all(row["text_b"] == "w2 w3" and row["text_a"].endswith(" w1") for row in rows)
+    assert {tuple(row["target"]) for row in rows} <= {(0.0, 1.0), (1.0, 0.0)}
+    assert all(row["texts"][1] == "w2 w3" and row["texts"][0].endswith(" w1") for row in rows)
 
 
 def test_f07_driver_stopped_by_sigterm_exits_75_and_the_same_command_completes(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -42,22 +43,69 @@ def undisturbed(world: tw.World) -> str:
     return spec
 
 
+def log_ratios(model: torch.nn.Module, row: dict) -> list[torch.Tensor]:
+    """ln π_θ/π_ref of each response of a row, one sequence at a time."""
+    return [
+        tw.logp_one(model, tw.prompt_tokens(row), tokens) - ref
+        for tokens, ref in zip(row["token_ids"], row["logp_ref"], strict=True)
+    ]
+
+
 def pair_losses(model: torch.nn.Module, rows: list[dict]) -> torch.Tensor:
     """−p ln σ(z) − (1−p) ln σ(−z) of each row, one sequence at a time."""
     losses = []
     for row in rows:
-        ratio_a, ratio_b = (
-            tw.logp_one(model, tw.prompt_tokens(row), row[f"token_ids_{side}"]) - row[f"logp_ref_{side}"]
-            for side in "ab"
-        )
+        ratio_a, ratio_b = log_ratios(model, row)
         z = tw.BETA * (ratio_a - ratio_b)
-        losses.append(-row["target"] * logsigmoid(z) - (1 - row["target"]) * logsigmoid(-z))
+        losses.append(-row["target"][0] * logsigmoid(z) - row["target"][1] * logsigmoid(-z))
     return torch.stack(losses)
 
 
-def train_plainly(world: tw.World) -> tuple[dict[int, float], dict[int, float], dict[str, torch.Tensor]]:
+def regression_losses(model: torch.nn.Module, rows: list[dict]) -> torch.Tensor:
+    """(z − (s_a − s_b))² of each row."""
+    ratios = [log_ratios(model, row) for row in rows]
+    gaps = [row["target"][0] - row["target"][1] for row in rows]
+    return torch.stack([(tw.BETA * (a - b) - gap) ** 2 for (a, b), gap in zip(ratios, gaps, strict=True)])
+
+
+def list_losses(model: torch.nn.Module, rows: list[dict]) -> torch.Tensor:
+    """−Σ t ln softmax(ratios) of each row."""
+    ratios = [torch.stack(log_ratios(model, row)) for row in rows]
+    targets = [torch.tensor(row["target"]) for row in rows]
+    return torch.stack([-(t * ratio.log_softmax(dim=0)).sum() for t, ratio in zip(targets, ratios, strict=True)])
+
+
+def kto_losses(model: torch.nn.Module, rows: list[dict]) -> torch.Tensor:
+    """λ(1 − σ(±β(own ratio − z_ref))), z_ref the mean ratio of the batch's other responses."""
+    own, other = (torch.stack(column) for column in zip(*(log_ratios(model, row) for row in rows), strict=True))
+    baseline = other.mean().detach().clamp(min=0)
+    sign = torch.tensor([1.0 if row["target"][0] else -1.0 for row in rows])
+    weight = torch.tensor([row["weight"] for row in rows])
+    return weight * (1 - torch.sigmoid(sign * tw.BETA * (own - baseline)))
+
+
+def rows_for(loss: str, world: tw.World) -> list[dict]:
+    """The world's rows with the targets, and for lists the numbers of responses, of another loss."""
+    rows = [dict(row) for row in world.rows]
+    random = np.random.default_rng(9)
+    for index, row in enumerate(rows):
+        if loss == "regression":
+            row["target"] = row["scores"]
+        elif loss == "kto":
+            row["target"], row["weight"] = ([1.0, 0.0], 1.0) if index % 3 else ([0.0, 1.0], 1.7)
+        else:
+            others = [rows[(index + k) % len(rows)]["token_ids"][0] for k in range(1, 1 + index % 4)]
+            row["token_ids"] = row["token_ids"][:2] + others
+            row["target"] = random.dirichlet(np.ones(len(row["token_ids"]))).tolist()
+            row["texts"] = row["response_ids"] = [f"{row['prompt_id']}/{k}" for k in range(len(row["token_ids"]))]
+    return tw.fill_reference(rows, world.reference)
+
+
+def train_plainly(
+    world: tw.World, rows: list[dict], losses_of: Callable = pair_losses
+) -> tuple[dict[int, float], dict[int, float], dict[str, torch.Tensor]]:
     """The same training in one process of plain torch: AdamW, cosine with warm-up, clipping at 1."""
-    rows = [row for row in world.rows if row["split"] == "train"]
+    rows = [row for row in rows if row["split"] == "train"]
     model = AutoModelForCausalLM.from_pretrained(world.reference, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.999), weight_decay=0.01)
     losses, norms = {}, {}
@@ -65,7 +113,7 @@ def train_plainly(world: tw.World) -> tuple[dict[int, float], dict[int, float], 
         rate = step / 2 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / (TOTAL - 2)))
         optimizer.param_groups[0]["lr"] = 3e-3 * rate
         chosen = global_batch(NUM_TRAIN, BATCH_SIZE, 3, step)
-        loss = pair_losses(model, [rows[index] for index in chosen]).mean()
+        loss = losses_of(model, [rows[index] for index in chosen]).mean()
         optimizer.zero_grad()
         loss.backward()
         norms[step + 1] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
@@ -77,7 +125,7 @@ def train_plainly(world: tw.World) -> tuple[dict[int, float], dict[int, float], 
 def test_two_ranks_one_rank_and_plain_torch_train_alike(world: tw.World, undisturbed: str) -> None:
     alone = world.spec("alone", micro_batch_size=5)
     assert tw.launch(alone, num_ranks=1).codes == [0]
-    losses, norms, weights = train_plainly(world)
+    losses, norms, weights = train_plainly(world, world.rows)
     assert max(norms.values()) > 1 > min(norms.values()), "clipping must act in some steps and not in others"
     validation = [row for row in world.rows if row["split"] == "validation"]
     for spec in (undisturbed, alone):
@@ -98,10 +146,43 @@ def test_two_ranks_one_rank_and_plain_torch_train_alike(world: tw.World, undistu
         }
 
 
+@pytest.mark.parametrize(
+    ("loss", "losses_of"), [("regression", regression_losses), ("listwise", list_losses), ("kto", kto_losses)]
+)
+def test_every_loss_trains_as_in_plain_torch(world: tw.World, loss: str, losses_of: Callable) -> None:
+    rows = rows_for(loss, world)
+    spec = world.spec(loss, rows=rows, loss=loss)
+    outcome = tw.launch(spec)
+    assert outcome.codes == [0, 0], outcome.output
+    losses, norms, weights = train_plainly(world, rows, losses_of)
+    metrics = tw.read_metrics(spec)
+    assert metrics.pop(0) == pytest.approx(tw.read_metrics(spec, "reference_loss")[0], rel=1e-4)
+    assert metrics == pytest.approx(losses, rel=1e-4)
+    assert tw.read_metrics(spec, "grad_norm") == pytest.approx(norms, rel=1e-3)
+    assert losses[TOTAL] < tw.read_metrics(spec, "reference_loss")[TOTAL] - 0.01
+    model = tw.load_whole(tw.policy_dir(spec))
+    for name, expected in weights.items():
+        torch.testing.assert_close(model.state_dict()[name], expected, atol=3e-5, rtol=1e-3)
+
+
+def test_training_may_go_on_from_a_policy_relative_to_the_reference(world: tw.World, undisturbed: str) -> None:
+    """Its first loss is the policy's on the pairs, not ln 2, and that is no error."""
+    spec = world.spec("further", start=tw.policy_dir(undisturbed), learning_rate=1e-9)
+    outcome = tw.launch(spec)
+    assert outcome.codes == [0, 0], outcome.output
+    policy = tw.load_whole(tw.policy_dir(undisturbed))
+    rows = [row for row in world.rows if row["split"] == "train"]
+    with torch.no_grad():
+        expected = pair_losses(policy, [rows[i] for i in global_batch(NUM_TRAIN, BATCH_SIZE, 3, 0)]).mean().item()
+    assert expected < math.log(2) - 0.02
+    assert tw.read_metrics(spec)[0] == pytest.approx(expected, rel=1e-5)
+    assert tw.read_metrics(spec, "reference_loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_metrics_and_summary(world: tw.World, undisturbed: str) -> None:
     directory = tw.policy_dir(undisturbed).parent
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    fields = {"loss", "accuracy", "margin", "kl_ref_policy"}
+    fields = {"loss", "reference_loss", "accuracy", "margin", "kl_ref_policy"}
     assert lines[0].keys() == {"step", *fields}
     assert lines[1].keys() == {"step", *(f"eval_{name}" for name in fields)}
     assert lines[-2].keys() == {"step", *fields, "grad_norm", "learning_rate", "tokens_per_second"}
@@ -112,12 +193,12 @@ def test_metrics_and_summary(world: tw.World, undisturbed: str) -> None:
     assert lines[-2]["accuracy"] > 0.6
     assert lines[-2]["tokens_per_second"] > 1
     tokens = [
-        2 * len(tw.prompt_tokens(row)) + len(row["token_ids_a"]) + len(row["token_ids_b"])
+        2 * len(tw.prompt_tokens(row)) + sum(len(tokens) for tokens in row["token_ids"])
         for row in world.rows
         if row["split"] == "train"
     ]
     summary = json.loads((directory / "summary.json").read_text())
-    assert summary == {"num_steps": TOTAL, "num_pairs": NUM_TRAIN, "num_tokens": 2 * sum(tokens)}
+    assert summary == {"num_steps": TOTAL, "num_examples": NUM_TRAIN, "num_tokens": 2 * sum(tokens)}
 
 
 def test_killed_training_goes_on_and_ends_with_the_same_bytes(world: tw.World, undisturbed: str) -> None:
@@ -156,12 +237,12 @@ def test_torn_checkpoint_is_passed_over_and_another_world_size_is_refused(world:
 def test_non_finite_loss_stops_all_ranks_before_the_update(world: tw.World) -> None:
     batch = global_batch(NUM_TRAIN, BATCH_SIZE, 3, 2)
     rows = [dict(row) for row in world.rows]
-    rows[batch[1]]["target"] = math.inf  # the second pair of step 3 belongs to rank 1
+    rows[batch[1]]["target"] = [math.inf, 0.0]  # the second pair of step 3 belongs to rank 1
     spec = world.spec("poisoned", rows=rows, checkpoint_every=1)
     outcome = tw.launch(spec)
     assert outcome.codes == [5, 5], outcome.output
     assert (
-        f"NumericalError: step 3: the loss is not a finite number, before the update. rank 1: pairs pair-{batch[1]}."
+        f"NumericalError: step 3: the loss is not a finite number, before the update. rank 1: examples pair-{batch[1]}."
         in outcome.output
     )
     directory = tw.policy_dir(spec).parent
@@ -171,7 +252,7 @@ def test_non_finite_loss_stops_all_ranks_before_the_update(world: tw.World) -> N
 
 
 def test_stale_reference_is_refused_before_the_first_step(world: tw.World) -> None:
-    rows = [{**row, "logp_ref_a": row["logp_ref_a"] + 0.5} for row in world.rows]
+    rows = [{**row, "logp_ref": [row["logp_ref"][0] + 0.5, row["logp_ref"][1]]} for row in world.rows]
     spec = world.spec("stale", rows=rows)
     outcome = tw.launch(spec)
     assert outcome.codes == [5, 5], outcome.output

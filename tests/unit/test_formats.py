@@ -43,7 +43,7 @@ def write(path: Path, rows: list[Any]) -> str:
 def refusal(source: str | Path, *, pairs: bool = False, **kwargs: Any) -> str:
     read: Callable[..., Any] = read_prompts
     if pairs:
-        read, kwargs = read_preferences, {"criterion": "better", **kwargs}
+        read = read_preferences
     with pytest.raises(DataError) as caught:
         read(source, **kwargs)
     return str(caught.value)
@@ -82,10 +82,10 @@ def test_prompts_of_every_format_are_the_same_prompt(tmp_path: Path, row: dict[s
 def test_dialogue_text_becomes_turns(tmp_path: Path) -> None:
     dialogue = "\n\nHuman: Hi?\n\nAssistant: Hello.\n\nHuman: Sing \n\nAssistant:"
     rows = [{"chosen": dialogue + " La", "rejected": dialogue}]
-    read = read_preferences(write(tmp_path / "a.jsonl", rows), criterion="better")
+    read = read_preferences(write(tmp_path / "a.jsonl", rows))
     pair = read.table.to_pylist()[0]
     assert pair["messages"] == [USER, ANSWER, {"role": "user", "content": "Sing"}]
-    assert (pair["response_a"], pair["response_b"], pair["preferred"]) == ("La", "", 0)
+    assert (pair["response_a"], pair["response_b"], pair["better"]) == ("La", "", 0)
     assert read.counts["empty_responses"] == 1
     assert "HH-RLHF pairs (found chosen, rejected)" in read.announcement
 
@@ -108,7 +108,7 @@ def test_pairs_may_share_an_id_but_not_stretch_it_over_two_prompts(tmp_path: Pat
     rows = [{**PKU, "prompt_id": "p"}, {**PKU, "prompt_id": "p", "response_1": "Leave."}]
     path = write(tmp_path / "a.jsonl", rows)
     assert read_prompts(path).table.num_rows == 1
-    assert read_preferences(path, criterion="better").table.column("prompt_id").to_pylist() == ["p", "p"]
+    assert read_preferences(path).table.column("prompt_id").to_pylist() == ["p", "p"]
     path = write(tmp_path / "b.jsonl", [*rows, {**PKU, "prompt_id": "p", "prompt": "Bye?"}])
     for pairs in (False, True):
         assert "prompt_id must stand for one prompt, 1 row(s) repeat an id: 'p' at" in refusal(path, pairs=pairs)
@@ -117,7 +117,7 @@ def test_pairs_may_share_an_id_but_not_stretch_it_over_two_prompts(tmp_path: Pat
 def test_limit_counts_prompts_and_pairs(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [PKU, PKU, {**PKU, "prompt": "b"}, {**PKU, "prompt": None}])
     assert read_prompts(path, limit=2).counts["rows"] == 3
-    assert read_preferences(path, criterion="better", limit=2).table.num_rows == 2
+    assert read_preferences(path, limit=2).table.num_rows == 2
     with pytest.raises(ConfigError, match="limit is 0"):
         read_prompts(path, limit=0)
 
@@ -128,52 +128,44 @@ def test_arguments_that_mean_nothing_for_a_file(tmp_path: Path) -> None:
         read_prompts(path, split="test")
     with pytest.raises(ConfigError, match="'subset' and 'revision' select on the hub only"):
         read_prompts(path, revision="main")
-    with pytest.raises(ConfigError, match="criterion is 'nicer'; expected 'better' or 'safer'"):
-        read_preferences(path, criterion="nicer")  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------- formats: preferences
 
 
-def test_pku_labels_by_criterion(tmp_path: Path) -> None:
+def test_pku_labels_of_both_criteria(tmp_path: Path) -> None:
     rows = [PKU, {**PKU, "better_response_id": None, "is_response_1_safe": None}]
     path = write(tmp_path / "a.parquet", rows)
-    better, safer = (read_preferences(path, criterion=c) for c in ("better", "safer"))
-    assert better.table.schema == PREFERENCES_READ
-    assert better.table.to_pylist()[0] == {
+    read = read_preferences(path)
+    assert read.table.schema == PREFERENCES_READ
+    assert read.table.to_pylist()[0] == {
         "prompt_id": prompt_id([USER]),
         "messages": [USER],
         "response_a": "Hello.",
         "response_b": "Go away.",
-        "preferred": 1,
+        "better": 1,
+        "safer": 0,
         "safe_a": True,
         "safe_b": False,
     }
-    assert better.table.column("preferred").to_pylist() == [1, -1]
-    assert better.table.column("safe_b").to_pylist() == [False, None]
-    assert safer.table.column("preferred").to_pylist() == [0, 0]
-    assert better.counts["unlabelled"] == 1
-    assert better.counts["disagreements"] == safer.counts["disagreements"] == 1
-    assert "2 rows, 1 distinct prompts, 1 pairs without a label" in better.announcement
+    assert read.table.column("better").to_pylist() == [1, -1]
+    assert read.table.column("safer").to_pylist() == [0, 0]
+    assert read.table.column("safe_b").to_pylist() == [False, None]
+    assert read.counts["disagreements"] == 1
+    assert "2 rows, 1 distinct prompts, 1 pairs where better and safer differ" in read.announcement
 
 
-def test_conflicts_equal_and_empty_responses_are_counted_and_conflicts_dropped_on_request(tmp_path: Path) -> None:
+def test_conflicts_equal_and_empty_responses_are_counted(tmp_path: Path) -> None:
     rows = [PKU, {**PKU, "safer_response_id": 1}, {**PKU, "response_1": "Hello."}, {**PKU, "response_1": " "}]
     path = write(tmp_path / "a.jsonl", rows)
-    kept = read_preferences(path, criterion="safer")
-    assert [kept.counts[name] for name in ("pairs", "conflicts", "equal_responses", "empty_responses")] == [4, 1, 1, 1]
-    dropped = read_preferences(path, criterion="safer", drop_conflicts=True)
-    assert dropped.table.num_rows == 3
-    assert dropped.counts["rows"] == dropped.table.num_rows + dropped.counts["set_aside"]
-    assert dropped.set_aside == (f"{path}, row 1: safer_response_id contradicts is_response_i_safe",)
+    read = read_preferences(path)
+    assert [read.counts[name] for name in ("pairs", "conflicts", "equal_responses", "empty_responses")] == [4, 1, 1, 1]
 
 
 def test_safety_only_files_have_no_better_label(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{k: v for k, v in PKU.items() if k != "better_response_id"}])
-    assert read_preferences(path, criterion="safer").table.column("preferred").to_pylist() == [0]
-    message = refusal(path, pairs=True)
-    assert "no row has a label for criterion 'better': column 'better_response_id' is missing" in message
-    assert "Use criterion 'safer'" in message
+    table = read_preferences(path).table
+    assert (table.column("better").to_pylist(), table.column("safer").to_pylist()) == ([-1], [0])
 
 
 @pytest.mark.parametrize(
@@ -188,10 +180,10 @@ def test_safety_only_files_have_no_better_label(tmp_path: Path) -> None:
     ],
 )
 def test_chosen_is_response_a_in_every_format(tmp_path: Path, row: dict[str, Any]) -> None:
-    read = read_preferences(write(tmp_path / "a.jsonl", [row]), criterion="safer")
+    read = read_preferences(write(tmp_path / "a.jsonl", [row]))
     pair = read.table.to_pylist()[0]
     assert (pair["messages"], pair["response_a"], pair["response_b"]) == ([USER], "Hello.", "Go away.")
-    assert (pair["preferred"], pair["safe_a"], pair["safe_b"]) == (0, None, None)
+    assert (pair["better"], pair["safer"], pair["safe_a"], pair["safe_b"]) == (0, 0, None, None)
     assert "chosen comes first by construction" in read.announcement
 
 
@@ -208,7 +200,7 @@ def test_chosen_is_response_a_in_every_format(tmp_path: Path, row: dict[str, Any
 )
 def test_dialogues_without_a_common_prompt_are_set_aside_and_listed(tmp_path: Path, row: Any, reason: str) -> None:
     path = write(tmp_path / "a.jsonl", [HH, row])
-    for read in (read_preferences(path, criterion="better"), read_prompts(path)):
+    for read in (read_preferences(path), read_prompts(path)):
         assert read.table.num_rows == 1
         assert read.counts["set_aside"] == 1
         assert read.set_aside[0].startswith(f"{path}, row 1: ")
@@ -219,12 +211,11 @@ def test_dialogues_without_a_common_prompt_are_set_aside_and_listed(tmp_path: Pa
 def test_message_lists_without_a_common_prompt_are_set_aside(tmp_path: Path) -> None:
     good = {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}
     parting = {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER, USER, OTHER]}
-    read = read_preferences(write(tmp_path / "a.jsonl", [good, parting]), criterion="better")
+    read = read_preferences(write(tmp_path / "a.jsonl", [good, parting]))
     assert "the dialogues part before the last turn" in read.set_aside[0]
     several = {"prompt": [USER], "chosen": [ANSWER, USER, ANSWER], "rejected": [OTHER]}
     read = read_preferences(
         write(tmp_path / "b.jsonl", [{"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]}, several]),
-        criterion="better",
     )
     assert "a response has several turns" in read.set_aside[0]
 
@@ -339,15 +330,15 @@ def test_real_prompts(name: str, key: str, rows: int, prompts: int) -> None:
 @pytest.mark.real_data
 def test_real_pku_pairs_disagree_in_117_rows() -> None:
     path = data("preferences/pku_saferlhf_dual_500.jsonl.gz")
-    better, safer = (read_preferences(path, criterion=c) for c in ("better", "safer"))
-    pairs = zip(better.table.column("preferred").to_pylist(), safer.table.column("preferred").to_pylist(), strict=True)
-    assert sum(b != s for b, s in pairs) == better.counts["disagreements"] == 117
-    assert (better.counts["rows"], better.counts["prompts"], better.counts["conflicts"]) == (500, 490, 0)
+    read = read_preferences(path)
+    pairs = zip(read.table.column("better").to_pylist(), read.table.column("safer").to_pylist(), strict=True)
+    assert sum(b != s for b, s in pairs) == read.counts["disagreements"] == 117
+    assert (read.counts["rows"], read.counts["prompts"], read.counts["conflicts"]) == (500, 490, 0)
 
 
 @pytest.mark.real_data
 def test_real_safety_pairs_have_930_prompts() -> None:
-    read = read_preferences(data("preferences/pku_saferlhf_safety_pairs_5135.jsonl.gz"), criterion="safer")
+    read = read_preferences(data("preferences/pku_saferlhf_safety_pairs_5135.jsonl.gz"))
     assert (read.counts["rows"], read.counts["pairs"], read.counts["prompts"]) == (5135, 5135, 930)
     safe = zip(*(read.table.column(name).to_pylist() for name in ("safe_a", "safe_b")), strict=True)
     assert all(a != b for a, b in safe)  # one safe, one unsafe in every row
@@ -356,7 +347,7 @@ def test_real_safety_pairs_have_930_prompts() -> None:
 @pytest.mark.real_data
 @pytest.mark.parametrize(("name", "rows", "set_aside", "doubled"), [("harmless", 2312, 5, 4), ("helpful", 2354, 9, 6)])
 def test_real_hh_pairs(name: str, rows: int, set_aside: int, doubled: int) -> None:
-    read = read_preferences(data(f"preferences/hh_{name}-base_test.jsonl.gz"), criterion="safer")
+    read = read_preferences(data(f"preferences/hh_{name}-base_test.jsonl.gz"))
     assert (read.format, read.counts["rows"], read.counts["set_aside"]) == ("hh-rlhf", rows, set_aside)
     assert read.table.num_rows == rows - set_aside
     prompts = read.table.column("messages").to_pylist()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.special import softmax
 
 from can_dist.config import validate_config
 from can_dist.dual import Margin, solve_dual
@@ -68,7 +69,7 @@ def labelled(run: Path, inputs: Any, **options: Any) -> Any:
     )
     work = Workspace(run, config)
     try:
-        return label(work, *inputs[:3], reward="reward")
+        return label(work, *inputs[:3], reward="reward", beta=BETA)
     finally:
         work.close()
 
@@ -87,19 +88,23 @@ def test_soft_labels_are_the_sigmoid_of_the_combined_gap(tmp_path, random_scores
     assert solution.lam["safety"] > 0
     assert table.num_rows == NUM_PROMPTS * comb(NUM_RESPONSES, 2)
     for row in table.to_pylist():
-        left, right = row["pair_id"].split("|")
+        left, right = row["example_id"].split("|")
         prompt, k = left.split("/")
         a, b = int(prompt[1:]) * NUM_RESPONSES + int(k), int(prompt[1:]) * NUM_RESPONSES + int(right)
-        assert row["score_gap"] == pytest.approx(combined[a] - combined[b], abs=1e-12)
-        assert row["target"] == pytest.approx(1 / (1 + np.exp(combined[b] - combined[a])), abs=1e-12)
-        assert (row["logp_ref_a"], row["logp_ref_b"]) == (-a, -b)
-        assert (row["text_a"], row["text_b"]) == (f"answer {a}", f"answer {b}")
+        assert row["scores"] == pytest.approx([combined[a], combined[b]], abs=1e-12)
+        p = 1 / (1 + np.exp(combined[b] - combined[a]))
+        assert row["target"] == pytest.approx([p, 1 - p], abs=1e-12)
+        assert row["logp_ref"] == [-a, -b]
+        assert row["texts"] == [f"answer {a}", f"answer {b}"]
+        assert row["response_ids"] == [f"{prompt}/{k}", f"{prompt}/{right}"]
+        assert row["weight"] == 1.0
 
 
 def test_sampled_labels_are_draws_of_the_soft_ones(tmp_path, random_scores) -> None:
     *inputs, _ = tables(tmp_path, *random_scores)
-    soft, hard = labelled(tmp_path, inputs).table, labelled(tmp_path, inputs, labels="sampled").table
-    p, draw = soft.column("target").to_numpy(), hard.column("target").to_numpy()
+    soft, hard = labelled(tmp_path, inputs), labelled(tmp_path, inputs, labels="sampled")
+    assert soft.info["loss"] == hard.info["loss"] == "sigmoid"
+    p, draw = (np.array(artifact.table.column("target").to_pylist())[:, 0] for artifact in (soft, hard))
     assert set(draw) == {0.0, 1.0}
     assert abs((draw - p).mean()) < 4 * np.sqrt((p * (1 - p)).mean() / len(p))
     assert np.corrcoef(p, draw)[0, 1] > 0.2
@@ -110,7 +115,7 @@ def test_some_pairs_per_prompt_are_distinct_and_repeatable(tmp_path, random_scor
     *inputs, _ = tables(tmp_path, *random_scores)
     table = labelled(tmp_path, inputs, pairs_per_prompt=3).table
     assert set(Counter(table.column("prompt_id").to_pylist()).values()) == {3}
-    assert len(set(table.column("pair_id").to_pylist())) == 3 * NUM_PROMPTS
+    assert len(set(table.column("example_id").to_pylist())) == 3 * NUM_PROMPTS
     again = labelled(tmp_path / "again", tables(tmp_path / "again", *random_scores), pairs_per_prompt=3).table
     assert again.equals(table)
 
@@ -135,11 +140,11 @@ def test_empty_and_equal_responses_are_set_aside_and_listed_and_ties_counted(tmp
     artifact = labelled(tmp_path, inputs)
     counts = artifact.info["counts"]
     assert (counts["empty response"], counts["equal responses"], counts["tie"]) == (4, 1, 1)
-    assert counts["pairs"] == NUM_PROMPTS * comb(NUM_RESPONSES, 2) - 5
+    assert counts["examples"] == NUM_PROMPTS * comb(NUM_RESPONSES, 2) - 5
     listed = json.loads((artifact.path / NOTED).read_text())
-    assert {entry["pair_id"] for entry in listed if entry["reason"] == "equal responses"} == {"p1/1|2"}
-    assert [(entry["pair_id"], entry["kept"]) for entry in listed if entry["reason"] == "tie"] == [("p2/0|1", True)]
-    assert {entry["pair_id"] for entry in listed if entry["reason"] == "empty response"} == {
+    assert {entry["example_id"] for entry in listed if entry["reason"] == "equal responses"} == {"p1/1|2"}
+    assert [(entry["example_id"], entry["kept"]) for entry in listed if entry["reason"] == "tie"] == [("p2/0|1", True)]
+    assert {entry["example_id"] for entry in listed if entry["reason"] == "empty response"} == {
         f"p0/0|{k}" for k in (1, 2, 3, 4)
     }
 
@@ -147,12 +152,58 @@ def test_empty_and_equal_responses_are_set_aside_and_listed_and_ties_counted(tmp
 def test_constant_scores_are_no_preference_signal(tmp_path) -> None:
     constant = np.ones(NUM_PROMPTS * NUM_RESPONSES)
     *inputs, _ = tables(tmp_path, constant, constant, margin=-0.1)
-    with pytest.raises(DataError, match="no preference signal: the two scores of every pair are equal"):
+    with pytest.raises(DataError, match="no preference signal: the scores of every example are equal"):
         labelled(tmp_path, inputs)
     assert not list(tmp_path.glob("label-*/part-*"))
 
 
 def test_no_pair_left_is_an_error(tmp_path, random_scores) -> None:
     *inputs, _ = tables(tmp_path, *random_scores, texts=["" for _ in random_scores[0]])
-    with pytest.raises(DataError, match=r"no pair is left to train on \(400 empty response"):
+    with pytest.raises(DataError, match=r"no example is left to train on \(400 empty response\). Bring more data"):
         labelled(tmp_path, inputs)
+
+
+def test_regression_targets_are_the_scores(tmp_path, random_scores) -> None:
+    *inputs, _ = tables(tmp_path, *random_scores)
+    artifact = labelled(tmp_path, inputs, labels="regression")
+    assert artifact.info["loss"] == "regression"
+    assert all(row["target"] == row["scores"] for row in artifact.table.to_pylist())
+
+
+def test_listwise_targets_are_the_softmax_of_a_prompts_scores(tmp_path, random_scores) -> None:
+    reward_N, safety_N = random_scores
+    *inputs, solution = tables(tmp_path, 1000 * reward_N, safety_N)
+    artifact = labelled(tmp_path, inputs, labels="listwise")
+    assert artifact.info["loss"] == "listwise"
+    rows = artifact.table.to_pylist()
+    assert [row["example_id"] for row in rows] == [f"p{i}" for i in range(NUM_PROMPTS)]
+    combined = (1000 * reward_N + solution.lam["safety"] * safety_N).reshape(NUM_PROMPTS, NUM_RESPONSES)
+    for i, row in enumerate(rows):
+        assert row["response_ids"] == [f"p{i}/{k}" for k in range(NUM_RESPONSES)]
+        np.testing.assert_allclose(row["scores"], combined[i], rtol=1e-12)
+        np.testing.assert_allclose(row["target"], softmax(combined[i] / BETA), atol=1e-12)
+        assert row["logp_ref"] == [-float(i * NUM_RESPONSES + k) for k in range(NUM_RESPONSES)]
+
+
+def test_lists_hold_distinct_responses_that_are_not_empty(tmp_path, random_scores) -> None:
+    texts = [f"answer {n}" for n in range(NUM_PROMPTS * NUM_RESPONSES)]
+    texts[0], texts[6], texts[7] = "  ", "twin", "twin"
+    texts[10:15] = ["same"] * 5
+    *inputs, _ = tables(tmp_path, *random_scores, texts)
+    artifact = labelled(tmp_path, inputs, labels="listwise")
+    sizes = {row["example_id"]: len(row["texts"]) for row in artifact.table.to_pylist()}
+    assert (sizes["p0"], sizes["p1"], sizes["p3"]) == (4, 4, 5)
+    assert "p2" not in sizes
+    assert all(sum(row["target"]) == pytest.approx(1) for row in artifact.table.to_pylist())
+    counts = artifact.info["counts"]
+    assert (counts["empty response"], counts["equal responses"], counts["less than two responses"]) == (1, 5, 1)
+
+
+def test_lambda_may_be_given_by_name(tmp_path, random_scores) -> None:
+    reward_N, safety_N = random_scores
+    responses, scores, _, _ = tables(tmp_path, reward_N, safety_N)
+    rows = labelled(tmp_path, (responses, scores, {"safety": 2.0})).table.to_pylist()
+    combined = reward_N + 2 * safety_N
+    assert rows[0]["scores"] == pytest.approx([combined[0], combined[1]])
+    other = labelled(tmp_path, (responses, scores, {"safety": 3.0})).table.to_pylist()
+    assert other[0]["scores"] != rows[0]["scores"]

@@ -31,7 +31,8 @@ LAYERS = [
     ["tables", "dual"],
     ["cluster"],
     ["config"],
-    ["config_keys", "config_yaml"],
+    ["config_scorers"],
+    ["config_keys", "config_methods", "config_yaml"],
     ["errors"],
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

@@ -91,7 +91,7 @@ def test_every_kind_of_file_gives_the_same_table(tmp_path: Path, name: str) -> N
 def test_conversations_survive_every_kind_of_file(tmp_path: Path) -> None:
     rows = [{"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]}]
     names = ("a.jsonl", "a.parquet", "a.arrow")
-    tables = [read_preferences(write(tmp_path / name, rows), criterion="better").table for name in names]
+    tables = [read_preferences(write(tmp_path / name, rows)).table for name in names]
     assert tables[0].equals(tables[1])
     assert tables[0].equals(tables[2])
 
@@ -275,7 +275,7 @@ def test_hub_ids_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_list([PKU, PKU])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    read = read_preferences("some/pairs", criterion="safer", split="test", subset="alpaca-7b", revision="abc")
+    read = read_preferences("some/pairs", split="test", subset="alpaca-7b", revision="abc")
     assert asked == {"id": "some/pairs", "name": "alpaca-7b", "split": "test", "revision": "abc"}
     assert read.counts["pairs"] == 2
     assert read.announcement.startswith("some/pairs: PKU-SafeRLHF pairs (found prompt, response_0")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 
@@ -19,108 +18,48 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from can_dist.config import Train
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling.logprobs import response_logp
-from can_dist.training.batches import Pair, global_batch, micro_batches, micro_steps, num_steps
+from can_dist.training.batches import Example, global_batch, micro_batches, micro_steps, num_steps
 from can_dist.training.deepspeed_config import OWNED, build_ds_config, read_ds_config
 from can_dist.training.export import check_shapes, plan_shards
-from can_dist.training.losses import implicit_margin, preference_loss
 from can_dist.training.metrics import MetricsLog, read_metrics
 
 DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
-# ---------------------------------------------------------------------------------------------- losses
-
-
-def exact_loss(z: float, p: float) -> float:
-    """−p ln σ(z) − (1−p) ln σ(−z), from ln(1 + e^x) in float64."""
-    softplus = lambda x: max(x, 0.0) + math.log1p(math.exp(-abs(x)))  # noqa: E731
-    return p * softplus(-z) + (1 - p) * softplus(z)
-
-
-@given(st.floats(-50, 50), st.floats(0, 1))
-@example(0.0, 0.5)
-@example(1e4, 0.0)
-@example(-1e4, 1.0)
-def test_loss_is_the_cross_entropy_and_its_gradient_sigma_minus_p(z: float, p: float) -> None:
-    margin = torch.tensor([z], dtype=torch.float64, requires_grad=True)
-    loss = preference_loss(margin, torch.tensor([p], dtype=torch.float64))
-    assert loss.item() == pytest.approx(exact_loss(z, p), rel=1e-12, abs=1e-300)
-    loss.sum().backward()
-    sigma = 1 / (1 + math.exp(-z)) if z > -700 else 0.0
-    assert margin.grad.item() == pytest.approx(sigma - p, abs=1e-12)
-
-
-@given(st.floats(0, 1))
-def test_loss_of_no_margin_is_ln_2_for_any_target(p: float) -> None:
-    assert preference_loss(torch.zeros(1), torch.tensor([p])).item() == pytest.approx(math.log(2), rel=1e-6)
-
-
-@given(st.floats(0.01, 0.99), st.floats(0.01, 5))
-def test_loss_is_least_where_the_margin_is_the_score_gap(p: float, away: float) -> None:
-    target = torch.tensor([p] * 3, dtype=torch.float64)
-    best = math.log(p / (1 - p))
-    below, at, above = preference_loss(torch.tensor([best - away, best, best + away], dtype=torch.float64), target)
-    assert at < below
-    assert at < above
-    entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
-    assert at.item() == pytest.approx(entropy, rel=1e-12)
-
-
-def test_loss_does_not_overflow_in_float32() -> None:
-    margin = torch.tensor([1e4, -1e4, 1e4, -1e4], requires_grad=True)
-    loss = preference_loss(margin, torch.tensor([0.0, 1.0, 1.0, 0.5]))
-    assert loss.tolist() == [1e4, 1e4, 0.0, 5e3]
-    loss.sum().backward()
-    assert margin.grad.tolist() == [1.0, -1.0, 0.0, -0.5]
-
-
-def test_gradients_of_loss_and_margin_pass_gradcheck() -> None:
-    random = torch.Generator().manual_seed(0)
-    logp = [torch.randn(5, generator=random, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    ref = [torch.randn(5, generator=random, dtype=torch.float64) for _ in range(2)]
-    target = torch.rand(5, generator=random, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda a, b: preference_loss(implicit_margin(a, b, *ref, 0.3), target), logp)
-
-
-def test_margin_is_beta_times_the_difference_of_log_ratios() -> None:
-    arguments = [torch.tensor([value]) for value in (-3.0, -5.0, -4.0, -7.0)]
-    assert implicit_margin(*arguments, beta=0.1).item() == pytest.approx(0.1 * ((-3 + 4) - (-5 + 7)))
-
-
 # ---------------------------------------------------------------------------------------------- batches
 
 
-def make_pairs(count: int) -> list[Pair]:
-    return [Pair(f"p{index}", [1], [2], [3, 4], 0.5, 0.0, 0.0) for index in range(count)]
+def make_examples(count: int) -> list[Example]:
+    return [Example(f"p{index}", [1], [[2], [3, 4]], [0.0, 0.0], [0.5, 0.5], 1.0) for index in range(count)]
 
 
 @settings(max_examples=60)
 @given(
-    num_pairs=st.integers(1, 60),
+    num_examples=st.integers(1, 60),
     batch_size=st.integers(1, 20),
     micro=st.integers(1, 7),
     world_size=st.integers(1, 5),
     epoch=st.integers(0, 2),
 )
-@example(num_pairs=22, batch_size=9, micro=2, world_size=2, epoch=1)
-@example(num_pairs=1, batch_size=8, micro=4, world_size=4, epoch=0)
-def test_every_pair_counts_once_per_epoch(
-    num_pairs: int, batch_size: int, micro: int, world_size: int, epoch: int
+@example(num_examples=22, batch_size=9, micro=2, world_size=2, epoch=1)
+@example(num_examples=1, batch_size=8, micro=4, world_size=4, epoch=0)
+def test_every_example_counts_once_per_epoch(
+    num_examples: int, batch_size: int, micro: int, world_size: int, epoch: int
 ) -> None:
-    pairs, num_micro = make_pairs(num_pairs), micro_steps(batch_size, micro, world_size)
-    steps = num_steps(num_pairs, batch_size, 1, None)
-    weights: dict[str, float] = dict.fromkeys((pair.pair_id for pair in pairs), 0.0)
+    examples, num_micro = make_examples(num_examples), micro_steps(batch_size, micro, world_size)
+    steps = num_steps(num_examples, batch_size, 1, None)
+    weights: dict[str, float] = dict.fromkeys((one.example_id for one in examples), 0.0)
     for step in range(epoch * steps, (epoch + 1) * steps):
-        chosen = global_batch(num_pairs, batch_size, 7, step).tolist()
+        chosen = global_batch(num_examples, batch_size, 7, step).tolist()
         of_ranks = [
-            list(micro_batches(pairs, chosen, micro, num_micro, rank, world_size)) for rank in range(world_size)
+            list(micro_batches(examples, chosen, micro, num_micro, rank, world_size)) for rank in range(world_size)
         ]
         assert {len(passes) for passes in of_ranks} == {num_micro}, "all ranks take part in all passes"
         slots = [slot for passes in of_ranks for slots in passes for slot in slots]
         assert all(1 <= len(passed) <= micro for passes in of_ranks for passed in passes)
-        assert sum(slot.weight for slot in slots) == len(chosen)
+        assert sum(slot.share for slot in slots) == len(chosen)
         for slot in slots:
-            weights[slot.pair.pair_id] += slot.weight
-            assert slot.weight in (0.0, 1.0)
+            weights[slot.example.example_id] += slot.share
+            assert slot.share in (0.0, 1.0)
     assert set(weights.values()) == {1.0}
 
 
@@ -141,8 +80,8 @@ def test_number_of_steps() -> None:
     assert num_steps(3, 8, num_epochs=1, max_steps=None) == 1
 
 
-def test_tokens_of_a_pair_are_those_of_both_passes() -> None:
-    assert Pair("p", [1, 2, 3], [4], [5, 6], 0.5, 0.0, 0.0).num_tokens == 2 * 3 + 1 + 2
+def test_tokens_of_an_example_are_those_of_all_its_passes() -> None:
+    assert Example("p", [1, 2, 3], [[4], [5, 6]], [0.0, 0.0], [0.5, 0.5], 1.0).num_tokens == 2 * 3 + 1 + 2
 
 
 # -------------------------------------------------------------------------------------- DeepSpeed configuration

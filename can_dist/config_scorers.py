@@ -1,0 +1,102 @@
+"""What other parts of a configuration refer to: language models, data sets, and scorers of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from can_dist.config_methods import Strict
+
+
+class Model(Strict):
+    """A causal language model and the text convention it is used with."""
+
+    model: str = Field(description="Local directory or hub id of a causal language model with a tokenizer.")
+    revision: str | None = Field(None, description="Hub commit or tag; pin it for anything you publish.")
+    template: str | None = Field(
+        None,
+        description="Plain template, e.g. 'USER: {prompt} ASSISTANT:'; default: the tokenizer's chat template.",
+    )
+    trust_remote_code: bool = Field(False, description="Run code shipped with the model; off unless you have read it.")
+
+    @field_validator("template")
+    @classmethod
+    def _names_the_prompt(cls, template: str | None) -> str | None:
+        if template is not None and "{prompt}" not in template:
+            raise ValueError("must contain {prompt}")
+        return template
+
+
+class DataSource(Strict):
+    """A data set, local or on the hub; its format is found by its columns."""
+
+    source: str = Field(description="Local JSONL/Parquet/Arrow file or directory, or a hub data set id.")
+    split: str = Field("train", description="Split of a hub data set or directory.")
+    subset: str | None = Field(None, description="Subset (configuration) of a hub data set.")
+    revision: str | None = Field(None, description="Revision of a hub data set.")
+
+
+class SequenceClassifier(Model):
+    """A Hugging Face sequence-classification reward or cost model: one score per (prompt, response)."""
+
+    kind: Literal["sequence_classifier"] = Field("sequence_classifier", description="Kind of scorer.")
+    sign: Literal[1, -1] = Field(1, description="-1 for a cost model: every score must be 'higher is better'.")
+    max_length: int | None = Field(
+        None, ge=8, description="Refuse longer texts (tokens); default: the model's context."
+    )
+    batch_size: int = Field(16, ge=1, description="Texts per forward pass.")
+
+
+class PythonCallable(Strict):
+    """A Python function ``module:function`` taking (conversations, responses) and returning one float each."""
+
+    kind: Literal["callable"] = Field("callable", description="Kind of scorer.")
+    function: str = Field(
+        pattern=r"^[\w.]+:\w+$", description="module:function, importable where the command is started."
+    )
+    sign: Literal[1, -1] = Field(1, description="-1 for a cost: every score must be 'higher is better'.")
+    batch_size: int = Field(256, ge=1, description="Responses handed to the function at once.")
+
+
+class LogRatio(Strict):
+    """A policy aligned from the reference as a scorer: a·β_m·(ln π_m(y|x) − ln π_ref(y|x)) (PeCAN, docs/pecan.md)."""
+
+    kind: Literal["log_ratio"] = Field("log_ratio", description="Kind of scorer.")
+    beta: float = Field(gt=0, description="β that the aligned policy was, or is to be, trained with.")
+    model: Model | None = Field(None, description="The aligned policy; default: trained by DPO on people's labels.")
+    criterion: Literal["helpful", "safe"] | None = Field(
+        None, description="Which label of people it is trained and calibrated on; required for either."
+    )
+    preferences: DataSource | None = Field(
+        None, description="The data set it is trained and calibrated on; default: label.preferences."
+    )
+    calibrate: bool = Field(
+        False, description="Multiply the score by the a that fits held-out preferences best; default: a = 1."
+    )
+
+    @property
+    def learns(self) -> bool:
+        """Whether people's preferences are needed."""
+        return self.model is None or self.calibrate
+
+    @model_validator(mode="after")
+    def _says_what_it_learns(self) -> LogRatio:
+        if self.learns and self.criterion is None:
+            raise ValueError("give a model, or the criterion ('helpful' or 'safe') by which it is trained")
+        if not self.learns and (self.criterion or self.preferences):
+            raise ValueError("a given model without calibrate learns nothing; leave out criterion and preferences")
+        return self
+
+
+def _kind(scorer: Any) -> Any:
+    return scorer.get("kind", "sequence_classifier") if isinstance(scorer, Mapping) else getattr(scorer, "kind", None)
+
+
+Scorer = Annotated[
+    Annotated[SequenceClassifier, Tag("sequence_classifier")]
+    | Annotated[PythonCallable, Tag("callable")]
+    | Annotated[LogRatio, Tag("log_ratio")],
+    Discriminator(_kind),
+]

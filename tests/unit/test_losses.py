@@ -1,0 +1,291 @@
+"""The losses: values and gradients against plain float64 arithmetic, minimisers in a world that can be enumerated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import combinations
+
+import enumerable_world as world
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from can_dist.training import objective
+from can_dist.training.batches import Example, Slot
+from can_dist.training.losses import LOSSES, agreement, example_losses, implicit_margin, sigmoid_loss
+
+BETA = 0.5
+
+
+def tensor(values: object) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def all_real(ratio_BN: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(ratio_BN, dtype=torch.bool)
+
+
+# ------------------------------------------------------------------------------------- the definitions, one by one
+
+
+def softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def exact_sigmoid(z: float, p: float) -> float:
+    """−p ln σ(z) − (1−p) ln σ(−z), from ln(1 + e^x) in float64."""
+    return p * softplus(-z) + (1 - p) * softplus(z)
+
+
+def exact(name: str, ratios: list[float], targets: list[float], beta: float) -> float:
+    """The loss of one example by its definition."""
+    if name == "listwise":
+        total = sum(math.exp(ratio) for ratio in ratios)
+        return -sum(t * math.log(math.exp(ratio) / total) for t, ratio in zip(targets, ratios, strict=True))
+    z = beta * (ratios[0] - ratios[1])
+    if name == "sigmoid":
+        return exact_sigmoid(z, targets[0])
+    if name == "regression":
+        return (z - (targets[0] - targets[1])) ** 2
+    return 1 - 1 / (1 + math.exp(-z if targets[0] else z))
+
+
+EXAMPLES = {
+    "sigmoid": ([[0.3, -1.2], [-2.0, 0.5]], [[0.8, 0.2], [0.0, 1.0]]),
+    "regression": ([[0.3, -1.2], [-2.0, 0.5]], [[3.0, -1.0], [0.2, 0.7]]),
+    "listwise": ([[0.3, -1.2, 2.0, 0.1], [-2.0, 0.5, 0.0, 1.0]], [[0.1, 0.2, 0.3, 0.4], [0.97, 0.01, 0.01, 0.01]]),
+    "kto": ([[0.3, 0.1], [-2.0, 0.1]], [[1.0, 0.0], [0.0, 1.0]]),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_and_gradient_are_those_of_the_definition(name: str) -> None:
+    ratios, targets = EXAMPLES[name]
+    ratio_BN = tensor(ratios).requires_grad_()
+    loss_B = example_losses(name, ratio_BN, tensor(targets), all_real(ratio_BN), BETA)
+    assert loss_B.tolist() == pytest.approx([exact(name, *row, BETA) for row in zip(ratios, targets, strict=True)])
+    loss_B.sum().backward()
+    step = 1e-6
+    for b, (row, target) in enumerate(zip(ratios, targets, strict=True)):
+        for n in range(len(row)):
+            ahead, behind = ([*row[:n], row[n] + sign * step, *row[n + 1 :]] for sign in (1, -1))
+            slope = (exact(name, ahead, target, BETA) - exact(name, behind, target, BETA)) / (2 * step)
+            assert ratio_BN.grad[b, n].item() == pytest.approx(slope, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("sigmoid", [math.log(2)] * 2), ("regression", [16.0, 0.25]), ("listwise", [math.log(4)] * 2), ("kto", [0.5] * 2)],
+)
+def test_loss_of_the_reference_itself(name: str, expected: list[float]) -> None:
+    ratios, targets = EXAMPLES[name]
+    zeros = torch.zeros_like(tensor(ratios))
+    assert example_losses(name, zeros, tensor(targets), all_real(zeros), BETA).tolist() == pytest.approx(expected)
+
+
+# --------------------------------------------------------------------------------------------------------- sigmoid
+
+
+@given(st.floats(-50, 50), st.floats(0, 1))
+@example(0.0, 0.5)
+@example(1e4, 0.0)
+@example(-1e4, 1.0)
+def test_sigmoid_loss_is_the_cross_entropy_and_its_gradient_sigma_minus_p(z: float, p: float) -> None:
+    margin = tensor([z]).requires_grad_()
+    loss = sigmoid_loss(margin, tensor([p]))
+    assert loss.item() == pytest.approx(exact_sigmoid(z, p), rel=1e-12, abs=1e-300)
+    loss.sum().backward()
+    sigma = 1 / (1 + math.exp(-z)) if z > -700 else 0.0
+    assert margin.grad.item() == pytest.approx(sigma - p, abs=1e-12)
+
+
+@given(st.floats(0.01, 0.99), st.floats(0.01, 5))
+def test_sigmoid_loss_is_least_where_the_margin_is_the_score_gap(p: float, away: float) -> None:
+    best = math.log(p / (1 - p))
+    below, at, above = sigmoid_loss(tensor([best - away, best, best + away]), tensor([p] * 3))
+    assert at < below
+    assert at < above
+    assert at.item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), rel=1e-12)
+
+
+def test_sigmoid_loss_does_not_overflow_in_float32() -> None:
+    margin = torch.tensor([1e4, -1e4, 1e4, -1e4], requires_grad=True)
+    loss = sigmoid_loss(margin, torch.tensor([0.0, 1.0, 1.0, 0.5]))
+    assert loss.tolist() == [1e4, 1e4, 0.0, 5e3]
+    loss.sum().backward()
+    assert margin.grad.tolist() == [1.0, -1.0, 0.0, -0.5]
+
+
+def test_margin_is_beta_times_the_difference_of_log_ratios() -> None:
+    assert implicit_margin(tensor([[1.0, 2.0]]), beta=0.1).item() == pytest.approx(-0.1)
+
+
+# ----------------------------------------------------------------------------------------- lists, and what is shown
+
+
+@given(st.lists(st.tuples(st.floats(-30, 30), st.floats(0.01, 1)), min_size=2, max_size=6), st.integers(0, 4))
+def test_padding_of_a_list_changes_nothing(responses: list[tuple[float, float]], num_padding: int) -> None:
+    ratios, weights = (list(column) for column in zip(*responses, strict=True))
+    target = [weight / sum(weights) for weight in weights]
+    padding = [0.0] * num_padding
+    ratio_BN = tensor([ratios + padding]).requires_grad_()
+    is_real_BN = torch.tensor([[True] * len(ratios) + [False] * num_padding])
+    loss = example_losses("listwise", ratio_BN, tensor([target + padding]), is_real_BN, BETA)
+    assert loss.item() == pytest.approx(exact("listwise", ratios, target, BETA), rel=1e-9)
+    loss.sum().backward()
+    assert not ratio_BN.grad[0, len(ratios) :].any()
+    shown = agreement(ratio_BN, tensor([target + padding]), is_real_BN, BETA)
+    alone = agreement(tensor([ratios]), tensor([target]), all_real(tensor([ratios])), BETA)
+    torch.testing.assert_close(shown, alone)
+
+
+def test_agreement_counts_pairs_in_the_direction_of_the_target() -> None:
+    ratio_BN = tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    accuracy, margin = agreement(ratio_BN, tensor([[0.7, 0.3]] * 3), all_real(ratio_BN), BETA)
+    assert (accuracy.tolist(), margin.tolist()) == ([1.0, 0.0, 0.5], [1.0, -1.0, 0.0])
+    ratio_BN = tensor([[3.0, 1.0, 2.0]])  # of the three pairs one, the last two, is the wrong way
+    accuracy, margin = agreement(ratio_BN, tensor([[0.5, 0.3, 0.2]]), all_real(ratio_BN), BETA)
+    assert accuracy.item() == pytest.approx(2 / 3)
+    assert margin.item() == pytest.approx(BETA * (2 + 1 - 1) / 3)
+
+
+# ------------------------------------------------------------------------------------------------------ minimisers
+
+REF_PK = np.random.default_rng(5).dirichlet(np.ones(64), size=3)
+
+
+def minimise(loss_of: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
+    """Return the policy, (3, 64), whose log-ratios have the least loss; its logits are free."""
+    logit_PK = tensor(np.log(REF_PK)).requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [logit_PK], max_iter=5000, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(logit_PK.log_softmax(dim=1) - tensor(np.log(REF_PK)))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return logit_PK.detach().softmax(dim=1).numpy()
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "regression", "listwise"])
+def test_minimiser_is_the_optimum_of_the_constrained_problem(name: str) -> None:
+    lam, optimum_PK = world.optimal_policy(REF_PK, [world.HARMLESS_PK], [0.6], BETA)
+    score_PK = tensor(world.REWARD_PK + lam[0] * world.HARMLESS_PK)
+    first, second = (torch.tensor(side) for side in zip(*combinations(range(64), 2), strict=True))
+
+    def pairs(table_PK: torch.Tensor) -> torch.Tensor:
+        return torch.stack([table_PK[:, first].flatten(), table_PK[:, second].flatten()], dim=1)
+
+    if name == "listwise":
+        target_BN, form = (score_PK / BETA).softmax(dim=1), lambda ratio_PK: ratio_PK
+    else:
+        gap_B = implicit_margin(pairs(score_PK), 1.0)
+        target_BN = torch.stack([gap_B.sigmoid(), 1 - gap_B.sigmoid()], 1) if name == "sigmoid" else pairs(score_PK)
+        form = pairs
+    policy_PK = minimise(
+        lambda ratio_PK: example_losses(name, form(ratio_PK), target_BN, all_real(target_BN), BETA).mean()
+    )
+    assert world.kl(REF_PK, optimum_PK) > 0.1
+    assert world.kl(policy_PK, optimum_PK) < 1e-7
+    assert world.gain(policy_PK, REF_PK, world.HARMLESS_PK) == pytest.approx(0.6, abs=1e-4)
+
+
+def test_smoothed_labels_bound_the_margin() -> None:
+    """People always prefer one of two responses: the minimiser is z = ln((1 − ε)/ε), not infinity."""
+    smoothing = 0.1
+    best = math.log((1 - smoothing) / smoothing)
+    margin = tensor([best]).requires_grad_()
+    sigmoid_loss(margin, tensor([1 - smoothing])).sum().backward()
+    assert margin.grad.item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 2.0)])
+def test_kto_moves_to_the_responses_that_are_more_often_desirable(weights: tuple[float, float]) -> None:
+    """Its expected loss is linear in σ(z), so the minimiser holds what has λ_D P(desirable) > λ_U P(undesirable)."""
+    desirable_PK = tensor(world.REWARD_PK).sigmoid()
+    gain_PK, loss_PK = weights[0] * desirable_PK, weights[1] * (1 - desirable_PK)
+    logit_PK = tensor(np.log(REF_PK)).requires_grad_()
+    optimizer = torch.optim.Adam([logit_PK], lr=0.05)
+    for _ in range(1500):
+        logp_PK = logit_PK.log_softmax(dim=1)
+        ratio_PK = logp_PK - tensor(np.log(REF_PK))
+        baseline = (logp_PK.exp() * ratio_PK).sum(dim=1).mean().detach().clamp(min=0)
+        ratio_B2 = torch.stack([ratio_PK.flatten(), baseline.expand(ratio_PK.numel())], dim=1)
+        total = torch.zeros((), dtype=torch.float64)
+        for target, weight_PK in (((1.0, 0.0), gain_PK), ((0.0, 1.0), loss_PK)):
+            target_B2 = tensor([target]).expand(len(ratio_B2), 2)
+            loss_B = example_losses("kto", ratio_B2, target_B2, all_real(ratio_B2), BETA)
+            total = total + (loss_B * (weight_PK * tensor(REF_PK)).flatten()).sum()
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    policy_PK, wanted_PK = logit_PK.detach().softmax(dim=1), gain_PK > loss_PK
+    assert 0.1 < (tensor(REF_PK) * wanted_PK).sum(dim=1).mean() < 0.7
+    assert (policy_PK * wanted_PK).sum(dim=1).min() > 0.98
+
+
+# ------------------------------------------------------------------------------------------------- of a micro-batch
+
+
+@pytest.fixture
+def fixed_logp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose log-probability of a response is its first token."""
+    monkeypatch.setattr(
+        objective, "response_logp", lambda model, prompts, responses, device: torch.tensor([r[0] for r in responses])
+    )
+    monkeypatch.setattr(objective.dist, "all_reduce", lambda tensor: None)
+
+
+def slot(logp: list[float], ref: list[float], target: list[float], weight: float = 1.0, share: float = 1.0) -> Slot:
+    return Slot(Example("e", [0], [[value] for value in logp], ref, target, weight), share)  # type: ignore[list-item]
+
+
+def metrics_of(sums: torch.Tensor) -> dict[str, float]:
+    *totals, count = sums.tolist()
+    return {name: total / count for name, total in zip(objective.METRIC_NAMES, totals, strict=True)}
+
+
+@pytest.mark.usefixtures("fixed_logp")
+def test_lists_of_different_lengths_share_a_micro_batch_and_fillers_do_not_count() -> None:
+    lists = [([-1.0, -2.0, -3.0], [-1.5, -2.0, -2.0], [0.5, 0.3, 0.2]), ([-4.0, -1.0], [-4.0, -2.0], [0.1, 0.9])]
+    slots = [slot(*lists[0], weight=2.0), slot(*lists[1]), slot([-9.0, -1.0], [0.0, 0.0], [1.0, 0.0], share=0.0)]
+    loss_B, sums = objective.micro_batch_losses(None, slots, "cpu", loss="listwise", beta=BETA, baseline=None)
+    ratios = [[a - b for a, b in zip(logp, ref, strict=True)] for logp, ref, _ in lists]
+    expected = [exact("listwise", ratio, target, BETA) for ratio, (_, _, target) in zip(ratios, lists, strict=True)]
+    assert loss_B.tolist() == pytest.approx([2 * expected[0], expected[1], 0.0], rel=1e-5)
+    assert sums[-1] == 2
+    shown = metrics_of(sums)
+    assert shown["loss"] == pytest.approx((2 * expected[0] + expected[1]) / 2, rel=1e-5)
+    assert shown["reference_loss"] == pytest.approx((2 * math.log(3) + math.log(2)) / 2, rel=1e-5)
+    kl = [np.mean([math.exp(x) - 1 - x for x in ratio]) for ratio in ratios]
+    assert shown["kl_ref_policy"] == pytest.approx(np.mean(kl), rel=1e-5)
+
+
+@pytest.mark.usefixtures("fixed_logp")
+def test_kto_compares_the_own_response_with_the_baseline_of_the_others() -> None:
+    good = slot([-1.0, -5.0], [-2.0, -6.0], [1.0, 0.0], weight=1.5)
+    bad = slot([-3.0, -7.0], [-3.5, -7.4], [0.0, 1.0], weight=0.5)
+    filler = slot([0.0, 9.0], [0.0, 0.0], [1.0, 0.0], share=0.0)
+    baseline = objective.kto_baseline(None, [[good], [bad, filler]], "cpu")
+    assert baseline.item() == pytest.approx((1.0 + 0.4) / 2)
+    loss_B, sums = objective.micro_batch_losses(None, [good, bad], "cpu", loss="kto", beta=BETA, baseline=baseline)
+    z_good, z_bad = BETA * (1.0 - 0.7), BETA * (0.5 - 0.7)
+    expected = [1.5 * (1 - 1 / (1 + math.exp(-z_good))), 0.5 * (1 - 1 / (1 + math.exp(z_bad)))]
+    assert loss_B.tolist() == pytest.approx(expected, rel=1e-5)
+    assert metrics_of(sums)["accuracy"] == 1.0
+    assert metrics_of(sums)["reference_loss"] == pytest.approx(0.5)
+    assert metrics_of(sums)["kl_ref_policy"] == pytest.approx((math.e - 2 + math.exp(0.5) - 1.5) / 2, rel=1e-5)
+
+
+@pytest.mark.usefixtures("fixed_logp")
+def test_kto_baseline_is_never_below_zero_and_has_no_gradient() -> None:
+    baseline = objective.kto_baseline(None, [[slot([0.0, -5.0], [0.0, -4.0], [1.0, 0.0])]], "cpu")
+    assert baseline.item() == 0.0
+    assert not baseline.requires_grad
