@@ -16,8 +16,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/can-dist demo --run runs/demo
 
+# the unit tests share the cores; the integration tests take all of them, one after the other
 test: setup
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -m 'not slow' -n 2 tests/unit
+	$(BIN)/python -m pytest -m 'not slow' tests/integration
 
 test-all: setup
 	$(BIN)/python -m pytest $(ARGS)

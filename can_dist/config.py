@@ -29,7 +29,8 @@ from can_dist.config_scorers import Model as Model
 from can_dist.config_scorers import PythonCallable as PythonCallable
 from can_dist.config_scorers import Scorer as Scorer
 from can_dist.config_scorers import SequenceClassifier as SequenceClassifier
-from can_dist.config_yaml import apply_override, format_yaml, read_yaml
+from can_dist.config_scorers import check_learners, check_scorer
+from can_dist.config_yaml import apply_override, format_yaml, merge, read_yaml
 from can_dist.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -163,6 +164,9 @@ class Evaluate(Strict):
 
     num_responses: int = Field(8, ge=1, description="Fresh responses per held-out prompt, of policy and reference.")
     num_samples: int = Field(8, ge=0, description="Prompts shown with both responses in the report.")
+    benign_prompts: DataSource | None = Field(
+        None, description="Prompts that deserve no refusal; how often they are refused is reported (English phrases)."
+    )
 
 
 class Cluster(Strict):
@@ -183,7 +187,7 @@ class Cluster(Strict):
 class Config(Strict):
     """A whole run."""
 
-    method: Literal["mocan", "dpo_h", "dpo_s", "sacpo", "p_sacpo", "cdpo", "caid"] = Field(
+    method: Literal["mocan", "pecan", "dpo_h", "dpo_s", "sacpo", "p_sacpo", "cdpo", "caid"] = Field(
         "mocan", description="The algorithm; dpo_h, dpo_s: plain DPO on people's helpfulness or safety preferences."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Root of every random stream.")
@@ -203,6 +207,22 @@ class Config(Strict):
     train: Train = Field(default_factory=lambda: Train(), description="Fine-tuning.")
     evaluate: Evaluate = Field(default_factory=lambda: Evaluate(), description="Evaluation.")
     cluster: Cluster = Field(default_factory=lambda: Cluster(), description="Resources.")
+    methods: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Keys that differ for a method, by its name; for run --methods."
+    )
+
+    @field_validator("reward")
+    @classmethod
+    def _reward_fits(cls, reward: Scorer, info: ValidationInfo) -> Scorer:
+        check_scorer(reward, info.data.get("method", "mocan"))
+        return reward
+
+    @field_validator("constraints")
+    @classmethod
+    def _scorers_fit(cls, constraints: dict[str, Constraint], info: ValidationInfo) -> dict[str, Constraint]:
+        for name, constraint in constraints.items():
+            check_scorer(constraint.scorer, info.data.get("method", "mocan"), f"{name}.scorer: ")
+        return constraints
 
     @field_validator("constraints")
     @classmethod
@@ -240,12 +260,17 @@ class Config(Strict):
         method = info.data.get("method", "mocan")
         sacpo = info.data.get("sacpo") if "sacpo" in SECTIONS.get(method, ()) else None
         sources = (sacpo.labels_from,) if sacpo else LEARNS_FROM[method]
-        if "people" in sources and label.preferences is None:
+        scorers = [info.data.get("reward"), *(c.scorer for c in info.data.get("constraints", {}).values())]
+        learners = [scorer for scorer in scorers if isinstance(scorer, LogRatio) and scorer.learns]
+        check_learners(learners, label.human.loss, label.validation_fraction)
+        people = "people" in sources or bool(learners)
+        own = bool(learners) and all(scorer.preferences is not None for scorer in learners)
+        if people and not own and label.preferences is None:
             raise ValueError(f"method {method} learns from a data set's own labels; name it in label.preferences")
-        if "people" not in sources and (label.pairs == "preferences") != (label.preferences is not None):
+        if (own or not people) and (label.pairs == "preferences") != (label.preferences is not None):
             raise ValueError("label.preferences names the data set when label.pairs is 'preferences', and only then")
         unused = [] if "scores" in sources else ["labels", "pairs", "pairs_per_prompt"]
-        unused += [] if "people" in sources and not sacpo else ["human"]  # SACPO's steps have their own
+        unused += [] if people and not sacpo else ["human"]  # SACPO's steps have their own
         if given := changed(label, unused):
             raise ValueError(f"method {method} does not use {', '.join(f'label.{name}' for name in given)}; leave out")
         return label
@@ -266,6 +291,7 @@ class Config(Strict):
 # what the preferences of a method are made from
 LEARNS_FROM = {
     "mocan": ("scores",),
+    "pecan": ("scores",),  # and people, where a log-ratio is trained or calibrated
     "dpo_h": ("people",),
     "dpo_s": ("people",),
     "sacpo": ("people",),  # unless its section says otherwise
@@ -312,11 +338,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def validate_config(raw: Mapping[str, Any], where: str = "configuration") -> Config:
     """Build a ``Config`` from plain data, or raise one ``ConfigError`` that lists all problems."""
     try:
-        return Config.model_validate(raw)
+        config = Config.model_validate(raw)
     except ValidationError as error:
         problems = explain(error.errors(), raw, Config)
         lines = "\n".join(f"  {line}" for line in problems)
         raise ConfigError(f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}.\n{lines}") from None
+    for method in config.methods:
+        for_method(config, method, where)
+    return config
+
+
+def for_method(config: Config, method: str, where: str = "configuration") -> Config:
+    """Return the configuration of one method: the whole one, under what ``methods.<method>`` says otherwise.
+
+    Sections that belong to other methods are left out.
+
+    Raises
+    ------
+    ConfigError
+        When there is no such method, or it cannot be run with these keys.
+    """
+    given = config.model_dump(mode="json", exclude_unset=True)
+    overrides = given.pop("methods", {}).get(method, {})
+    where = f"{where}, methods.{method}"
+    if fixed := [name for name in ("method", "methods") if name in overrides]:
+        raise ConfigError(f"{where}: {fixed[0]} cannot be set for one method. Leave it out.")
+    others = {name for sections in SECTIONS.values() for name in sections} - set(SECTIONS.get(method, ()))
+    base = {name: value for name, value in given.items() if name not in others}
+    return validate_config(merge(base, {**overrides, "method": method}), where)
 
 
 def dump_yaml(config: Config) -> str:

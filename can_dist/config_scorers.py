@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -100,3 +100,22 @@ Scorer = Annotated[
     | Annotated[LogRatio, Tag("log_ratio")],
     Discriminator(_kind),
 ]
+
+
+def check_scorer(scorer: Scorer, method: str, where: str = "") -> None:
+    """Raise ``ValueError`` when a method cannot use a scorer of this kind."""
+    if method == "pecan" and not isinstance(scorer, LogRatio):
+        raise ValueError(f"{where}method pecan takes scorers of kind 'log_ratio', this one is {scorer.kind!r}")
+    if method != "pecan" and isinstance(scorer, LogRatio) and scorer.learns:
+        raise ValueError(
+            f"{where}only method pecan trains or calibrates a log_ratio; give its model and leave out calibrate, "
+            "or set method to pecan"
+        )
+
+
+def check_learners(scorers: Sequence[LogRatio], loss: str, validation_fraction: float) -> None:
+    """Raise ``ValueError`` when the options of ``label`` do not fit log-ratios that learn from people."""
+    if scorers and loss != "dpo":
+        raise ValueError(f"method pecan aligns its policies by DPO on pairs; human.loss must be 'dpo', not {loss!r}")
+    if any(scorer.calibrate for scorer in scorers) and validation_fraction == 0:
+        raise ValueError("calibrate needs preferences that nothing is trained on; set validation_fraction above 0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ def parse_yaml(text: str, where: str) -> Any:
     except YAMLError as error:
         text = str(error).replace('in "<unicode string>", ', "")
         raise ConfigError(f"{where}: not valid YAML: {text}") from None
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with the keys of ``over``; groups of keys are merged, anything else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:

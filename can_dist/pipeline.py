@@ -16,8 +16,8 @@ from can_dist.tables.artifacts import Artifact
 # what a method can be stopped after
 STAGES = {
     "mocan": ("generate", "score", "solve", "label", "train", "evaluate"),
-    "dpo_h": ("score", "label", "train"),
-    "dpo_s": ("score", "label", "train"),
+    "dpo_h": ("score", "label", "train", "evaluate"),
+    "dpo_s": ("score", "label", "train", "evaluate"),
 }
 
 
@@ -32,8 +32,6 @@ def run_pipeline(
         When the method has no such stage.
     """
     stages = STAGES[config.method]
-    if until == "evaluate":
-        until = stages[-1]  # the evaluation reads the dual's solution, which DPO has not
     if until not in stages:
         raise ConfigError(f"method {config.method} has no stage {until!r}. Its stages: {', '.join(stages)}.")
     with Run(directory, config, until=until, only_stage=only_stage) as run:

@@ -113,12 +113,13 @@ class Run:
         reference: Model,
         reward: Scorer,
         constraints: Mapping[str, Constraint],
+        *,
+        variant: str = "",
     ) -> Artifact:
-        """Measure the policy on held-out prompts and write the report."""
-        solution = self.ancestor(policy, "solve")
-        lineage = evaluate.Lineage(policy, solution, self.ancestor(solution, "scores"), prompts)
+        """Measure the policy on held-out prompts and write the report; ``variant`` names it among several policies."""
+        lineage = evaluate.lineage_of(policy, prompts)
         scorers = named_scorers(reward, constraints)
-        return self._reached("evaluate", evaluate.evaluate(self._work, lineage, reference, scorers, reward=REWARD))
+        return evaluate.evaluate(self._work, lineage, reference, scorers, constraints, reward=REWARD, variant=variant)
 
     def ancestor(self, artifact: Artifact, stage: str) -> Artifact:
         """Return the nearest artifact of ``stage`` that ``artifact`` was made from."""

@@ -34,7 +34,7 @@ def write_report(report: Mapping[str, Any], path: Path) -> None:
     """Write the report as one self-contained HTML file; the file appears whole or not at all.
 
     The same ``report`` always gives the same bytes. A key that is missing or null leaves its section out; only
-    ``title, method, beta, num_train_prompts, num_test_prompts, constraints`` and ``reward`` must be there.
+    ``title, method, beta, num_test_prompts, constraints`` and ``reward`` must be there.
     """
     write_whole(Path(path), render_report(report).encode("utf-8"))
 
@@ -53,7 +53,7 @@ def _page(report: Mapping[str, Any]) -> dict[str, Any]:
         "title": report["title"],
         "method": report["method"],
         "beta": report["beta"],
-        "num_train_prompts": report["num_train_prompts"],
+        "num_train_prompts": report.get("num_train_prompts"),
         "num_test_prompts": report["num_test_prompts"],
         "num_responses": report.get("num_responses"),
         "verdicts": [_verdict(c, report["num_test_prompts"]) for c in constraints],
@@ -69,8 +69,11 @@ def _page(report: Mapping[str, Any]) -> dict[str, Any]:
         "lengths": report.get("lengths") or {},
         "counts": report.get("counts") or {},
         "warnings": report.get("warnings") or [],
-        "solution": solution,
+        "predicted": any(row["predicted"] for row in [*constraints, reward]),
         "prediction": report.get("prediction") or {},
+        "unpredicted": report.get("unpredicted"),
+        "beside": _beside_rows(report),
+        "refused": bool(report.get("refusals")),
         "samples": [_sample(sample) for sample in report.get("samples") or []],
         "models": report.get("models") or {},
         "config": _flat(report.get("config") or {}),
@@ -100,16 +103,49 @@ def _compared(row: Mapping[str, Any], margin: float | None) -> dict[str, Any]:
 def _verdict(row: Mapping[str, Any], num_prompts: int) -> dict[str, str]:
     """The sentence a reader takes home about one constraint."""
     kind, words, remark = VERDICTS[row["verdict"]]
-    side = "above" if row["realised"]["mean"] >= row["margin"] else "below"
+    realised, margin, what = row["realised"], row["margin"], "margin"
+    numbers, asked = f"{row['realised_text']} {row['realised_interval']}", row["margin_text"]
+    if row.get("threshold") is not None:  # asked of the policy's own mean, whatever the reference's is
+        realised, margin, what = row["policy_mean"], row["threshold"], "threshold"
+        decimals = decimals_of(realised, margin)
+        numbers = f"mean {number(realised['mean'], decimals)} {interval_text(realised, decimals)}"
+        asked = number(margin, decimals)
     return {
         "kind": kind,
         "name": row["name"],
         "words": words,
-        "numbers": f"{row['realised_text']} {row['realised_interval']}",
-        "against": f"against a margin of {row['margin_text']}, "
-        f"on {num_prompts} held-out prompt{'' if num_prompts == 1 else 's'}.",
-        "remark": remark.format(side=side),
+        "numbers": numbers,
+        "against": f"against a {what} of {asked}, on {num_prompts} held-out prompt{'' if num_prompts == 1 else 's'}.",
+        "remark": remark.format(side="above" if realised["mean"] >= margin else "below").replace("margin", what),
     }
+
+
+def _beside_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table of what means do not tell: one row per quantity, the reference's value and the policy's."""
+    rows = []
+    for name, tails in (report.get("tails") or {}).items():
+        border, share = plain(tails["border"]), percent(tails["worst_share"])
+        rows.append(_sides(name, f"responses below {border}", tails["unsafe"], _share_text))
+        rows.append(_sides(name, f"mean of the worst {share} of responses", tails["worst"], _mean_text))
+    if refused := report.get("refusals"):
+        what = f"refused, of {refused['num_prompts']} benign prompts"
+        rows.append(_sides("over-refusal", what, refused, _share_text))
+    if report.get("lengths"):
+        rows.append(_sides("length", "tokens per response", report["lengths"], _mean_text))
+    return rows
+
+
+def _sides(name: str, what: str, sides: Mapping[str, Any], text: Any) -> dict[str, Any]:
+    return {"name": name, "what": what, "values": [text(sides[side]) for side in ("reference", "policy")]}
+
+
+def _share_text(share: Mapping[str, Any]) -> tuple[str, str]:
+    return percent(share["mean"], 1), f"[{percent(share['low'], 1)}, {percent(share['high'], 1)}]"
+
+
+def _mean_text(mean: Mapping[str, Any]) -> tuple[str, str]:
+    decimals = decimals_of(mean, None)
+    return number(mean["mean"], decimals), interval_text(mean, decimals)
 
 
 def _tiles(
@@ -121,6 +157,8 @@ def _tiles(
         return {"label": label, "value": value, "name": name, "parts": parts}
 
     for row in constraints:
+        if row.get("lam") is None:
+            continue
         error = "" if row.get("lam_se") is None else f"SE {row['lam_se']:.2g}"
         yield tile("Multiplier λ", plain(row["lam"]), row["name"], error)
     for row in constraints:
@@ -128,7 +166,7 @@ def _tiles(
         yield tile("Realised improvement", row["realised_text"], row["name"], row["realised_interval"], margin)
     yield tile("Helpfulness change", reward["realised_text"], reward["name"], reward["realised_interval"])
     if kl := _kl(report.get("kl")):
-        predicted = f"predicted {kl['predicted_text']}"
+        predicted = f"predicted {kl['predicted_text']}" if report["kl"].get("predicted") is not None else ""
         yield tile("KL from the reference", kl["realised_text"], "nats", kl["realised_interval"], predicted)
     for name, rate in (report.get("win_rate") or {}).items():
         interval = f"[{percent(rate.get('low'))}, {percent(rate.get('high'))}]"
@@ -161,12 +199,14 @@ def _forest_panel(row: Mapping[str, Any], index: int) -> dict[str, Any]:
 
     predicted, realised = (_triple(row[key]) for key in ("predicted", "realised"))
     margin = None if row.get("margin") is None else (row["margin"], row["margin_text"])
+    before = f"predicted {row['predicted_text']} {row['predicted_interval']}, " if row["predicted"] else ""
     label = (
-        f"{row['name']}: predicted {row['predicted_text']} {row['predicted_interval']}, "
-        f"realised {row['realised_text']} {row['realised_interval']}" + (f", margin {margin[1]}" if margin else "")
+        f"{row['name']}: {before}realised {row['realised_text']} {row['realised_interval']}"
+        f"{f', margin {margin[1]}' if margin else ''}"
     )
     texts = (row["predicted_text"], row["realised_text"])
-    svg = forest_svg(predicted, realised, texts, margin=margin, label=label, prefix=f"forest{index}")
+    rows = (predicted if row["predicted"] else None, realised)
+    svg = forest_svg(*rows, texts, margin=margin, label=label, prefix=f"forest{index}")
     return {"name": row["name"], "svg": safe_svg(svg), "note": ""}
 
 

@@ -59,7 +59,7 @@ STYLE: dict[str, Any] = {
 
 
 def forest_svg(
-    predicted: tuple[float, float, float],
+    predicted: tuple[float, float, float] | None,
     realised: tuple[float, float, float],
     texts: tuple[str, str],
     *,
@@ -67,22 +67,26 @@ def forest_svg(
     label: str,
     prefix: str,
 ) -> str:
-    """One quantity: (mean, low, high) as predicted and as realised, beside zero and the margin.
+    """One quantity: (mean, low, high) as predicted, if it was, and as realised, beside zero and the margin.
 
     ``texts`` are the two means and ``margin`` its value as they should read; ``label`` is read out in place of the
     figure; ``prefix`` makes the ids of this figure unlike those of the others on the page.
     """
-    with panel(FOREST_HEIGHT_IN) as (figure, ax):
+    with panel(FOREST_HEIGHT_IN if predicted else FOREST_HEIGHT_IN - 0.4) as (figure, ax):
         ax.axvline(0.0, color=MUTED, linewidth=0.8)
         if margin is not None:
             ax.axvline(margin[0], color=MARGIN, linewidth=1.6, linestyle=(0, (5, 2)))
-        rows = ((1, predicted, REFERENCE, "D", "none"), (0, realised, POLICY, "o", POLICY))
-        for y, (mean, low, high), colour, marker, face in rows:
+        rows = [(1, predicted, REFERENCE, "D", "none"), (0, realised, POLICY, "o", POLICY)]
+        for y, values, colour, marker, face in rows:
+            if values is None:
+                continue
+            mean, low, high = values
             ax.plot([low, high], [y, y], color=colour, linewidth=2.2, marker="|", markersize=9, markeredgewidth=1.6)
             # An open marker hides the bar behind it only where it is filled, so the bar is drawn around it in any case.
             ax.plot([mean], [y], marker, color=colour, markersize=8.5, markerfacecolor=face, markeredgewidth=1.8)
-        ax.set_yticks([1, 0], [f"predicted {texts[0]}", f"realised {texts[1]}"])
-        ax.set_ylim(-0.6, 1.6)
+        names = [f"predicted {texts[0]}", f"realised {texts[1]}"]
+        ax.set_yticks([1, 0][not predicted :], names[not predicted :])
+        ax.set_ylim(-0.6, 1.6 if predicted else 0.6)
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
         ax.margins(x=0.12)

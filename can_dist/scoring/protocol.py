@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from can_dist.config import Model, PythonCallable, SequenceClassifier, Strict
 from can_dist.modeling.formatter import Message
 from can_dist.modeling.loading import callable_identity, model_digest
+from can_dist.tables.artifacts import Artifact
 
 
 class LogProb(Strict):
@@ -19,7 +20,26 @@ class LogProb(Strict):
     model: Model
 
 
-ScorerSpec = SequenceClassifier | PythonCallable | LogProb
+@dataclass(frozen=True)
+class PolicyRatio:
+    """The score a·β(ln π(y|x) − ln π_ref(y|x)) of each response: arithmetic on two ``LogProb`` columns.
+
+    ``beta`` is the β that π was trained with; ``scale`` is a, with its standard error where it was fitted;
+    ``made_from`` holds the training and the calibration, where the run made them.
+    """
+
+    policy: Model
+    reference: Model
+    beta: float
+    scale: float = 1.0
+    scale_se: float | None = None
+    made_from: Mapping[str, Artifact] = field(default_factory=dict)
+
+
+ActorSpec = SequenceClassifier | PythonCallable | LogProb
+"""What an actor opens."""
+
+ScorerSpec = ActorSpec | PolicyRatio
 
 
 @dataclass(frozen=True)
@@ -39,7 +59,7 @@ class Scorer(Protocol):
         """Return float64 scores, one per response, in order."""
 
 
-def load_scorer(spec: ScorerSpec, precision: str) -> Scorer:
+def load_scorer(spec: ActorSpec, precision: str) -> Scorer:
     """Open the scorer that a spec describes."""
     if isinstance(spec, PythonCallable):
         from can_dist.scoring.python_callable import CallableScorer
@@ -54,7 +74,7 @@ def load_scorer(spec: ScorerSpec, precision: str) -> Scorer:
     return ClassifierScorer(spec, precision)
 
 
-def scorer_identity(spec: ScorerSpec, precision: str) -> dict[str, Any]:
+def scorer_identity(spec: ActorSpec, precision: str) -> dict[str, Any]:
     """Return what decides a scorer's numbers: weights digest, text convention, sign, precision."""
     if isinstance(spec, PythonCallable):
         return {"kind": spec.kind, "sign": spec.sign, **callable_identity(spec.function)}

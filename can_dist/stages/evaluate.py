@@ -1,4 +1,8 @@
-"""policy → report: fresh responses of policy and reference on held-out prompts, scored by the same scorers."""
+"""policy → report: fresh responses of policy and reference on held-out prompts, scored by the same scorers.
+
+Every method is measured in the same way against the same reference, whose held-out responses and scores are made once
+per run directory. What a dual predicted stands beside it where the policy was labelled with a dual's solution.
+"""
 
 from __future__ import annotations
 
@@ -9,269 +13,239 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from scipy import stats
 
-from can_dist.config import Model, identity
-from can_dist.dual import DualSolution, Prediction, ScoreTable, predict
+from can_dist.config import Constraint, Model, identity
+from can_dist.modeling.loading import model_digest, resolve_precision
 from can_dist.reporting.examination import examine
-from can_dist.scoring.protocol import LogProb, ScorerSpec
+from can_dist.reporting.measures import (
+    by_prompt,
+    column,
+    constraint_row,
+    gains_table,
+    improvement,
+    interval,
+    lengths,
+    refusals,
+    safety_tails,
+    win_rate,
+)
+from can_dist.reporting.predicted import (
+    held_out_prediction,
+    multipliers,
+    prediction_source,
+    predictions,
+    score_table,
+)
+from can_dist.scoring.protocol import LogProb, ScorerSpec, scorer_identity
 from can_dist.stages.generate import generate
+from can_dist.stages.ingest import ingest_benign
 from can_dist.stages.score import score
 from can_dist.stages.solve import load_solution
 from can_dist.stages.train import policy_model
 from can_dist.stages.workspace import Workspace
-from can_dist.tables.artifacts import Artifact, write_json
+from can_dist.tables.artifacts import Artifact, digest_of, write_json, write_part
 from can_dist.training.metrics import METRICS, loss_above_start, read_metrics
 
 REPORT, PAGE = "report.json", "report.html"
-CONFIDENCE = 0.95
 PACKAGES = ("can-dist", "torch", "transformers", "deepspeed", "ray", "numpy", "pyarrow")
+TITLES = {"mocan": "MoCAN", "pecan": "PeCAN", "cdpo": "C-DPO", "dpo_h": "DPO-H", "dpo_s": "DPO-S", "p_sacpo": "P-SACPO"}
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """The artifacts an evaluation sets beside the policy."""
+    """The artifacts an evaluation sets beside the policy; those of a dual are None where the method has none.
+
+    ``solution`` is the one the policy's preferences were labelled with, ``train_scores`` the table that gave it.
+    """
 
     policy: Artifact
-    solution: Artifact
-    train_scores: Artifact
     prompts: Artifact
+    solution: Artifact | None = None
+    train_scores: Artifact | None = None
+
+
+def lineage_of(policy: Artifact, prompts: Artifact) -> Lineage:
+    """Find the dual's solution that a policy's preferences were labelled with, and the scores that gave it, if any."""
+    found = policy
+    for name in ("preferences", "solution"):
+        if name not in found.manifest["inputs"]:
+            return Lineage(policy, prompts)
+        found = found.input(name)
+    return Lineage(policy, prompts, found, found.input("scores"))
 
 
 def evaluate(
-    work: Workspace, lineage: Lineage, reference: Model, scorers: Mapping[str, ScorerSpec], *, reward: str
+    work: Workspace,
+    lineage: Lineage,
+    reference: Model,
+    scorers: Mapping[str, ScorerSpec],
+    constraints: Mapping[str, Constraint],
+    *,
+    reward: str,
+    variant: str = "",
 ) -> Artifact:
-    """Return the artifact with ``report.json`` and ``report.html``.
+    """Return the artifact with ``report.json``, ``report.html`` and a table of each held-out prompt's gains.
 
     Every interval is a 95 % t-interval over prompts: a prompt's responses are averaged first, because the prompt is
-    the unit that was sampled. The improvement is paired by prompt.
+    the unit that was sampled. The improvement is paired by prompt. ``variant`` names the policy among several of one
+    method, such as 'q=0.25'.
     """
     policy = policy_model(lineage.policy, reference)
-    prompts = lineage.prompts
-    before = generate(work, reference, prompts, split="test", role="reference")
-    after = generate(work, policy, prompts, split="test", role="policy")
+    before = generate(work, reference, lineage.prompts, split="test", role="reference")
+    after = generate(work, policy, lineage.prompts, split="test", role="policy")
     logps: dict[str, ScorerSpec] = {"logp.reference": LogProb(model=reference), "logp.policy": LogProb(model=policy)}
-    scores_before = score(work, before, scorers, role="reference on test")
-    scores_after = score(work, after, {**scorers, **logps}, role="policy on test")
     inputs = {
         "policy": lineage.policy,
-        "solution": lineage.solution,
-        "train_scores": lineage.train_scores,
         "responses_before": before,
         "responses_after": after,
-        "scores_before": scores_before,
-        "scores_after": scores_after,
+        "scores_before": score(work, before, scorers, role="reference on test"),
+        "scores_after": score(work, after, {**scorers, **logps}, role="policy on test"),
+        **_benign_responses(work, reference, policy),
     }
-    what = {"samples": work.config.evaluate.num_samples, "reward": reward}
-    stage = work.open("evaluate", "policy", what, inputs)
+    if lineage.solution is not None and lineage.train_scores is not None:
+        inputs |= {"solution": lineage.solution, "train_scores": lineage.train_scores}
+    what = {
+        "method": work.config.method,
+        "variant": variant,
+        "samples": work.config.evaluate.num_samples,
+        "reward": reward,
+        "constraints": {name: identity(one, exclude=["scorer"]) for name, one in constraints.items()},
+    }
+    stage = work.open("evaluate", method_title(work.config.method, variant), what, inputs)
     if stage.finished:
         return stage.finished
     work.release_actors()
-    with work.timed("evaluate", "report"):
+    with work.timed("evaluate", method_title(work.config.method, variant)):
         from can_dist.reporting.html import write_report
 
-        report = build_report(work, inputs, reward)
+        report = build_report(work, inputs, constraints, reward, variant)
+        report["basis"] = _basis(work, inputs, reference, scorers)
         write_json(stage.path / REPORT, report)
         write_report(report, stage.path / PAGE)
-        return stage.commit([REPORT, PAGE], info={"constraints": report["constraints"], "reward": report["reward"]})
+        scored = inputs["scores_after"].table
+        gains = gains_table(inputs["scores_before"].table, scored, [reward, *constraints], _log_ratio(scored))
+        write_part(stage.path, 0, gains)
+        kept = ("method", "variant", "constraints", "reward", "basis")
+        return stage.commit([REPORT, PAGE], info={name: report[name] for name in kept})
 
 
-def build_report(work: Workspace, inputs: Mapping[str, Artifact], reward: str) -> dict[str, Any]:
-    """Compute every number of the report from the committed tables."""
-    solution = load_solution(inputs["solution"])
-    before, after = inputs["scores_before"].table, inputs["scores_after"].table
-    names = [reward, *solution.lam]
-    examination = examine(training_table(inputs, reward, solution), solution, reward_name=reward)
-    held_out = held_out_prediction(before, reward, solution)
-    predicted, kl = predictions(held_out, examination, reward, solution)
-    equal = {
-        name: bool(one.get("equal")) for name, one in inputs["solution"].manifest["identity"]["constraints"].items()
-    }
-    kl_P = _by_prompt(after, _column(after, "logp.policy") - _column(after, "logp.reference"))[1]
-    kl["realised"] = interval(kl_P)
-    reference_info = inputs["responses_before"].info
+def method_title(method: str, variant: str = "") -> str:
+    """Return a method's name as the papers write it, with the variant in brackets: 'P-SACPO (q=0.25)'."""
+    title = TITLES.get(method, method.upper())
+    return f"{title} ({variant})" if variant else title
+
+
+def _benign_responses(work: Workspace, reference: Model, policy: Model) -> dict[str, Artifact]:
+    """Return both models' responses to the benign prompts, where the configuration names some."""
+    source = work.config.evaluate.benign_prompts
+    if source is None:
+        return {}
+    prompts = ingest_benign(work, source)
     return {
-        "format_version": 2,
-        "title": f"{work.config.method.upper().replace('MOCAN', 'MoCAN')}: predicted and realised",
+        "benign_before": generate(work, reference, prompts, split="test", role="reference, benign prompts"),
+        "benign_after": generate(work, policy, prompts, split="test", role="policy, benign prompts"),
+    }
+
+
+def _basis(
+    work: Workspace, inputs: Mapping[str, Artifact], reference: Model, scorers: Mapping[str, ScorerSpec]
+) -> dict[str, Any]:
+    """Return what two evaluations must share to be compared: reference, held-out prompts, sampling, scorers."""
+    options, precision = work.config.generate, resolve_precision(work.config.precision)
+    prompts = sorted(set(inputs["scores_before"].table.column("prompt_id").to_pylist()))
+    return {
+        "reference": {"weights": model_digest(reference), "template": reference.template},
+        "held_out_prompts": digest_of(prompts),
+        "sampling": {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens")}
+        | {"stop": list(options.stop)},
+        "scorers": {name: scorer_identity(spec, precision) for name, spec in scorers.items()},
+    }
+
+
+def build_report(
+    work: Workspace, inputs: Mapping[str, Artifact], constraints: Mapping[str, Constraint], reward: str, variant: str
+) -> dict[str, Any]:
+    """Compute every number of the report from the committed tables."""
+    before, after = inputs["scores_before"].table, inputs["scores_after"].table
+    names = [reward, *constraints]
+    dual = _dual(inputs, before, reward, work.config.method)
+    kl = dual["kl"] | {"realised": interval(by_prompt(after, _log_ratio(after))[1])}
+    title = method_title(work.config.method, variant)
+    return {
+        "format_version": 3,
+        "title": f"{title}: predicted and realised" if dual["prediction"] else f"{title}: measured",
         "method": work.config.method,
+        "variant": variant,
+        "name": title,
         "beta": work.config.beta,
-        "num_train_prompts": solution.diagnostics["num_prompts"],
-        "num_test_prompts": reference_info["num_prompts"],
-        "num_responses": work.config.generate.num_responses,
+        "num_train_prompts": dual["num_prompts"],
+        "num_test_prompts": inputs["responses_before"].info["num_prompts"],
+        "num_responses": work.config.generate.num_responses if dual["solution"] else None,
         "models": _models(inputs),
-        "solution": solution.to_dict(),
-        "examination": examination,
-        "prediction": _prediction_source(examination, solution, before),
+        "solution": dual["solution"],
+        "examination": dual["examination"],
+        "prediction": dual["prediction"],
+        "unpredicted": dual["unpredicted"],
         "constraints": [
-            constraint_row(name, solution, predicted[name], improvement(before, after, name), equal=equal[name])
-            for name in solution.lam
+            constraint_row(name, one, before, after) | dual["lam"].get(name, {}) | dual["scores"].get(name, {})
+            for name, one in constraints.items()
         ],
-        "reward": {"name": reward, **predicted[reward], "realised": improvement(before, after, reward)},
+        "reward": {"name": reward, **dual["scores"].get(reward, {}), "realised": improvement(before, after, reward)},
         "kl": kl,
         "win_rate": {name: win_rate(before, after, name) for name in names},
-        "lengths": {"reference": _lengths(before), "policy": _lengths(after)},
-        "scores": {name: {"reference": _list(before, name), "policy": _list(after, name)} for name in names},
+        "tails": safety_tails(before, after, constraints),
+        "refusals": _refusals(inputs),
+        "lengths": {"reference": lengths(before), "policy": lengths(after)},
+        "scores": {
+            name: {"reference": column(before, name).tolist(), "policy": column(after, name).tolist()} for name in names
+        },
         "training": _training(inputs["policy"]),
         "counts": {},
-        "warnings": _warnings(work, solution, before, after) + _drift(kl, inputs["policy"]),
+        "warnings": _warnings(work, before, after) + _drift(kl, inputs["policy"]),
         "samples": _samples(inputs, names, work.config.evaluate.num_samples),
         "config": identity(work.config, exclude=["cluster"]),
         "versions": {name: version(name) for name in PACKAGES},
     }
 
 
-def interval(values_P: np.ndarray) -> dict[str, float]:
-    """Return mean, standard error and 95 % t-interval of one value per prompt."""
-    num_prompts = len(values_P)
-    mean, se = float(np.mean(values_P)), float(np.std(values_P, ddof=1) / np.sqrt(num_prompts))
-    reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, num_prompts - 1)) * se
-    return {"mean": mean, "se": se, "low": mean - reach, "high": mean + reach}
-
-
-def improvement(before: pa.Table, after: pa.Table, name: str) -> dict[str, float]:
-    """Return the paired improvement of a score's mean, policy minus reference, clustered by prompt."""
-    prompts, before_P = _by_prompt(before, _column(before, name))
-    same, after_P = _by_prompt(after, _column(after, name))
-    assert np.array_equal(prompts, same)
-    return interval(after_P - before_P)
-
-
-def verdict(realised: Mapping[str, float], margin: float, *, equal: bool = False) -> str:
-    """Say whether a margin was met, given the realised improvement's interval; ``equal``: exactly, on both sides."""
-    if equal and realised["low"] > margin:
-        return "not met"
-    if realised["low"] >= margin and not equal:
-        return "met"
-    return "met within the interval" if realised["high"] >= margin else "not met"
-
-
-def win_rate(before: pa.Table, after: pa.Table, name: str) -> dict[str, float]:
-    """Return how often a policy's response scores above a reference's to the same prompt; ties count half."""
-    groups_before, groups_after = _groups(before, _column(before, name)), _groups(after, _column(after, name))
-    rates = []
-    for prompt_id, theirs in groups_before.items():
-        difference = groups_after[prompt_id][:, None] - theirs[None, :]
-        rates.append(float(np.mean(0.5 + 0.5 * np.sign(difference))))
-    return interval(np.array(rates))
-
-
-def held_out_prediction(before: pa.Table, reward: str, solution: DualSolution) -> Prediction:
-    """Predict the policy of λ* on the held-out prompts, from the reference's responses to them.
-
-    Unbiased over prompts, but their few responses (``evaluate.num_responses``) understate what the policy changes.
-    """
-    return predict(_score_table(before, reward, solution), solution.lam_vector, solution.beta, solution.margin_vector)
-
-
-def training_table(inputs: Mapping[str, Artifact], reward: str, solution: DualSolution) -> ScoreTable:
-    """Return the table that gave the solution, with the reference weights it was solved with."""
+def _dual(inputs: Mapping[str, Artifact], before: pa.Table, reward: str, method: str) -> dict[str, Any]:
+    """Return what the dual says of this policy: its solution, its examination, and what it predicted by score."""
+    found: dict[str, Any] = {"solution": None, "examination": None, "prediction": None, "unpredicted": None}
+    found |= {"lam": {}, "scores": {}, "kl": {}, "num_prompts": None}
+    if "solution" not in inputs:
+        title = method_title(method)
+        return found | {"unpredicted": f"{title} trained this policy for no dual’s solution, so nothing predicted it."}
+    solution = load_solution(inputs["solution"])
     log_weight = inputs["solution"].manifest["identity"]["log_weight"]
-    return _score_table(inputs["train_scores"].table, reward, solution, log_weight)
+    table = score_table(inputs["train_scores"].table, reward, solution, log_weight)
+    examination = examine(table, solution, reward_name=reward)
+    found |= {"solution": solution.to_dict(), "examination": examination, "lam": multipliers(solution)}
+    found["num_prompts"] = solution.diagnostics["num_prompts"]
+    solved, measured = (inputs[name].info["scorers"] for name in ("train_scores", "scores_before"))
+    if any(solved[name] != measured[name] for name in (reward, *solution.lam)):
+        unpredicted = "λ* was solved with other scores than those measured here, so its prediction is in other units."
+        return found | {"unpredicted": unpredicted}
+    scores, kl = predictions(held_out_prediction(before, reward, solution), examination, reward, solution)
+    return found | {"prediction": prediction_source(examination, solution, before), "scores": scores, "kl": kl}
 
 
-def predictions(
-    held_out: Prediction, examination: Mapping[str, Any], reward: str, solution: DualSolution
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Return what each score was predicted to do, by name, and the KL.
-
-    ``predicted`` is what stands beside the realised value: cross-fitted on the training table, whose prompts have the
-    responses λ* was solved with. ``predicted_held_out`` comes from the held-out prompts; it takes the other's place
-    where cross-fitting has no solution. Each is a mean with SE and 95 % interval over prompts; the KL's ``predicted``
-    is its mean, with ``predicted_interval`` beside it.
-    """
-    elsewhere = {
-        name: interval(held_out.slack_PJ[:, index] + solution.margin[name]) for index, name in enumerate(solution.lam)
-    }
-    elsewhere[reward] = interval(held_out.reward_gain_P)
-    inside, kl_elsewhere = elsewhere, interval(held_out.kl_P)
-    kl_inside = kl_elsewhere
-    if crossed := examination["cross_fit"]:
-        inside = {**crossed["improvement"], reward: crossed["reward_improvement"]}
-        kl_inside = crossed["kl"]
-    scores = {name: {"predicted": inside[name], "predicted_held_out": elsewhere[name]} for name in elsewhere}
-    kl = {"predicted": kl_inside["mean"], "predicted_interval": kl_inside, "predicted_held_out": kl_elsewhere}
-    return scores, kl
+def _log_ratio(after: pa.Table) -> np.ndarray:
+    """Return ln π(y|x) − ln π_ref(y|x) of the policy's own responses; its mean is the KL divergence."""
+    return column(after, "logp.policy") - column(after, "logp.reference")
 
 
-def _prediction_source(
-    examination: Mapping[str, Any], solution: DualSolution, before: pa.Table
-) -> dict[str, str | int | None]:
-    """Say exactly what ``predicted`` is: of which prompts, with how many responses each."""
-    crossed = examination["cross_fit"]
-    counts = solution.diagnostics["responses_per_prompt"]
-    low, high = counts["min"], counts["max"]
-    return {
-        "source": "cross-fitted" if crossed else "held-out",
-        "reason": examination["cross_fit_refused"],
-        "num_folds": crossed["num_folds"] if crossed else None,
-        "num_prompts": solution.diagnostics["num_prompts"],
-        "num_responses": f"{low:g}" if low == high else f"{low:g} to {high:g}",
-        "held_out_responses": int(np.median(np.unique(before.column("prompt_id"), return_counts=True)[1])),
-    }
+def _refusals(inputs: Mapping[str, Artifact]) -> dict[str, Any] | None:
+    if "benign_before" not in inputs:
+        return None
+    before, after = inputs["benign_before"], inputs["benign_after"]
+    rates = {"reference": refusals(before.table), "policy": refusals(after.table)}
+    return {"num_prompts": before.info["num_prompts"], **rates}
 
 
-def constraint_row(
-    name: str, solution: DualSolution, predicted: Mapping[str, Any], realised: Mapping[str, float], *, equal: bool
-) -> dict[str, Any]:
-    """Set one constraint's prediction beside what was realised, against the margin that was asked for.
-
-    A solve with a confidence raises the margin it meets; the verdict is on the margin before that.
-    """
-    asked = solution.margin[name] - solution.safety_margin.get(name, 0.0)
-    return {
-        "name": name,
-        "margin": asked,
-        "threshold": solution.threshold[name],
-        "centre": solution.centre[name],
-        "lam": solution.lam[name],
-        "lam_se": _number(solution.lam_se[name]),
-        **predicted,
-        "realised": realised,
-        "verdict": verdict(realised, asked, equal=equal),
-    }
-
-
-def _score_table(table: pa.Table, reward: str, solution: DualSolution, log_weight: str | None = None) -> ScoreTable:
-    prompts = table.column("prompt_id").to_numpy(zero_copy_only=False)
-    weights = None if log_weight is None else _column(table, log_weight)
-    return ScoreTable.build(
-        _column(table, reward), _utilities(table, solution), prompts, weights, names=list(solution.lam)
-    )
-
-
-def _utilities(table: pa.Table, solution: DualSolution) -> np.ndarray:
-    return np.stack([_column(table, name) for name in solution.lam], axis=1)
-
-
-def _column(table: pa.Table, name: str) -> np.ndarray:
-    column: np.ndarray = table.column(name).to_numpy()
-    return column
-
-
-def _list(table: pa.Table, name: str) -> list[float]:
-    values: list[float] = _column(table, name).tolist()
-    return values
-
-
-def _by_prompt(table: pa.Table, values_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (prompt ids sorted, mean of the values of each)."""
-    ids, index_N = np.unique(table.column("prompt_id").to_numpy(zero_copy_only=False), return_inverse=True)
-    return ids, np.bincount(index_N, weights=values_N) / np.bincount(index_N)
-
-
-def _groups(table: pa.Table, values_N: np.ndarray) -> dict[str, np.ndarray]:
-    groups: dict[str, list[float]] = {}
-    for prompt_id, value in zip(table.column("prompt_id").to_pylist(), values_N.tolist(), strict=True):
-        groups.setdefault(prompt_id, []).append(value)
-    return {prompt_id: np.array(values) for prompt_id, values in groups.items()}
-
-
-def _lengths(table: pa.Table) -> dict[str, float]:
-    cut = np.mean([reason == "length" for reason in table.column("finish_reason").to_pylist()])
-    return {"mean": float(np.mean(_column(table, "num_tokens"))), "truncated_fraction": float(cut)}
-
-
-def _training(policy: Artifact) -> dict[str, Any]:
+def _training(policy: Artifact) -> dict[str, Any] | None:
+    """Return the losses of the training that made the policy; None for one that was not trained but merged."""
+    if "summary" not in policy.info:
+        return None
     lines = read_metrics(policy.path / METRICS)
     summary = policy.info["summary"]
     return {
@@ -292,7 +266,7 @@ def _models(inputs: Mapping[str, Artifact]) -> dict[str, dict[str, str]]:
     return models
 
 
-def _warnings(work: Workspace, solution: DualSolution, before: pa.Table, after: pa.Table) -> list[str]:
+def _warnings(work: Workspace, before: pa.Table, after: pa.Table) -> list[str]:
     warnings = []
     options = work.config.generate
     if options.temperature != 1 or options.top_p != 1:
@@ -300,14 +274,16 @@ def _warnings(work: Workspace, solution: DualSolution, before: pa.Table, after: 
             f"Responses were sampled with temperature {options.temperature} and top-p {options.top_p}: not from the "
             "models themselves, so the KL divergence shown is that of the sampled text under the untempered models."
         )
+    means = {}
     for who, table in (("reference", before), ("policy", after)):
-        cut = _lengths(table)["truncated_fraction"]
-        if cut > 0.05:
+        found = lengths(table)
+        means[who] = found["mean"]
+        if found["truncated_fraction"] > 0.05:
             warnings.append(
-                f"{cut:.0%} of the {who}'s responses were cut at generate.max_new_tokens = {options.max_new_tokens}; "
-                "their scores may depend on what is missing."
+                f"{found['truncated_fraction']:.0%} of the {who}'s responses were cut at generate.max_new_tokens = "
+                f"{options.max_new_tokens}; their scores may depend on what is missing."
             )
-    longer = _lengths(after)["mean"] / max(_lengths(before)["mean"], 1.0)
+    longer = means["policy"] / max(means["reference"], 1.0)
     if not 0.67 < longer < 1.5:
         warnings.append(
             f"The policy's responses are {longer:.2f} times as long as the reference's: look for length bias."
@@ -318,8 +294,8 @@ def _warnings(work: Workspace, solution: DualSolution, before: pa.Table, after: 
 def _drift(kl: Mapping[str, Any], policy: Artifact) -> list[str]:
     """Pairs fix only differences of log-ratios, so a policy can fit them and still leave the reference behind."""
     warnings = []
-    predicted, realised = kl["predicted"], kl["realised"]
-    if realised["low"] > 2 * predicted:
+    predicted, realised = kl.get("predicted"), kl["realised"]
+    if predicted is not None and realised["low"] > 2 * predicted:
         warnings.append(
             f"The policy is {realised['mean']:.2f} nats from the reference, more than twice the {predicted:.2f} "
             "predicted: training drifted. Lower train.learning_rate or add train.warmup_steps."
@@ -351,7 +327,3 @@ def _samples(inputs: Mapping[str, Artifact], names: list[str], count: int) -> li
             }
         )
     return samples
-
-
-def _number(value: float) -> float | None:
-    return value if np.isfinite(value) else None

@@ -17,11 +17,13 @@ COLUMN: dict[Criterion, str] = {"helpful": "better", "safe": "safer"}
 CONFLICT = "safer_response_id contradicts is_response_i_safe"
 
 
-def label_human(work: Workspace, pairs: Artifact, logps: Artifact, *, criterion: Criterion) -> Artifact:
+def label_human(
+    work: Workspace, pairs: Artifact, logps: Artifact, *, criterion: Criterion, human: Human | None = None
+) -> Artifact:
     """Return the ``preferences`` table of people's labels on a data set's own pairs (``ingest_pairs``).
 
     ``criterion`` 'helpful' takes ``better_response_id``, 'safe' takes ``safer_response_id``; of chosen and rejected
-    responses both take the chosen one. ``logps`` holds ln π of the pairs under the model that training is relative to.
+    responses both take the chosen one. ``human`` says how, by default ``label.human``. ``logps`` holds ln π of the pairs under the model that training is relative to.
 
     With the loss ``dpo`` an example is a pair with the targets 1 − ε and ε. With ``kto`` it is one response, desirable
     or not. On safety, desirable is by default what the data set flags safe, because KTO judges a response by itself:
@@ -36,7 +38,7 @@ def label_human(work: Workspace, pairs: Artifact, logps: Artifact, *, criterion:
     DataError
         When the data set has no label of the criterion, or conflicts are to be refused and there are some.
     """
-    options, seed = work.config.label.human, work.config.seed
+    options, seed = human or work.config.label.human, work.config.seed
     validation = work.config.label.validation_fraction
     what = {**identity(options), "validation_fraction": validation, "criterion": criterion, "seed": seed}
     stage = work.open("label", f"{criterion} preferences", what, {"responses": pairs, "scores": logps})

@@ -12,10 +12,21 @@ import pyarrow as pa
 
 from can_dist.errors import DataError
 from can_dist.modeling.loading import resolve_precision
-from can_dist.scoring.protocol import LogProb, Response, ScorerSpec, load_scorer, scorer_identity
+from can_dist.scoring.log_ratio import check_one_reference, log_ratio, ratio_identity
+from can_dist.scoring.protocol import (
+    ActorSpec,
+    LogProb,
+    PolicyRatio,
+    Response,
+    ScorerSpec,
+    load_scorer,
+    scorer_identity,
+)
 from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, canonical_json, load_artifact, write_part
 from can_dist.tables.schemas import RESPONSES, SCORE_KEYS, check_schema, check_unique
+
+REFERENCE = "logp.reference"
 
 
 def score(work: Workspace, responses: Artifact, scorers: Mapping[str, ScorerSpec], *, role: str) -> Artifact:
@@ -27,9 +38,14 @@ def score(work: Workspace, responses: Artifact, scorers: Mapping[str, ScorerSpec
     Raises
     ------
     DataError
-        When a score is not finite (response ids listed), or a model is not what its spec says.
+        When a score is not finite (response ids listed), a model is not what its spec says, or log-ratios are relative
+        to different references.
     """
-    columns = {name: _score_one(work, responses, name, spec, role) for name, spec in scorers.items()}
+    columns = {
+        name: (_score_ratio if isinstance(spec, PolicyRatio) else _score_one)(work, responses, name, spec, role)
+        for name, spec in scorers.items()
+    }
+    check_one_reference({name: artifact.info["scorer"] for name, artifact in columns.items()}, REFERENCE)
     stage = work.open("scores", role, {"columns": list(columns)}, {"responses": responses, **columns})
     if stage.finished:
         return stage.finished
@@ -44,7 +60,7 @@ def score(work: Workspace, responses: Artifact, scorers: Mapping[str, ScorerSpec
     return stage.commit(info={"scorers": {name: dict(artifact.info["scorer"]) for name, artifact in columns.items()}})
 
 
-def _score_one(work: Workspace, responses: Artifact, name: str, spec: ScorerSpec, role: str) -> Artifact:
+def _score_one(work: Workspace, responses: Artifact, name: str, spec: ActorSpec, role: str) -> Artifact:
     """Score every response with one scorer, a shard per part of the responses."""
     precision = resolve_precision(work.config.precision)
     what = scorer_identity(spec, precision)
@@ -62,6 +78,24 @@ def _score_one(work: Workspace, responses: Artifact, name: str, spec: ScorerSpec
         return stage.commit(info={"scorer": {"name": name, "model": shown, **what}, "num_tokens": num_tokens})
 
 
+def _score_ratio(work: Workspace, responses: Artifact, name: str, spec: PolicyRatio, role: str) -> Artifact:
+    """Subtract the reference's log-probabilities, scored once for all, from those of the aligned policy."""
+    logp = _score_one(work, responses, f"logp.{name}", LogProb(model=spec.policy), role)
+    logp_ref = _score_one(work, responses, REFERENCE, LogProb(model=spec.reference), role)
+    what = ratio_identity(name, logp.info["scorer"], logp_ref.info["scorer"], spec)
+    inputs = {"logp": logp, "logp_ref": logp_ref, **spec.made_from}
+    stage = work.open("score", f"{name}, {role}", {"column": name, "scorer": what}, inputs)
+    if stage.finished:
+        return stage.finished
+    keys = logp.table.select(SCORE_KEYS.names)
+    if not keys.equals(logp_ref.table.select(SCORE_KEYS.names)):
+        raise DataError(f"{logp.path}: its response ids are not those of {logp_ref.path}.")
+    values_N = log_ratio(logp.table.column(f"logp.{name}"), logp_ref.table.column(REFERENCE), spec)
+    field = pa.field(name, pa.float64(), metadata={"scorer": canonical_json(what)})
+    write_part(stage.path, 0, keys.append_column(field, pa.array(values_N)).combine_chunks())
+    return stage.commit(info={"scorer": {"name": name, "model": spec.policy.model, **what}})
+
+
 def _model_name(spec: Any) -> str:
     return str(spec.model.model if isinstance(spec, LogProb) else spec.model)
 
@@ -71,7 +105,7 @@ class ScoreJob:
     """The work of one actor: open one scorer, score a part of the responses."""
 
     name: str
-    spec: ScorerSpec
+    spec: ActorSpec
     identity: str
     precision: str
     responses: Path

@@ -32,12 +32,19 @@ Policy = Model | Artifact
 
 
 def train(
-    work: Workspace, reference: Policy, preferences: Artifact, *, beta: float, start: Policy | None = None
+    work: Workspace,
+    reference: Policy,
+    preferences: Artifact,
+    *,
+    beta: float,
+    start: Policy | None = None,
+    epochs: int | None = None,
 ) -> Artifact:
     """Return the ``policy`` artifact: ``policy/`` is a Hugging Face directory of safetensors.
 
     The log-ratios are relative to ``reference``, whose log-probabilities the preferences hold; the weights are at
-    first those of ``start``, by default the reference's. The loss is the one that the preferences are for.
+    first those of ``start``, by default the reference's. The loss is the one that the preferences are for. ``epochs``
+    replaces ``train.num_epochs``.
 
     Unfinished training goes on from its newest checkpoint. Inside a launched process group (``deepspeed``,
     ``torchrun``) this process is one of the ranks; otherwise Ray Train starts them.
@@ -49,10 +56,12 @@ def train(
         is not what log-ratios of zero give.
     """
     config = work.config
+    if epochs is not None:
+        config = config.model_copy(update={"train": config.train.model_copy(update={"num_epochs": epochs})})
     policies = {"reference": reference} if start is None else {"reference": reference, "start": start}
     models = {name: policy_model(policy, config.reference) for name, policy in policies.items()}
     trained = {name: policy for name, policy in policies.items() if isinstance(policy, Artifact)}
-    stage = _open(work, models, {"preferences": preferences, **trained}, beta)
+    stage = _open(work, config, models, {"preferences": preferences, **trained}, beta)
     if stage.finished:
         return stage.finished
     (stage.path / FAILURE).unlink(missing_ok=True)
@@ -81,8 +90,9 @@ def policy_model(policy: Policy, reference: Model) -> Model:
     return Model(model=str(policy.path / POLICY), template=reference.template)
 
 
-def _open(work: Workspace, models: Mapping[str, Model], inputs: Mapping[str, Artifact], beta: float) -> StageDirectory:
-    config = work.config
+def _open(
+    work: Workspace, config: Config, models: Mapping[str, Model], inputs: Mapping[str, Artifact], beta: float
+) -> StageDirectory:
     what = {
         **{name: model_digest(model) for name, model in models.items()},
         "template": models["reference"].template,

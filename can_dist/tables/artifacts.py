@@ -117,6 +117,10 @@ class Artifact:
         check_file(self.path, next(entry for entry in self.manifest["files"] if entry["file"] == name))
         return read_part(self.path / name)
 
+    def input(self, name: str) -> Artifact:
+        """Return one of the artifacts it was made from, which lie beside it."""
+        return load_artifact(self.path.parent / self.manifest["inputs"][name]["artifact"])
+
     def check(self) -> None:
         """Compare every listed file with the manifest; raise ``DataError`` at the first that is not as committed."""
         for entry in self.manifest["files"]:

@@ -186,7 +186,7 @@ def test_true_is_no_number_and_no_text(key: str) -> None:
         ("method", "ppo", "method: expected 'mocan', 'dpo_h' or 'dpo_s' (found 'ppo')"),
         ("precision", "fp16", "precision: expected 'auto', 'bf16' or 'fp32' (found 'fp16')"),
         ("reward.sign", 0, "reward.sign: expected 1 or -1 (found 0)"),
-        ("reward.kind", "guard", "reward.kind: expected 'sequence_classifier', 'callable' (found 'guard')"),
+        ("reward.kind", "guard", "reward.kind: expected 'sequence_classifier', 'callable', 'log_ratio' (found 'guard')"),
         ("reward", 3, "reward: expected a group of keys (found 3)"),
         ("generate", None, "generate: expected a group of keys (found None)"),
         ("generate.stop", "END", "generate.stop: expected a list (found 'END')"),

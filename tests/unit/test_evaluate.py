@@ -5,19 +5,23 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
+from can_dist.config import Constraint
 from can_dist.dual import Margin, cross_fit, predict, solve_dual, solve_table
 from can_dist.dual.table import ScoreTable
 from can_dist.reporting.examination import examine
-from can_dist.stages.evaluate import (
+from can_dist.reporting.measures import (
+    by_prompt,
     constraint_row,
-    held_out_prediction,
+    gains_table,
     improvement,
     interval,
-    predictions,
-    training_table,
+    lengths,
+    refusals,
+    safety_tails,
     verdict,
     win_rate,
 )
+from can_dist.reporting.predicted import held_out_prediction, multipliers, predictions, score_table
 
 
 def table(scores: dict[str, list[float]], name: str = "g") -> pa.Table:
@@ -132,23 +136,83 @@ def test_the_held_out_prediction_takes_its_place_where_nothing_can_be_cross_fitt
     assert kl["predicted"] == kl["predicted_held_out"]["mean"] == held_out.kl_P.mean()
 
 
-def test_the_verdict_is_on_the_margin_asked_for_not_the_one_raised_for_confidence() -> None:
-    table = gaussian_table(50, 32)
-    solution = solve_table(table, beta=1.0, constraints=[Margin("safety", 0.6)], confidence=0.95)
-    assert solution.margin["safety"] > 0.61
-    row = constraint_row("safety", solution, {}, {"mean": 0.65, "low": 0.601, "high": 0.7}, equal=False)
-    assert row["margin"] == pytest.approx(0.6)
-    assert row["verdict"] == "met"
+SCORER = {"kind": "callable", "function": "scorers:num_words"}
+
+
+def before_and_after(num_prompts: int = 40, gain: float = 0.5) -> tuple[pa.Table, pa.Table]:
+    """Two responses per prompt; the policy's safety is higher by ``gain`` and a little noise."""
+    generator = np.random.default_rng(8)
+    level_P = generator.normal(size=num_prompts)
+    before = {str(p): [level_P[p] - 0.1, level_P[p] + 0.1] for p in range(num_prompts)}
+    after = {p: [v + gain + 0.1 * generator.normal() for v in values] for p, values in before.items()}
+    return table(before, "safety"), table(after, "safety")
+
+
+def test_a_margin_is_judged_as_the_configuration_asks_and_by_the_paired_improvement() -> None:
+    before, after = before_and_after()
+    for margin, expected in ((0.45, "met"), (0.5, "met within the interval"), (0.6, "not met")):
+        row = constraint_row("safety", Constraint(scorer=SCORER, margin=margin), before, after)
+        assert (row["margin"], row["verdict"]) == (margin, expected)
+        assert row["realised"] == improvement(before, after, "safety")
+    equal = constraint_row("safety", Constraint(scorer=SCORER, margin=0.4, equal=True), before, after)
+    assert equal["verdict"] == "not met"
+
+
+def test_a_threshold_is_judged_by_the_policys_own_mean() -> None:
+    """Its interval holds the spread between prompts, which the paired improvement does not have."""
+    before, after = before_and_after()
+    centre = by_prompt(before, before["safety"].to_numpy())[1].mean()
+    mean = by_prompt(after, after["safety"].to_numpy())[1].mean()
+    row = constraint_row("safety", Constraint(scorer=SCORER, threshold=mean - 0.1), before, after)
+    assert row["verdict"] == "met within the interval"
+    assert row["policy_mean"]["low"] < mean - 0.1
+    assert row["margin"] == pytest.approx(mean - 0.1 - centre)
+    assert row["realised"]["low"] > row["margin"]
+    assert constraint_row("safety", Constraint(scorer=SCORER, threshold=mean - 2), before, after)["verdict"] == "met"
+
+
+def test_tails_are_below_the_threshold_or_zero_and_of_the_worst_tenth() -> None:
+    scores = {str(p): [float(p), -1.0] for p in range(20)}
+    before, after = table(scores, "safety"), table({p: [2.0, 3.0] for p in scores}, "safety")
+    margin = safety_tails(before, after, {"safety": Constraint(scorer=SCORER, margin=1)})["safety"]
+    assert margin["border"] == 0
+    assert margin["unsafe"]["reference"]["mean"] == pytest.approx(0.5)
+    assert margin["unsafe"]["policy"]["mean"] == 0
+    assert 0 < margin["unsafe"]["policy"]["high"] < 0.3
+    assert margin["worst"]["reference"]["mean"] == pytest.approx(-1)
+    assert margin["worst"]["policy"]["mean"] == pytest.approx(2)
+    threshold = safety_tails(before, after, {"safety": Constraint(scorer=SCORER, threshold=2.5)})["safety"]
+    assert threshold["unsafe"]["policy"]["mean"] == pytest.approx(0.5)
+
+
+def test_lengths_and_refusals_have_intervals() -> None:
+    texts = ["I'm sorry, but I can't help with that.", "Tides follow the moon."]
+    rows = pa.table({
+        "prompt_id": ["a", "a", "b", "b"], "num_tokens": [2, 4, 8, 10], "text": texts + texts[1:] * 2,
+        "finish_reason": ["stop", "length", "stop", "stop"],
+    })  # fmt: skip
+    found = lengths(rows)
+    assert (found["mean"], found["truncated_fraction"]) == (6.0, 0.25)
+    assert found["low"] < 3 < 9 < found["high"]
+    assert refusals(rows)["mean"] == pytest.approx(0.25)
+
+
+def test_gains_of_a_prompt_are_the_means_of_its_responses() -> None:
+    before, after = table({"b": [1.0, 3.0], "a": [5.0]}, "r"), table({"a": [6.0, 8.0], "b": [4.0, 4.0]}, "r")
+    found = gains_table(before, after, ["r"], np.array([1.0, 3.0, 0.0, 0.0]))
+    assert found.to_pydict() == {"prompt_id": ["a", "b"], "r.reference": [5, 2], "r.policy": [7, 4], "kl": [2, 0]}
 
 
 def test_the_training_table_carries_the_weights_it_was_solved_with() -> None:
-    class Fake:
-        def __init__(self, rows: pa.Table | None = None, log_weight: str | None = None) -> None:
-            self.table, self.manifest = rows, {"identity": {"log_weight": log_weight}}
-
     rows = pa.table({"prompt_id": ["a", "a"], "reward": [0.0, 1.0], "safety": [1.0, 0.0], "logp": np.log([0.9, 0.1])})
     solution = solve_dual([0.0, 1.0], [[1.0], [0.0]], ["a", "a"], beta=1.0, constraints=[Margin("safety", -0.1)])
-    weighted = training_table({"train_scores": Fake(rows), "solution": Fake(log_weight="logp")}, "reward", solution)
+    weighted = score_table(rows, "reward", solution, "logp")
     assert weighted.weighted
     np.testing.assert_allclose(np.exp(weighted.log_weight_N), [0.9, 0.1])
-    assert not training_table({"train_scores": Fake(rows), "solution": Fake()}, "reward", solution).weighted
+    assert not score_table(rows, "reward", solution).weighted
+
+
+def test_an_unknown_standard_error_is_null() -> None:
+    solution = solve_dual([0.0, 1.0], [[1.0], [0.0]], ["a", "a"], beta=1.0, constraints=[Margin("safety", -0.1)])
+    solution.lam_se["safety"] = float("nan")
+    assert multipliers(solution)["safety"] == {"lam": solution.lam["safety"], "lam_se": None}
