@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from can_dist.algorithms.mocan import mocan
-    from can_dist.config import Constraint, PythonCallable, SequenceClassifier, load_config
+    from can_dist.algorithms.pecan import pecan
+    from can_dist.config import Constraint, LogRatio, PythonCallable, SequenceClassifier, load_config
     from can_dist.dual import DualSolution, Margin, solve_dual
     from can_dist.run import Run
     from can_dist.scoring.protocol import Scorer
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Constraint": "can_dist.config",
     "DualSolution": "can_dist.dual",
+    "LogRatio": "can_dist.config",
     "Margin": "can_dist.dual",
     "PythonCallable": "can_dist.config",
     "Run": "can_dist.run",
@@ -27,12 +29,14 @@ _HOMES = {
     "SequenceClassifier": "can_dist.config",
     "load_config": "can_dist.config",
     "mocan": "can_dist.algorithms.mocan",
+    "pecan": "can_dist.algorithms.pecan",
     "solve_dual": "can_dist.dual",
 }
 
 __all__ = [
     "Constraint",
     "DualSolution",
+    "LogRatio",
     "Margin",
     "PythonCallable",
     "Run",
@@ -40,6 +44,7 @@ __all__ = [
     "SequenceClassifier",
     "load_config",
     "mocan",
+    "pecan",
     "solve_dual",
 ]
 

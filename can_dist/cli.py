@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from can_dist.cli_compare import compare, judge, run_and_compare
 from can_dist.cli_dual import frontier, solve
 from can_dist.cli_run import read_config, run_options, run_until
 from can_dist.errors import CanDistError, ConfigError, DataError, Interrupted
@@ -25,9 +26,16 @@ def cli() -> None:
 
 @cli.command()
 @run_options()
-def run(config: str | None, config_option: str | None, run_dir: Path, overrides: tuple[str, ...]) -> None:
+@click.option("--methods", metavar="NAME,...", help="Run each of these in the one run directory, then compare them.")
+def run(
+    config: str | None, config_option: str | None, run_dir: Path, overrides: tuple[str, ...], methods: str | None
+) -> None:
     """Run the whole method: generate, score, solve, label, train, evaluate. Run again to continue or to change."""
-    click.echo(str(run_until(run_dir, read_config(config, config_option, overrides), "evaluate").path))
+    settings = read_config(config, config_option, overrides)
+    if methods is not None:
+        run_and_compare(run_dir, settings, methods)
+    else:
+        click.echo(str(run_until(run_dir, settings, "evaluate").path))
 
 
 def _stage_command(stage: str, text: str) -> None:
@@ -46,6 +54,8 @@ _stage_command("evaluate", "Measure the policy on held-out prompts and write the
 
 cli.add_command(solve)
 cli.add_command(frontier)
+cli.add_command(compare)
+cli.add_command(judge)
 
 
 @cli.command("config")

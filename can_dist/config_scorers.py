@@ -61,7 +61,7 @@ class PythonCallable(Strict):
 
 
 class LogRatio(Strict):
-    """A policy aligned from the reference as a scorer: a·β_m·(ln π_m(y|x) − ln π_ref(y|x)) (PeCAN, docs/pecan.md)."""
+    """A policy aligned from the reference as a scorer: a·β_m·(ln π_m(y|x) − ln π_ref(y|x)) (PeCAN)."""
 
     kind: Literal["log_ratio"] = Field("log_ratio", description="Kind of scorer.")
     beta: float = Field(gt=0, description="β that the aligned policy was, or is to be, trained with.")

@@ -70,7 +70,12 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with the keys of ``over``; groups of keys are merged, anything else is replaced."""
+    """Return ``base`` with the keys of ``over``; groups of keys are merged, anything else is replaced.
+
+    A group of another ``kind`` is replaced whole: the keys of one kind mean nothing to another.
+    """
+    if "kind" in over and over["kind"] != base.get("kind"):
+        return dict(over)
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)

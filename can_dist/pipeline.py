@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from can_dist.algorithms.caid import caid
+from can_dist.algorithms.cdpo import cdpo
 from can_dist.algorithms.dpo import dpo
 from can_dist.algorithms.mocan import mocan
-from can_dist.config import Config
+from can_dist.algorithms.p_sacpo import p_sacpo
+from can_dist.algorithms.pecan import pecan
+from can_dist.algorithms.sacpo import sacpo
+from can_dist.config import Config, dump_yaml, for_method
 from can_dist.errors import ConfigError
 from can_dist.run import Run, StageReached
 from can_dist.stages.human_labels import Criterion
 from can_dist.stages.preflight import preflight
-from can_dist.tables.artifacts import Artifact
+from can_dist.tables.artifacts import Artifact, atomic_file
 
 # what a method can be stopped after
 STAGES = {
     "mocan": ("generate", "score", "solve", "label", "train", "evaluate"),
+    "pecan": ("generate", "score", "solve", "label", "train", "evaluate"),
     "dpo_h": ("score", "label", "train", "evaluate"),
     "dpo_s": ("score", "label", "train", "evaluate"),
+    "sacpo": ("score", "label", "train", "evaluate"),
+    "p_sacpo": ("score", "label", "train", "evaluate"),
+    "cdpo": ("generate", "score", "solve", "label", "train", "evaluate"),
+    "caid": ("generate", "score", "solve", "label", "train", "evaluate"),
 }
+# other stages lie between their trainings, and a launcher starts one stage only
+TRAIN_TWICE = ("sacpo", "p_sacpo", "cdpo", "caid")
 
 
 def run_pipeline(
@@ -26,34 +40,99 @@ def run_pipeline(
 ) -> Artifact:
     """Run the configured method up to and including a stage; return that stage's artifact.
 
+    A stage that the method repeats is the first of its name; ``train`` is the method's last training. P-SACPO has
+    several policies: all are evaluated, and what is returned is that of the last q of ``p_sacpo.q``.
+
     Raises
     ------
     ConfigError
-        When the method has no such stage.
+        When the method has no such stage, or trains several times and a launcher started it.
     """
-    stages = STAGES[config.method]
+    return run_method(directory, config, until, only_stage=only_stage)[-1]
+
+
+def run_methods(directory: Path, config: Config, methods: Sequence[str]) -> list[Artifact]:
+    """Run methods one after the other in one run directory; return the evaluations of all their policies.
+
+    Each method runs with its own keys (``methods.<name>``). All are measured with the scorers, and judged by the
+    constraints, of the configuration itself, so that they can be compared. What they share is computed once.
+
+    Raises
+    ------
+    ConfigError
+        When a name is no method, or a method cannot be run with its keys, before anything is computed.
+    """
+    own = [for_method(config, method) for method in methods]
+    found = [artifact for one in own for artifact in run_method(directory, one, measured_by=config)]
+    with atomic_file(directory / "config.yaml") as temporary:  # each method has left its own there
+        temporary.write_text(dump_yaml(config), encoding="utf-8")
+    return found
+
+
+def run_method(
+    directory: Path,
+    config: Config,
+    until: str = "evaluate",
+    *,
+    only_stage: str | None = None,
+    measured_by: Config | None = None,
+) -> list[Artifact]:
+    """Run the configured method up to and including a stage; return its artifacts, one per policy where it has several.
+
+    ``measured_by`` is the configuration whose scorers and constraints the evaluation takes, by default the method's.
+
+    Raises
+    ------
+    ConfigError
+        When the method has no such stage, or trains several times and a launcher started it.
+    """
+    stages, measured = STAGES[config.method], measured_by or config
     if until not in stages:
         raise ConfigError(f"method {config.method} has no stage {until!r}. Its stages: {', '.join(stages)}.")
+    if only_stage == "train" and config.method in TRAIN_TWICE:
+        raise ConfigError(
+            f"method {config.method} trains several times, with other stages in between, and a launcher can only run "
+            "one training. Start it with 'can-dist run', which starts the ranks by Ray."
+        )
     with Run(directory, config, until=until, only_stage=only_stage) as run:
         try:
             prompts = run.prompts()
             preflight(config)
-            policy = _run_method(run, config, prompts)
-            return run.evaluate(policy, prompts, config.reference, config.reward, config.constraints)
+            policies = _run_method(run, config, prompts)
         except StageReached as reached:
-            return reached.artifact
+            return [reached.artifact]
+        if until == "evaluate":
+            policies = {
+                variant: run.evaluate(
+                    policy, prompts, config.reference, measured.reward, measured.constraints, variant=variant
+                )
+                for variant, policy in policies.items()
+            }
+        if len(policies) > 1:
+            for variant, artifact in policies.items():
+                run.say(f"{config.method}, {variant}: {artifact.path}")
+        return list(policies.values())
 
 
-def _run_method(run: Run, config: Config, prompts: Artifact) -> Artifact:
-    reference, beta = config.reference, config.beta
+def _run_method(run: Run, config: Config, prompts: Artifact) -> dict[str, Artifact]:
+    """Return the policies of the configured method by name; most methods have one, without a name."""
+    method: dict[str, Any] = {"prompts": prompts, "reference": config.reference, "beta": config.beta}
+    scorers: dict[str, Any] = {"reward": config.reward, "constraints": config.constraints}
+    if config.method == "p_sacpo":
+        mixed = p_sacpo(run, **method, **scorers, options=config.sacpo, mixture=config.p_sacpo)
+        return {f"q={q:g}": policy for q, policy in mixed.items()}
+    policy: Artifact
     if config.method == "mocan":
-        return mocan(
-            run,
-            prompts=prompts,
-            reference=reference,
-            reward=config.reward,
-            constraints=config.constraints,
-            beta=beta,
-        )
-    criterion: Criterion = "helpful" if config.method == "dpo_h" else "safe"
-    return dpo(run, prompts=prompts, reference=reference, criterion=criterion, beta=beta)
+        policy = mocan(run, **method, **scorers)
+    elif config.method == "pecan":
+        policy = pecan(run, **method, **scorers)
+    elif config.method == "sacpo":
+        policy = sacpo(run, **method, **scorers, options=config.sacpo)
+    elif config.method == "cdpo":
+        policy = cdpo(run, **method, **scorers, options=config.cdpo)
+    elif config.method == "caid":
+        policy = caid(run, **method, **scorers, options=config.caid)
+    else:
+        criterion: Criterion = "helpful" if config.method == "dpo_h" else "safe"
+        policy = dpo(run, **method, criterion=criterion)
+    return {"": policy}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from can_dist.config import Config, Constraint, Model, Scorer
+from can_dist.config import Config, Constraint, Human, LogRatio, Model, Scorer
 from can_dist.errors import ConfigError, DataError
-from can_dist.scoring.protocol import LogProb, ScorerSpec
-from can_dist.stages import evaluate, generate, human_labels, ingest, label, score, solve, train
+from can_dist.scoring.log_ratio import given_ratio
+from can_dist.scoring.protocol import LogProb, PolicyRatio, ScorerSpec
+from can_dist.stages import align, evaluate, generate, human_labels, ingest, label, measure, merge, score, solve, train
 from can_dist.stages.human_labels import Criterion
+from can_dist.stages.measure import Round, StepSize
 from can_dist.stages.train import Policy
 from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, load_artifact
@@ -25,6 +28,21 @@ class StageReached(Exception):
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(str(artifact.path))
         self.artifact = artifact
+
+
+@dataclass(frozen=True)
+class ReferenceData:
+    """What is known before any training: scored samples of π_ref, the dual's solution, scored responses to compare."""
+
+    scores: Artifact
+    solution: Artifact
+    pairs: Artifact
+    pair_scores: Artifact
+
+    @property
+    def lam(self) -> dict[str, float]:
+        """λ* of the table, by constraint."""
+        return solve.load_solution(self.solution).lam
 
 
 class Run:
@@ -61,12 +79,27 @@ class Run:
         model = train.policy_model(policy, self.config.reference)
         return self._reached("generate", generate.generate(self._work, model, prompts, split="train", role=role))
 
+    def aligned(
+        self, reference: Model, prompts: Artifact, reward: Scorer, constraints: Mapping[str, Constraint]
+    ) -> dict[str, PolicyRatio]:
+        """Return the policy of each scorer that is a log-ratio: given, or one DPO on people's preferences."""
+        return {
+            name: align.align(self._work, name, scorer, reference, prompts)
+            for name, scorer in named_scorers(reward, constraints).items()
+            if isinstance(scorer, LogRatio)
+        }
+
     def score(
-        self, responses: Artifact, reward: Scorer, constraints: Mapping[str, Constraint], reference: Policy
+        self,
+        responses: Artifact,
+        reward: Scorer,
+        constraints: Mapping[str, Constraint],
+        reference: Policy,
+        aligned: Mapping[str, PolicyRatio] | None = None,
     ) -> Artifact:
-        """Score responses with the reward, every constraint, and ln π_ref."""
+        """Score responses with the reward, every constraint, and ln π_ref; ``aligned`` holds log-ratios by name."""
         logp = LogProb(model=train.policy_model(reference, self.config.reference))
-        return self._score(responses, {**named_scorers(reward, constraints), LOGP: logp})
+        return self._score(responses, {**self._specs(reward, constraints, aligned), LOGP: logp})
 
     def log_probs(self, responses: Artifact, policy: Policy) -> Artifact:
         """Score responses with ln π alone, of the reference or of a trained policy, for a training relative to it."""
@@ -81,30 +114,101 @@ class Run:
         )
         return self._reached("solve", solution)
 
-    def pairs(self, reference: Model, prompts: Artifact, responses: Artifact) -> Artifact:
+    def pairs(self, reference: Model, prompts: Artifact, responses: Artifact | None = None) -> Artifact:
         """Return the responses to be compared: the sampled ones, or those of the configured preference data set."""
         if self.config.label.pairs == "responses":
-            return responses
+            return responses or self.generate(reference, prompts)
         return self._given_pairs(reference, prompts, mismatched=False)
 
-    def human_pairs(self, reference: Model, prompts: Artifact) -> Artifact:
+    def reference_data(
+        self,
+        prompts: Artifact,
+        reference: Model,
+        reward: Scorer,
+        constraints: Mapping[str, Constraint],
+        beta: float,
+    ) -> ReferenceData:
+        """Sample and score the reference, solve the dual, and score what is to be compared, for loops on λ.
+
+        Margins that cannot be met are refused here, before anything is trained.
+        """
+        responses = self.generate(reference, prompts)
+        scores = self.score(responses, reward, constraints, reference)
+        solution = self.solve(scores, constraints, beta)
+        pairs = self.pairs(reference, prompts, responses)
+        pair_scores = scores if pairs is responses else self.score(pairs, reward, constraints, reference)
+        return ReferenceData(scores, solution, pairs, pair_scores)
+
+    def human_pairs(self, reference: Model, prompts: Artifact, human: Human | None = None) -> Artifact:
         """Return the response pairs of the configured preference data set, with people's labels."""
-        return self._given_pairs(reference, prompts, mismatched=self.config.label.human.loss == "kto")
+        loss = (human or self.config.label.human).loss
+        return self._given_pairs(reference, prompts, mismatched=loss == "kto")
 
     def label(
-        self, responses: Artifact, scores: Artifact, lam: Artifact | Mapping[str, float], beta: float
+        self,
+        responses: Artifact,
+        scores: Artifact,
+        lam: Artifact | Mapping[str, float],
+        beta: float,
+        *,
+        score: str = REWARD,
     ) -> Artifact:
-        """Label responses by s = r + ⟨λ, g⟩; λ is that of a solution, or given by name of its constraint."""
-        return self._reached("label", label.label(self._work, responses, scores, lam, reward=REWARD, beta=beta))
+        """Label responses by s = r + ⟨λ, g⟩; λ is that of a solution, or given by name of its constraint.
 
-    def label_human(self, pairs: Artifact, logps: Artifact, criterion: Criterion) -> Artifact:
-        """Label a data set's own pairs as people did: which response is more 'helpful', or 'safe'."""
-        return self._reached("label", human_labels.label_human(self._work, pairs, logps, criterion=criterion))
+        ``score`` names another score to take the place of r.
+        """
+        return self._reached("label", label.label(self._work, responses, scores, lam, reward=score, beta=beta))
 
-    def train(self, reference: Policy, preferences: Artifact, beta: float, *, start: Policy | None = None) -> Artifact:
-        """Fine-tune on the preferences, relative to ``reference``, from its weights or from those of ``start``."""
-        policy = train.train(self._work, reference, preferences, beta=beta, start=start)
-        return self._reached("train", policy)
+    def label_human(
+        self, pairs: Artifact, logps: Artifact, criterion: Criterion, human: Human | None = None
+    ) -> Artifact:
+        """Label a data set's own pairs as people did: which response is more 'helpful', or 'safe'.
+
+        ``human`` says how, by default the section ``label.human``.
+        """
+        preferences = human_labels.label_human(self._work, pairs, logps, criterion=criterion, human=human)
+        return self._reached("label", preferences)
+
+    def train(
+        self,
+        reference: Policy,
+        preferences: Artifact,
+        beta: float,
+        *,
+        start: Policy | None = None,
+        epochs: int | None = None,
+    ) -> Artifact:
+        """Fine-tune on the preferences, relative to ``reference``, from its weights or from those of ``start``.
+
+        ``epochs`` takes the place of ``train.num_epochs``. ``Run(until="train")`` goes on to the method's last
+        training.
+        """
+        return train.train(self._work, reference, preferences, beta=beta, start=start, epochs=epochs)
+
+    def merge(self, policy_a: Artifact, policy_b: Artifact, q: float) -> Artifact:
+        """Return the policy q·θ_a + (1 − q)·θ_b."""
+        return merge.merge(self._work, policy_a, policy_b, q=q)
+
+    def measure(
+        self,
+        policy: Artifact,
+        prompts: Artifact,
+        reference_scores: Artifact,
+        reward: Scorer,
+        constraints: Mapping[str, Constraint],
+    ) -> Artifact:
+        """Measure the slack of a trained policy on fresh responses to the training prompts."""
+        responses = self.generate(policy, prompts)
+        scores = self._score(responses, self._specs(reward, constraints))
+        return measure.measure(self._work, scores, reference_scores, constraints, reward=REWARD)
+
+    def step_sizes(self, data: ReferenceData, step_size: StepSize) -> dict[str, float]:
+        """Return the step size η of each constraint: the number given, or for '1/H' from the table's dual."""
+        return measure.step_sizes(data.scores, data.solution, step_size, reward=REWARD)
+
+    def trajectory(self, rounds: Sequence[Round], *, is_settled: bool | None = None) -> Artifact:
+        """Write λ and the measured slack of every round of a loop, as JSON and as a plot."""
+        return measure.trajectory(self._work, rounds, is_settled=is_settled)
 
     def evaluate(
         self,
@@ -118,8 +222,12 @@ class Run:
     ) -> Artifact:
         """Measure the policy on held-out prompts and write the report; ``variant`` names it among several policies."""
         lineage = evaluate.lineage_of(policy, prompts)
-        scorers = named_scorers(reward, constraints)
+        scorers = self._specs(reward, constraints, self.aligned(reference, prompts, reward, constraints))
         return evaluate.evaluate(self._work, lineage, reference, scorers, constraints, reward=REWARD, variant=variant)
+
+    def say(self, message: str) -> None:
+        """Tell the user a line, and log it."""
+        self._work.say(message)
 
     def ancestor(self, artifact: Artifact, stage: str) -> Artifact:
         """Return the nearest artifact of ``stage`` that ``artifact`` was made from."""
@@ -146,12 +254,25 @@ class Run:
         role = responses.manifest["identity"]["label"]  # whose responses they are
         return self._reached("score", score.score(self._work, responses, scorers, role=role))
 
+    def _specs(
+        self, reward: Scorer, constraints: Mapping[str, Constraint], aligned: Mapping[str, PolicyRatio] | None = None
+    ) -> dict[str, ScorerSpec]:
+        """Return what scores each column; log-ratios that are not in ``aligned`` must have their model."""
+        known = aligned or {}
+        specs: dict[str, ScorerSpec] = {}
+        for name, scorer in named_scorers(reward, constraints).items():
+            if isinstance(scorer, LogRatio):
+                specs[name] = known[name] if name in known else given_ratio(name, scorer, self.config.reference)
+            else:
+                specs[name] = scorer
+        return specs
+
     def _reached(self, stage: str, artifact: Artifact) -> Artifact:
         if self._until == stage:
             raise StageReached(artifact)
         return artifact
 
 
-def named_scorers(reward: Scorer, constraints: Mapping[str, Constraint]) -> dict[str, ScorerSpec]:
+def named_scorers(reward: Scorer, constraints: Mapping[str, Constraint]) -> dict[str, Scorer]:
     """Return every scorer by the name of its score column."""
     return {REWARD: reward, **{name: constraint.scorer for name, constraint in constraints.items()}}

@@ -7,7 +7,7 @@ R replicates. The picture is in ``compare_plot``, the pairwise ranking in ``rank
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,16 +30,16 @@ class Cost:
 
     Attributes:
         generated_tokens: tokens sampled.
-        scored_tokens: tokens read by score models.
+        scored_tokens: tokens of the responses that score models read.
         trained_tokens: tokens passed through training, every epoch counted.
-        wall_s: seconds from start to end.
+        wall_s: seconds of its stages, one after the other; None where no log tells.
         num_trainings: policies trained.
     """
 
     generated_tokens: int
     scored_tokens: int
     trained_tokens: int
-    wall_s: float
+    wall_s: float | None
     num_trainings: int
 
 
@@ -53,6 +53,7 @@ class MethodResult:
         safety_gain: E_{π_θ} g − E_{π_ref} g.
         covariance_22: of the two means (reward, safety), over prompts: cov/P.
         margin: the safety gain that was asked for.
+        verdict: whether it was met, in the words of the report.
         kl: KL(π_θ‖π_ref), nats.
         cost: what it used.
         reward_P: reward gain of each prompt.
@@ -64,6 +65,7 @@ class MethodResult:
     safety_gain: float
     covariance_22: FloatArray
     margin: float
+    verdict: str
     kl: float
     cost: Cost
     reward_P: FloatArray
@@ -109,7 +111,14 @@ class OneShotRatio:
 
 
 def method_result(
-    name: str, reward_P: npt.ArrayLike, safety_P: npt.ArrayLike, *, margin: float, kl: float, cost: Cost
+    name: str,
+    reward_P: npt.ArrayLike,
+    safety_P: npt.ArrayLike,
+    *,
+    margin: float,
+    verdict: str,
+    kl: float,
+    cost: Cost,
 ) -> MethodResult:
     """Build a result from the gains of each prompt.
 
@@ -127,28 +136,33 @@ def method_result(
         raise DataError(f"method {name!r}: a gain is not finite. Evaluate it again.")
     covariance_22 = np.cov(np.stack(gain_2P), ddof=1) / shapes[0][0]
     means = [float(gain_P.mean()) for gain_P in gain_2P]
-    return MethodResult(name, means[0], means[1], covariance_22, margin, kl, cost, gain_2P[0], gain_2P[1])
+    return MethodResult(name, means[0], means[1], covariance_22, margin, verdict, kl, cost, gain_2P[0], gain_2P[1])
 
 
 def comparison_table(results: Sequence[MethodResult]) -> Table:
-    """Return one row per method: gains with 95 % t-intervals over prompts, whether the margin was met, KL and cost.
+    """Return one row per method: gains with 95 % t-intervals over prompts, whether the margin was met, KL.
 
     Raises:
         DataError: no methods, two of one name, or methods of different prompts.
     """
     check_comparable(results)
-    header = ("method", "helpfulness gain", "safety gain", "margin", "verdict", "KL (nats)", "trainings",
-              "trained tokens", "generated tokens", "scored tokens", "time")  # fmt: skip
+    header = ("method", "helpfulness gain", "safety gain", "margin", "verdict", "KL (nats)")
     rows = []
     for result in results:
         reward, safety = gain_interval(result.reward_P), gain_interval(result.safety_P)
-        cost = result.cost
-        rows.append((
-            result.name, _with_reach(reward), _with_reach(safety), f"{result.margin:.3g}",
-            margin_verdict(safety, result.margin), f"{result.kl:.3g}", str(cost.num_trainings),
-            short_count(cost.trained_tokens), short_count(cost.generated_tokens), short_count(cost.scored_tokens),
-            short_time(cost.wall_s),
-        ))  # fmt: skip
+        gains = (_with_reach(reward), _with_reach(safety))
+        rows.append((result.name, *gains, f"{result.margin:.3g}", result.verdict, f"{result.kl:.3g}"))
+    return Table(header, tuple(rows))
+
+
+def cost_table(cost_by_method: Mapping[str, Cost]) -> Table:
+    """Return one row per method: what it used."""
+    header = ("method", "trainings", "trained tokens", "generated tokens", "scored tokens", "time")
+    rows = []
+    for name, cost in cost_by_method.items():
+        tokens = (cost.trained_tokens, cost.generated_tokens, cost.scored_tokens)
+        time = "–" if cost.wall_s is None else short_time(cost.wall_s)
+        rows.append((name, str(cost.num_trainings), *map(short_count, tokens), time))
     return Table(header, tuple(rows))
 
 
@@ -157,13 +171,6 @@ def gain_interval(gain_P: FloatArray, confidence: float = CONFIDENCE) -> Interva
     mean, se = float(gain_P.mean()), float(gain_P.std(ddof=1) / math.sqrt(gain_P.size))
     reach = float(t.ppf(0.5 + confidence / 2, gain_P.size - 1)) * se
     return Interval(mean, se, mean - reach, mean + reach)
-
-
-def margin_verdict(safety: Interval, margin: float) -> str:
-    """Say whether a margin was met, in the words of the report."""
-    if safety.low >= margin:
-        return "met"
-    return "met within the interval" if safety.high >= margin else "not met"
 
 
 def confidence_ellipse(result: MethodResult, confidence: float = CONFIDENCE) -> Ellipse:

@@ -27,6 +27,8 @@ from can_dist.reporting.plots import INK, MARGIN, MUTED, POLICY, REFERENCE, few_
 
 HEIGHT_IN = 4.4
 MARKERS = "osD^vPX*<>"
+GLYPHS = "●□◇△▽✚✖☆◁▷"
+"""The markers as text: a name carries its own, for ellipses may lie on each other."""
 COLOURS = (POLICY, REFERENCE, INK)
 NUM_EDGE = 96
 NUM_DIRECTIONS = 24
@@ -71,7 +73,7 @@ def comparison_svg(
     """Draw every method's gains with their joint confidence ellipse; the first method is the one that stands out.
 
     Args:
-        results: the methods, on the same prompts and margin.
+        results: the methods, on the same prompts; every margin among them is a line.
         frontier: (safety gains, reward gains) that the dual predicts, in the order of the curve; may be empty.
         label: read out in place of the figure.
         prefix: makes the ids of this figure unlike those of others on the page.
@@ -82,8 +84,6 @@ def comparison_svg(
     """
     check_comparable(results)
     margins = sorted({result.margin for result in results})
-    if len(margins) > 1:
-        raise DataError(f"methods with margins {', '.join(f'{m:g}' for m in margins)}: expected one margin for all.")
     curve_2 = [np.asarray(values, dtype=np.float64) for values in frontier]
     if curve_2[0].shape != curve_2[1].shape or curve_2[0].ndim != 1 or not np.isfinite(curve_2).all():
         raise DataError(
@@ -93,7 +93,8 @@ def comparison_svg(
     with panel(HEIGHT_IN) as (figure, ax):
         ax.axhline(0.0, color=MUTED, linewidth=0.6, zorder=0)
         ax.axvline(0.0, color=MUTED, linewidth=0.6, zorder=0)
-        ax.axvline(margins[0], color=MARGIN, linewidth=1.6, linestyle=(0, (5, 2)), zorder=1)
+        for margin in margins:
+            ax.axvline(margin, color=MARGIN, linewidth=1.6, linestyle=(0, (5, 2)), zorder=1)
         if curve_2[0].size:
             ax.plot(*curve_2, color=MUTED, linewidth=1.6, linestyle=(0, (1, 1.5)), zorder=1)
         ax.plot([0.0], [0.0], "+", color=MUTED, markersize=11, markeredgewidth=1.8, zorder=2)
@@ -103,16 +104,21 @@ def comparison_svg(
         few_ticks(ax)
         ax.set_xlabel("safety gain against the reference")
         ax.set_ylabel("helpfulness gain against the reference")
-        label_above(ax, margins[0], f"margin {margins[0]:.3g}", MARGIN)
+        for level, margin in enumerate(margins):
+            label_above(ax, margin, f"margin {margin:.3g}", MARGIN, level=level)
         names = [
-            Name(result.name, COLOURS[min(place, len(COLOURS) - 1)], [ellipse_points(ellipse)])
+            Name(
+                f"{GLYPHS[place % len(GLYPHS)]} {result.name}",
+                COLOURS[min(place, len(COLOURS) - 1)],
+                [ellipse_points(ellipse)],
+            )
             for place, (result, ellipse) in enumerate(zip(results, ellipses, strict=True))
         ]
         names.append(Name("reference", MUTED, [np.zeros((1, 2))]))
         curve = np.column_stack(curve_2)
         if curve.size:
             names.append(Name("predicted frontier", MUTED, list(curve[:: max(1, len(curve) // 8), None])))
-        _write_names(ax, names, curve, margins[0])
+        _write_names(ax, names, curve, margins)
         return svg_text(figure, label, prefix)
 
 
@@ -137,7 +143,7 @@ def _draw_method(ax: Any, ellipse: Ellipse, place: int) -> None:
     )  # fmt: skip
 
 
-def _write_names(ax: Any, names: Sequence[Name], curve: FloatArray, margin: float) -> None:
+def _write_names(ax: Any, names: Sequence[Name], curve: FloatArray, margins: Sequence[float]) -> None:
     """Write each name near its shape, greedily in order; everything is measured in pixels."""
     figure = ax.figure
     texts = [ax.text(0.0, 0.0, n.text, color=n.colour, ha="center", va="center", zorder=5) for n in names]
@@ -145,9 +151,10 @@ def _write_names(ax: Any, names: Sequence[Name], curve: FloatArray, margin: floa
         text.set_in_layout(False)
     figure.draw_without_rendering()  # the layout is final from here on
     frame, to_pixels = ax.get_window_extent(), ax.transData.transform
-    (zero_x, zero_y), (margin_x, _) = to_pixels([(0.0, 0.0), (margin, 0.0)])
+    zero_x, zero_y = to_pixels((0.0, 0.0))
+    margin_x = [to_pixels((margin, 0.0))[0] for margin in margins]
     thin = [[(zero_x, frame.y0), (zero_x, frame.y1)], [(frame.x0, zero_y), (frame.x1, zero_y)]]
-    strong = [np.array([(margin_x, frame.y0), (margin_x, frame.y1)]), *[to_pixels(curve)] * bool(curve.size)]
+    strong = [np.array([(x, frame.y0), (x, frame.y1)]) for x in margin_x] + [to_pixels(curve)] * bool(curve.size)
     anchors = [[to_pixels(shape) for shape in name.shapes] for name in names]
     scene = Scene(
         frame=frame,

@@ -74,7 +74,7 @@ def load_scorer(spec: ActorSpec, precision: str) -> Scorer:
     return ClassifierScorer(spec, precision)
 
 
-def scorer_identity(spec: ActorSpec, precision: str) -> dict[str, Any]:
+def scorer_identity(spec: ScorerSpec, precision: str) -> dict[str, Any]:
     """Return what decides a scorer's numbers: weights digest, text convention, sign, precision."""
     if isinstance(spec, PythonCallable):
         return {"kind": spec.kind, "sign": spec.sign, **callable_identity(spec.function)}
@@ -84,6 +84,17 @@ def scorer_identity(spec: ActorSpec, precision: str) -> dict[str, Any]:
             "weights": model_digest(spec.model),
             "template": spec.model.template,
             "precision": precision,
+        }
+    if isinstance(spec, PolicyRatio):
+        return {
+            "kind": "log_ratio",
+            "weights": model_digest(spec.policy),
+            "reference": model_digest(spec.reference),
+            "template": spec.policy.template,
+            "precision": precision,
+            "beta": spec.beta,
+            "scale": spec.scale,
+            "scale_se": spec.scale_se,
         }
     return {
         "kind": spec.kind,

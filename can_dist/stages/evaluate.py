@@ -48,7 +48,17 @@ from can_dist.training.metrics import METRICS, loss_above_start, read_metrics
 
 REPORT, PAGE = "report.json", "report.html"
 PACKAGES = ("can-dist", "torch", "transformers", "deepspeed", "ray", "numpy", "pyarrow")
-TITLES = {"mocan": "MoCAN", "pecan": "PeCAN", "cdpo": "C-DPO", "dpo_h": "DPO-H", "dpo_s": "DPO-S", "p_sacpo": "P-SACPO"}
+TITLES = {
+    "mocan": "MoCAN",
+    "pecan": "PeCAN",
+    "dpo_h": "DPO-H",
+    "dpo_s": "DPO-S",
+    "sacpo": "SACPO",
+    "p_sacpo": "P-SACPO",
+    "cdpo": "C-DPO",
+    "caid": "CAID",
+}
+"""The methods as the papers write them, in the order of tables."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,7 @@ def evaluate(
 
 def method_title(method: str, variant: str = "") -> str:
     """Return a method's name as the papers write it, with the variant in brackets: 'P-SACPO (q=0.25)'."""
-    title = TITLES.get(method, method.upper())
+    title = TITLES[method]
     return f"{title} ({variant})" if variant else title
 
 
@@ -203,7 +213,7 @@ def build_report(
         "counts": {},
         "warnings": _warnings(work, before, after) + _drift(kl, inputs["policy"]),
         "samples": _samples(inputs, names, work.config.evaluate.num_samples),
-        "config": identity(work.config, exclude=["cluster"]),
+        "config": identity(work.config, exclude=["cluster", "methods"]),
         "versions": {name: version(name) for name in PACKAGES},
     }
 
@@ -222,7 +232,7 @@ def _dual(inputs: Mapping[str, Artifact], before: pa.Table, reward: str, method:
     found |= {"solution": solution.to_dict(), "examination": examination, "lam": multipliers(solution)}
     found["num_prompts"] = solution.diagnostics["num_prompts"]
     solved, measured = (inputs[name].info["scorers"] for name in ("train_scores", "scores_before"))
-    if any(solved[name] != measured[name] for name in (reward, *solution.lam)):
+    if any(solved[name] != measured.get(name) for name in (reward, *solution.lam)):
         unpredicted = "λ* was solved with other scores than those measured here, so its prediction is in other units."
         return found | {"unpredicted": unpredicted}
     scores, kl = predictions(held_out_prediction(before, reward, solution), examination, reward, solution)

@@ -23,7 +23,8 @@ def label_human(
     """Return the ``preferences`` table of people's labels on a data set's own pairs (``ingest_pairs``).
 
     ``criterion`` 'helpful' takes ``better_response_id``, 'safe' takes ``safer_response_id``; of chosen and rejected
-    responses both take the chosen one. ``human`` says how, by default ``label.human``. ``logps`` holds ln π of the pairs under the model that training is relative to.
+    responses both take the chosen one. ``human`` says how, by default ``label.human``. ``logps`` holds
+    ln π of the pairs under the model that training is relative to.
 
     With the loss ``dpo`` an example is a pair with the targets 1 − ε and ε. With ``kto`` it is one response, desirable
     or not. On safety, desirable is by default what the data set flags safe, because KTO judges a response by itself:

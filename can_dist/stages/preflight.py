@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from can_dist.config import Config, SequenceClassifier
+from can_dist.config import Config, LogRatio, Model, SequenceClassifier
 from can_dist.modeling.loading import check_sequence_classifier, model_digest, resolve_precision
+from can_dist.scoring.log_ratio import check_same_text
 from can_dist.scoring.protocol import scorer_identity
 from can_dist.stages.ingest import source_identity
 from can_dist.training.deepspeed_config import read_ds_config
@@ -15,15 +16,28 @@ def preflight(config: Config) -> None:
     Raises
     ------
     DataError
-        When a data source or model does not exist, or a scorer's model is no classifier with one output.
+        When a data source or model does not exist, a scorer's model is no classifier with one output, or an aligned
+        policy reads text unlike the reference.
     ConfigError
         When a Python scorer cannot be imported or the DeepSpeed file is not usable.
     """
-    if config.label.preferences is not None:
-        source_identity(config.label.preferences)
+    for source in (config.label.preferences, config.evaluate.benign_prompts):
+        if source is not None:
+            source_identity(source)
     read_ds_config(config.train.ds_config)
     model_digest(config.reference)
     for scorer in (config.reward, *(constraint.scorer for constraint in config.constraints.values())):
+        if isinstance(scorer, LogRatio):
+            _check_log_ratio(scorer, config.reference)
+            continue
         scorer_identity(scorer, resolve_precision(config.precision))
         if isinstance(scorer, SequenceClassifier):
             check_sequence_classifier(scorer)
+
+
+def _check_log_ratio(scorer: LogRatio, reference: Model) -> None:
+    if scorer.preferences is not None:
+        source_identity(scorer.preferences)
+    if scorer.model is not None:
+        model_digest(scorer.model)
+        check_same_text(scorer.model, reference)

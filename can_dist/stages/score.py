@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from can_dist.errors import DataError
 from can_dist.modeling.loading import resolve_precision
-from can_dist.scoring.log_ratio import check_one_reference, log_ratio, ratio_identity
+from can_dist.scoring.log_ratio import check_one_reference, log_ratio
 from can_dist.scoring.protocol import (
     ActorSpec,
     LogProb,
@@ -41,10 +41,7 @@ def score(work: Workspace, responses: Artifact, scorers: Mapping[str, ScorerSpec
         When a score is not finite (response ids listed), a model is not what its spec says, or log-ratios are relative
         to different references.
     """
-    columns = {
-        name: (_score_ratio if isinstance(spec, PolicyRatio) else _score_one)(work, responses, name, spec, role)
-        for name, spec in scorers.items()
-    }
+    columns = {name: _column(work, responses, name, spec, role) for name, spec in scorers.items()}
     check_one_reference({name: artifact.info["scorer"] for name, artifact in columns.items()}, REFERENCE)
     stage = work.open("scores", role, {"columns": list(columns)}, {"responses": responses, **columns})
     if stage.finished:
@@ -58,6 +55,12 @@ def score(work: Workspace, responses: Artifact, scorers: Mapping[str, ScorerSpec
         table = table.append_column(part.schema.field(name), part.column(name))
     write_part(stage.path, 0, table.combine_chunks())
     return stage.commit(info={"scorers": {name: dict(artifact.info["scorer"]) for name, artifact in columns.items()}})
+
+
+def _column(work: Workspace, responses: Artifact, name: str, spec: ScorerSpec, role: str) -> Artifact:
+    if isinstance(spec, PolicyRatio):
+        return _score_ratio(work, responses, name, spec, role)
+    return _score_one(work, responses, name, spec, role)
 
 
 def _score_one(work: Workspace, responses: Artifact, name: str, spec: ActorSpec, role: str) -> Artifact:
@@ -82,7 +85,7 @@ def _score_ratio(work: Workspace, responses: Artifact, name: str, spec: PolicyRa
     """Subtract the reference's log-probabilities, scored once for all, from those of the aligned policy."""
     logp = _score_one(work, responses, f"logp.{name}", LogProb(model=spec.policy), role)
     logp_ref = _score_one(work, responses, REFERENCE, LogProb(model=spec.reference), role)
-    what = ratio_identity(name, logp.info["scorer"], logp_ref.info["scorer"], spec)
+    what = scorer_identity(spec, resolve_precision(work.config.precision))
     inputs = {"logp": logp, "logp_ref": logp_ref, **spec.made_from}
     stage = work.open("score", f"{name}, {role}", {"column": name, "scorer": what}, inputs)
     if stage.finished:

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from can_dist.config import Constraint, identity
-from can_dist.dual import DualSolution, Margin, solve_dual
+from can_dist.dual import DualSolution, Margin, ScoreTable, solve_table
 from can_dist.dual.messages import misread_hints
+from can_dist.errors import InfeasibleConstraint
+from can_dist.scoring.log_ratio import margins_in_nats
 from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, write_json
 from can_dist.tables.scores import score_arrays
@@ -53,18 +55,16 @@ def solve(
         table = scores.table
         arrays = score_arrays(table, reward, list(constraints), str(scores.path))
         weights = None if log_weight is None else table.column(log_weight).to_numpy()
-        solution = solve_dual(
-            arrays.reward_N,
-            arrays.utility_NJ,
-            arrays.prompt_N,
-            beta=beta,
-            constraints=margins,
-            log_weight_N=weights,
-            estimator=options.estimator,
-            confidence=options.confidence,
-        )
+        rows = ScoreTable.build(arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, weights, names=list(constraints))
+        nats = margins_in_nats(rows, margins, scores.info.get("scorers", {}))
+        try:
+            solution = solve_table(
+                rows, beta=beta, constraints=margins, estimator=options.estimator, confidence=options.confidence
+            )
+        except InfeasibleConstraint as error:
+            raise InfeasibleConstraint("\n  ".join([str(error), *nats])) from None
         write_json(stage.path / SOLUTION, solution.to_dict())
-        work.say(describe(solution))
+        work.say(" ".join([describe(solution), *nats]))
         return stage.commit([SOLUTION], info={"lam": solution.to_dict()["lam"]})
 
 

@@ -29,6 +29,7 @@ class Workspace:
         self.config = config
         self._only_stage = only_stage
         self._pool: ActorPool | None = None
+        self._opened: dict[tuple[str, str], str] = {}
         directory.mkdir(parents=True, exist_ok=True)
         # of a launched process group the first rank holds the run for all
         self._lock = _hold(directory) if int(os.environ.get("RANK", 0)) == 0 else None
@@ -41,6 +42,7 @@ class Workspace:
     ) -> StageDirectory:
         """Open a stage's directory and say whether its work is reused, resumed, or new, and why."""
         place = open_stage(self.directory, stage, label, identity, inputs)
+        self._opened[stage, label] = place.path.name
         if place.finished:
             self.say(f"{stage} ({label}): reusing {place.path.name}", event="reused", stage=stage, label=label)
         elif self._only_stage not in (None, stage):
@@ -54,12 +56,13 @@ class Workspace:
 
     @contextlib.contextmanager
     def timed(self, stage: str, label: str, **counts: Any) -> Iterator[None]:
-        """Log a stage's start, end and seconds."""
+        """Log a stage's start, end and seconds; the manifest holds no time, which would change its digest."""
         start = time.monotonic()
-        self.say(f"{stage} ({label}): started", event="started", stage=stage, label=label, **counts)
+        event = {"stage": stage, "label": label, "artifact": self._opened.get((stage, label))}
+        self.say(f"{stage} ({label}): started", event="started", **event, **counts)
         yield
         seconds = round(time.monotonic() - start, 2)
-        self.say(f"{stage} ({label}): done in {seconds:.1f} s", event="done", stage=stage, label=label, seconds=seconds)
+        self.say(f"{stage} ({label}): done in {seconds:.1f} s", event="done", **event, seconds=seconds)
 
     def run_shards(self, job: ShardJob, shards: Mapping[int, int], what: str) -> None:
         """Run the shards of a job on the actors, starting Ray and them when needed."""

@@ -41,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "reference": {"model": "lm"},
         "reward": scorer,
         "constraints": {"safety": {"scorer": scorer, "margin": 0.1}},
+        "generate": {"max_new_tokens": 8},
         "label": {"preferences": {"source": "pairs.jsonl"}, "validation_fraction": 0.2},
         "train": {"learning_rate": 3e-3, "batch_size": 8, "num_epochs": 2, "log_every": 1},
     }
@@ -62,12 +63,12 @@ def test_dpo_by_the_command_line(folder: Path) -> None:
 
     refused = run("solve")
     assert refused.returncode == 2
-    assert "method dpo_h has no stage 'solve'. Its stages: score, label, train." in refused.stderr
+    assert "method dpo_h has no stage 'solve'. Its stages: score, label, train, evaluate." in refused.stderr
     trained = run("run", "--set", "label.human.smoothing=0.1")
     assert trained.returncode == 0, trained.stderr
-    policy = load_artifact(folder / trained.stdout.strip())
+    policy = load_artifact(folder / trained.stdout.strip()).input("policy")
     made = {path.parent.name.split("-")[0] for path in (folder / "runs" / "dpo").glob("*-*/MANIFEST.json")}
-    assert made == {"prompts", "pairs", "score", "scores", "label", "train"}
+    assert made == {"prompts", "pairs", "score", "scores", "label", "train", "generate", "evaluate"}
     lines = metrics(policy)
     assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert lines[-1]["loss"] < 0.6

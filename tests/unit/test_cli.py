@@ -88,9 +88,10 @@ def test_help_tells_the_exit_codes(tmp_path: Path) -> None:
     assert "75 interrupted (run again)" in can_dist("--help", cwd=tmp_path).out
 
 
-@pytest.mark.parametrize(
-    "verb", ["run", "generate", "score", "solve", "frontier", "label", "train", "evaluate", "config", "verify", "demo"]
-)
+VERBS = "run generate score solve frontier label train evaluate compare judge config verify demo"
+
+
+@pytest.mark.parametrize("verb", VERBS.split())
 def test_verb_exists(verb: str) -> None:
     assert verb in cli.commands
 

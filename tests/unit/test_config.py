@@ -151,10 +151,12 @@ def test_every_number_of_the_configuration_is_in_the_table_of_bounds() -> None:
     }
     # the constraint's scorer is a callable in BASE; the classifier's own number is tested as the reward's
     free |= {"constraints.safety.scorer.max_length"}
+    free |= {"reward.beta", "constraints.safety.scorer.beta"}  # of a log_ratio, in test_log_ratio.py
     numbers = {
         key.name.replace("<name>", "safety")
         for key in describe_keys(Config)
         if "number" in key.type or "-1" in key.type
+        if key.name.split(".")[0] not in ("sacpo", "p_sacpo", "cdpo", "caid")  # in test_config_methods.py
     }
     assert numbers - free == {key for key, *_ in BOUNDS}
 
@@ -183,10 +185,18 @@ def test_true_is_no_number_and_no_text(key: str) -> None:
             "solve.estimator: expected 'empirical', 'jackknife', 'gaussian' or 'auto' (found 'jacknife')",
         ),
         ("train.schedule", "cosin", "train.schedule: expected 'cosine', 'linear' or 'constant' (found 'cosin')"),
-        ("method", "ppo", "method: expected 'mocan', 'dpo_h' or 'dpo_s' (found 'ppo')"),
+        (
+            "method",
+            "ppo",
+            "expected 'mocan', 'pecan', 'dpo_h', 'dpo_s', 'sacpo', 'p_sacpo', 'cdpo' or 'caid' (found 'ppo')",
+        ),
         ("precision", "fp16", "precision: expected 'auto', 'bf16' or 'fp32' (found 'fp16')"),
         ("reward.sign", 0, "reward.sign: expected 1 or -1 (found 0)"),
-        ("reward.kind", "guard", "reward.kind: expected 'sequence_classifier', 'callable', 'log_ratio' (found 'guard')"),
+        (
+            "reward.kind",
+            "guard",
+            "reward.kind: expected 'sequence_classifier', 'callable', 'log_ratio' (found 'guard')",
+        ),
         ("reward", 3, "reward: expected a group of keys (found 3)"),
         ("generate", None, "generate: expected a group of keys (found None)"),
         ("generate.stop", "END", "generate.stop: expected a list (found 'END')"),
@@ -259,7 +269,7 @@ def test_constraint_named_like_a_scorer_kind_keeps_its_name_in_the_message() -> 
 def test_key_far_from_every_valid_one_gets_no_guess_but_the_list() -> None:
     message = refusal(changed("xyzzy", 1))
     assert "Did you mean" not in message
-    assert "Valid keys here: beta, cluster, constraints" in message
+    assert "Valid keys here: beta, caid, cdpo, cluster, constraints" in message
 
 
 def test_key_that_is_no_text_is_refused() -> None:
@@ -543,6 +553,9 @@ def leaves(model: type[BaseModel], path: str = "") -> list[tuple[str, bool]]:
 
 OTHER = {
     "method": None,  # tied to label
+    **dict.fromkeys(("sacpo", "p_sacpo", "cdpo", "caid")),  # tied to method
+    "methods": {"mocan": {"beta": 2.0}},
+    "evaluate.benign_prompts": {"source": "benign.jsonl"},
     "label.pairs": None,  # tied to label.preferences
     "label.human": None,  # of methods that learn from people
     "solve.estimator": "auto",

@@ -1,5 +1,7 @@
 """The numbers of the report against independent computations."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -22,6 +24,8 @@ from can_dist.reporting.measures import (
     win_rate,
 )
 from can_dist.reporting.predicted import held_out_prediction, multipliers, predictions, score_table
+from can_dist.stages.evaluate import Lineage, lineage_of
+from can_dist.tables.artifacts import Artifact, open_stage
 
 
 def table(scores: dict[str, list[float]], name: str = "g") -> pa.Table:
@@ -216,3 +220,19 @@ def test_an_unknown_standard_error_is_null() -> None:
     solution = solve_dual([0.0, 1.0], [[1.0], [0.0]], ["a", "a"], beta=1.0, constraints=[Margin("safety", -0.1)])
     solution.lam_se["safety"] = float("nan")
     assert multipliers(solution)["safety"] == {"lam": solution.lam["safety"], "lam_se": None}
+
+
+def test_a_prediction_belongs_to_the_policy_that_was_labelled_with_the_solution(tmp_path: Path) -> None:
+    """Not to one whose λ a loop has moved on from, nor to one without a dual, whatever else they descend from."""
+
+    def made(stage: str, label: str, **inputs: Artifact) -> Artifact:
+        return open_stage(tmp_path, stage, label, {}, inputs).commit([], {})
+
+    prompts, scores = made("prompts", "p"), made("scores", "s")
+    solution = made("solve", "dual", scores=scores)
+    once = made("train", "once", preferences=made("label", "λ*", scores=scores, solution=solution))
+    found = lineage_of(once, prompts)
+    assert (found.solution, found.train_scores) == (solution, scores)
+    later = made("train", "later", preferences=made("label", "λ", scores=scores), start=once)
+    for policy in (later, made("merge", "q", policy_a=once, policy_b=later)):
+        assert lineage_of(policy, prompts) == Lineage(policy, prompts)

@@ -21,7 +21,9 @@ from can_dist.reporting import page as report_page
 from can_dist.reporting.examination import examine
 from can_dist.reporting.html import render_report, write_report
 
-SECTIONS = ["verdict", "comparison", "scores", "belief", "training", "diagnostics", "samples", "provenance", "reading"]
+SECTIONS = [
+    "verdict", "comparison", "beside", "scores", "belief", "training", "diagnostics", "samples", "provenance", "reading"
+]  # fmt: skip
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
@@ -92,6 +94,10 @@ def make_report(constraints: list[dict[str, Any]] | None = None) -> dict[str, An
                        "num_responses": "16", "held_out_responses": 2},
         "training": {"num_steps": 240, "loss": np.stack([steps, loss], 1).tolist(), "tokens": 1_234_567,
                      "eval_loss": [[s, 0.69 - 0.0012 * s] for s in (40, 80, 120, 160, 200, 240)]},
+        "tails": {name: {"border": 0.0, "worst_share": 0.1,
+                         "unsafe": {"reference": interval(0.31, 0.06), "policy": interval(0.12, 0.04)},
+                         "worst": {"reference": interval(-2.1, 0.3), "policy": interval(-1.2, 0.3)}} for name in names},
+        "refusals": {"num_prompts": 50, "reference": interval(0.02, 0.02), "policy": interval(0.09, 0.04)},
         "counts": {"prompts_train": 1000, "prompts_repeated": 3, "responses_empty": 0},
         "warnings": ["3 prompts were repeated and kept once.", "A response reached the length limit."],
         "samples": [{"prompt": prompt, "reference": "Take a pin. " * 20, "policy": "Call a locksmith. " * 12,
@@ -269,10 +275,46 @@ def test_a_bound_that_rounds_to_the_margin_gets_more_decimals() -> None:
     assert "+1.2096 [0.9996, 1.4196] against a margin of 1.0000" in Page(render_report(make_report([row]))).text
     row = constraint("safety", 123.4, "met", margin=100.0, half=4.2)
     assert "+123.4 [119.2, 127.6] against a margin of 100.0" in Page(render_report(make_report([row]))).text
-    row = constraint("safety", 2.0, "met", margin=1.25, half=0.7) | {"threshold": 0.84}
+
+
+def test_a_threshold_is_judged_by_the_policys_mean() -> None:
+    row = constraint("safety", 2.0, "met within the interval", margin=1.25, half=0.7)
+    row |= {"threshold": 0.84, "policy_mean": interval(0.91, 0.2)}
     text = Page(render_report(make_report([row]))).text
-    assert "against a margin of 1.25" in text
+    assert "met within the interval: mean 0.91 [0.71, 1.11] against a threshold of 0.84, on 64 held-out" in text
+    assert "The threshold lies inside the 95% interval and the estimate is above it" in text
     assert "mean at least 0.84" in text
+
+
+def test_a_method_without_a_dual_is_measured_and_says_so_in_one_line() -> None:
+    """No predicted column, no diamond, no λ, no section on belief; everything measured is there."""
+    report = make_report() | {"solution": None, "examination": None, "prediction": None, "num_train_prompts": None}
+    report |= {"unpredicted": "DPO-H trained this policy for no dual’s solution, so nothing predicted it."}
+    for row in [*report["constraints"], report["reward"]]:
+        for key in ("predicted", "predicted_held_out", "lam", "lam_se"):
+            row.pop(key, None)
+    report["kl"] = {"realised": report["kl"]["realised"]}
+    page = Page(render_report(report))
+    assert page.text.count("DPO-H trained this policy for no dual’s solution, so nothing predicted it.") == 1
+    sections = [a["id"] for t, a in page.tags if t == "section" and "id" in a]
+    assert sections == [name for name in SECTIONS if name != "belief"]
+    for words in ("Multiplier", "held-out +", "Predicted", "solved on"):
+        assert words not in page.text.split("How to read this report")[0], words
+    assert "Measured on 64 held-out prompts." in page.text
+    assert "+1.23 [1.02, 1.44] against a margin of 1.00" in page.text
+    assert "0.63 [0.58, 0.69]" in page.text
+    labels = [a["aria-label"] for t, a in page.tags if t == "svg"]
+    assert labels[0] == "safety: realised +1.23 [1.02, 1.44], margin 1.00"
+    assert not re.search(r"\bnan\b|\bNone\b", page.text, re.IGNORECASE)
+
+
+def test_tails_and_refusals_stand_beside_the_means() -> None:
+    text = Page(rendered("one")).text
+    assert "safety responses below 0 31.0% [25.0%, 37.0%] 12.0% [8.0%, 16.0%]" in text
+    assert "safety mean of the worst 10% of responses −2.10 [−2.40, −1.80] −1.20 [−1.50, −0.90]" in text
+    assert "over-refusal refused, of 50 benign prompts 2.0% [0.0%, 4.0%] 9.0% [5.0%, 13.0%]" in text
+    assert "over-refusal was not measured" not in text
+    assert "so over-refusal was not measured" in Page(render_report(make_report() | {"refusals": None})).text
 
 
 @pytest.mark.parametrize(
