@@ -11,10 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from can_dist.algorithms.caid import caid
+    from can_dist.algorithms.cdpo import cdpo
+    from can_dist.algorithms.dpo import dpo
     from can_dist.algorithms.mocan import mocan
+    from can_dist.algorithms.p_sacpo import p_sacpo
     from can_dist.algorithms.pecan import pecan
+    from can_dist.algorithms.sacpo import sacpo
     from can_dist.config import Constraint, LogRatio, PythonCallable, SequenceClassifier, load_config
-    from can_dist.dual import DualSolution, Margin, solve_dual
+    from can_dist.dual import DualSolution, Margin, frontier, solve_dual
     from can_dist.run import Run
     from can_dist.scoring.protocol import Scorer
 
@@ -27,9 +32,15 @@ _HOMES = {
     "Run": "can_dist.run",
     "Scorer": "can_dist.scoring.protocol",
     "SequenceClassifier": "can_dist.config",
+    "caid": "can_dist.algorithms.caid",
+    "cdpo": "can_dist.algorithms.cdpo",
+    "dpo": "can_dist.algorithms.dpo",
+    "frontier": "can_dist.dual",
     "load_config": "can_dist.config",
     "mocan": "can_dist.algorithms.mocan",
+    "p_sacpo": "can_dist.algorithms.p_sacpo",
     "pecan": "can_dist.algorithms.pecan",
+    "sacpo": "can_dist.algorithms.sacpo",
     "solve_dual": "can_dist.dual",
 }
 
@@ -42,9 +53,15 @@ __all__ = [
     "Run",
     "Scorer",
     "SequenceClassifier",
+    "caid",
+    "cdpo",
+    "dpo",
+    "frontier",
     "load_config",
     "mocan",
+    "p_sacpo",
     "pecan",
+    "sacpo",
     "solve_dual",
 ]
 
