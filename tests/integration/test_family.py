@@ -80,6 +80,7 @@ def events(run_dir: Path, event: str, stage: str) -> int:
     return sum(line.get("event") == event and line.get("stage") == stage for line in lines)
 
 
+@pytest.mark.slow
 def test_cdpo_goes_on_between_rounds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped before its second training, it goes on with that one; λ and the slack of each round are recorded."""
     run_dir = folder / "cdpo"
@@ -119,6 +120,7 @@ def test_cdpo_goes_on_between_rounds(folder: Path, monkeypatch: pytest.MonkeyPat
     assert report["method"] == "cdpo"
 
 
+@pytest.mark.slow
 def test_caid_trains_on_from_the_one_shot_policy(folder: Path) -> None:
     run_dir = folder / "caid"
     evaluation, report = run_whole(run_dir, configure(folder, "caid", label={"labels": "listwise"}))
@@ -138,6 +140,7 @@ def weights(policy: Artifact) -> dict[str, torch.Tensor]:
     return load_file(policy.path / POLICY / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_p_sacpo_gives_a_policy_for_every_q(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """DPO on helpfulness, KTO on safety from there, and mixtures of the two; the last q is what the run returns."""
     run_dir = folder / "p_sacpo"
@@ -171,6 +174,7 @@ def test_p_sacpo_gives_a_policy_for_every_q(folder: Path, capsys: pytest.Capture
     assert any(not torch.equal(weights(safe)[name], weights(helpful)[name]) for name in weights(safe))
 
 
+@pytest.mark.slow
 def test_sacpo_from_scores_in_the_other_order(folder: Path) -> None:
     """Safety first with β/λ, then helpfulness with β; `train` gives the last training."""
     run_dir = folder / "sacpo"

@@ -159,6 +159,7 @@ def response_logp(model_dir: Path, row: dict[str, Any]) -> float:
     return sum(logp_TV[len(prompt) - 1 + t, token].item() for t, token in enumerate(row["token_ids"]))
 
 
+@pytest.mark.slow
 def test_pecan_from_a_preference_file_to_a_report(folder: Path) -> None:
     """Two DPOs on people's labels, a calibration, the dual on log-ratios, one more DPO, the evaluation."""
     done = can_dist(folder, "run", "my.yaml", "--run", "runs/pecan")
