@@ -78,7 +78,7 @@ LISTS = {"batch_size": 3, "micro_batch_size": 2, "num_epochs": 400}  # three pro
 @pytest.mark.parametrize(
     ("labels", "margins", "train"),
     [
-        ("soft", {"harmless": 0.6}, PAIRS),
+        pytest.param("soft", {"harmless": 0.6}, PAIRS, marks=pytest.mark.slow),
         ("soft", {"harmless": 0.45, "honest": 0.45}, PAIRS),
         pytest.param("regression", {"harmless": 0.6}, PAIRS, marks=pytest.mark.slow),
         pytest.param("listwise", {"harmless": 0.6}, LISTS, marks=pytest.mark.slow),
