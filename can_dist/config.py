@@ -102,6 +102,10 @@ class Label(Strict):
         description="soft: p = σ(s_a − s_b); sampled: one draw of it; regression: s_a − s_b itself; "
         "listwise: softmax(s/β) over all K.",
     )
+    as_published: bool = Field(
+        False,
+        description="pecan: label log-ratios without their β, as the paper's code does; its minimiser is not π_λ*.",
+    )
     pairs: Literal["responses", "preferences"] = Field(
         "responses", description="Pair the K responses of a prompt, or take a preference data set's own pairs."
     )
@@ -270,6 +274,7 @@ class Config(Strict):
         if (own or not people) and (label.pairs == "preferences") != (label.preferences is not None):
             raise ValueError("label.preferences names the data set when label.pairs is 'preferences', and only then")
         unused = [] if "scores" in sources else ["labels", "pairs", "pairs_per_prompt"]
+        unused += [] if method == "pecan" else ["as_published"]  # elsewhere the paper's labels are 'sampled'
         unused += [] if people and not sacpo else ["human"]  # SACPO's steps have their own
         if given := changed(label, unused):
             raise ValueError(f"method {method} does not use {', '.join(f'label.{name}' for name in given)}; leave out")

@@ -157,7 +157,9 @@ class Run:
 
         ``score`` names another score to take the place of r.
         """
-        return self._reached("label", label.label(self._work, responses, scores, lam, reward=score, beta=beta))
+        unit = self._published_units() if self.config.label.as_published else {}
+        preferences = label.label(self._work, responses, scores, lam, reward=score, beta=beta, unit=unit)
+        return self._reached("label", preferences)
 
     def label_human(
         self, pairs: Artifact, logps: Artifact, criterion: Criterion, human: Human | None = None
@@ -243,6 +245,11 @@ class Run:
                     return found
             level = inputs
         raise DataError(f"{artifact.path}: not made from a {stage!r} artifact.")
+
+    def _published_units(self) -> dict[str, float]:
+        """Return β of each log-ratio: the paper's code leaves it out of the labels."""
+        scorers = named_scorers(self.config.reward, self.config.constraints)
+        return {name: scorer.beta for name, scorer in scorers.items() if isinstance(scorer, LogRatio)}
 
     def _given_pairs(self, reference: Model, prompts: Artifact, *, mismatched: bool) -> Artifact:
         source = self.config.label.preferences

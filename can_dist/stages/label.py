@@ -36,8 +36,11 @@ def label(
     *,
     reward: str,
     beta: float,
+    unit: Mapping[str, float] | None = None,
 ) -> Artifact:
     """Return the ``preferences`` table of s = r + ⟨λ, g⟩; ``lam`` is a dual's solution, or λ by name of its score.
+
+    ``unit`` divides scores by name first: the paper's code labels log-ratios without their β (``label.as_published``).
 
     Empty responses, and pairs of twice the same tokens, teach nothing and are set aside. Pairs of equal score (ties)
     are kept: their target holds the log-ratios equal. All of them are counted, and listed in ``noted_examples.json``.
@@ -54,13 +57,15 @@ def label(
         inputs["solution"] = lam
     else:
         what["lam"] = dict(lam)
+    if unit:
+        what["unit"] = dict(unit)
     stage = work.open("label", "preferences", {**what, "beta": beta}, inputs)
     if stage.finished:
         return stage.finished
     with work.timed("label", "preferences"):
         multipliers = load_solution(lam).lam if isinstance(lam, Artifact) else lam
         rows = join(responses, scores)
-        for row, score in zip(rows, combined_score(scores, multipliers, reward).tolist(), strict=True):
+        for row, score in zip(rows, combined_score(scores, multipliers, reward, unit or {}).tolist(), strict=True):
             row["score"] = score
         if options.labels == "listwise":
             kept, noted = _label_lists(rows, options, work.config.seed, beta)
@@ -74,12 +79,12 @@ def label(
         return commit(work, stage, kept, noted, loss=LOSS_OF[options.labels])
 
 
-def combined_score(scores: Artifact, lam: Mapping[str, float], reward: str) -> np.ndarray:
-    """Return s = r + ⟨λ, g⟩ of every response, (N,) float64."""
+def combined_score(scores: Artifact, lam: Mapping[str, float], reward: str, unit: Mapping[str, float]) -> np.ndarray:
+    """Return s = r + ⟨λ, g⟩ of every response, (N,) float64, each score in its ``unit`` (1 where not named)."""
     table = scores.table
-    total: np.ndarray = table.column(reward).to_numpy().astype(np.float64)
+    total: np.ndarray = table.column(reward).to_numpy().astype(np.float64) / unit.get(reward, 1.0)
     for name, value in lam.items():
-        total = total + value * table.column(name).to_numpy()
+        total = total + value * table.column(name).to_numpy() / unit.get(name, 1.0)
     return total
 
 

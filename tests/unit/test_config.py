@@ -558,6 +558,7 @@ OTHER = {
     "evaluate.benign_prompts": {"source": "benign.jsonl"},
     "label.pairs": None,  # tied to label.preferences
     "label.human": None,  # of methods that learn from people
+    "label.as_published": None,  # of method pecan
     "solve.estimator": "auto",
     "solve.confidence": 0.9,
     "label.labels": "sampled",

@@ -13,7 +13,7 @@ from scipy.special import softmax
 
 from can_dist.config import validate_config
 from can_dist.dual import Margin, solve_dual
-from can_dist.errors import DataError
+from can_dist.errors import ConfigError, DataError
 from can_dist.stages.label import NOTED, label
 from can_dist.stages.solve import SOLUTION
 from can_dist.stages.workspace import Workspace
@@ -56,7 +56,7 @@ def tables(run: Path, reward_N: np.ndarray, safety_N: np.ndarray, texts: list[st
     return responses, scores, stage.commit([SOLUTION]), solution
 
 
-def labelled(run: Path, inputs: Any, **options: Any) -> Any:
+def labelled(run: Path, inputs: Any, unit: dict[str, float] | None = None, **options: Any) -> Any:
     config = validate_config(
         {
             "prompts": {"source": "x.jsonl"},
@@ -69,7 +69,7 @@ def labelled(run: Path, inputs: Any, **options: Any) -> Any:
     )
     work = Workspace(run, config)
     try:
-        return label(work, *inputs[:3], reward="reward", beta=BETA)
+        return label(work, *inputs[:3], reward="reward", beta=BETA, unit=unit)
     finally:
         work.close()
 
@@ -207,3 +207,25 @@ def test_lambda_may_be_given_by_name(tmp_path, random_scores) -> None:
     assert rows[0]["scores"] == pytest.approx([combined[0], combined[1]])
     other = labelled(tmp_path, (responses, scores, {"safety": 3.0})).table.to_pylist()
     assert other[0]["scores"] != rows[0]["scores"]
+
+
+def test_published_labels_leave_beta_out(tmp_path: Path) -> None:
+    """PeCAN in the paper's code labels ln π_r/π_ref + λ ln π_g/π_ref: each score divided by the β in it."""
+    rng = np.random.default_rng(7)
+    reward_N, safety_N = rng.normal(size=(2, NUM_PROMPTS * NUM_RESPONSES))
+    inputs = tables(tmp_path, reward_N, safety_N)
+    lam = inputs[3].lam["safety"]
+    assert lam > 0
+    rows = labelled(tmp_path, inputs, unit={"reward": 0.1, "safety": 0.5}).table.to_pylist()
+    score_N = reward_N / 0.1 + lam * safety_N / 0.5
+    for row in rows[:50]:
+        a, b = (int(i.split("/")[0][1:]) * NUM_RESPONSES + int(i.split("/")[1]) for i in row["response_ids"])
+        assert row["target"][0] == pytest.approx(1 / (1 + np.exp(score_N[b] - score_N[a])), rel=1e-12)
+    usual = labelled(tmp_path, inputs)
+    assert usual.table.column("target").to_pylist() != [row["target"] for row in rows]
+
+
+def test_published_labels_are_of_pecan_only(tmp_path: Path) -> None:
+    inputs = tables(tmp_path, *np.random.default_rng(8).normal(size=(2, NUM_PROMPTS * NUM_RESPONSES)))
+    with pytest.raises(ConfigError, match=r"method mocan does not use label.as_published; leave out"):
+        labelled(tmp_path, inputs, as_published=True)
