@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -259,6 +260,14 @@ class TestBadInput:
     def test_repeated_constraint(self) -> None:
         with pytest.raises(ConfigError, match="name 'a' is given twice"):
             solve(utility_NJ=np.stack([UTILITY, UTILITY], axis=1), constraints=[Margin("a", 0.1), Margin("a", 0.2)])
+
+    @pytest.mark.parametrize("margins", [[], [0.1, 0.2], 0.1])
+    def test_margins_of_the_wrong_length(self, margins: Any) -> None:
+        table = ScoreTable.build([0.0, 1.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.0], [0, 0, 1, 1])
+        shape = np.asarray(margins, dtype=float).shape
+        expected = f"margin_J: shape {shape}, expected (1,): one number per constraint of the table."
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            predict(table, [0.5], 1.0, margins)
 
     def test_wrong_number_of_constraints(self) -> None:
         with pytest.raises(ConfigError, match=r"2 columns for 1 constraints \(safety\)"):
