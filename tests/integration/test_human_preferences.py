@@ -54,6 +54,7 @@ def metrics(policy: Artifact) -> list[dict[str, float]]:
     return [line for line in read_metrics(policy.path / METRICS) if "loss" in line]
 
 
+@pytest.mark.slow
 def test_dpo_by_the_command_line(folder: Path) -> None:
     """The whole method; a stage that it has not is refused."""
 
