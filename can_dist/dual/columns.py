@@ -5,7 +5,7 @@ is what :func:`can_dist.dual.solve_table` takes instead of a :class:`~can_dist.d
 blocks (an array in memory, files read one after the other, tasks on a cluster) is the caller's business: it hands in
 a function from a pass to the results of its shards, and equal shards give equal sums wherever they are made.
 
-What is kept grows with the number of prompts (about 8·(4J + 8) bytes each), not with the number of responses.
+What is kept grows with the number of prompts, not with the number of responses.
 """
 
 from __future__ import annotations
