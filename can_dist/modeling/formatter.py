@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from can_dist.config import Model
 from can_dist.errors import ConfigError, DataError
+from can_dist.modeling.loading import load_tokenizer
 from can_dist.tables.artifacts import digest_of
 
 if TYPE_CHECKING:
@@ -34,8 +36,8 @@ class Formatter:
 
     @property
     def digest(self) -> str:
-        """Digest of the text convention (template and special tokens)."""
-        return digest_of([self.template or self.tokenizer.chat_template, self.tokenizer.all_special_tokens])
+        """Digest of the template, the plain one or the tokenizer's."""
+        return digest_of(self.template or self.tokenizer.chat_template)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids up to the point where the model's response begins."""
@@ -78,3 +80,33 @@ class Formatter:
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
+
+
+def convention(model: Model) -> dict[str, str | None]:
+    """Return what a manifest says of how a model's texts are written: the plain template, if any, and a digest."""
+    return {"plain": model.template, "digest": Formatter(load_tokenizer(model), model.template).digest}
+
+
+def require_convention(model: Model, written: Mapping[str, Any] | None, where: str) -> dict[str, str | None]:
+    """Return a model's convention, which must be the one that the manifest of the artifact at ``where`` tells.
+
+    ``written`` is None where the manifest tells none, as those of earlier versions.
+
+    Raises
+    ------
+    DataError
+        When they differ; both are named.
+    """
+    mine = convention(model)
+    if written is None or written["digest"] == mine["digest"]:
+        return mine
+    raise DataError(
+        f"{where}: made with {_shown(written)}, but model {model.model!r} writes texts with {_shown(mine)}: the same "
+        "tokens would be other texts. Give every stage of a run the same template and tokenizer."
+    )
+
+
+def _shown(written: Mapping[str, Any]) -> str:
+    if written["plain"] is not None:
+        return f"the template {written['plain']!r}"
+    return f"a tokenizer's chat template (digest {written['digest'][:12]})"

@@ -85,7 +85,7 @@ def ask_for_responses(work: Workspace, reference: Model, prompts: Artifact, endp
             _check_sampled(rows, options, endpoint)
             tokenise(reference, formatter, longest, rows, _where(endpoint))
             write_part(stage.path, shard, pa.Table.from_pylist(rows, schema=RESPONSES))
-    return commit_responses(stage, table.num_rows, range(len(starts)))
+    return commit_responses(stage, reference, table.num_rows, range(len(starts)))
 
 
 def _check_sampled(rows: Sequence[Mapping[str, Any]], options: Generate, endpoint: GenerateEndpoint) -> None:

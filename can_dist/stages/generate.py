@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from can_dist.config import Generate, Model, identity
 from can_dist.errors import DataError
+from can_dist.modeling.formatter import convention
 from can_dist.modeling.loading import model_digest, resolve_precision
 from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, StageDirectory, load_artifact, write_part
@@ -63,11 +64,11 @@ def generate(work: Workspace, model: Model, prompts: Artifact, *, split: str, ro
     with work.timed("generate", label, prompts=num_prompts, responses_per_prompt=num_responses):
         rows = {shard: size * num_responses for shard, size in sizes.items() if shard not in done}
         work.run_shards(job, rows, f"generate ({label})")
-        return commit_responses(stage, num_prompts, sizes)
+        return commit_responses(stage, model, num_prompts, sizes)
 
 
-def commit_responses(stage: StageDirectory, num_prompts: int, parts: Collection[int]) -> Artifact:
-    """Commit a table of responses, which must have these parts, with its counts."""
+def commit_responses(stage: StageDirectory, model: Model, num_prompts: int, parts: Collection[int]) -> Artifact:
+    """Commit a table of responses in the tokens of ``model``, which must have these parts, with its counts."""
     table = stage.parts_table()
     reasons = pc.value_counts(table.column("finish_reason").combine_chunks()).to_pylist()
     info = {
@@ -75,6 +76,7 @@ def commit_responses(stage: StageDirectory, num_prompts: int, parts: Collection[
         "num_responses": table.num_rows,
         "num_tokens": pc.sum(table.column("num_tokens")).as_py(),
         "finish_reason": {entry["values"]: entry["counts"] for entry in reasons},
+        "text": convention(model),
     }
     return stage.commit(info=info, parts=parts)
 

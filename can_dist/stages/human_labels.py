@@ -57,7 +57,7 @@ def label_human(
         else:
             kept, unflagged = _responses(usable, criterion, options, validation, seed, str(pairs.path))
             noted += unflagged
-        return commit(work, stage, kept, noted, loss={"dpo": "sigmoid", "kto": "kto"}[options.loss])
+        return commit(work, stage, kept, noted, logps, loss={"dpo": "sigmoid", "kto": "kto"}[options.loss])
 
 
 Given = tuple[Row, Row | None]

@@ -95,7 +95,7 @@ def ingest_pairs(
     DataError
         When the source cannot be read, or ``mismatched`` is asked of pairs of one prompt only.
     """
-    from can_dist.modeling.formatter import Formatter
+    from can_dist.modeling.formatter import Formatter, convention
     from can_dist.modeling.loading import load_tokenizer
 
     what = {
@@ -128,6 +128,7 @@ def ingest_pairs(
         "counts": {**read.counts, "held_out": read.table.num_rows - len(pairs)},
         "mismatched": mismatched,
         "names_criteria": read.names_criteria,
+        "text": convention(reference),
     }
     return stage.commit(info=info)
 

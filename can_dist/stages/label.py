@@ -80,7 +80,7 @@ def label(
                 f"{scores.path}: no preference signal: the scores of every example are equal ({listed(noted)}). "
                 "Check the scorers: a constant score cannot say which response is better."
             )
-        return commit(work, stage, kept, noted, loss=LOSS_OF[options.labels])
+        return commit(work, stage, kept, noted, scores, loss=LOSS_OF[options.labels])
 
 
 def combined_score(scores: Artifact, lam: Mapping[str, float], reward: str, unit: Mapping[str, float]) -> np.ndarray:
@@ -175,8 +175,12 @@ def _stream(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")
 
 
-def commit(work: Workspace, stage: StageDirectory, kept: list[Row], noted: list[Row], *, loss: str) -> Artifact:
+def commit(
+    work: Workspace, stage: StageDirectory, kept: list[Row], noted: list[Row], scores: Artifact, *, loss: str
+) -> Artifact:
     """Write the examples and what was noted, say how many there are, and commit.
+
+    ``scores`` holds the reference's log-probabilities, and says with which template they were computed.
 
     Raises
     ------
@@ -191,7 +195,8 @@ def commit(work: Workspace, stage: StageDirectory, kept: list[Row], noted: list[
     counts["examples"] = len(kept)
     splits = Counter(one["split"] for one in kept)
     work.say("label: " + ", ".join(f"{n} {what}" for what, n in (counts | splits).items()))
-    return stage.commit([NOTED], info={"loss": loss, "counts": dict(counts), "splits": dict(splits)})
+    text = scores.info["scorers"].get("logp.reference", {}).get("text")
+    return stage.commit([NOTED], info={"loss": loss, "counts": dict(counts), "splits": dict(splits), "text": text})
 
 
 # ------------------------------------------------------------------------------------------------ labels from scores

@@ -69,7 +69,7 @@ def bring_responses(work: Workspace, reference: Model, prompts: Artifact, source
     starts = range(0, len(token_rows), SHARD_ROWS)
     for part, first in enumerate(starts):
         write_part(stage.path, part, pa.Table.from_pylist(token_rows[first : first + SHARD_ROWS], schema=RESPONSES))
-    return commit_responses(stage, len(rows), range(len(starts)))
+    return commit_responses(stage, reference, len(rows), range(len(starts)))
 
 
 def read_responses(source: DataSource) -> tuple[dict[str, list[str]], int]:

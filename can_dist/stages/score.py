@@ -14,6 +14,7 @@ from safetensors.numpy import load, save
 
 from can_dist.config import MultiHead
 from can_dist.errors import DataError
+from can_dist.modeling.formatter import require_convention
 from can_dist.modeling.loading import load_model_config, output_weights, resolve_precision
 from can_dist.scoring.log_ratio import check_one_reference, log_ratio
 from can_dist.scoring.protocol import (
@@ -56,8 +57,8 @@ def score(work: Workspace, responses: Artifact, scorers: Mapping[str, ScorerSpec
     Raises
     ------
     DataError
-        When a score is not finite (response ids listed), a model is not what its spec says, or log-ratios are relative
-        to different references.
+        When a score is not finite (response ids listed), a model is not what its spec says, log-ratios are relative
+        to different references, or log-probabilities are asked of a model with another template than the responses'.
     """
     columns = {name: _column(work, responses, name, spec, role) for name, spec in scorers.items()}
     check_one_reference({name: artifact.info["scorer"] for name, artifact in columns.items()}, REFERENCE)
@@ -109,6 +110,9 @@ def _score_one(
         return _check_allowed(stage.finished, allowed)
     rows = {int(e["file"][5:10]): e["rows"] for e in responses.manifest["files"] if "rows" in e}
     check_scorer_opens(spec)
+    text = {}
+    if isinstance(spec, LogProb):
+        text = {"text": require_convention(spec.model, responses.info.get("text"), str(responses.path))}
     job = ScoreJob(
         name,
         spec,
@@ -137,7 +141,11 @@ def _score_one(
         _check_rows(stage, sum(rows.values()) - len(found))
         return stage.commit(
             files=job.quarantine_files(),
-            info={"scorer": {"name": name, "model": shown_name(spec), **what}, "num_tokens": num_tokens, **left_out},
+            info={
+                "scorer": {"name": name, "model": shown_name(spec), **what, **text},
+                "num_tokens": num_tokens,
+                **left_out,
+            },
             parts=rows,
         )
 

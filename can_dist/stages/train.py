@@ -16,6 +16,7 @@ from can_dist import errors
 from can_dist.cluster import check_room_for_workers, connect, interruptible, progress
 from can_dist.config import Config, Model, identity
 from can_dist.errors import CanDistError, EnvironmentProblem, Interrupted
+from can_dist.modeling.formatter import require_convention
 from can_dist.modeling.loading import model_digest, resolve_precision
 from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, StageDirectory, write_json
@@ -54,6 +55,8 @@ def train(
 
     Raises
     ------
+    DataError
+        When the preferences' reference log-probabilities were computed with another template than the reference's.
     NumericalError
         When a loss or gradient is not finite (step, rank, example ids), or the loss of the reference's own weights
         is not what log-ratios of zero give.
@@ -67,6 +70,7 @@ def train(
     stage = _open(work, config, models, {"preferences": preferences, **trained}, beta)
     if stage.finished:
         return stage.finished
+    require_convention(models["reference"], preferences.info.get("text"), str(preferences.path))
     for name in (FAILURE, STOP, f"{RANKS}/{HANG}"):  # of an attempt before this one
         (stage.path / name).unlink(missing_ok=True)
     spec, steps = _spec(config, stage.path, models, preferences, beta), _total_steps(config, preferences)
@@ -264,7 +268,9 @@ def _commit(work: Workspace, stage: StageDirectory) -> Artifact:
     _warn_if_drifting(work, curve)
     written = [p for folder in (POLICY, ADAPTER) for p in (stage.path / folder).rglob("*") if p.is_file()]
     summary = json.loads((stage.path / SUMMARY).read_text(encoding="utf-8"))
-    artifact = stage.commit([CURVE, *(str(p.relative_to(stage.path)) for p in written)], info={"summary": summary})
+    artifact = stage.commit(
+        [CURVE, *(str(p.relative_to(stage.path)) for p in written)], info={"summary": summary}
+    )
     for leftover in ("checkpoints", "ray", RANKS):
         shutil.rmtree(stage.path / leftover, ignore_errors=True)
     return artifact
