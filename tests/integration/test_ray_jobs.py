@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import time
 import urllib.request
@@ -15,19 +16,22 @@ from ray_head import BIN, Head, ray_head
 from ruamel.yaml import YAML
 from tiny import make_tiny_lm
 
+from can_dist.tables.artifacts import load_artifact
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 WORDS = [f"w{i}" for i in range(12)]
 CANARY = "hf_canary_7f3a91c5e2"
 PRIVATE = "zebracanary"  # in every prompt
+STEPS = 100  # more than a training does while `ray job stop` starts
 ROWS = 240  # of a shard of the job that is stopped, which must not end before
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A head whose nodes know a secret, as workers that read private models do."""
-    with ray_head({"HF_TOKEN": CANARY}) as head:
+    """A head whose nodes know a secret, as workers that read private models do, and whose jobs have time to stop."""
+    with ray_head({"HF_TOKEN": CANARY, "RAY_JOB_STOP_WAIT_TIME_S": "60"}) as head:
         yield head
 
 
@@ -48,7 +52,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {
             "learning_rate": 1e-3,
             "batch_size": 12,
-            "max_steps": 4,
+            "tokens_per_pack": 40,
+            "num_epochs": 100,
+            "max_steps": STEPS,
+            "checkpoint_every": 1000,
+            "log_every": 1,
             "ds_config": str(ROOT / "ds_configs" / "zero3_cpu.json"),
         },
         "evaluate": {"num_responses": 4},
@@ -153,6 +161,42 @@ def test_a_stopped_job_goes_on_when_submitted_again(head: Head, config: Path, fi
     assert again.returncode == 0, again.stdout + again.stderr
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len(list(run.glob("generate-*/MANIFEST.json"))) == 1
+
+
+def digests(run: Path) -> dict[str, str]:
+    """Return the digest of every artifact of a run."""
+    return {path.parent.name: load_artifact(path.parent).digest for path in run.glob("*/MANIFEST.json")}
+
+
+def last_step(run: Path) -> int:
+    """Return the newest step in the metrics of a run's training; 0 before the first."""
+    lines = [line for path in run.glob("train-*/metrics.jsonl") for line in path.read_text().split("\n")[:-1]]
+    return max((int(json.loads(line)["step"]) for line in lines), default=0)
+
+
+def test_f40_a_stopped_training_commits_its_step_and_goes_on_when_submitted_again(
+    head: Head, config: Path, finished: tuple[Path, str]
+) -> None:
+    run = config.parent / "runs" / "stopped-training"
+    shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("train-*", "evaluate-*"))
+    entry = ["ray_jobs/run.py", str(config), "--run", str(run), "--require-auth"]
+    started = submit(head, "--no-wait", "--submission-id", "training", *entry)
+    assert started.returncode == 0, started.stderr
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and last_step(run) < 3:
+        time.sleep(0.05)
+    assert ray(head, "stop", "training").returncode == 0
+    told = ray(head, "status", "training").stdout + ray(head, "logs", "training").stdout
+    stopped = last_step(run)
+    assert 3 <= stopped < STEPS, f"the stop came too late to test anything:\n{told}"
+    assert "was stopped" in told
+    assert f"Interrupted: stopped by a signal; step {stopped} is committed, run again to continue." in told
+    assert [path.parent.name for path in run.glob("train-*/checkpoints/*/COMMIT.json")] == [f"step-{stopped:06d}"]
+    assert not list(run.glob("train-*/MANIFEST.json"))
+    again = submit(head, *entry)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"going on from checkpoint step-{stopped:06d}" in again.stdout + again.stderr
+    assert digests(run) == digests(finished[0])
 
 
 def files_of(run: Path, head: Head) -> tuple[list[Path], list[Path]]:
