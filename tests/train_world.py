@@ -14,6 +14,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,8 +178,8 @@ def launch(
     ``hook`` makes a rank fail: 'kill:RANK:STEP', 'raise:RANK:STEP', 'freeze:RANK:STEP', 'sleep:RANK:STEP',
     'term:RANK:STEP', or 'nan_gradient'; 'kill_writing:RANK:STEP' in the middle of its file of a checkpoint,
     'kill_export' in the middle of the policy, 'file_size:RANK:STEP:BYTES' leaves it room for so much in the checkpoint
-    of a step. 'twin' starts rank 0 twice, 'lonely' waits seconds for ranks that do not come, 'preferences:DIRECTORY'
-    gives the last rank others than the path says.
+    of a step, 'export_size:FILE:BYTES' in a file of the policy. 'twin' starts rank 0 twice, 'lonely' waits seconds for
+    ranks that do not come, 'preferences:DIRECTORY' gives the last rank others than the path says.
 
     'gradients:FILE:HEAD_BYTES' keeps the gradients of the first step, 'gradients:FILE:HEAD_BYTES:padded' those of plain
     padded batches, 'states:FILE' the optimizer's states at the start of the loop. 'memory:FILE' and 'cuda_memory:FILE'
@@ -257,6 +259,8 @@ def _install(hook: str, rank: int) -> None:
         engine._Loop.step = step_or_fail
     if kind in ("kill_writing", "file_size") and rank == int(arguments[0]):
         _fail_writing(kind, *map(int, arguments[1:]))
+    if kind == "export_size" and rank == 0:
+        _fail_exporting(arguments[0], int(arguments[1]))
     if kind == "kill_export" and rank == 0:
         export.check_shapes = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     if kind in ("twin", "lonely"):
@@ -300,13 +304,37 @@ def _fail_writing(kind: str, step: int, limit: int = 0) -> None:
             os.truncate(path, Path(path).stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         else:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            try:
+            with _room_for(limit):
                 plain_save(writer, state_dict, path)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     TorchCheckpointEngine.save = save
+
+
+@contextmanager
+def _room_for(limit: int) -> Iterator[None]:
+    """Let the disk be full after ``limit`` bytes of a file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def _fail_exporting(name: str, limit: int) -> None:
+    """Let the disk be full after ``limit`` bytes of one file of the policy: its weights, or what lies beside them."""
+    from can_dist.training import export
+
+    plain_save, plain_settings = export.save_file, export._write_settings
+
+    def save_file(tensors: object, path: Path, metadata: object) -> None:
+        with _room_for(limit) if path.name == name else nullcontext():
+            plain_save(tensors, path, metadata)
+
+    def write_settings(module: object, tokenizer: object, out: Path) -> None:
+        with _room_for(limit) if name == "tokenizer.json" else nullcontext():
+            plain_settings(module, tokenizer, out)
+
+    export.save_file, export._write_settings = save_file, write_settings
 
 
 def _keep_states(file: Path) -> None:

@@ -13,6 +13,7 @@ from can_dist.modeling.formatter import Formatter
 from can_dist.modeling.loading import context_length, device, load_causal_lm, load_tokenizer
 from can_dist.modeling.logprobs import ResponseModel, choose_layout
 from can_dist.modeling.packs import make_pack
+from can_dist.modeling.policy_probe import check_probe
 from can_dist.scoring.passes import Passes, say, to_device
 from can_dist.scoring.protocol import LogProb, Response
 
@@ -22,7 +23,9 @@ class LogProbScorer:
 
     def __init__(self, spec: LogProb, precision: str) -> None:
         self.spec = spec.model
-        self.model = ResponseModel(load_causal_lm(self.spec, precision)).eval().to(device())
+        lm = load_causal_lm(self.spec, precision).eval().to(device())
+        check_probe(lm, self.spec.model, precision)
+        self.model = ResponseModel(lm).eval()
         self.formatter = Formatter(load_tokenizer(self.spec), self.spec.template)
         where = f"model {self.spec.model!r}"
         layout = choose_layout(self.model, self.model, functools.partial(say, where))

@@ -145,9 +145,11 @@ class GenerateJob:
         """Open prompts, model, tokenizer and formatter."""
         from can_dist.modeling.formatter import Formatter
         from can_dist.modeling.loading import device, load_causal_lm, load_tokenizer
+        from can_dist.modeling.policy_probe import check_probe
         from can_dist.modeling.sampling import end_token_ids
 
         model = load_causal_lm(self.model, self.precision).eval().to(device())
+        check_probe(model, self.model.model, self.precision)
         tokenizer = load_tokenizer(self.model)
         formatter = Formatter(tokenizer, self.model.template)
         prompts = prompts_of_split(self.prompts_path, self.split)

@@ -18,10 +18,12 @@ from can_dist.config import Config, Model, identity
 from can_dist.errors import CanDistError, EnvironmentProblem, Interrupted
 from can_dist.modeling.formatter import require_convention
 from can_dist.modeling.loading import model_digest, resolve_precision
+from can_dist.modeling.policy_probe import PROBE
 from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, StageDirectory, write_json
-from can_dist.training import ADAPTER, CURVE, POLICY, STOP, SUMMARY
+from can_dist.training import ADAPTER, CHECKPOINTS, CURVE, POLICY, STOP, SUMMARY
 from can_dist.training.batches import num_steps
+from can_dist.training.checkpoints import writing
 from can_dist.training.deepspeed_config import read_ds_config
 from can_dist.training.extensions import extensions_directory
 from can_dist.training.heartbeat import HANG, RANKS, read_hang
@@ -116,7 +118,7 @@ def _open(
         "beta": beta,
         "seed": config.seed,
         "precision": resolve_precision(config.precision),
-        "record": 2,  # what is kept beside the weights; 2: the curve, and the adapter
+        "record": 3,  # what is kept beside the weights; 2: the curve, and the adapter; 3: the probe
     }
     return work.open("train", "policy", what, inputs)
 
@@ -264,13 +266,13 @@ def _warn_if_drifting(work: Workspace, curve: Mapping[str, Any]) -> None:
 
 def _commit(work: Workspace, stage: StageDirectory) -> Artifact:
     curve = training_curve(stage.path)
-    write_json(stage.path / CURVE, curve)
     _warn_if_drifting(work, curve)
     written = [p for folder in (POLICY, ADAPTER) for p in (stage.path / folder).rglob("*") if p.is_file()]
+    files = [CURVE, PROBE, *(str(p.relative_to(stage.path)) for p in written)]
     summary = json.loads((stage.path / SUMMARY).read_text(encoding="utf-8"))
-    artifact = stage.commit(
-        [CURVE, *(str(p.relative_to(stage.path)) for p in written)], info={"summary": summary}
-    )
-    for leftover in ("checkpoints", "ray", RANKS):
+    with writing(stage.path, stage.path / CHECKPOINTS):
+        write_json(stage.path / CURVE, curve)
+        artifact = stage.commit(files, info={"summary": summary})
+    for leftover in (CHECKPOINTS, "ray", RANKS):
         shutil.rmtree(stage.path / leftover, ignore_errors=True)
     return artifact

@@ -1,6 +1,7 @@
 """Training: losses, batches, the engine, checkpoints, and small score models."""
 
 # what a training leaves in its directory
+CHECKPOINTS = "checkpoints"
 POLICY = "policy"
 ADAPTER = "adapter"
 CURVE = "curve.json"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.tables.artifacts import digest_of, file_digest, write_json
@@ -180,7 +181,7 @@ def _notes_failures(engine: Any) -> Iterator[list[str]]:
             with Path(path).open("rb") as file:
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # torch tells of a full disk by either
-            failures.append(f"{path}: could not be written ({str(error).splitlines()[0]}). {_free(Path(path).parent)}")
+            failures.append(_not_written(Path(path), error))
 
     writer.save = save_file
     engine._copy_recovery_script = lambda _: None  # a file that nothing here reads
@@ -190,14 +191,40 @@ def _notes_failures(engine: Any) -> Iterator[list[str]]:
         writer.save = plain
 
 
-def _require_space(engine: Any, directory: Path) -> None:
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
-    needed, free = BYTES_PER_WEIGHT * trained, shutil.disk_usage(directory).free
+@contextmanager
+def writing(path: Path, checkpoints: Path) -> Iterator[None]:
+    """Tell of a failure to write ``path`` as of one to write a checkpoint; these are in ``checkpoints``.
+
+    Raises
+    ------
+    EnvironmentProblem
+        With the path, the cause, what is free, and the checkpoint that the same command goes on from.
+    """
+    try:
+        yield
+    except Exception as error:
+        # tokenizers raises a plain Exception
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
+            raise
+        raise EnvironmentProblem(f"{_not_written(path, error)}. {_advice(checkpoints)}") from None
+
+
+def require_space(what: str, needed: float, directory: Path, checkpoints: Path) -> None:
+    """Raise ``EnvironmentProblem`` unless ``directory`` has room for ``needed`` bytes; ``what`` says of what."""
+    free = shutil.disk_usage(directory).free
     if free < needed:
         raise EnvironmentProblem(
-            f"{directory}: a checkpoint needs up to {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. "
-            f"{_advice(directory)}"
+            f"{directory}: {what} {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. {_advice(checkpoints)}"
         )
+
+
+def _require_space(engine: Any, directory: Path) -> None:
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
+    require_space("a checkpoint needs up to", BYTES_PER_WEIGHT * trained, directory, directory)
+
+
+def _not_written(path: Path, error: Exception) -> str:
+    return f"{path}: could not be written ({str(error).splitlines()[0]}). {_free(path.parent)}"
 
 
 def _free(directory: Path) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from can_dist.errors import DataError
+from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.tables.artifacts import write_json
-from can_dist.training import ADAPTER, ranks
+from can_dist.training import ADAPTER, CHECKPOINTS, checkpoints, ranks
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
@@ -33,24 +35,61 @@ def export_policy(engine: Any, tokenizer: Any, out: Path, max_shard_mb: int) -> 
     ------
     DataError
         When the written tensors are not exactly those of the architecture.
+    EnvironmentProblem
+        On all ranks, when it does not fit on the disk or cannot be written; what was written is removed.
     """
     module, writes = engine.module.lm, dist.get_rank() == 0
-    if writes:
-        shutil.rmtree(out, ignore_errors=True)  # of an attempt that ended here
-        out.mkdir(parents=True)
-    _stream_weights(module, out, max_shard_mb * 10**6, writes)
-    if hasattr(module, "peft_config"):
-        _write_adapter(module, out.parent / ADAPTER, writes)
+    saved = out.parent / CHECKPOINTS
     with ranks.agreed():
         if writes:
-            config = module.config
-            config.use_cache = True
-            config.save_pretrained(out)
-            if getattr(module, "generation_config", None) is not None:
-                # save_pretrained refuses what published models hold (a temperature without do_sample)
-                module.generation_config.to_json_file(out / "generation_config.json")
-            tokenizer.save_pretrained(out)
-            check_shapes(out, config)
+            shutil.rmtree(out, ignore_errors=True)  # of an attempt that ended here
+            out.mkdir(parents=True)
+            checkpoints.require_space("the policy takes", sum(_sizes(_weights(module)).values()), out, saved)
+    files = _Files(writes, saved)
+    _stream_weights(module, out, max_shard_mb * 10**6, files)
+    if hasattr(module, "peft_config"):
+        _write_adapter(module, out.parent / ADAPTER, files)
+    try:
+        with ranks.agreed():
+            if files.failures:
+                raise files.failures[0]
+            if writes:
+                with checkpoints.writing(out, saved):
+                    _write_settings(module, tokenizer, out)
+                check_shapes(out, module.config)
+    except EnvironmentProblem:
+        if writes:
+            shutil.rmtree(out)
+            shutil.rmtree(out.parent / ADAPTER, ignore_errors=True)
+        raise
+
+
+@dataclass
+class _Files:
+    """The files of the writing rank. Failures are noted: a rank that raised would leave the others gathering."""
+
+    writes: bool
+    checkpoints: Path
+    failures: list[EnvironmentProblem] = field(default_factory=list)
+
+    def save(self, path: Path, write: Callable[[], object]) -> None:
+        """Have ``write`` write a file, unless one before it could not be written."""
+        if self.writes and not self.failures:
+            try:
+                with checkpoints.writing(path, self.checkpoints):
+                    write()
+            except EnvironmentProblem as problem:
+                self.failures.append(problem)
+
+
+def _write_settings(module: Any, tokenizer: Any, out: Path) -> None:
+    """Write what a policy's directory holds beside its weights."""
+    module.config.use_cache = True
+    module.config.save_pretrained(out)
+    if getattr(module, "generation_config", None) is not None:
+        # save_pretrained refuses what published models hold (a temperature without do_sample)
+        module.generation_config.to_json_file(out / "generation_config.json")
+    tokenizer.save_pretrained(out)
 
 
 @dataclass(frozen=True)
@@ -99,29 +138,34 @@ def _plain(name: str) -> str:
     return WRAPPED.sub(".", name.removeprefix("base_model.model."))
 
 
-def _stream_weights(module: Any, out: Path, max_shard_bytes: int, writes: bool) -> None:
-    """Gather one parameter at a time; the writing rank saves a file whenever a shard is full."""
-    weights = _weights(module)
-    adapter = getattr(module, "active_adapter", "")
-    sizes = {
+def _sizes(weights: dict[str, _Weight]) -> dict[str, int]:
+    """Return the bytes of every weight, whole."""
+    return {
         name: getattr(w.parameter, "ds_numel", w.parameter.numel()) * w.parameter.element_size()
         for name, w in weights.items()
     }
+
+
+def _stream_weights(module: Any, out: Path, max_shard_bytes: int, files: _Files) -> None:
+    """Gather one parameter at a time; the writing rank saves a file whenever a shard is full."""
+    weights = _weights(module)
+    adapter = getattr(module, "active_adapter", "")
+    sizes = _sizes(weights)
     buffers = _persistent_buffers(module)
     shards = plan_shards(sizes, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = shard_name(number, len(shards))
-        whole = {name: weights[name].gathered(adapter, writes) for name in names}
+        whole = {name: weights[name].gathered(adapter, files.writes) for name in names}
         tensors = {name: tensor for name, tensor in whole.items() if tensor is not None}
         if number == len(shards):
             tensors |= buffers
-        if writes:
-            save_file(tensors, out / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, file)
-    if writes and len(shards) > 1:
+        files.save(out / file, functools.partial(save_file, tensors, out / file, metadata={"format": "pt"}))
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
         total_size = sum(sizes.values()) + sum(buffer.nbytes for buffer in buffers.values())
-        write_json(out / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        files.save(out / INDEX, functools.partial(write_json, out / INDEX, index))
 
 
 def shard_name(number: int, count: int) -> str:
@@ -170,7 +214,7 @@ def _persistent_buffers(module: Any) -> dict[str, torch.Tensor]:
     return {_plain(name): buffer.detach().cpu().clone() for name, buffer in module.named_buffers() if name in kept}
 
 
-def _write_adapter(module: Any, out: Path, writes: bool) -> None:
+def _write_adapter(module: Any, out: Path, files: _Files) -> None:
     """Write the adapters as peft reads them: ``adapter_config.json`` and ``adapter_model.safetensors``."""
     import deepspeed
     from peft import get_peft_model_state_dict
@@ -178,17 +222,20 @@ def _write_adapter(module: Any, out: Path, writes: bool) -> None:
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     # ungathered, a tensor of ZeRO-3 would be saved empty
     with deepspeed.zero.GatheredParameters(list(trainable.values())):
-        if not writes:
+        if not files.writes:
             return
         adapters = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in trainable.items()}
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
-    save_file(
-        get_peft_model_state_dict(module, state_dict=adapters), out / "adapter_model.safetensors", {"format": "pt"}
-    )
     config = copy.copy(module.peft_config[module.active_adapter])
     config.inference_mode = True
-    config.save_pretrained(out)
+
+    def write() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        tensors = get_peft_model_state_dict(module, state_dict=adapters)
+        save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
+        config.save_pretrained(out)
+
+    files.save(out, write)
 
 
 def check_shapes(directory: Path, config: Any) -> None:

@@ -8,10 +8,19 @@ import socket
 import subprocess
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 import train_world as tw
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from can_dist.config import Generate, Model
+from can_dist.errors import DataError
+from can_dist.scoring.log_prob import LogProbScorer
+from can_dist.scoring.protocol import LogProb
+from can_dist.stages.generate import GenerateJob
+from can_dist.tables.artifacts import Artifact, open_stage, write_part
+from can_dist.tables.schemas import PROMPTS
 
 pytestmark = pytest.mark.slow
 LORA = {"r": 2, "alpha": 8, "dropout": 0.1}
@@ -118,6 +127,13 @@ def test_f35_rank_killed_inside_its_file_of_a_checkpoint(world: tw.World, undist
     assert_ends_like(outcome, spec, undisturbed)
 
 
+def write_prompts(run: Path) -> Artifact:
+    stage = open_stage(run, "prompts", "one", {}, {})
+    row = {"prompt_id": "p", "messages": [{"role": "user", "content": "w1"}], "split": "test"}
+    write_part(stage.path, 0, pa.Table.from_pylist([row], schema=PROMPTS))
+    return stage.commit()
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -222,6 +238,49 @@ def test_f34_disk_without_room_for_a_checkpoint_is_told_before_writing(world: tw
     assert_ends_like(tw.launch(spec), spec, undisturbed)
 
 
+@pytest.mark.parametrize(
+    ("lora", "file", "told"),
+    [
+        (None, "model.safetensors", "policy/model.safetensors"),
+        (None, "tokenizer.json", "policy"),
+        (LORA, "adapter_model.safetensors", "adapter"),
+    ],
+    ids=["weights", "tokenizer", "adapter"],
+)
+def test_f34_disk_that_fills_during_the_export_leaves_no_policy(
+    world: tw.World, undisturbed: str, lora: dict | None, file: str, told: str
+) -> None:
+    spec = world.spec(f"full-{file}", checkpoint_every=2, lora=lora)
+    outcome = tw.launch(spec, hook=f"export_size:{file}:1000")
+    assert outcome.codes == [6, 6], outcome.output
+    directory = tw.policy_dir(spec).parent
+    assert f"EnvironmentProblem: on rank 0 only: {directory / told}: could not be written (" in outcome.output
+    assert "MB are free there. Free space; the same command goes on from step-000004." in outcome.output
+    assert not list(directory.glob("policy")) + list(directory.glob("adapter")) + list(directory.glob("summary.json"))
+    assert committed(spec) == ["step-000002", "step-000004"]
+    again = tw.launch(spec)
+    assert again.codes == [0, 0], again.output
+    if lora is None:
+        assert_ends_like(again, spec, undisturbed)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_f34_disk_without_room_for_the_policy_is_told_before_writing(world: tw.World, undisturbed: str) -> None:
+    spec = world.spec("small-disk-export", checkpoint_every=100)
+    directory = tw.policy_dir(spec).parent
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k,mode=700", "tmpfs", directory], check=False)
+    if mounted.returncode:
+        pytest.skip("this container may not mount")
+    try:
+        outcome = tw.launch(spec)
+        assert outcome.codes == [6, 6], outcome.output
+        assert f"EnvironmentProblem: on rank 0 only: {directory}/policy: the policy takes 0." in outcome.output
+        assert "MB are free. Free space; the same command goes on from the start." in outcome.output
+    finally:
+        subprocess.run(["umount", directory], check=True)
+    assert_ends_like(tw.launch(spec), spec, undisturbed)
+
+
 @pytest.mark.parametrize("step", [1, 4])
 def test_f40_sigterm_to_one_rank_commits_and_exits_75(world: tw.World, undisturbed: str, step: int) -> None:
     spec = world.spec(f"term-{step}", checkpoint_every=100)
@@ -241,6 +300,41 @@ def test_f45_kill_during_the_export_leaves_no_policy_that_counts(world: tw.World
     assert not (tw.policy_dir(spec).parent / "summary.json").exists(), "the stage has nothing to commit"
     (tw.policy_dir(spec) / "model-00001-of-00002.safetensors").write_bytes(b"left by the attempt before")
     assert_ends_like(tw.launch(spec), spec, undisturbed)
+
+
+def swap_tensors(file: Path) -> None:
+    """Exchange a weight of the two layers: names, shapes and numbers are those of the policy."""
+    tensors = load_file(file)
+    one, other = (f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
+    save_file(tensors | {one: tensors[other], other: tensors[one]}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_f45_policy_that_is_not_the_function_that_was_trained_is_refused_by_its_readers(
+    world: tw.World, lora: dict | None
+) -> None:
+    name = "probe-lora" if lora else "probe"
+    spec = world.spec(name, lora=lora, learning_rate=2e-2)
+    assert tw.launch(spec).codes == [0, 0]
+    policy = tw.policy_dir(spec)
+    prompts = write_prompts(world.root / f"{name}-run")
+    options = Generate(num_responses=1, max_new_tokens=4)
+    job = GenerateJob(Model(model=str(policy)), options, 0, "fp32", "test", prompts.path, world.root)
+
+    def score() -> None:
+        LogProbScorer(LogProb(model=job.model), "fp32")
+
+    for read in (job.load, score):
+        read()
+    if lora:  # adapters left out
+        shutil.copy(world.reference / "model.safetensors", policy / "model.safetensors")
+    else:
+        swap_tensors(policy / "model.safetensors")
+    for read in (job.load, score):
+        with pytest.raises(
+            DataError, match="not the policy that was trained: its log-probabilities of 4 responses are "
+        ):
+            read()
 
 
 def test_f42_rank_with_other_preferences_is_named_before_training(world: tw.World) -> None:

@@ -1,0 +1,73 @@
+"""Log-probabilities of a few responses by the engine that trained a policy, compared by whoever opens its files.
+
+Digests tell that the files are those that were written; this tells that what was written is the function that was
+trained: no tensor under another's name, no adapter left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from can_dist.errors import DataError
+from can_dist.modeling.packs import Group
+from can_dist.tables.artifacts import write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBE = "policy_probe.json"  # beside the policy's directory
+# of the log-probabilities, relative to their norm: of a trained model with 3M weights, bf16 is off by 7e-4, and a model
+# with the same matrix of two layers exchanged by 0.5
+TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
+
+
+def write_probe(directory: Path, groups: Sequence[Group], logp_R: Sequence[float], precision: str) -> None:
+    """Write what the engine computed: prompts with one response each, as token ids, and ln π(y|x) in nats, (R,)."""
+    rows = [
+        {"prompt_ids": list(prompt), "response_ids": list(responses[0]), "logp": logp}
+        for (prompt, responses), logp in zip(groups, logp_R, strict=True)
+    ]
+    write_json(directory / PROBE, {"precision": precision, "rows": rows})
+
+
+@torch.no_grad()
+def check_probe(model: PreTrainedModel, directory: str, precision: str) -> None:
+    """Compare a model, in eval mode, with what the engine that trained it computed; other models have no probe.
+
+    ``directory`` is where it was loaded from.
+
+    Raises
+    ------
+    DataError
+        When the log-probabilities are not those of the engine, up to rounding.
+    """
+    path = Path(directory).parent / PROBE
+    if not path.is_file():
+        return
+    probe = json.loads(path.read_text(encoding="utf-8"))
+    expected_R = [row["logp"] for row in probe["rows"]]
+    found_R = [_logp(model, row["prompt_ids"], row["response_ids"]) for row in probe["rows"]]
+    tolerance = max(TOLERANCE[precision], TOLERANCE[probe["precision"]]) * math.hypot(*expected_R)
+    if not math.dist(found_R, expected_R) <= tolerance:
+        raise DataError(
+            f"{directory}: not the policy that was trained: its log-probabilities of {len(found_R)} responses are "
+            f"{_nats(found_R)} nats, the engine that trained it computed {_nats(expected_R)} ({path.name}). "
+            f"The export went wrong: delete {path.parent} and run again, and report it if it comes back."
+        )
+
+
+def _logp(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]) -> float:
+    """Return ln π(response | prompt) of one sequence alone, without packs."""
+    ids = torch.tensor([[*prompt, *response]], device=model.device)
+    logits_TV = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+    return float(logits_TV.log_softmax(dim=-1).gather(1, ids[0, len(prompt) :, None]).sum())
+
+
+def _nats(logp_R: Sequence[float]) -> str:
+    return ", ".join(f"{logp:.4f}" for logp in logp_R)
