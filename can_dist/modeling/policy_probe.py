@@ -50,11 +50,15 @@ def check_probe(model: PreTrainedModel, directory: str, precision: str) -> None:
     path = Path(directory).parent / PROBE
     if not path.is_file():
         return
-    probe = json.loads(path.read_text(encoding="utf-8"))
-    expected_R = [row["logp"] for row in probe["rows"]]
-    found_R = [_logp(model, row["prompt_ids"], row["response_ids"]) for row in probe["rows"]]
-    tolerance = max(TOLERANCE[precision], TOLERANCE[probe["precision"]]) * math.hypot(*expected_R)
-    if not math.dist(found_R, expected_R) <= tolerance:
+    try:
+        probe = json.loads(path.read_text(encoding="utf-8"))
+        rows = [(row["prompt_ids"], row["response_ids"], float(row["logp"])) for row in probe["rows"]]
+        tolerance = max(TOLERANCE[precision], TOLERANCE[probe["precision"]])
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: damaged, not what a training wrote. Delete {path.parent} and run again.") from None
+    expected_R = [logp for _, _, logp in rows]
+    found_R = [_logp(model, prompt, response) for prompt, response, _ in rows]
+    if not math.dist(found_R, expected_R) <= tolerance * math.hypot(*expected_R):
         raise DataError(
             f"{directory}: not the policy that was trained: its log-probabilities of {len(found_R)} responses are "
             f"{_nats(found_R)} nats, the engine that trained it computed {_nats(expected_R)} ({path.name}). "

@@ -65,3 +65,10 @@ def test_f45_a_model_that_is_not_finite_is_refused(policy: Path) -> None:
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(DataError, match=r"are nan, nan, nan, 0\.0000 nats"):
         check_probe(model, str(policy), "fp32")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"precision": "fp32", "rows": [{"logp": -1.0}]}'])
+def test_f45_a_damaged_probe_is_an_error_of_its_file(policy: Path, content: str) -> None:
+    (policy.parent / PROBE).write_text(content)
+    with pytest.raises(DataError, match=f"{PROBE}: damaged, not what a training wrote. Delete {policy.parent} and run"):
+        check_probe(opened(policy), str(policy), "fp32")
