@@ -195,7 +195,7 @@ def commit(
     counts["examples"] = len(kept)
     splits = Counter(one["split"] for one in kept)
     work.say("label: " + ", ".join(f"{n} {what}" for what, n in (counts | splits).items()))
-    text = scores.info["scorers"].get("logp.reference", {}).get("text")
+    text = scores.info.get("scorers", {}).get("logp.reference", {}).get("text")
     return stage.commit([NOTED], info={"loss": loss, "counts": dict(counts), "splits": dict(splits), "text": text})
 
 
