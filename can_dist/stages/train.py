@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -191,9 +192,27 @@ def _run_ray_train(config: Config, stage: StageDirectory, spec: str) -> None:
             raise
         except Exception as error:
             if type(error).__module__.startswith("ray."):
-                why = read_hang(stage.path) or f"{error}\nThe same command goes on from the newest checkpoint."
+                why = (
+                    read_hang(stage.path)
+                    or f"{_what_died(error)}\nThe same command goes on from the newest checkpoint."
+                )
                 raise EnvironmentProblem(f"training stopped, after {cluster.max_failures} restart(s): {why}") from error
             raise
+
+
+def _what_died(error: Exception) -> str:
+    """Return which ranks' processes died; where none did, what Ray says, with the ranks' own tracebacks."""
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
+    # the others end because of them, with errors of the network
+    died = {rank: str(one) for rank, one in failures.items() if type(one).__name__ == "WorkerHealthCheckFailedError"}
+    if not died:
+        return str(error)
+    found = {rank: re.search(r"pid: (\d+).*?ip: (\S+)", text, re.DOTALL) for rank, text in died.items()}
+    named = [f"rank {rank}" + (f" (process {m[1]} on {m[2]})" if m else "") for rank, m in sorted(found.items())]
+    return (
+        f"{', '.join(named)} died. Killed, out of memory, or its node was lost: see the node's logs (dmesg), and raise "
+        "cluster.max_failures if that is to be expected."
+    )
 
 
 def _ray_worker(config: dict[str, Any]) -> None:

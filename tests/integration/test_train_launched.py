@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -132,7 +133,13 @@ def test_deepspeed_launcher_trains_and_commits_a_labelled_run(folder: Path, laun
     stage = next(run.glob("train-*"))
     assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-3)
     listed = [entry["file"] for entry in json.loads((stage / "MANIFEST.json").read_text())["files"]]
-    assert {"curve.json", "policy/model.safetensors", "policy/config.json", "policy/tokenizer.json"} <= set(listed)
+    assert {
+        "curve.json",
+        "policy_probe.json",
+        "policy/model.safetensors",
+        "policy/config.json",
+        "policy/tokenizer.json",
+    } <= set(listed)
     assert not (stage / "checkpoints").exists(), "a finished policy needs no checkpoints"
     assert not (stage / "tensorboard").exists(), "trackers are off by default"
     ours = output.partition("train (policy): started")[2]  # before it the launcher speaks
@@ -155,6 +162,44 @@ def test_f31_ray_train_survives_the_loss_of_a_rank_and_ends_with_the_same_policy
     assert losses(run) == losses(launched[0])
     assert policy_bytes(run) == policy_bytes(launched[0])
     assert not list(run.glob("train-*/checkpoints")) + list(run.glob("train-*/ray"))
+
+
+def newest_checkpoint(run: Path) -> int:
+    """Return the step of the newest committed checkpoint of a run's training; 0 when there is none."""
+    return max((int(p.parent.name[5:]) for p in run.glob("train-*/checkpoints/step-*/COMMIT.json")), default=0)
+
+
+@pytest.mark.slow
+def test_f31_ranks_killed_more_often_than_allowed_end_the_run_which_the_same_command_finishes(folder: Path) -> None:
+    run = copied(folder, "killed-twice")
+    often = ["--set", "train.checkpoint_every=2", "--set", "train.num_epochs=6"]  # time enough for two kills
+    process = start(folder, *RAY_TRAIN, str(run), *often)
+    ray_workers(process, run, 3)[1].send_signal(signal.SIGKILL)
+    [victim, _] = ray_workers(process, run, max(losses(run)) + 4)
+    victim.send_signal(signal.SIGKILL)
+    output = finish(process)
+    assert process.returncode == 6, output
+    assert output.count("going on from checkpoint step-0000") == 1, output
+    last = output.strip().splitlines()[-1]
+    assert last == "The same command goes on from the newest checkpoint.", output
+    assert re.search(r"EnvironmentProblem: training stopped, after 1 restart\(s\): rank [01] \(process ", output), (
+        output
+    )
+    assert f"(process {victim.pid} on " in output
+    assert "died. Killed, out of memory, or its node was lost" in output
+    assert "Traceback" not in output
+    kept = newest_checkpoint(run)
+    assert kept >= 4
+    again = start(folder, *RAY_TRAIN, str(run), *often)
+    output = finish(again)
+    assert again.returncode == 0, output
+    assert f"going on from checkpoint step-{kept:06d}" in output
+    undisturbed = copied(folder, "not-killed")
+    process = start(folder, *RAY_TRAIN, str(undisturbed), *often)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert losses(run) == losses(undisturbed)
+    assert policy_bytes(run) == policy_bytes(undisturbed)
 
 
 @pytest.mark.slow
