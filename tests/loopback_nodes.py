@@ -60,7 +60,7 @@ def _daemon(name: str, *arguments: str | Path, env: dict[str, str] | None = None
 
 @contextmanager
 def slurm(directory: Path) -> Iterator[dict[str, str]]:
-    """Start munge, a controller and two nodes, this host's name and ``zz-other``; give the variables that reach them."""
+    """Start munge, a controller and two nodes; give the variables that reach them."""
     host = socket.gethostname().partition(".")[0]
     for part in ("munge", "state", f"spool.{host}", "spool.zz-other"):
         (directory / part).mkdir(mode=0o755)
@@ -72,9 +72,7 @@ def slurm(directory: Path) -> Iterator[dict[str, str]]:
     ports = {name: free_port() for name in ("control_port", "port_1", "port_2")}
     user = subprocess.run(["id", "-un"], check=True, capture_output=True, text=True).stdout.strip()
     conf = directory / "slurm.conf"
-    conf.write_text(
-        SLURM_CONF.format(host=host, directory=directory, user=user, **ports)
-    )
+    conf.write_text(SLURM_CONF.format(host=host, directory=directory, user=user, **ports))
     env = {**os.environ, "SLURM_CONF": str(conf)}
     options = [f"--{name}={path}" for name, path in munge.items()]
     daemons = [_daemon("munged", "--foreground", "--force", f"--socket={socket_path}", *options)]
@@ -82,18 +80,20 @@ def slurm(directory: Path) -> Iterator[dict[str, str]]:
         _until(socket_path.exists, "munged made no socket")
         daemons.append(_daemon("slurmctld", "-D", env=env))
         daemons += [_daemon("slurmd", "-D", "-N", node, env=env) for node in (host, "zz-other")]
-        _until(lambda: _idle(env) == ["2"], "the two Slurm nodes did not become idle")
+        _until(
+            lambda: _words(env, "sinfo", "-h", "-t", "idle", "-o", "%D") == ["2"],
+            "the two Slurm nodes did not become idle",
+        )
         yield {"SLURM_CONF": str(conf)}
     finally:
         subprocess.run(["scancel", "--quiet", f"--user={user}"], env=env, check=False)
-        for daemon in reversed(daemons):
+        _until(lambda: _words(env, "squeue", "--noheader") == [], "jobs did not end", 120)
+        for daemon in reversed(daemons):  # what signs the messages of the others ends last
             daemon.terminate()
-        for daemon in daemons:
             daemon.wait(30)
 
 
-def _idle(env: dict[str, str]) -> list[str]:
-    command = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
+def _words(env: dict[str, str], *command: str) -> list[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False).stdout.split()
 
 
