@@ -98,6 +98,8 @@ def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
+    for where_from in ("is_local", "local_files_only"):  # would make a saved policy's bytes depend on the machine
+        tokenizer.init_kwargs.pop(where_from, None)
     if tokenizer.eos_token_id is None:
         raise DataError(f"model {spec.model!r}: its tokenizer has no end-of-sequence token, so no response can end.")
     if tokenizer.pad_token_id is None:

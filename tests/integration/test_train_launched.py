@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import loopback_nodes
 import psutil
 import pytest
 from ruamel.yaml import YAML
@@ -27,10 +29,8 @@ RARELY = ["--set", "train.checkpoint_every=1000"]  # where it is saved is no par
 ENVIRONMENT = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 
-def start(folder: Path, *command: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def start(folder: Path, *command: str, env: dict[str, str] = ENVIRONMENT) -> subprocess.Popen:
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def deepspeed(folder: Path, run: Path, *arguments: str) -> subprocess.Popen:
@@ -221,6 +221,49 @@ def test_two_nodes_end_with_the_same_policy(folder: Path, launched: tuple[Path, 
     for node in nodes:
         output = finish(node)
         assert node.returncode == 0, output
+    assert losses(run) == losses(launched[0])
+    assert policy_bytes(run) == policy_bytes(launched[0])
+
+
+def installed(*programs: str) -> None:
+    missing = loopback_nodes.missing(programs)
+    if missing:
+        pytest.skip(f"not installed here: {', '.join(missing)}")
+
+
+@pytest.mark.slow
+def test_deepspeed_over_ssh_ends_with_the_same_policy(folder: Path, launched: tuple[Path, str], tmp_path: Path) -> None:
+    """A hostfile of two addresses of this machine; pdsh reaches both over real ssh, as docs/clusters.md has it."""
+    installed(*loopback_nodes.SSH_PROGRAMS)
+    run = copied(folder, "over-ssh")
+    (folder / "hosts").write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+    with loopback_nodes.ssh(tmp_path) as variables:
+        command = ["deepspeed", "--hostfile", "hosts", "--master_addr", "127.0.0.1", "--master_port", str(free_port()),
+                   "--module", "can_dist.train", "--config", "my.yaml", "--run", str(run)]  # fmt: skip
+        process = start(folder, *command, env={**ENVIRONMENT, "PATH": f"{BIN}{os.pathsep}{variables['PATH']}"})
+        output = finish(process)
+    assert process.returncode == 0, output
+    assert "Running on the following workers: 127.0.0.1,127.0.0.2" in output
+    assert losses(run) == losses(launched[0])
+    assert policy_bytes(run) == policy_bytes(launched[0])
+
+
+SRUN = re.search(r"^srun .*$", (ROOT / "docs" / "clusters.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_srun_on_two_nodes_ends_with_the_same_policy(folder: Path, launched: tuple[Path, str], tmp_path: Path) -> None:
+    """The command of docs/clusters.md, with one process a node and this run's paths."""
+    installed(*loopback_nodes.SLURM_PROGRAMS)
+    run = copied(folder, "srun")
+    assert SRUN is not None
+    command = SRUN[0].replace("--nproc_per_node 8", "--nproc_per_node 1").replace("/shared/runs/mine", str(run))
+    command = command.replace("--master_port 29500", f"--master_port {free_port()}")
+    with loopback_nodes.slurm(tmp_path) as variables:
+        process = start(folder, *shlex.split(command)[:1], "--nodes=2", *shlex.split(command)[1:],
+                        env={**ENVIRONMENT, **variables})  # fmt: skip
+        output = finish(process)
+    assert process.returncode == 0, output
     assert losses(run) == losses(launched[0])
     assert policy_bytes(run) == policy_bytes(launched[0])
 

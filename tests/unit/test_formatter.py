@@ -1,13 +1,16 @@
 """The one formatter: prompt, response and whole text agree with each other and with the chat template."""
 
+import json
 from pathlib import Path
 
 import pytest
-from tiny import make_tiny_tokenizer
+from tiny import make_tiny_lm, make_tiny_tokenizer
 from transformers import AutoTokenizer
 
+from can_dist.config import Model
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling.formatter import Formatter
+from can_dist.modeling.loading import load_tokenizer
 
 MESSAGES = [{"role": "user", "content": "w1 w2"}]
 
@@ -74,3 +77,12 @@ def test_no_chat_template_is_a_clear_error(tokenizer) -> None:
 def test_dialogue_does_not_fit_a_plain_template(tokenizer) -> None:
     with pytest.raises(DataError, match="a conversation of 3 messages does not fit the plain template"):
         Formatter(tokenizer, "{prompt}").prompt_ids(MESSAGES * 3)
+
+
+def test_saved_tokenizer_does_not_tell_of_the_machine_that_loaded_it(tmp_path: Path) -> None:
+    """Its file is part of a policy's digest: an offline rank and one with a network must write the same."""
+    make_tiny_lm(tmp_path / "lm", ["a", "b"])
+    load_tokenizer(Model(model=str(tmp_path / "lm"))).save_pretrained(tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert {"is_local", "local_files_only"}.isdisjoint(saved), saved
+    assert saved["eos_token"] == "</s>"

@@ -1,0 +1,108 @@
+"""ray_jobs/slurm.sbatch on a real Slurm of two loopback nodes: stopped by the warning signal, requeued, finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import loopback_nodes
+import psutil
+import pytest
+from ruamel.yaml import YAML
+from tiny import make_tiny_lm
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+WORDS = [f"w{i}" for i in range(12)]
+# the file asks for GPUs and many cores; the command line has the last word, as for any sbatch file
+SMALL = ["--gpus-per-node=0", "--cpus-per-task=3", "--time=20", "--open-mode=append"]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    make_tiny_lm(tmp_path / "lm", WORDS)
+    prompts = [f"{a} {b}" for a in WORDS[:6] for b in WORDS[6:10]]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    raw = {
+        "seed": 1,
+        "beta": 0.5,
+        "prompts": {"source": str(tmp_path / "prompts.jsonl"), "num_test": 4},
+        "reference": {"model": str(tmp_path / "lm")},
+        "reward": {"kind": "callable", "function": "scorers:num_words"},
+        "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.05}},
+        "generate": {"num_responses": 4, "max_new_tokens": 6, "batch_prompts": 4, "shard_prompts": 4},
+        "train": {
+            "learning_rate": 1e-3,
+            "batch_size": 12,
+            "max_steps": 4,
+            "ds_config": str(ROOT / "ds_configs" / "zero3_cpu.json"),
+        },
+        "evaluate": {"num_responses": 4},
+        "cluster": {"num_actors": 2, "cpus_per_actor": 2},
+    }
+    with (tmp_path / "my.yaml").open("w") as file:
+        YAML().dump(raw, file)
+    return tmp_path / "my.yaml"
+
+
+class Job:
+    """A batch job: its state, restarts and log."""
+
+    def __init__(self, config: Path, variables: dict[str, str]) -> None:
+        home = config.parent / "home"
+        home.mkdir()
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.env = {**os.environ, **variables, "HOME": str(home), "PATH": path}
+        self.run = config.parent / "runs" / "mine"
+        self.spooled = str(Path(variables["SLURM_CONF"]).parent / "spool")
+        self.log = config.parent / "slurm.log"
+        script = [str(ROOT / "ray_jobs" / "slurm.sbatch"), str(config), str(self.run)]
+        said = self.slurm("sbatch", *SMALL, f"--output={self.log}", *script)
+        found = re.fullmatch(r"Submitted batch job (\d+)\n", said)
+        assert found, said
+        self.id = found[1]
+
+    def slurm(self, *command: str) -> str:
+        return subprocess.run(command, cwd=ROOT, env=self.env, check=True, capture_output=True, text=True).stdout
+
+    def fact(self, name: str) -> str:
+        return dict(re.findall(r"(\w+)=(\S+)", self.slurm("scontrol", "show", "job", self.id)))[name]
+
+    def warn(self) -> None:
+        """Send the script alone SIGTERM, as ``--signal=B:TERM@300`` does; scancel would end the whole job."""
+        [script] = [one for one in psutil.process_iter(["cmdline"]) if self.spooled in " ".join(one.info["cmdline"])]
+        script.send_signal(signal.SIGTERM)
+
+    def wait(self, happened: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < deadline, self.log.read_text()[-6000:]
+            time.sleep(0.5)
+
+
+def test_batch_job_stopped_by_the_warning_is_requeued_and_finishes(
+    config: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    missing = loopback_nodes.missing(loopback_nodes.SLURM_PROGRAMS)
+    if missing:
+        pytest.skip(f"not installed here: {', '.join(missing)}")
+    with loopback_nodes.slurm(tmp_path_factory.mktemp("slurm")) as variables:
+        job = Job(config, variables)
+        job.wait(lambda: list(job.run.glob("generate-*")) != [], 300)
+        job.warn()
+        job.wait(lambda: job.fact("Restarts") == "1", 120)
+        first = job.log.read_text()
+        assert "Interrupted: stopped by SIGTERM; finished shards are kept" in first, first[-6000:]
+        job.slurm("scontrol", "update", f"JobId={job.id}", "StartTime=now")
+        job.wait(lambda: job.fact("JobState") in {"COMPLETED", "FAILED", "CANCELLED"}, 500)
+        assert (job.fact("JobState"), job.fact("ExitCode")) == ("COMPLETED", "0:0"), job.log.read_text()[-6000:]
+    assert list(job.run.glob("evaluate-*/report.html"))
+    assert not list((config.parent / "home" / ".ray").glob("token*")), "the token goes with the job"
