@@ -17,7 +17,7 @@ from can_dist.tables.artifacts import digest_of, file_digest
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # what decides a model's output: weights, architecture, tokenizer and template
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -230,6 +230,16 @@ def load_model_config(spec: Model, role: str) -> Any:
 
     with _named(spec.model, role):
         return AutoConfig.from_pretrained(spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+
+
+def generation_config(spec: Model) -> GenerationConfig:
+    """Return what a model without its weights says of generation: generation_config.json, else its configuration."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(spec.model, revision=spec.revision)
+    except OSError:
+        return GenerationConfig.from_model_config(load_model_config(spec, "causal language model"))
 
 
 def check_trainable(spec: Model) -> None:

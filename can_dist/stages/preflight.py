@@ -10,6 +10,7 @@ from can_dist.config import Config, DataSource, LogRatio, Model, Scorer
 from can_dist.endpoints import read_key
 from can_dist.errors import ConfigError
 from can_dist.modeling.loading import check_trainable, check_vocabulary, model_digest, resolve_precision
+from can_dist.modeling.vllm_engine import check_installed
 from can_dist.scoring.log_ratio import check_same_text
 from can_dist.scoring.protocol import check_scorer_opens, scorer_identity
 from can_dist.stages.ingest import source_identity
@@ -30,8 +31,8 @@ def preflight(config: Config) -> None:
         kind says, or an aligned policy reads text unlike the reference.
     ConfigError
         When a Python scorer cannot be imported, a guard's verdicts are no tokens, the DeepSpeed file is not usable, the
-        reference is quantized, a tracker's package is not installed, or code of a hub model that is not pinned is to
-        be run.
+        reference is stored quantized, the package of an engine, of 4-bit weights or of a tracker is not installed, or
+        code of a hub model that is not pinned is to be run.
     EnvironmentProblem
         When the key of an endpoint is not in the environment, or training would wait for the lock of a killed build,
         or load extensions that others can write.
@@ -48,6 +49,8 @@ def preflight(config: Config) -> None:
     model_digest(config.reference)
     check_vocabulary(config.reference)
     check_trainable(config.reference)
+    if config.generate.engine == "vllm":
+        check_installed()
     if config.generate.endpoint is not None:
         read_key(f"generate.endpoint {config.generate.endpoint.model}", config.generate.endpoint)
     for scorer in (config.reward, *(constraint.scorer for constraint in config.constraints.values())):
