@@ -149,6 +149,7 @@ class Lora(Strict):
     target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
         "all-linear", description="Names of the modules that get adapters."
     )
+    quantize: Literal["nf4"] | None = Field(None, description="Frozen base in 4 bits (QLoRA); extra [qlora].")
 
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]

@@ -22,7 +22,7 @@ class LogProbScorer:
 
     def __init__(self, spec: LogProb, precision: str) -> None:
         self.spec = spec.model
-        self.model = ResponseModel(load_causal_lm(self.spec, precision)).eval().to(device())
+        self.model = ResponseModel(load_causal_lm(self.spec, precision, spec.quantize)).eval().to(device())
         self.formatter = Formatter(load_tokenizer(self.spec), self.spec.template)
         where = f"model {self.spec.model!r}"
         layout = choose_layout(self.model, self.model, functools.partial(say, where))

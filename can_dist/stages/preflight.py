@@ -9,6 +9,7 @@ from pathlib import Path
 from can_dist.config import Config, DataSource, LogRatio, Model, Scorer
 from can_dist.endpoints import read_key
 from can_dist.errors import ConfigError
+from can_dist.modeling import quantized
 from can_dist.modeling.loading import check_trainable, check_vocabulary, model_digest, resolve_precision
 from can_dist.modeling.vllm_engine import check_installed
 from can_dist.scoring.log_ratio import check_same_text
@@ -46,6 +47,8 @@ def preflight(config: Config) -> None:
     check_trackers(config.train.trackers)
     for key, model in _models(config).items():
         _check_remote_code(key, model)
+    if config.train.lora is not None and config.train.lora.quantize is not None:
+        _check_quantize(config)
     model_digest(config.reference)
     check_vocabulary(config.reference)
     check_trainable(config.reference)
@@ -59,6 +62,16 @@ def preflight(config: Config) -> None:
             continue
         scorer_identity(scorer, resolve_precision(config.precision))
         check_scorer_opens(scorer)
+
+
+def _check_quantize(config: Config) -> None:
+    """Raise ``ConfigError`` where a base in 4 bits is asked for and cannot be had."""
+    quantized.check_installed()
+    if ratios := [key for key, scorer in _scorers(config).items() if isinstance(scorer, LogRatio)]:
+        raise ConfigError(
+            f"train.lora.quantize: not offered with log-ratios ({', '.join(ratios)}), whose ln π_ref is that of the "
+            "whole reference, not of the 4-bit base that would be trained. Leave quantize out."
+        )
 
 
 def check_pinned(config: Config) -> None:

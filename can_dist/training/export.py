@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from can_dist.errors import DataError
+from can_dist.modeling.quantized import num_bytes, whole_weight
 from can_dist.tables.artifacts import write_json
 from can_dist.training import ADAPTER, ranks
 
@@ -45,6 +46,8 @@ def export_policy(engine: Any, tokenizer: Any, out: Path, max_shard_mb: int) -> 
         if writes:
             config = module.config
             config.use_cache = True
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config  # the policy is written in full precision
             config.save_pretrained(out)
             if getattr(module, "generation_config", None) is not None:
                 # save_pretrained refuses what published models hold (a temperature without do_sample)
@@ -70,7 +73,7 @@ class _Weight:
         with deepspeed.zero.GatheredParameters(parts), torch.no_grad():
             if not writes:
                 return None
-            whole: torch.Tensor = self.parameter.detach()
+            whole = whole_weight(self.parameter)
             if self.layer is not None:
                 whole = whole + self.layer.get_delta_weight(adapter).to(whole)
             return whole.to("cpu", copy=True).contiguous()
@@ -103,10 +106,7 @@ def _stream_weights(module: Any, out: Path, max_shard_bytes: int, writes: bool) 
     """Gather one parameter at a time; the writing rank saves a file whenever a shard is full."""
     weights = _weights(module)
     adapter = getattr(module, "active_adapter", "")
-    sizes = {
-        name: getattr(w.parameter, "ds_numel", w.parameter.numel()) * w.parameter.element_size()
-        for name, w in weights.items()
-    }
+    sizes = {name: num_bytes(weight.parameter) for name, weight in weights.items()}
     buffers = _persistent_buffers(module)
     shards = plan_shards(sizes, max_shard_bytes)
     weight_map: dict[str, str] = {}
