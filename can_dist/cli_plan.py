@@ -119,7 +119,15 @@ def rank_memory(settings: Config, memory: str | None) -> int:
 
 
 def make_plan(settings: Config, memory_bytes: int) -> Plan:
-    """Count a configuration; ``memory_bytes`` is what a rank has."""
+    """Count a configuration; ``memory_bytes`` is what a rank has.
+
+    Raises
+    ------
+    ConfigError
+        When the base is to be quantized, which is not counted.
+    """
+    if settings.train.lora is not None and settings.train.lora.quantize is not None:
+        raise ConfigError("plan: train.lora.quantize is not counted. Plan without it: with it, less is needed.")
     on_gpu = settings.cluster.gpus_per_worker > 0
     from can_dist.modeling.logprobs import HEAD_BYTES_ON
     from can_dist.training import memory as m

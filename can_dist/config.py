@@ -73,6 +73,9 @@ class Prompts(DataSource):
 class Generate(Strict):
     """How responses are sampled from the reference (and from the policy when it is evaluated)."""
 
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="What samples in the actors; vllm needs GPUs and the extra [vllm]."
+    )
     num_responses: int = Field(8, ge=1, description="K, responses per training prompt.")
     temperature: float = Field(1.0, gt=0, le=10, description="Sampling temperature; 1 samples the reference itself.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass; 1 samples the reference itself.")
@@ -146,6 +149,7 @@ class Lora(Strict):
     target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
         "all-linear", description="Names of the modules that get adapters."
     )
+    quantize: Literal["nf4"] | None = Field(None, description="Frozen base in 4 bits (QLoRA); extra [qlora].")
 
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -293,6 +297,14 @@ class Config(Strict):
                 f"leave out solve.confidence or {fields}"
             )
         return solve
+
+    @field_validator("cluster")
+    @classmethod
+    def _whole_gpus_for_vllm(cls, cluster: Cluster, info: ValidationInfo) -> Cluster:
+        generate, gpus = info.data.get("generate"), cluster.gpus_per_actor
+        if generate is not None and generate.engine == "vllm" and (gpus < 1 or gpus != int(gpus)):
+            raise ValueError(f"generate.engine vllm takes whole GPUs; gpus_per_actor is {gpus:g}, set 1 or more")
+        return cluster
 
 
 # what the preferences of a method are made from

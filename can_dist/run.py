@@ -126,12 +126,19 @@ class Run:
         aligned: Mapping[str, PolicyRatio] | None = None,
     ) -> Artifact:
         """Score responses with the reward, every constraint, and ln π_ref; ``aligned`` holds log-ratios by name."""
-        logp = LogProb(model=train.policy_model(reference, self.config.reference))
-        return self._score(responses, {**self._specs(reward, constraints, aligned), LOGP: logp})
+        return self._score(responses, {**self._specs(reward, constraints, aligned), LOGP: self._log_prob(reference)})
 
     def log_probs(self, responses: Artifact, policy: Policy) -> Artifact:
         """Score responses with ln π alone, of the reference or of a trained policy, for a training relative to it."""
-        return self._score(responses, {LOGP: LogProb(model=train.policy_model(policy, self.config.reference))})
+        return self._score(responses, {LOGP: self._log_prob(policy)})
+
+    def _log_prob(self, policy: Policy) -> LogProb:
+        """Return the scorer of ln π under the weights that training starts from, in 4 bits where it does."""
+        lora = self.config.train.lora
+        return LogProb(
+            model=train.policy_model(policy, self.config.reference),
+            quantize=lora.quantize if lora is not None else None,
+        )
 
     def solve(
         self, scores: Artifact, constraints: Mapping[str, Constraint], beta: float, *, log_weight: str | None = None

@@ -20,6 +20,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from ruamel.yaml import YAML
 
+from can_dist.tables.artifacts import atomic_file
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -49,7 +51,7 @@ def pin(path: Path) -> list[str]:
             commit = ask(entry[key], revision=entry.get("revision")).sha
             entry.insert(list(entry).index(key) + 1, "revision", commit)
         lines.append(f"{entry[key]}: {entry['revision']}")
-    with path.open("w", encoding="utf-8") as file:
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         yaml.dump(recipe, file)
     return list(dict.fromkeys(lines))
 

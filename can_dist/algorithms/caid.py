@@ -33,20 +33,9 @@ def caid(
 ) -> Artifact:
     """Return the policy of the last feedback step.
 
-    >>> from can_dist import Run, load_config
-    >>> config = load_config("my.yaml")
-    >>> with Run("runs/caid", config) as run:
-    ...     policy = caid(
-    ...         run,
-    ...         prompts=run.prompts(),
-    ...         reference=config.reference,
-    ...         reward=config.reward,
-    ...         constraints=config.constraints,
-    ...         beta=config.beta,
-    ...         options=config.caid,
-    ...     )
-    >>> (policy.path / "policy" / "model.safetensors").is_file()
-    True
+    With ``config``, an open ``run`` and its arguments ``asked`` as in the example of :func:`can_dist.mocan`:
+
+    >>> policy = caid(run, **asked, options=config.caid)
     """
     data = run.reference_data(prompts, reference, reward, constraints, beta)
     step_size = run.step_sizes(data, options.step_size)

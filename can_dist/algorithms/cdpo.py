@@ -34,20 +34,9 @@ def cdpo(
 ) -> Artifact:
     """Return the policy of the last round: the one whose safety settled, or that of ``options.rounds``.
 
-    >>> from can_dist import Run, load_config
-    >>> config = load_config("my.yaml")
-    >>> with Run("runs/cdpo", config) as run:
-    ...     policy = cdpo(
-    ...         run,
-    ...         prompts=run.prompts(),
-    ...         reference=config.reference,
-    ...         reward=config.reward,
-    ...         constraints=config.constraints,
-    ...         beta=config.beta,
-    ...         options=config.cdpo,
-    ...     )
-    >>> (policy.path / "policy" / "model.safetensors").is_file()
-    True
+    With ``config``, an open ``run`` and its arguments ``asked`` as in the example of :func:`can_dist.mocan`:
+
+    >>> policy = cdpo(run, **asked, options=config.cdpo)
     """
     data = run.reference_data(prompts, reference, reward, constraints, beta)
     step_size = run.step_sizes(data, options.step_size)

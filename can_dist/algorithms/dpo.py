@@ -22,18 +22,9 @@ from can_dist.tables.artifacts import Artifact
 def dpo(run: Run, *, prompts: Artifact, reference: Model, criterion: Criterion, beta: float) -> Artifact:
     """Return the policy trained on people's preferences by ``criterion``: 'helpful' (DPO-H) or 'safe' (DPO-S).
 
-    >>> from can_dist import Run, load_config
-    >>> config = load_config("my.yaml")
-    >>> with Run("runs/dpo", config) as run:
-    ...     policy = dpo(
-    ...         run,
-    ...         prompts=run.prompts(),
-    ...         reference=config.reference,
-    ...         criterion="safe",
-    ...         beta=config.beta,
-    ...     )
-    >>> (policy.path / "policy" / "model.safetensors").is_file()
-    True
+    With ``config`` and an open ``run`` as in the example of :func:`can_dist.mocan`:
+
+    >>> policy = dpo(run, prompts=run.prompts(), reference=config.reference, criterion="safe", beta=config.beta)
     """
     pairs = run.human_pairs(reference, prompts)  # y_a, y_b and what people said of them
     logps = run.log_probs(pairs, reference)  # ln π_ref

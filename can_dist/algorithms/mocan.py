@@ -32,15 +32,15 @@ def mocan(
 
     >>> from can_dist import Run, load_config
     >>> config = load_config("my.yaml")
-    >>> with Run("runs/mocan", config) as run:
-    ...     policy = mocan(
-    ...         run,
-    ...         prompts=run.prompts(),
-    ...         reference=config.reference,
-    ...         reward=config.reward,
-    ...         constraints=config.constraints,
-    ...         beta=config.beta,
-    ...     )
+    >>> with Run("runs/mine", config) as run:
+    ...     asked = {
+    ...         "prompts": run.prompts(),
+    ...         "reference": config.reference,
+    ...         "reward": config.reward,
+    ...         "constraints": config.constraints,
+    ...         "beta": config.beta,
+    ...     }
+    ...     policy = mocan(run, **asked)
     >>> (policy.path / "policy" / "model.safetensors").is_file()
     True
     """

@@ -31,20 +31,10 @@ def p_sacpo(
 ) -> dict[float, Artifact]:
     """Return the mixed policy of every q, in the order given; q weighs the safe policy.
 
-    >>> from can_dist import Run, load_config
-    >>> config = load_config("my.yaml")
-    >>> with Run("runs/p_sacpo", config) as run:
-    ...     policy = p_sacpo(
-    ...         run,
-    ...         prompts=run.prompts(),
-    ...         reference=config.reference,
-    ...         reward=config.reward,
-    ...         constraints=config.constraints,
-    ...         beta=config.beta,
-    ...         options=config.sacpo,
-    ...         mixture=config.p_sacpo,
-    ...     )
-    >>> list(policy)
+    With ``config``, an open ``run`` and its arguments ``asked`` as in the example of :func:`can_dist.mocan`:
+
+    >>> mixed = p_sacpo(run, **asked, options=config.sacpo, mixture=config.p_sacpo)
+    >>> list(mixed)
     [0.25, 0.5, 0.75]
     """
     safe = sacpo(

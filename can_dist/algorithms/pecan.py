@@ -32,19 +32,9 @@ def pecan(
 ) -> Artifact:
     """Return the policy that maximises ``reward`` subject to ``constraints``, all of them log-ratios.
 
-    >>> from can_dist import Run, load_config
-    >>> config = load_config("my.yaml")
-    >>> with Run("runs/pecan", config) as run:
-    ...     policy = pecan(
-    ...         run,
-    ...         prompts=run.prompts(),
-    ...         reference=config.reference,
-    ...         reward=config.reward,
-    ...         constraints=config.constraints,
-    ...         beta=config.beta,
-    ...     )
-    >>> (policy.path / "policy" / "model.safetensors").is_file()
-    True
+    With ``config``, an open ``run`` and its arguments ``asked`` as in the example of :func:`can_dist.mocan`:
+
+    >>> policy = pecan(run, **asked)
     """
     aligned = run.aligned(reference, prompts, reward, constraints)  # π_r, π_gj: given, or one DPO each
     responses = run.generate(reference, prompts)  # y_ik ~ π_ref(·|x_i)

@@ -36,20 +36,9 @@ def sacpo(
 
     ``reward`` and ``constraints`` are read only where the labels are made from scores.
 
-    >>> from can_dist import Run, load_config
-    >>> config = load_config("my.yaml")
-    >>> with Run("runs/sacpo", config) as run:
-    ...     policy = sacpo(
-    ...         run,
-    ...         prompts=run.prompts(),
-    ...         reference=config.reference,
-    ...         reward=config.reward,
-    ...         constraints=config.constraints,
-    ...         beta=config.beta,
-    ...         options=config.sacpo,
-    ...     )
-    >>> (policy.path / "policy" / "model.safetensors").is_file()
-    True
+    With ``config``, an open ``run`` and its arguments ``asked`` as in the example of :func:`can_dist.mocan`:
+
+    >>> policy = sacpo(run, **asked, options=config.sacpo)
     """
     kl_weight: dict[Criterion, float] = {"helpful": beta, "safe": options.beta_over_lambda}
     order: tuple[Criterion, Criterion] = ("helpful", "safe")

@@ -7,17 +7,19 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from can_dist.config import Beaver, Model, MultiHead, SequenceClassifier
 from can_dist.errors import ConfigError, DataError
+from can_dist.modeling import quantized
 from can_dist.tables.artifacts import digest_of, file_digest
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # what decides a model's output: weights, architecture, tokenizer and template
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -140,11 +142,21 @@ def check_vocabulary(spec: Model) -> tuple[PreTrainedTokenizerBase, Any]:
     return tokenizer, config
 
 
-def load_causal_lm(spec: Model, precision: str) -> PreTrainedModel:
-    """Load a causal language model for inference or training; every weight must come from the checkpoint."""
+def load_causal_lm(spec: Model, precision: str, quantize: str | None = None) -> PreTrainedModel:
+    """Load a causal language model for inference or training; every weight must come from the checkpoint.
+
+    ``quantize`` 'nf4' rounds the weights of its linear layers to 4 bits.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = _from_checkpoint(AutoModelForCausalLM, spec, precision, "causal language model")
+    role = "causal language model"
+    if quantize is None:
+        model = _from_checkpoint(AutoModelForCausalLM, spec, precision, role)
+    else:
+        model = _from_checkpoint(
+            AutoModelForCausalLM, spec, precision, role, quantized.loading_options(torch_dtype(precision))
+        )
+        quantized.make_trainable(model, spec.model)
     model.config.use_cache = False
     return model
 
@@ -179,7 +191,9 @@ def load_sequence_classifier(spec: SequenceClassifier, precision: str) -> PreTra
     return _from_checkpoint(kind, spec, precision, "sequence classifier").eval()
 
 
-def _from_checkpoint(kind: Any, spec: Model, precision: str, role: str) -> Any:
+def _from_checkpoint(
+    kind: Any, spec: Model, precision: str, role: str, options: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
     with _named(spec.model, role):
         model, info = kind.from_pretrained(
             spec.model,
@@ -188,6 +202,7 @@ def _from_checkpoint(kind: Any, spec: Model, precision: str, role: str) -> Any:
             use_safetensors=True,
             dtype=torch_dtype(precision),
             output_loading_info=True,
+            **options,
         )
     if info["missing_keys"]:
         raise DataError(
@@ -234,15 +249,25 @@ def load_model_config(spec: Model, role: str) -> Any:
         return AutoConfig.from_pretrained(spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
 
 
+def generation_config(spec: Model) -> GenerationConfig:
+    """Return what a model without its weights says of generation: generation_config.json, else its configuration."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(spec.model, revision=spec.revision)
+    except OSError:
+        return GenerationConfig.from_model_config(load_model_config(spec, "causal language model"))
+
+
 def check_trainable(spec: Model) -> None:
     """Raise ``ConfigError`` when a model's weights are quantized; reads its configuration only."""
     quantization = getattr(load_model_config(spec, "causal language model"), "quantization_config", None)
     if quantization is not None:
         method = dict(quantization).get("quant_method") if isinstance(quantization, dict) else quantization
         raise ConfigError(
-            f"reference: model {spec.model!r} is quantized ({method}); ZeRO-3 cannot partition and train such weights "
-            "here, under adapters either (QLoRA is not offered). Give the model as it was before, with train.lora, and "
-            "ds_configs/zero3_offload.json where memory is short."
+            f"reference: model {spec.model!r} is stored quantized ({method}). Give the model as it was before: "
+            "train.lora.quantize: nf4 loads its base in 4 bits under adapters (QLoRA), and writes a policy in full "
+            "precision."
         )
 
 

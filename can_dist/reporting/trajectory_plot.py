@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from can_dist.reporting.compare_plot import LINES
 from can_dist.reporting.frontier_plot import STYLE
 
 SIZE_IN = (6.4, 2.6)
@@ -13,6 +14,17 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 MARKERS = "osD^vP"
 REACH = 1.96
 """Standard errors of a 95 % interval."""
+
+
+def look_of(index: int) -> dict[str, Any]:
+    """Return the colour, marker and line of a constraint; the first 24 differ in marker or line, also in grey."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": LINES[index // len(MARKERS) % len(LINES)],
+        "markersize": 4,
+        "linewidth": 1.4,
+    }
 
 
 def draw_trajectory(rounds: Sequence[Mapping[str, Any]], path: Path, kind: str = "svg") -> None:
@@ -29,8 +41,7 @@ def draw_trajectory(rounds: Sequence[Mapping[str, Any]], path: Path, kind: str =
         figure = Figure(SIZE_IN, layout="constrained")
         left, right = figure.subplots(1, 2)
         for index, name in enumerate(rounds[0]["lam"]):
-            colour = COLOURS[index % len(COLOURS)]
-            look = {"color": colour, "marker": MARKERS[index % len(MARKERS)], "markersize": 4, "linewidth": 1.4}
+            look = look_of(index)
             left.plot(numbers, [one["lam"][name] for one in rounds], label=name, **look)
             measured = [one["constraints"][name] for one in rounds]
             reach = [REACH * one["se"] for one in measured]

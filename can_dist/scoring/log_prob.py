@@ -23,7 +23,7 @@ class LogProbScorer:
 
     def __init__(self, spec: LogProb, precision: str) -> None:
         self.spec = spec.model
-        lm = load_causal_lm(self.spec, precision).eval().to(device())
+        lm = load_causal_lm(self.spec, precision, spec.quantize).eval().to(device())
         check_probe(lm, self.spec.model, precision)
         self.model = ResponseModel(lm).eval()
         self.formatter = Formatter(load_tokenizer(self.spec), self.spec.template)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -32,6 +32,7 @@ class LogProb(Strict):
     """ln π(y|x) of each response under a causal language model, summed over the response's tokens (nats)."""
 
     model: Model
+    quantize: Literal["nf4"] | None = None
     tokens_per_pass: int = 4096
 
 
@@ -139,6 +140,7 @@ def scorer_identity(spec: ScorerSpec, precision: str) -> dict[str, Any]:
             "template": spec.model.template,
             "precision": precision,
             "computation": COMPUTATION,
+            **({"quantize": spec.quantize} if spec.quantize else {}),
         }
     if isinstance(spec, PolicyRatio):
         return {

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,14 @@ def _evaluation_of(policy: Artifact, evaluations: list[Artifact]) -> Artifact | 
     return found[0] if found else None
 
 
+def adapters_text(lora: Mapping[str, Any] | None) -> str:
+    """Return what a model card says of the adapters of a training."""
+    if not lora:
+        return "none, every weight"
+    base = f", trained on (and fitting) the base in 4 bits, {lora['quantize']}" if lora.get("quantize") else ""
+    return f"LoRA r = {lora['r']}{base}, merged"
+
+
 def _facts(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
     """Return what the model card says of where a policy comes from, all of it read from manifests."""
     trained = policy
@@ -118,7 +127,7 @@ def _facts(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
             f"{summary['num_steps']} steps, {summary['num_examples']} examples, {summary['num_tokens']} tokens",
         ),
         ("learning rate", f"{options['learning_rate']:g}"),
-        ("adapters", f"LoRA r = {options['lora']['r']}, merged" if options.get("lora") else "none, every weight"),
+        ("adapters", adapters_text(options.get("lora"))),
         ("artifact", f"{policy.path.name} (manifest sha256 {policy.digest[:16]})"),
     ]
     return {

@@ -52,6 +52,8 @@ def generate(work: Workspace, model: Model, prompts: Artifact, *, split: str, ro
     stage = work.open("generate", label, what, {"prompts": prompts})
     if stage.finished:
         return stage.finished
+    if options.engine == "vllm":
+        work.release_actors()  # an engine takes all of a GPU's memory
     job = GenerateJob(model, options, config.seed, precision, split, prompts.path, stage.path)
     table = prompts_of_split(prompts.path, split)
     num_prompts = table.num_rows
@@ -64,6 +66,8 @@ def generate(work: Workspace, model: Model, prompts: Artifact, *, split: str, ro
     with work.timed("generate", label, prompts=num_prompts, responses_per_prompt=num_responses):
         rows = {shard: size * num_responses for shard, size in sizes.items() if shard not in done}
         work.run_shards(job, rows, f"generate ({label})")
+        if options.engine == "vllm":
+            work.release_actors()  # and gives it back with its process only
         return commit_responses(stage, model, num_prompts, sizes)
 
 
@@ -144,16 +148,22 @@ class GenerateJob:
     def load(self) -> Any:
         """Open prompts, model, tokenizer and formatter."""
         from can_dist.modeling.formatter import Formatter
-        from can_dist.modeling.loading import device, load_causal_lm, load_tokenizer
+        from can_dist.modeling.loading import device, generation_config, load_causal_lm, load_tokenizer
         from can_dist.modeling.policy_probe import check_probe
         from can_dist.modeling.sampling import end_token_ids
+        from can_dist.modeling.vllm_engine import open_engine
 
-        model = load_causal_lm(self.model, self.precision).eval().to(device())
-        check_probe(model, self.model.model, self.precision)
         tokenizer = load_tokenizer(self.model)
         formatter = Formatter(tokenizer, self.model.template)
         prompts = prompts_of_split(self.prompts_path, self.split)
-        return prompts, model, tokenizer, formatter, end_token_ids(model, tokenizer)
+        model: Any
+        if self.options.engine == "vllm":
+            longest = max(len(formatter.prompt_ids(messages)) for messages in prompts["messages"].to_pylist())
+            model = open_engine(self.model, self.precision, longest + self.options.max_new_tokens)
+            return prompts, model, tokenizer, formatter, end_token_ids(generation_config(self.model), tokenizer)
+        model = load_causal_lm(self.model, self.precision).eval().to(device())
+        check_probe(model, self.model.model, self.precision)
+        return prompts, model, tokenizer, formatter, end_token_ids(model.generation_config, tokenizer)
 
     def process(self, loaded: Any, shard: int) -> None:
         """Sample and commit one shard."""
@@ -182,20 +192,26 @@ class GenerateJob:
         return rows
 
     def _sample(self, loaded: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        # vLLM makes its own batches
+        size = len(rows) if self.options.engine == "vllm" else self.options.batch_prompts
         out: list[dict[str, Any]] = []
-        for start in range(0, len(rows), self.options.batch_prompts):
-            out += self._sample_batch(loaded, rows[start : start + self.options.batch_prompts])
+        for start in range(0, len(rows), size):
+            out += self._sample_batch(loaded, rows[start : start + size])
         return out
 
     def _sample_batch(self, loaded: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        from can_dist.modeling.sampling import row_seed, sample
+        from can_dist.modeling import sampling, vllm_engine
 
         _, model, tokenizer, formatter, end_ids = loaded
         options, num_responses = self.options, self.options.num_responses
         prompt_ids = [formatter.prompt_ids(row["messages"]) for row in rows]
         pairs = [(row, ids, k) for row, ids in zip(rows, prompt_ids, strict=True) for k in range(num_responses)]
-        seeds = [row_seed(self.seed, row["prompt_id"], k) for row, _, k in pairs]
-        samples = sample(model, tokenizer, [ids for _, ids, _ in pairs], seeds, options, end_ids)
+        seeds = [sampling.row_seed(self.seed, row["prompt_id"], k) for row, _, k in pairs]
+        asked = [ids for _, ids, _ in pairs]
+        if options.engine == "vllm":
+            samples = vllm_engine.sample(model, asked, seeds, options, end_ids)
+        else:
+            samples = sampling.sample(model, tokenizer, asked, seeds, options, end_ids)
         return [
             {
                 "prompt_id": row["prompt_id"],

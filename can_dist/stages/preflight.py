@@ -9,7 +9,9 @@ from pathlib import Path
 from can_dist.config import Config, DataSource, LogRatio, Model, Scorer
 from can_dist.endpoints import read_key
 from can_dist.errors import ConfigError
+from can_dist.modeling import quantized
 from can_dist.modeling.loading import check_trainable, check_vocabulary, model_digest, resolve_precision
+from can_dist.modeling.vllm_engine import check_installed
 from can_dist.scoring.log_ratio import check_same_text
 from can_dist.scoring.protocol import check_scorer_opens, scorer_identity
 from can_dist.stages.ingest import source_identity
@@ -30,8 +32,8 @@ def preflight(config: Config) -> None:
         kind says, or an aligned policy reads text unlike the reference.
     ConfigError
         When a Python scorer cannot be imported, a guard's verdicts are no tokens, the DeepSpeed file is not usable, the
-        reference is quantized, a tracker's package is not installed, or code of a hub model that is not pinned is to
-        be run.
+        reference is stored quantized, the package of an engine, of 4-bit weights or of a tracker is not installed, or
+        code of a hub model that is not pinned is to be run.
     EnvironmentProblem
         When the key of an endpoint is not in the environment, or training would wait for the lock of a killed build,
         or load extensions that others can write.
@@ -45,9 +47,13 @@ def preflight(config: Config) -> None:
     check_trackers(config.train.trackers)
     for key, model in _models(config).items():
         _check_remote_code(key, model)
+    if config.train.lora is not None and config.train.lora.quantize is not None:
+        _check_quantize(config)
     model_digest(config.reference)
     check_vocabulary(config.reference)
     check_trainable(config.reference)
+    if config.generate.engine == "vllm":
+        check_installed()
     if config.generate.endpoint is not None:
         read_key(f"generate.endpoint {config.generate.endpoint.model}", config.generate.endpoint)
     for scorer in (config.reward, *(constraint.scorer for constraint in config.constraints.values())):
@@ -56,6 +62,16 @@ def preflight(config: Config) -> None:
             continue
         scorer_identity(scorer, resolve_precision(config.precision))
         check_scorer_opens(scorer)
+
+
+def _check_quantize(config: Config) -> None:
+    """Raise ``ConfigError`` where a base in 4 bits is asked for and cannot be had."""
+    quantized.check_installed()
+    if ratios := [key for key, scorer in _scorers(config).items() if isinstance(scorer, LogRatio)]:
+        raise ConfigError(
+            f"train.lora.quantize: not offered with log-ratios ({', '.join(ratios)}), whose ln π_ref is that of the "
+            "whole reference, not of the 4-bit base that would be trained. Leave quantize out."
+        )
 
 
 def check_pinned(config: Config) -> None:

@@ -144,7 +144,8 @@ def _build_model(spec: TrainSpec, ds_config: dict[str, Any]) -> tuple[Any, Any]:
     from transformers.integrations import HfDeepSpeedConfig
 
     partitioned = HfDeepSpeedConfig(ds_config)
-    return adapt(load_causal_lm(spec.start, spec.precision), spec.train), partitioned
+    quantize = spec.train.lora.quantize if spec.train.lora is not None else None
+    return adapt(load_causal_lm(spec.start, spec.precision, quantize), spec.train), partitioned
 
 
 def adapt(model: Any, train: Train) -> Any:

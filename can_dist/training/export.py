@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from can_dist.errors import DataError, EnvironmentProblem
+from can_dist.modeling.quantized import num_bytes, whole_weight
 from can_dist.tables.artifacts import write_json
 from can_dist.training import ADAPTER, CHECKPOINTS, checkpoints, ranks
 
@@ -85,6 +86,8 @@ class _Files:
 def _write_settings(module: Any, tokenizer: Any, out: Path) -> None:
     """Write what a policy's directory holds beside its weights."""
     module.config.use_cache = True
+    if hasattr(module.config, "quantization_config"):
+        del module.config.quantization_config  # the policy is written in full precision
     module.config.save_pretrained(out)
     if getattr(module, "generation_config", None) is not None:
         # save_pretrained refuses what published models hold (a temperature without do_sample)
@@ -109,7 +112,7 @@ class _Weight:
         with deepspeed.zero.GatheredParameters(parts), torch.no_grad():
             if not writes:
                 return None
-            whole: torch.Tensor = self.parameter.detach()
+            whole = whole_weight(self.parameter)
             if self.layer is not None:
                 whole = whole + self.layer.get_delta_weight(adapter).to(whole)
             return whole.to("cpu", copy=True).contiguous()
@@ -140,10 +143,7 @@ def _plain(name: str) -> str:
 
 def _sizes(weights: dict[str, _Weight]) -> dict[str, int]:
     """Return the bytes of every weight, whole."""
-    return {
-        name: getattr(w.parameter, "ds_numel", w.parameter.numel()) * w.parameter.element_size()
-        for name, w in weights.items()
-    }
+    return {name: num_bytes(weight.parameter) for name, weight in weights.items()}
 
 
 def _stream_weights(module: Any, out: Path, max_shard_bytes: int, files: _Files) -> None:

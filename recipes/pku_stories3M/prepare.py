@@ -149,7 +149,7 @@ def spread_on_samples(world: Path, reference: Path, prompts: list[str], num_resp
     """Within-prompt standard deviations, and the correlation, of the two scores on the reference's own responses."""
     tokenizer = AutoTokenizer.from_pretrained(reference)
     model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
-    formatter, end_ids = Formatter(tokenizer), end_token_ids(model, tokenizer)
+    formatter, end_ids = Formatter(tokenizer), end_token_ids(model.generation_config, tokenizer)
     options = Generate(num_responses=num_responses, max_new_tokens=24)
     ids: list[list[int]] = []
     for prompt in prompts:

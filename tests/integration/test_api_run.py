@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import inspect
 import json
@@ -15,6 +16,8 @@ from tiny import make_tiny_lm
 import can_dist
 from can_dist.config import dump_yaml, validate_config
 
+COMPLETE = {"Run", "mocan"}
+"""Examples that stand for themselves; the others go on from mocan's."""
 WORDS = [f"w{i}" for i in range(12)]
 PEOPLE = {"label": {"preferences": {"source": "pairs.jsonl"}}}
 CASES: dict[str, dict[str, Any]] = {
@@ -68,10 +71,29 @@ def configuration(sections: dict[str, Any]) -> str:
 def test_example_of_a_name_that_runs_stages(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "my.yaml").write_text(configuration(CASES[name]), encoding="utf-8")
     monkeypatch.chdir(folder)
+    example = example_of(name)
+    assert example.examples
+    told: list[str] = []
+    with contextlib.ExitStack() as stack:
+        if name not in COMPLETE:
+            example.globs |= as_in_the_example_of_mocan(stack)
+        results = doctest.DocTestRunner(verbose=False).run(example, out=told.append, clear_globs=False)
+    assert results.failed == 0, "".join(told)
+    if name not in COMPLETE:
+        policies = [example.globs["policy"]] if "policy" in example.globs else example.globs["mixed"].values()
+        assert all((policy.path / "policy" / "model.safetensors").is_file() for policy in policies)
+
+
+def example_of(name: str) -> doctest.DocTest:
     public = getattr(can_dist, name)
     globs = vars(inspect.getmodule(public)).copy()
     (example,) = doctest.DocTestFinder(recurse=False).find(public, name, globs=globs)
-    assert example.examples
-    told: list[str] = []
-    results = doctest.DocTestRunner(verbose=False).run(example, out=told.append)
-    assert results.failed == 0, "".join(told)
+    return example
+
+
+def as_in_the_example_of_mocan(stack: contextlib.ExitStack) -> dict[str, Any]:
+    """``config``, ``run`` and ``asked``, from which the other methods' examples go on."""
+    config = can_dist.load_config("my.yaml")
+    run = stack.enter_context(can_dist.Run("runs/mine", config))
+    asked = {name: getattr(config, name) for name in ("reference", "reward", "constraints", "beta")}
+    return {"config": config, "run": run, "asked": {"prompts": run.prompts(), **asked}}

@@ -564,6 +564,8 @@ def leaves(model: type[BaseModel], path: str = "") -> list[tuple[str, bool]]:
 OTHER = {
     "cluster.on_nonfinite": "quarantine",
     "generate.max_truncated": 0.5,
+    "train.lora.quantize": "nf4",
+    "generate.engine": None,  # vllm is tied to cluster.gpus_per_actor
     "method": None,  # tied to label
     **dict.fromkeys(("sacpo", "p_sacpo", "cdpo", "caid")),  # tied to method
     "methods": {"mocan": {"beta": 2.0}},

@@ -24,6 +24,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 AT_SIZE = [path for path in RECIPES if path.parent.name != "pku_stories3M"]
 sys.path.append(str(ROOT / "recipes"))
 
+import pin  # noqa: E402
 import smoke  # noqa: E402
 
 SMALL_PROMPTS = smoke.SMALL["prompts.num_train"] + smoke.SMALL["prompts.num_test"]
@@ -118,6 +119,21 @@ def test_pin_leaves_the_file_alone_when_the_hub_does_not_know(tmp_path: Path) ->
     assert f"{copy}: not changed, the hub did not answer: " in done.stderr
     assert "404" in done.stderr
     assert copy.read_text(encoding="utf-8") == AT_SIZE[0].read_text(encoding="utf-8")
+
+
+def test_pin_that_cannot_finish_writing_leaves_the_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(self: Any, data: Any, stream: Any) -> None:
+        stream.write("refer")
+        raise OSError(28, "No space left on device")
+
+    copy = tmp_path / "recipe.yaml"
+    copy.write_text(f"reference: {{model: {tmp_path}}}\n", encoding="utf-8")
+    before = copy.read_bytes()
+    monkeypatch.setattr(pin.YAML, "dump", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        pin.pin(copy)
+    assert copy.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def run_pin(endpoint: str, path: Path) -> Any:

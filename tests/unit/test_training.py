@@ -169,7 +169,7 @@ def test_what_would_train_something_else_is_refused_in_words(tmp_path: Path, key
 def test_quantized_reference_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     config = {"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"is quantized \(bitsandbytes\); .*QLoRA is not offered.* with train\.lora"):
+    with pytest.raises(ConfigError, match=r"is stored quantized \(bitsandbytes\)\. .*train\.lora\.quantize: nf4"):
         check_trainable(Model(model=str(tmp_path)))
 
 
