@@ -88,15 +88,15 @@ def ingest_pairs(
     The table has the schema ``GIVEN_RESPONSES``. Responses ``<prompt_id>/<row>a`` and ``.../<row>b`` are a pair. With
     ``mismatched`` each of them is followed by a response to another prompt put in its place, ``.../<row>a-other``,
     which KTO needs: its baseline is the mean log-ratio of responses that do not belong to the prompt. Pairs of
-    held-out prompts are left out and counted.
+    held-out prompts, and those longer than the reference's context, are left out and counted.
 
     Raises
     ------
     DataError
-        When the source cannot be read, or ``mismatched`` is asked of pairs of one prompt only.
+        When the source cannot be read, ``mismatched`` is asked of pairs of one prompt only, or every pair is too long.
     """
     from can_dist.modeling.formatter import Formatter, convention
-    from can_dist.modeling.loading import load_tokenizer
+    from can_dist.modeling.loading import context_length, load_model_config, load_tokenizer
 
     what = {
         "source": source_identity(source),
@@ -114,18 +114,27 @@ def ingest_pairs(
     pairs = [(n, pair) for n, pair in enumerate(read.table.to_pylist()) if pair["prompt_id"] not in held_out]
     others = _pairs_of_other_prompts([pair for _, pair in pairs], source.source) if mismatched else []
     formatter = Formatter(load_tokenizer(reference), reference.template)
+    context = context_length(load_model_config(reference, "model"))
     rows: list[dict[str, Any]] = []
+    too_long: list[str] = []
     for index, (number, pair) in enumerate(pairs):
+        given: list[dict[str, Any]] = []
         for side in "ab":
             response_id = f"{pair['prompt_id']}/{number}{side}"
-            rows.append(_given_response(formatter, pair, response_id, pair[f"response_{side}"], _labels(pair, side)))
+            given.append(_given_response(formatter, pair, response_id, pair[f"response_{side}"], _labels(pair, side)))
             if mismatched:
                 text = others[index][f"response_{side}"]
-                rows.append(_given_response(formatter, pair, f"{response_id}-other", text, UNLABELLED))
+                given.append(_given_response(formatter, pair, f"{response_id}-other", text, UNLABELLED))
+        longest = len(formatter.prompt_ids(pair["messages"])) + max(row["num_tokens"] for row in given)
+        if longest > context:
+            too_long.append(f"row {number} ({longest} tokens)")
+        else:
+            rows += given
+    _tell_too_long(work, source.source, too_long, len(pairs), f"{reference.model}'s context of {context}")
     for part, first in enumerate(range(0, len(rows), SHARD_ROWS)):
         write_part(stage.path, part, pa.Table.from_pylist(rows[first : first + SHARD_ROWS], schema=GIVEN_RESPONSES))
     info = _found(read) | {
-        "counts": {**read.counts, "held_out": read.table.num_rows - len(pairs)},
+        "counts": {**read.counts, "held_out": read.table.num_rows - len(pairs), "too_long": len(too_long)},
         "mismatched": mismatched,
         "names_criteria": read.names_criteria,
         "text": convention(reference),
@@ -158,6 +167,16 @@ def check_criteria(asked: Sequence[tuple[Artifact, str]], where: str, do: str) -
                 f"{pairs.path}: the data set says which response was chosen, not by what criterion, and {where} would "
                 f"learn the same labels as '{before}' and as '{criterion}'. {do}"
             )
+
+
+def _tell_too_long(work: Workspace, source: str, too_long: Sequence[str], of: int, limit: str) -> None:
+    """Say which pairs are left out: cutting them would change what people judged."""
+    if not too_long:
+        return
+    what = f"{source}: {len(too_long)} of {of} pair(s) longer than {limit} tokens: {', '.join(too_long[:5])}"
+    if len(too_long) == of:
+        raise DataError(f"{what}. None is left; use a reference with a longer context.")
+    work.say(f"{what}; left out")
 
 
 def _labels(pair: dict[str, Any], side: str) -> dict[str, int]:

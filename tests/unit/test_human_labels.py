@@ -243,8 +243,9 @@ def test_kto_needs_flags_of_both_kinds(tmp_path: Path, reference: Path) -> None:
 
 
 @pytest.mark.real_data
-def test_real_pku_labels(tmp_path: Path, reference: Path, shared_data: Path) -> None:
+def test_real_pku_labels(tmp_path: Path, shared_data: Path) -> None:
     """500 real pairs by both criteria, and their 1,000 responses by their flags, against the file itself."""
+    reference = make_tiny_lm(tmp_path / "lm", WORDS, context=2048)
     with gzip.open(shared_data / "preferences" / "pku_saferlhf_dual_500.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     for criterion, column in (("helpful", "better_response_id"), ("safe", "safer_response_id")):
@@ -263,3 +264,32 @@ def test_real_pku_labels(tmp_path: Path, reference: Path, shared_data: Path) -> 
     assert 0 < num_good < len(kto)
     weight = {one["target"][0]: one["weight"] for one in kto}
     assert weight == {1.0: 1.0, 0.0: pytest.approx(num_good / (len(kto) - num_good))}
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_pairs_longer_than_the_context_are_left_out_whole_and_told(
+    tmp_path: Path, reference: Path, capsys: pytest.CaptureFixture, loss: str
+) -> None:
+    long = " ".join(["w1"] * 80)  # the context is 64
+    rows = [row("w0", "w1", "w2", 0, 1), row("w5", "w3", long, 0, 0), row("w9", "w3", "w4", 1, 1)]
+    with workspace(tmp_path / "run", reference, rows, loss=loss) as (work, prompts):
+        pairs = read_pairs(work, prompts)
+    said = capsys.readouterr().err
+    if loss == "dpo":
+        assert f"pairs.jsonl: 1 of 3 pair(s) longer than {reference}'s context of 64 tokens: row 1 (8" in said
+        assert "; left out" in said
+        assert pairs.info["counts"]["too_long"] == 1
+        ids = [name.rpartition("/")[2] for name in pairs.table.column("response_id").to_pylist()]
+        assert ids == [f"{number}{side}" for number in (0, 2) for side in "ab"]
+    else:  # the long response stands in for one of the first prompt too
+        assert pairs.info["counts"]["too_long"] == 2
+        assert pairs.table.num_rows == 4
+
+
+def test_no_pair_within_the_context_is_an_error(tmp_path: Path, reference: Path) -> None:
+    rows = [row("w0", "w1", " ".join(["w1"] * 80), 0, 1)]
+    with (
+        workspace(tmp_path / "run", reference, rows) as (work, prompts),
+        pytest.raises(DataError, match=r"1 of 1 pair\(s\) longer than .* None is left; use a reference with a longer"),
+    ):
+        read_pairs(work, prompts)
