@@ -5,7 +5,6 @@ tests/integration/test_qlora.py trains on one, where bitsandbytes is installed.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,8 @@ def configuration(root: Path, **changes: Any) -> Config:
     return validate_config(base | changes)
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_missing_package_names_its_extra_before_any_work(tmp_path: Path) -> None:
+def test_missing_package_names_its_extra_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"train\.lora\.quantize: .*'bitsandbytes'.* pip install 'can-dist\[qlora\]'"):
         preflight(configuration(tmp_path))
 

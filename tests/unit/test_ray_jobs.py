@@ -205,7 +205,7 @@ def check_command(line: str) -> None:
 def commands_in(text: str) -> list[str]:
     """Return the lines of a shell text that start something of ours or Ray's, with continuations and & removed."""
     joined = re.sub(r"\\\n\s*", " ", text)
-    found = re.findall(r"(?<![\w/.-])((?:ray|can-dist|python ray_jobs/\S+) (?!cluster|node)[^#`\n&]*)", joined)
+    found = re.findall(r"(?<![\w/.-])((?:ray|can-dist|python ray_jobs/\S+) (?!cluster|node)[^#`\n&]*?)(?: 2>|[#`\n&])", joined)
     return [line.replace('"', "").replace("$", "").strip() for line in found]
 
 
@@ -256,7 +256,7 @@ def test_slurm_example_parses_and_its_commands_exist() -> None:
     assert text.index("RAY_AUTH_MODE=token") < text.index("ray start")
     assert "umask 077" in text
     lines = commands_in("\n".join(line for line in text.splitlines() if not line.startswith("#")))
-    assert [line.split()[1] for line in lines] == ["start", "start", "ray_jobs/run.py"]
+    assert [line.split()[1] for line in lines] == ["start", "health-check", "start", "ray_jobs/run.py"]
     for line in lines:
         check_command(line.replace("=port", "=6379"))
 
