@@ -3,8 +3,9 @@
     python benchmarks/train_side.py '{"side": "ours", "work": "hh-like", ...}'    # fields of ``Job``
 
 Ours is the product's own code: the ``log_prob`` scorer, then ``can_dist.training.engine`` on one rank of ZeRO-3. The
-peer is TRL's ``DPOTrainer`` without DeepSpeed, which spares it the partitioning; it is given token ids, so it need not
-tokenise. On both sides: full fine-tuning, AdamW (fused, no weight decay), constant rate, clipping at 1, sigmoid loss.
+peer is TRL's ``DPOTrainer``, without DeepSpeed, which spares it the partitioning, or with the same configuration of
+it; it is given token ids, so it need not tokenise. On both sides: full fine-tuning, AdamW (fused, no weight decay),
+constant rate, clipping at 1, sigmoid loss.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ BETA, LEARNING_RATE, SEED = 0.1, 2e-5, 3
 class Job:
     """What a side is to do; ``micro_batch`` and ``strategy`` are TRL's, ``tokens_per_pack`` is ours."""
 
-    side: str  # ours, trl (precomputed reference), or trl_default
+    side: str  # ours, trl (precomputed reference), trl_zero3 (the same under our ZeRO-3), or trl_default
     work: str
     model: str
     output: str
@@ -86,9 +87,9 @@ def _import_all(side: str) -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    if side == "ours":
+    if side in ("ours", "trl_zero3"):
         import deepspeed  # noqa: F401
-
+    if side == "ours":
         import can_dist.training.engine  # noqa: F401
     else:
         import trl  # noqa: F401
@@ -134,8 +135,7 @@ def _ours(job: Job, pairs: list[Any], meter: Meter, directory: Path) -> dict[str
     meter.wrap(engine._Loop, "check_start", "check")
     targets = _count_targets(logprobs, pairs)
     spec = train_spec(job, preferences, directory / "train")
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(free_port())
+    _be_one_rank()
     engine.train_worker(spec.model_dump_json())
     meter.seconds["train"] = [a - b for a, b in zip(meter.seconds["run"], meter.seconds["check"], strict=True)]
     lines = read_metrics(directory / "train" / METRICS)
@@ -170,9 +170,23 @@ def precision_of(job: Job) -> str:
     return "bf16" if job.device == "cuda" else "fp32"
 
 
+def train_options(job: Job) -> Any:
+    """Return the options of our training."""
+    from can_dist.config import Train
+
+    return Train(
+        learning_rate=LEARNING_RATE,
+        schedule="constant",
+        batch_size=job.batch_size,
+        tokens_per_pack=job.tokens_per_pack,
+        activation_checkpointing=job.activation_checkpointing,
+        log_every=1,
+    )
+
+
 def train_spec(job: Job, preferences: Path, directory: Path) -> Any:
     """Return what our ranks need."""
-    from can_dist.config import Model, Train
+    from can_dist.config import Model
     from can_dist.training.engine import TrainSpec
 
     directory.mkdir()
@@ -181,14 +195,7 @@ def train_spec(job: Job, preferences: Path, directory: Path) -> Any:
         preferences=preferences,
         reference=Model(model=job.model),
         start=Model(model=job.model),
-        train=Train(
-            learning_rate=LEARNING_RATE,
-            schedule="constant",
-            batch_size=job.batch_size,
-            tokens_per_pack=job.tokens_per_pack,
-            activation_checkpointing=job.activation_checkpointing,
-            log_every=1,
-        ),
+        train=train_options(job),
         beta=BETA,
         seed=SEED,
         precision=precision_of(job),
@@ -224,6 +231,11 @@ def write_preferences(pairs: list[Any], logp_P2: list[list[float]], directory: P
     return stage.commit([], info={"loss": "sigmoid", "splits": splits}).path
 
 
+def _be_one_rank() -> None:
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(free_port())
+
+
 def free_port() -> int:
     """Return a port that is free now."""
     with socket.socket() as free:
@@ -253,11 +265,12 @@ def _trl(job: Job, pairs: list[Any], meter: Meter, directory: Path) -> dict[str,
         }
         for i in order
     ]
+    arguments = _trl_config(job, directory)  # before the model, which DeepSpeed partitions as it is loaded
     # float32 weights on a GPU too: what TRL does by default, as a master copy for its bf16 passes
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
     trainer = _trainer_class(meter)(
         model=model,
-        args=_trl_config(job, directory),
+        args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(job.model),
     )
@@ -265,6 +278,18 @@ def _trl(job: Job, pairs: list[Any], meter: Meter, directory: Path) -> dict[str,
     losses = torch.tensor([loss.item() for loss in trainer.seen_losses])
     per_step = losses.view(-1, job.batch_size // trainer.args.per_device_train_batch_size).mean(dim=1).tolist()
     return {"first_loss": losses[0].item(), "losses": per_step, "targets_seen": sum(t.item() for t in trainer.targets)}
+
+
+def _zero3(job: Job) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of our engine, with the Trainer's counting of micro-batches."""
+    from can_dist.training.deepspeed_config import build_ds_config, read_ds_config
+
+    train = train_options(job)
+    return {
+        **build_ds_config(read_ds_config(train.ds_config), train, precision_of(job)),
+        "train_micro_batch_size_per_gpu": job.micro_batch,
+        "gradient_accumulation_steps": job.batch_size // job.micro_batch,
+    }
 
 
 def _trl_config(job: Job, directory: Path) -> Any:
@@ -277,6 +302,9 @@ def _trl_config(job: Job, directory: Path) -> Any:
         "train_sampling_strategy": job.strategy,
         "gradient_checkpointing": job.activation_checkpointing,
     }
+    if job.side == "trl_zero3":
+        _be_one_rank()
+        best["deepspeed"] = _zero3(job)
     # its own batch of 8, live reference model, random order, activation checkpointing
     default = {"gradient_accumulation_steps": job.batch_size // 8}
     return DPOConfig(
