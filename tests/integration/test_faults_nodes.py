@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head without CPUs, so that it can be no place for an actor, and two nodes with two CPUs each."""
+    """A head without CPUs, so no place for an actor, and two nodes with two CPUs and what Ray takes for a GPU each."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -44,7 +44,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     try:
         cluster.add_node(num_cpus=0, include_dashboard=False)
         for _ in range(2):
-            cluster.add_node(num_cpus=2)
+            cluster.add_node(num_cpus=2, num_gpus=1)
         yield cluster
     finally:
         ray.shutdown()
@@ -85,37 +85,36 @@ class Placements(threading.Thread):
                     self.nodes.setdefault(actor["ActorClassName"], set()).add(actor["Address"]["NodeID"])
 
 
+def small_run(nodes: Any, folder: Path, **cluster: Any) -> Config:
+    """The configuration of a whole run of two actors and two ranks on the nodes."""
+    make_tiny_lm(folder / "lm", WORDS)
+    prompts = [f"{a} {b}" for a in WORDS[:6] for b in WORDS[6:10]]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return validate_config(
+        {
+            "beta": 0.5,
+            "prompts": {"source": str(folder / "prompts.jsonl"), "num_test": 4},
+            "reference": {"model": str(folder / "lm")},
+            "reward": {"kind": "callable", "function": "scorers:num_words"},
+            "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.05}},
+            "generate": {"num_responses": 8, "max_new_tokens": 6, "batch_prompts": 2, "shard_prompts": 2},
+            "train": {"learning_rate": 1e-3, "max_steps": 2, "ds_config": str(ROOT / "ds_configs/zero3_cpu.json")},
+            "evaluate": {"num_responses": 4},
+            "cluster": {"address": nodes.address, "num_actors": 2, "num_workers": 2, **cluster},
+        }
+    )
+
+
 def test_placement_stages_hand_all_cpus_of_two_nodes_to_each_other(nodes: Any, tmp_path: Path) -> None:
     """Actors and ranks each ask for every CPU; a third rank has no place, which is told instead of waited for."""
-    make_tiny_lm(tmp_path / "lm", WORDS)
-    prompts = [f"{a} {b}" for a in WORDS[:6] for b in WORDS[6:10]]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-
-    def config(**cluster: Any) -> Config:
-        every = {"num_actors": 2, "cpus_per_actor": 2, "num_workers": 2, "cpus_per_worker": 2}
-        return validate_config(
-            {
-                "beta": 0.5,
-                "prompts": {"source": str(tmp_path / "prompts.jsonl"), "num_test": 4},
-                "reference": {"model": str(tmp_path / "lm")},
-                "reward": {"kind": "callable", "function": "scorers:num_words"},
-                "constraints": {
-                    "calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.05}
-                },
-                "generate": {"num_responses": 8, "max_new_tokens": 6, "batch_prompts": 2, "shard_prompts": 2},
-                "train": {"learning_rate": 1e-3, "max_steps": 2, "ds_config": str(ROOT / "ds_configs/zero3_cpu.json")},
-                "evaluate": {"num_responses": 4},
-                "cluster": {"address": nodes.address, **every, **cluster},
-            }
-        )
-
+    every = {"cpus_per_actor": 2, "cpus_per_worker": 2}
     placements = Placements()
     placements.start()
     told = r"waiting for 3 x \{'CPU': 2.0\}; the cluster has \{'CPU': 4.0.*_s = 3 s. Lower cluster.num_workers"
     try:
         with pytest.raises(EnvironmentProblem, match=told):
-            run_method(tmp_path / "run", config(num_workers=3, wait_resources_s=3))
-        run_method(tmp_path / "run", config())
+            run_method(tmp_path / "run", small_run(nodes, tmp_path, **every, num_workers=3, wait_resources_s=3))
+        run_method(tmp_path / "run", small_run(nodes, tmp_path, **every))
     finally:
         placements.over.set()
         placements.join()
@@ -125,6 +124,23 @@ def test_placement_stages_hand_all_cpus_of_two_nodes_to_each_other(nodes: Any, t
     assert verify_run(tmp_path / "run")[1] == []
     stages = [event["stage"] for event in events(tmp_path / "run", "done")]
     assert (stages.count("train"), stages[-1]) == (1, "evaluate")
+
+
+def test_placement_actors_hand_the_gpus_to_the_ranks(nodes: Any, tmp_path: Path) -> None:
+    """Every GPU that Ray counts: actors of two stages take and leave them, and NCCL is the first to miss real ones."""
+    gpus = {"gpus_per_actor": 1, "gpus_per_worker": 1, "wait_resources_s": 20}
+    placements = Placements()
+    placements.start()
+    try:
+        with pytest.raises(EnvironmentProblem, match="NCCL"):
+            run_method(tmp_path / "run", small_run(nodes, tmp_path, **gpus))
+    finally:
+        placements.over.set()
+        placements.join()
+    assert placements.nodes["ShardWorker"] == placements.nodes["RayTrainWorker"]
+    assert len(placements.nodes["RayTrainWorker"]) == 2
+    stages = [event["stage"] for event in events(tmp_path / "run", "done")]
+    assert {"generate", "score", "solve", "label"} <= set(stages)
 
 
 def losing_nodes(
