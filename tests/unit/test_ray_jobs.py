@@ -205,7 +205,8 @@ def check_command(line: str) -> None:
 def commands_in(text: str) -> list[str]:
     """Return the lines of a shell text that start something of ours or Ray's, with continuations and & removed."""
     joined = re.sub(r"\\\n\s*", " ", text)
-    found = re.findall(r"(?<![\w/.-])((?:ray|can-dist|python ray_jobs/\S+) (?!cluster|node)[^#`\n&]*?)(?: 2>|[#`\n&])", joined)
+    start, end = r"(?<![\w/.-])((?:ray|can-dist|python ray_jobs/\S+) (?!cluster|node)", r"(?: 2>|[#`\n&])"
+    found = re.findall(start + r"[^#`\n&]*?)" + end, joined)
     return [line.replace('"', "").replace("$", "").strip() for line in found]
 
 
