@@ -228,7 +228,8 @@ def _notes(record: dict[str, Any]) -> str:
     )
     return (
         f"Lengths are lognormal; pairs scaled down to fit the context of {record['context']}: {scaled or 'none'}. "
-        f"Peak memory was to be at most {MEMORY_TARGET} of TRL's. {used}".rstrip()
+        f"Peak memory was to be at most {MEMORY_TARGET} of TRL's. The whole of it, and the start, hold what each side "
+        f"imports, which for TRL is also every tracker that is installed. {used}".rstrip()
     )
 
 
