@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from ray_head import ray_head
 from scored_world import configured, events, make_responses, scored
-from tiny import make_tiny_lm
+from small_run import small_run
 
 from can_dist.cluster import connect
 from can_dist.config import Config, PythonCallable, validate_config
@@ -25,9 +25,6 @@ from can_dist.pipeline import run_method
 from can_dist.stages.score import score
 from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, load_artifact, verify_run
-
-ROOT = Path(__file__).parents[2]
-WORDS = [f"w{i}" for i in range(12)]
 
 pytestmark = pytest.mark.slow
 
@@ -85,24 +82,10 @@ class Placements(threading.Thread):
                     self.nodes.setdefault(actor["ActorClassName"], set()).add(actor["Address"]["NodeID"])
 
 
-def small_run(nodes: Any, folder: Path, **cluster: Any) -> Config:
+def on_nodes(nodes: Any, folder: Path, **cluster: Any) -> Config:
     """The configuration of a whole run of two actors and two ranks on the nodes."""
-    make_tiny_lm(folder / "lm", WORDS)
-    prompts = [f"{a} {b}" for a in WORDS[:6] for b in WORDS[6:10]]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    return validate_config(
-        {
-            "beta": 0.5,
-            "prompts": {"source": str(folder / "prompts.jsonl"), "num_test": 4},
-            "reference": {"model": str(folder / "lm")},
-            "reward": {"kind": "callable", "function": "scorers:num_words"},
-            "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.05}},
-            "generate": {"num_responses": 8, "max_new_tokens": 6, "batch_prompts": 2, "shard_prompts": 2},
-            "train": {"learning_rate": 1e-3, "max_steps": 2, "ds_config": str(ROOT / "ds_configs/zero3_cpu.json")},
-            "evaluate": {"num_responses": 4},
-            "cluster": {"address": nodes.address, "num_actors": 2, "num_workers": 2, **cluster},
-        }
-    )
+    where = {"address": nodes.address, "num_actors": 2, "num_workers": 2, **cluster}
+    return validate_config(small_run(folder, cluster=where))
 
 
 def test_placement_stages_hand_all_cpus_of_two_nodes_to_each_other(nodes: Any, tmp_path: Path) -> None:
@@ -113,8 +96,8 @@ def test_placement_stages_hand_all_cpus_of_two_nodes_to_each_other(nodes: Any, t
     told = r"waiting for 3 x \{'CPU': 2.0\}; the cluster has \{'CPU': 4.0.*_s = 3 s. Lower cluster.num_workers"
     try:
         with pytest.raises(EnvironmentProblem, match=told):
-            run_method(tmp_path / "run", small_run(nodes, tmp_path, **every, num_workers=3, wait_resources_s=3))
-        run_method(tmp_path / "run", small_run(nodes, tmp_path, **every))
+            run_method(tmp_path / "run", on_nodes(nodes, tmp_path, **every, num_workers=3, wait_resources_s=3))
+        run_method(tmp_path / "run", on_nodes(nodes, tmp_path, **every))
     finally:
         placements.over.set()
         placements.join()
@@ -133,7 +116,7 @@ def test_placement_actors_hand_the_gpus_to_the_ranks(nodes: Any, tmp_path: Path)
     placements.start()
     try:
         with pytest.raises(EnvironmentProblem, match="NCCL"):
-            run_method(tmp_path / "run", small_run(nodes, tmp_path, **gpus))
+            run_method(tmp_path / "run", on_nodes(nodes, tmp_path, **gpus))
     finally:
         placements.over.set()
         placements.join()

@@ -13,15 +13,13 @@ from pathlib import Path
 
 import pytest
 from ray_head import BIN, Head, ray_head
-from ruamel.yaml import YAML
-from tiny import make_tiny_lm
+from small_run import small_run, write_config
 
 from can_dist.tables.artifacts import load_artifact
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-WORDS = [f"w{i}" for i in range(12)]
 CANARY = "hf_canary_7f3a91c5e2"
 PRIVATE = "zebracanary"  # in every prompt
 STEPS = 100  # more than a training does while `ray job stop` starts
@@ -38,32 +36,7 @@ def head() -> Iterator[Head]:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
-    make_tiny_lm(folder / "lm", WORDS)
-    prompts = [f"{a} {b} {PRIVATE}" for a in WORDS[:6] for b in WORDS[6:10]]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
-    raw = {
-        "seed": 1,
-        "beta": 0.5,
-        "prompts": {"source": str(folder / "prompts.jsonl"), "num_test": 4},
-        "reference": {"model": str(folder / "lm")},
-        "reward": {"kind": "callable", "function": "scorers:num_words"},
-        "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.05}},
-        "generate": {"num_responses": 4, "max_new_tokens": 6, "batch_prompts": 4, "shard_prompts": 4},
-        "train": {
-            "learning_rate": 1e-3,
-            "batch_size": 12,
-            "tokens_per_pack": 40,
-            "num_epochs": 100,
-            "max_steps": STEPS,
-            "checkpoint_every": 1000,
-            "log_every": 1,
-            "ds_config": str(ROOT / "ds_configs" / "zero3_cpu.json"),
-        },
-        "evaluate": {"num_responses": 4},
-    }
-    with (folder / "my.yaml").open("w") as file:
-        YAML().dump(raw, file)
-    return folder / "my.yaml"
+    return write_config(folder / "my.yaml", small_run(folder, prompt_end=f" {PRIVATE}"))
 
 
 def ray(head: Head, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:

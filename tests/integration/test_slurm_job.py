@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -15,42 +14,19 @@ from pathlib import Path
 import loopback_nodes
 import psutil
 import pytest
-from ruamel.yaml import YAML
-from tiny import make_tiny_lm
+from small_run import small_run, write_config
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-WORDS = [f"w{i}" for i in range(12)]
 # the file asks for GPUs and many cores; the command line has the last word, as for any sbatch file
 SMALL = ["--gpus-per-node=0", "--cpus-per-task=3", "--time=20", "--open-mode=append"]
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    make_tiny_lm(tmp_path / "lm", WORDS)
-    prompts = [f"{a} {b}" for a in WORDS[:6] for b in WORDS[6:10]]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
-    raw = {
-        "seed": 1,
-        "beta": 0.5,
-        "prompts": {"source": str(tmp_path / "prompts.jsonl"), "num_test": 4},
-        "reference": {"model": str(tmp_path / "lm")},
-        "reward": {"kind": "callable", "function": "scorers:num_words"},
-        "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.05}},
-        "generate": {"num_responses": 4, "max_new_tokens": 6, "batch_prompts": 4, "shard_prompts": 4},
-        "train": {
-            "learning_rate": 1e-3,
-            "batch_size": 12,
-            "max_steps": 4,
-            "ds_config": str(ROOT / "ds_configs" / "zero3_cpu.json"),
-        },
-        "evaluate": {"num_responses": 4},
-        "cluster": {"num_actors": 2, "cpus_per_actor": 2},
-    }
-    with (tmp_path / "my.yaml").open("w") as file:
-        YAML().dump(raw, file)
-    return tmp_path / "my.yaml"
+    given = small_run(tmp_path, cluster={"num_actors": 2, "cpus_per_actor": 2})
+    return write_config(tmp_path / "my.yaml", given)
 
 
 class Job:
