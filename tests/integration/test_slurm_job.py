@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import loopback_nodes
@@ -54,7 +54,9 @@ class Job:
 
     def warn(self) -> None:
         """Send the script alone SIGTERM, as ``--signal=B:TERM@300`` does; scancel would end the whole job."""
-        [script] = [one for one in psutil.process_iter(["cmdline"]) if self.spooled in " ".join(one.info["cmdline"])]
+        [script] = [
+            one for one in psutil.process_iter(["cmdline"]) if self.spooled in " ".join(one.info["cmdline"] or [])
+        ]
         script.send_signal(signal.SIGTERM)
 
     def wait(self, happened: Callable[[], bool], seconds: float) -> None:
@@ -64,21 +66,33 @@ class Job:
             time.sleep(0.5)
 
 
-def test_batch_job_stopped_by_the_warning_is_requeued_and_finishes(
-    config: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+@pytest.fixture(scope="module")
+def variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     missing = loopback_nodes.missing(loopback_nodes.SLURM_PROGRAMS)
     if missing:
         pytest.skip(f"not installed here: {', '.join(missing)}")
     with loopback_nodes.slurm(tmp_path_factory.mktemp("slurm")) as variables:
-        job = Job(config, variables)
-        job.wait(lambda: list(job.run.glob("generate-*")) != [], 300)
-        job.warn()
-        job.wait(lambda: job.fact("Restarts") == "1", 120)
-        first = job.log.read_text()
-        assert "Interrupted: stopped by SIGTERM; finished shards are kept" in first, first[-6000:]
-        job.slurm("scontrol", "update", f"JobId={job.id}", "StartTime=now")
-        job.wait(lambda: job.fact("JobState") in {"COMPLETED", "FAILED", "CANCELLED"}, 500)
-        assert (job.fact("JobState"), job.fact("ExitCode")) == ("COMPLETED", "0:0"), job.log.read_text()[-6000:]
+        yield variables
+
+
+def test_batch_job_stopped_by_the_warning_is_requeued_and_finishes(config: Path, variables: dict[str, str]) -> None:
+    job = Job(config, variables)
+    job.wait(lambda: list(job.run.glob("generate-*")) != [], 300)
+    job.warn()
+    job.wait(lambda: job.fact("Restarts") == "1", 120)
+    first = job.log.read_text()
+    assert "Interrupted: stopped by SIGTERM; finished shards are kept" in first, first[-6000:]
+    job.slurm("scontrol", "update", f"JobId={job.id}", "StartTime=now")
+    job.wait(lambda: job.fact("JobState") in {"COMPLETED", "FAILED", "CANCELLED"}, 500)
+    assert (job.fact("JobState"), job.fact("ExitCode")) == ("COMPLETED", "0:0"), job.log.read_text()[-6000:]
     assert list(job.run.glob("evaluate-*/report.html"))
     assert not list((config.parent / "home" / ".ray").glob("token*")), "the token goes with the job"
+
+
+def test_cancelled_batch_job_stays_cancelled(config: Path, variables: dict[str, str]) -> None:
+    """scancel sends SIGTERM too, and the driver ends as it does after the warning."""
+    job = Job(config, variables)
+    job.wait(lambda: list(job.run.glob("generate-*")) != [], 300)
+    job.slurm("scancel", job.id)
+    job.wait(lambda: job.slurm("squeue", "--noheader", f"--jobs={job.id}") == "", 150)
+    assert (job.fact("JobState"), job.fact("Restarts")) == ("CANCELLED", "0")
