@@ -214,6 +214,7 @@ def test_f07_driver_stopped_by_sigterm_exits_75_and_the_same_command_completes(f
     assert manifests(run) == manifests(folder / "runs" / "calm")
 
 
+@pytest.mark.slow
 def test_f07_killed_driver_leaves_a_run_that_the_same_command_completes(folder: Path, finished: Path) -> None:
     """kill -9 in the middle of a run: the lock is free again, and the digests are those of the undisturbed run."""
     run = folder / "runs" / "killed"
@@ -228,6 +229,7 @@ def test_f07_killed_driver_leaves_a_run_that_the_same_command_completes(folder: 
     assert manifests(run).items() <= manifests(finished).items()
 
 
+@pytest.mark.slow
 def test_every_readme_command_about_the_readers_own_run_works(folder: Path, finished: Path) -> None:
     """All commands of the README, as printed, one after the other.
 

@@ -149,6 +149,7 @@ def test_deepspeed_launcher_trains_and_commits_a_labelled_run(folder: Path, laun
     assert "every digest and every input as recorded" in finish(verified)
 
 
+@pytest.mark.slow
 def test_f31_ray_train_survives_the_loss_of_a_rank_and_ends_with_the_same_policy(
     folder: Path, launched: tuple[Path, str]
 ) -> None:
