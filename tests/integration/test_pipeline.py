@@ -233,7 +233,7 @@ def test_f07_killed_driver_leaves_a_run_that_the_same_command_completes(folder: 
 def test_every_readme_command_about_the_readers_own_run_works(folder: Path, finished: Path) -> None:
     """All commands of the README, as printed, one after the other.
 
-    But the two ``make`` lines (``make test`` runs this, test_demo.py the demo) and those of test_real_text.py.
+    But the two ``make`` lines (test_demo.py runs the demo) and those of test_real_text.py.
     """
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     blocks = README.read_text(encoding="utf-8").count("```bash")
