@@ -22,7 +22,9 @@ test: setup
 	$(BIN)/python -m pytest -m 'not slow' tests/integration
 	$(BIN)/python -m pytest kernels/tests
 
+# with bitsandbytes, whose slow tests train on CPU ranks
 test-all: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,qlora]'
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: setup

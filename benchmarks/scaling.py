@@ -125,7 +125,7 @@ def actors_row(arguments: argparse.Namespace) -> dict[str, Any]:
         job = ScoreJob("logp", spec, "{}", "fp32", responses.path, Path(directory), max_quarantine=0)
         for number in range(arguments.rounds):
             for size in (1, 2) if number % 2 == 0 else (2, 1):
-                pool = ActorPool(Cluster(num_actors=size))
+                pool = ActorPool(Cluster(num_actors=size), print)
                 pool.run(job, {shard: 1 for shard in range(size)}, "load")
                 start = time.perf_counter()
                 pool.run(job, {shard: 1 for shard in range(NUM_SHARDS)}, "score")
