@@ -98,6 +98,7 @@ def actors_row(arguments: argparse.Namespace) -> dict[str, Any]:
     from can_dist.modeling.formatter import Formatter
     from can_dist.modeling.loading import load_tokenizer
     from can_dist.scoring.protocol import LogProb
+    from can_dist.shards import run_shards
     from can_dist.stages.score import ScoreJob
     from can_dist.tables.artifacts import open_stage, write_part
     from can_dist.tables.schemas import RESPONSES
@@ -126,9 +127,9 @@ def actors_row(arguments: argparse.Namespace) -> dict[str, Any]:
         for number in range(arguments.rounds):
             for size in (1, 2) if number % 2 == 0 else (2, 1):
                 pool = ActorPool(Cluster(num_actors=size), print)
-                pool.run(job, {shard: 1 for shard in range(size)}, "load")
+                run_shards(pool, job, {shard: 1 for shard in range(size)}, "load", dict)
                 start = time.perf_counter()
-                pool.run(job, {shard: 1 for shard in range(NUM_SHARDS)}, "score")
+                run_shards(pool, job, {shard: 1 for shard in range(NUM_SHARDS)}, "score", dict)
                 times[size].append([time.perf_counter() - start, 0.0])
                 pool.close()
     return _row(times, sum(pair.num_shared for pair in made))
