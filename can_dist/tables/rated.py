@@ -12,8 +12,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from can_dist.tables.rows import Format, Messages, Pair, Rated, Rating, SetAside, bad, read_messages, safe_flag, texts
-from can_dist.tables.sources import Row
+from can_dist.tables.json_rows import Row
+from can_dist.tables.messages import Messages, read_messages
+from can_dist.tables.misfits import bad
+from can_dist.tables.rows import Format, Pair, Rated, Rating, SetAside, safe_flag, texts
 
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 """What UltraFeedback rates from 1 to 5; a response's rating here is their mean."""
@@ -76,8 +78,8 @@ def _mean_rating(annotations: object, where: str, place: str) -> float | None:
     if not isinstance(annotations, dict) or not set(ASPECTS) <= annotations.keys():
         expected = f"annotations with {', '.join(ASPECTS)}"
         raise bad(where, f"{place}.annotations", annotations, expected, "Correct the row, or remove it.")
-    found = [str(entry.get("Rating")) for name in ASPECTS if isinstance(entry := annotations[name], dict)]
-    numbers = [float(value) for value in found if value.strip() in ("1", "2", "3", "4", "5")]
+    entries = [str(entry.get("Rating")) for name in ASPECTS if isinstance(entry := annotations[name], dict)]
+    numbers = [float(value) for value in entries if value.strip() in ("1", "2", "3", "4", "5")]
     return sum(numbers) / len(numbers) if numbers else None
 
 
@@ -107,19 +109,35 @@ def _better(row: Row, where: str, name: str) -> int:
 
 
 RATED_FORMATS = (
-    Format("beavertails", "BeaverTails ratings", ("prompt", "response", "is_safe"), _beavertails, better_first=True),
-    Format("helpsteer", "HelpSteer ratings", ("prompt", "response", "helpfulness"), _helpsteer, better_first=True),
+    Format(
+        "beavertails",
+        "BeaverTails ratings",
+        ("prompt", "response", "is_safe"),
+        _beavertails,
+        about=("category",),
+        better_first=True,
+    ),
+    Format(
+        "helpsteer",
+        "HelpSteer ratings",
+        ("prompt", "response", "helpfulness"),
+        _helpsteer,
+        about=("correctness", "coherence", "complexity", "verbosity"),
+        better_first=True,
+    ),
     Format(
         "helpsteer2-preference",
         "HelpSteer2 preferences",
         ("prompt", "response_1", "response_2", "preference_strength"),
         _helpsteer2_pair,
+        about=("split",),
     ),
     Format(
         "helpsteer3-preference",
         "HelpSteer3 preferences",
         ("context", "response1", "response2", "overall_preference"),
         _helpsteer3_pair,
+        about=("domain", "language"),
         message_lists=False,
     ),
     Format(
@@ -127,6 +145,7 @@ RATED_FORMATS = (
         "UltraFeedback ratings",
         ("instruction", "completions"),
         _ultrafeedback,
+        about=("source",),
         better_first=True,
         message_lists=False,
     ),
@@ -171,14 +190,14 @@ class RatedPrompts:
 
 def _reasons(responses: tuple[Rating, ...]) -> dict[int, str]:
     """Why a response takes part in no pair whatever the others are, by its place."""
-    flags = Counter((one.text, one.safe) for one in responses)
+    flags = Counter((response.text, response.safe) for response in responses)
     reasons, seen = {}, set()
-    for index, one in enumerate(responses):
-        if one.safe is not None and flags[one.text, not one.safe]:
+    for index, response in enumerate(responses):
+        if response.safe is not None and flags[response.text, not response.safe]:
             reasons[index] = BOTH
-        elif (one.text, one.rating) in seen:
+        elif (response.text, response.rating) in seen:
             reasons[index] = AGAIN
-        seen.add((one.text, one.rating))
+        seen.add((response.text, response.rating))
     return reasons
 
 

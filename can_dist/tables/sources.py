@@ -11,33 +11,24 @@ bad row is in.
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from can_dist.errors import ConfigError, DataError, EnvironmentProblem
-
-Row = dict[str, Any]
-"""One row of a source: column name to value."""
+from can_dist.tables.json_rows import JSON_ENDINGS, Row, json_rows
 
 _KINDS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".jsonl.gz": "json",
-    ".ndjson.gz": "json",
-    ".json.gz": "json",
+    **dict.fromkeys(JSON_ENDINGS, "json"),
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
@@ -204,64 +195,12 @@ def _open_file(path: Path) -> Shard:
 
 
 def _open_json(path: Path) -> Shard:
-    rows = _json_rows(path)
+    rows = json_rows(path)
     first = list(itertools.islice(rows, _PEEK_ROWS))
     if not first:
         raise DataError(f"{path}: the file is empty (no rows). Expected one JSON object per line.")
     columns = tuple(dict.fromkeys(name for row in first for name in row))
     return Shard(str(path), columns, lambda _: itertools.chain(first, rows))
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    """Rows of a JSON array (a .json file that starts with ``[``) or of JSON lines; blank lines are skipped."""
-    name = path.name.lower()
-    try:
-        with cast("IO[bytes]", gzip.open(path) if name.endswith(".gz") else path.open("rb")) as file:
-            if name.endswith((".json", ".json.gz")) and file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                file.seek(0)
-                yield from _json_array(path, file.read())
-                return
-            file.seek(0)
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _json_object(path, line, number)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: damaged or truncated gzip ({error}). Download or compress it again.") from error
-
-
-def _json_object(path: Path, line: bytes, number: int) -> Row:
-    try:
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}, line {number}: malformed JSON ({error}).\n"
-            f"  Found {show(line.decode('utf-8', 'replace').strip())}; expected one JSON object per line. "
-            "Correct the line or write the file again."
-        ) from error
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{path}, line {number}: found {show(row)}, expected one JSON object per line. Correct the line."
-        )
-    return row
-
-
-def _json_array(path: Path, text: bytes) -> list[Row]:
-    try:
-        rows = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}: malformed JSON ({error}). Expected an array of objects; write the file again."
-        ) from error
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: found {show(row)}, expected an object. Correct the row.")
-    return cast("list[Row]", rows)
-
-
-def show(value: object) -> str:
-    """Return ``repr(value)``, cut to fit a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _damaged(path: Path, what: str, error: Exception) -> DataError:

@@ -93,7 +93,8 @@ def test_dialogue_text_becomes_turns(tmp_path: Path) -> None:
 def test_own_prompt_ids_are_used_and_checked(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "prompt_id": 7}, {"prompt": "b", "prompt_id": "x"}, {"prompt": "a", "prompt_id": "y"}]
     read = read_prompts(write(tmp_path / "a.jsonl", rows))
-    assert read.table.column("prompt_id").to_pylist() == ["7", "x", "y"]
+    assert read.table.column("prompt_id").to_pylist() == ["7", "x"]  # of two ids of a conversation the first
+    assert "1 further prompt_ids of the same conversations left out" in read.announcement
     assert read.counts["same_messages"] == 1
     message = refusal(write(tmp_path / "b.jsonl", [*rows, rows[0], *[rows[1]] * 9]))
     assert "10 row(s) repeat an id: '7' at" in message
