@@ -18,7 +18,7 @@ from can_dist.cluster import ActorPool, ShardJob, connect, interruptible
 from can_dist.config import Config, dump_yaml
 from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.shards import run_shards
-from can_dist.tables.artifacts import Artifact, StageDirectory, atomic_file, open_stage
+from can_dist.tables.artifacts import Artifact, StageDirectory, atomic_file, find_finished, open_stage
 
 OWNER = ".owner"
 OWNER_LINE = re.compile(r"process (?P<process>\d+) on (?P<host>\S+) since (?P<since>.+)")
@@ -76,6 +76,12 @@ class Workspace:
         if place.reason:
             self.say(f"{stage} ({label}): {place.reason}", event="changed", stage=stage, label=label)
         return place
+
+    def finished(
+        self, stage: str, label: str, identity: Mapping[str, Any], inputs: Mapping[str, Artifact]
+    ) -> Artifact | None:
+        """Return a stage's artifact where it is finished; nothing is opened."""
+        return find_finished(self.directory, stage, label, identity, inputs)
 
     @contextlib.contextmanager
     def timed(self, stage: str, label: str, **counts: Any) -> Iterator[None]:

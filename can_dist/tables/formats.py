@@ -281,13 +281,14 @@ def _preferences(scan: Scan, pairs: Sequence[tuple[str, Pair]], carried: dict[st
         (counts["conflicts"], "safer_response_id contradicting is_response_i_safe"),
         (counts["set_aside"], f"rows set aside ({scan.reasons()})"),
     )
+    remark = ""
     if scan.form.better_first:
-        text += "; chosen comes first by construction, so shuffle before comparing positions"
+        remark = "; chosen comes first by construction, so shuffle before comparing positions"
     rows = [(key, p.messages, p.a, p.b, p.better, p.safer, p.safe_a, p.safe_b) for key, p in pairs]
     return PreferencesRead(
         pa.table([list(column) for column in zip(*rows, strict=True)], schema=PREFERENCES_READ),
         scan.key,
-        scan.announce(text),
+        scan.announce(text, remark),
         counts,
         dict(scan.why),
         tuple(scan.set_aside),

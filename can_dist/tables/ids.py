@@ -11,7 +11,6 @@ import pyarrow as pa
 
 from can_dist.errors import DataError
 from can_dist.tables.misfits import show
-from can_dist.tables.schemas import null_rows
 
 ID_COLUMNS = ("prompt_id", "response_id")
 
@@ -57,22 +56,19 @@ def id_column(values: Sequence[object], name: str, where: str) -> pa.Array:
 
 
 def plain_ids(column: pa.ChunkedArray | pa.Array, name: str, where: str, first_row: int = 0) -> pa.Array:
-    """Return a table's ids without nulls, as whole numbers or as texts.
+    """Return a table's ids as whole numbers or as texts.
 
     Args:
-        column: ids of any type, N rows.
+        column: N ids of any type, without nulls.
         name: of the column.
         where: the file.
         first_row: number of the first row, where the column is a piece of the file's.
 
     Raises:
-        DataError: nulls, or a type whose values are no ids: truth values, fractions, lists, bytes.
+        DataError: a type whose values are no ids: truth values, fractions, lists, bytes.
     """
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
-    if column.null_count:
-        rows = ", ".join(str(first_row + row) for row in null_rows(column))
-        raise DataError(f"{where}: {name} is null at row(s) {rows}. Every row needs an id.")
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if pa.types.is_floating(kind):
         return _whole(column, name, where, first_row)

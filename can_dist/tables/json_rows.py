@@ -100,8 +100,8 @@ def _one_object(path: Path, value: object) -> DataError:
     )
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of its names and values; a name that comes twice is refused."""
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of its names and values; raise ``ValueError`` for a name that comes twice."""
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
@@ -111,7 +111,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _json_object(path: Path, line: bytes, number: int) -> Row:
     try:
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_object)
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}, line {number}: malformed JSON ({error}).\n"
@@ -127,7 +127,7 @@ def _json_object(path: Path, line: bytes, number: int) -> Row:
 
 def _json_array(path: Path, text: bytes) -> list[Row]:
     try:
-        rows = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
+        rows = json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: malformed JSON ({error}). Expected an array of objects; write the file again."

@@ -212,8 +212,10 @@ def _parsed(text: str) -> Iterator[object]:
     """Yield the value of a text, as JSON or else as Python; nothing where it is neither."""
     for parse in (json.loads, ast.literal_eval):
         try:
-            with warnings.catch_warnings(action="ignore", category=SyntaxWarning):  # of odd escapes
-                yield parse(text)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python warns of odd escapes
+                value = parse(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
+        yield value
         return

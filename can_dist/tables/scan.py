@@ -192,11 +192,11 @@ class Scan:
         columns = [name for name in self.columns if name not in used and not is_system(name)]
         return [*columns, *self._ignored.keys]
 
-    def announce(self, text: str) -> str:
-        """Return the line that tells how the source was read, around what ``text`` counts."""
+    def announce(self, text: str, remark: str = "") -> str:
+        """Return the line that tells how the source was read: what ``text`` counts, what was joined, a remark."""
         reads = [name for name in (*self.form.reads, "prompt_id") if name in self.columns]
         reads += [name for name in self.columns if is_system(name)]
         joined = "".join(f", {count} {kind}" for kind, count in self.joined.items())
         tail = f"; ignored columns: {', '.join(self.ignored())}" if self.ignored() else ""
         name = Path(self.source).name if Path(self.source).expanduser().exists() else self.source
-        return f"{name}: {self.form.title_of(self.key)} (found {', '.join(reads)}): {text}{joined}{tail}"
+        return f"{name}: {self.form.title_of(self.key)} (found {', '.join(reads)}): {text}{joined}{remark}{tail}"

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from can_dist.errors import ConfigError, DataError, EnvironmentProblem
 from can_dist.tables.json_rows import JSON_ENDINGS, Row, json_rows
+from can_dist.tables.json_type import row_decoder
 
 _KINDS = {
     **dict.fromkeys(JSON_ENDINGS, "json"),
@@ -152,8 +153,8 @@ def _of_split(path: Path, files: list[Path], split: str) -> list[Path]:
         match = _SPLIT.search(file.name.lower())
         name = None if match is None else _SPLIT_ALIASES.get(match[1], match[1])
         by_split.setdefault(name, []).append(file)
-    asked = _SPLIT_ALIASES.get(split, split)
-    if set(by_split) == {None} and asked == "train":
+    wanted = _SPLIT_ALIASES.get(split, split)
+    if set(by_split) == {None} and wanted == "train":
         return files
     if None in by_split and len(by_split) > 1:
         named = [f.name for f in files if f not in by_split[None]]
@@ -161,13 +162,13 @@ def _of_split(path: Path, files: list[Path], split: str) -> list[Path]:
             f"{path}: some files carry a split in their name ({named[:3]}), others none "
             f"({[f.name for f in by_split[None]][:3]}).\n  Name one file, or move the others away."
         )
-    if asked not in by_split:
-        found = sorted(name for name in by_split if name is not None)
-        raise DataError(f"{path}: no split {split!r}; file names show {found or 'no split'}. Set split accordingly.")
-    several = sorted({whole[file] for file in by_split[asked] if file in whole})
+    if wanted not in by_split:
+        names = sorted(name for name in by_split if name is not None)
+        raise DataError(f"{path}: no split {split!r}; file names show {names or 'no split'}. Set split accordingly.")
+    several = sorted({whole[file] for file in by_split[wanted] if file in whole})
     if len(several) > 1:  # such as train_prefs and train_sft, whose rows are not of one kind
         raise DataError(f"{path}: split {split!r} may be any of {', '.join(several)}. Set split to one of them.")
-    return by_split[asked]
+    return by_split[wanted]
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -203,8 +204,8 @@ def _open_json(path: Path) -> Shard:
     return Shard(str(path), columns, lambda _: itertools.chain(first, rows))
 
 
-def _damaged(path: Path, what: str, error: Exception) -> DataError:
-    return DataError(f"{path}: truncated or damaged {what} ({error}). Write or download the file again.")
+def _damaged(path: Path, kind: str, error: Exception) -> DataError:
+    return DataError(f"{path}: truncated or damaged {kind} ({error}). Write or download the file again.")
 
 
 def _open_parquet(path: Path) -> Shard:
@@ -216,7 +217,8 @@ def _open_parquet(path: Path) -> Shard:
     def batches(columns: Sequence[str]) -> Iterator[Any]:
         return cast("Iterator[Any]", file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns)))
 
-    return Shard(str(path), tuple(file.schema_arrow.names), lambda columns: _batch_rows(path, batches(columns)))
+    schema = file.schema_arrow
+    return Shard(str(path), tuple(schema.names), lambda columns: _batch_rows(path, schema, batches(columns)))
 
 
 def _open_arrow(path: Path) -> Shard:
@@ -235,7 +237,7 @@ def _open_arrow(path: Path) -> Shard:
     return Shard(
         str(path),
         tuple(reader.schema.names),
-        lambda columns: _batch_rows(path, (b.select(list(columns)) for b in batches)),
+        lambda columns: _batch_rows(path, reader.schema, (b.select(list(columns)) for b in batches)),
     )
 
 
@@ -257,11 +259,14 @@ def _check_stream_end(path: Path, buffer: Any) -> None:
         )
 
 
-def _batch_rows(path: Path, batches: Iterator[Any]) -> Iterator[Row]:
+def _batch_rows(path: Path, schema: pa.Schema, batches: Iterator[Any]) -> Iterator[Row]:
+    decoded, number = row_decoder(schema, path), 0
     try:
         for batch in batches:
             batch.validate(full=True)
-            yield from batch.to_pylist()
+            for row in batch.to_pylist():
+                yield decoded(row, number)
+                number += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(path, "data", error) from error
 

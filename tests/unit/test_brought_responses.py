@@ -80,7 +80,7 @@ def test_brought_responses_are_joined_by_prompt_and_tokenised(world: Path, tmp_p
         assert row["num_tokens"] == len(row["token_ids"])
     assert [row["response_id"].split("/")[1] for row in table] == ["0", "1"] * 5
     log = (tmp_path / "run" / "log.jsonl").read_text()
-    assert "17 rows, 17 responses to 9 prompts, of which 5 are among the 5 training prompts" in log
+    assert "17 rows, 17 responses to 9 prompts; 5 of these prompts are among the 5 training prompts" in log
 
 
 def test_file_that_is_unchanged_is_reused_and_another_one_is_not(world: Path, tmp_path: Path) -> None:
