@@ -155,7 +155,7 @@ def read_prompts(
     table = pa.table([list(messages_of), list(messages_of.values())], schema=PROMPTS_READ)
     text = f"{counts['rows']} rows, {len(messages_of)} distinct prompts" + _notes(
         (counts["repeated"], "repeated rows merged"),
-        (counts["same_messages"], "further prompt_ids of the same conversations left out"),
+        (counts["same_messages"], "of them under another prompt_id"),
         (counts["set_aside"], f"rows set aside ({scan.reasons()})"),
     )
     return PromptsRead(

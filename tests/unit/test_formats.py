@@ -94,7 +94,7 @@ def test_own_prompt_ids_are_used_and_checked(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "prompt_id": 7}, {"prompt": "b", "prompt_id": "x"}, {"prompt": "a", "prompt_id": "y"}]
     read = read_prompts(write(tmp_path / "a.jsonl", rows))
     assert read.table.column("prompt_id").to_pylist() == ["7", "x"]  # of two ids of a conversation the first
-    assert "1 further prompt_ids of the same conversations left out" in read.announcement
+    assert "1 repeated rows merged, 1 of them under another prompt_id" in read.announcement
     assert read.counts["same_messages"] == 1
     message = refusal(write(tmp_path / "b.jsonl", [*rows, rows[0], *[rows[1]] * 9]))
     assert "10 row(s) repeat an id: '7' at" in message
