@@ -168,7 +168,7 @@ def _float(value: float) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def _check_not_twice(paths: Sequence[Path], tables: Sequence[pa.Table]) -> None:
