@@ -112,7 +112,7 @@ def evaluate(
         "responses_after": after,
         "scores_before": score(work, before, scorers, role="reference on test"),
         "scores_after": score(work, after, {**scorers, **logps}, role="policy on test"),
-        **_benign_responses(work, reference, policy),
+        **_benign_responses(work, lineage.prompts, reference, policy),
     }
     if lineage.solution is not None and lineage.train_scores is not None:
         inputs |= {"solution": lineage.solution, "train_scores": lineage.train_scores}
@@ -147,15 +147,15 @@ def method_title(method: str, variant: str = "") -> str:
     return f"{title} ({variant})" if variant else title
 
 
-def _benign_responses(work: Workspace, reference: Model, policy: Model) -> dict[str, Artifact]:
+def _benign_responses(work: Workspace, prompts: Artifact, reference: Model, policy: Model) -> dict[str, Artifact]:
     """Return both models' responses to the benign prompts, where the configuration names some."""
     source = work.config.evaluate.benign_prompts
     if source is None:
         return {}
-    prompts = ingest_benign(work, source)
+    benign = ingest_benign(work, source, prompts)
     return {
-        "benign_before": generate(work, reference, prompts, split="test", role="reference, benign prompts"),
-        "benign_after": generate(work, policy, prompts, split="test", role="policy, benign prompts"),
+        "benign_before": generate(work, reference, benign, split="test", role="reference, benign prompts"),
+        "benign_after": generate(work, policy, benign, split="test", role="policy, benign prompts"),
     }
 
 

@@ -18,6 +18,7 @@ from can_dist.stages.held_out import HeldOut
 from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, StageDirectory, file_digest, write_part
 from can_dist.tables.formats import PreferencesRead, PromptsRead, read_preferences, read_prompts
+from can_dist.tables.messages import prompt_id
 from can_dist.tables.schemas import GIVEN_RESPONSES, PROMPTS
 
 if TYPE_CHECKING:
@@ -77,8 +78,13 @@ def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
     return stage.commit(info=_info(read) | {"counts": counts})
 
 
-def ingest_benign(work: Workspace, source: DataSource) -> Artifact:
-    """Read prompts that deserve no refusal; all of them are ``test``, none is trained on for being here.
+def ingest_benign(work: Workspace, source: DataSource, prompts: Artifact) -> Artifact:
+    """Read prompts that deserve no refusal, all of them as ``test``.
+
+    Args:
+        work: the run.
+        source: the benign prompts.
+        prompts: the run's prompts; benign ones that say what a training prompt says are told of.
 
     Raises:
         DataError: the source cannot be read.
@@ -86,10 +92,16 @@ def ingest_benign(work: Workspace, source: DataSource) -> Artifact:
     identity = {"source": source_identity(source)}
     stage, read = _open(work, ("prompts", "benign prompts"), identity, {}, lambda: _read(source, read_prompts))
     if read is None:
-        return _finished(stage)
-    splits = pa.array(["test"] * read.table.num_rows, pa.string())
-    write_part(stage.path, 0, read.table.append_column("split", splits).cast(PROMPTS).combine_chunks())
-    return stage.commit(info=_info(read))
+        artifact = _finished(stage)
+    else:
+        splits = pa.array(["test"] * read.table.num_rows, pa.string())
+        write_part(stage.path, 0, read.table.append_column("split", splits).cast(PROMPTS).combine_chunks())
+        artifact = stage.commit(info=_info(read))
+    trained_on = {prompt_id(row["messages"]) for row in prompts.table.to_pylist() if row["split"] == "train"}
+    contents = [prompt_id(messages) for messages in artifact.table.column("messages").to_pylist()]
+    if both := sum(content in trained_on for content in contents):
+        work.say(f"{source.source}: {both} of {len(contents)} benign prompts are trained on too, so not held out")
+    return artifact
 
 
 def _read(source: DataSource, reader: Callable[..., Read]) -> Read:

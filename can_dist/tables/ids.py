@@ -88,7 +88,7 @@ def _whole(column: pa.Array, name: str, where: str, first_row: int) -> pa.Array:
     if not exact.all():
         row = int(np.flatnonzero(~exact)[0])
         raise DataError(
-            f"{where}: {name} is floating point, and {float(values[row])!r} at row {first_row + row} is no whole number that "
-            "such a type holds exactly. Write the ids as texts."
+            f"{where}: {name} is floating point, and {float(values[row])!r} at row {first_row + row} is no whole "
+            "number that such a type holds exactly. Write the ids as texts."
         )
     return pa.array(values.astype(np.int64))
