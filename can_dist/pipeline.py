@@ -14,10 +14,10 @@ from can_dist.algorithms.p_sacpo import p_sacpo
 from can_dist.algorithms.pecan import pecan
 from can_dist.algorithms.sacpo import sacpo
 from can_dist.config import Config, dump_yaml, for_method
+from can_dist.doctor.preflight import check_pinned, preflight
 from can_dist.errors import ConfigError
 from can_dist.run import Run, StageReached
 from can_dist.stages.human_labels import Criterion
-from can_dist.stages.preflight import check_pinned, preflight
 from can_dist.tables.artifacts import Artifact, atomic_file
 
 # what a method can be stopped after

@@ -11,10 +11,10 @@ from click.testing import CliRunner
 
 from can_dist.cli import cli
 from can_dist.config import Config, dump_yaml, for_method, load_config, validate_config
-from can_dist.config_yaml import merge
+from can_dist.config.yaml_files import merge
 from can_dist.errors import CanDistError, ConfigError, EnvironmentProblem
 from can_dist.pipeline import STAGES
-from can_dist.stages.evaluate import TITLES, method_title
+from can_dist.stages.report import TITLES, method_title
 
 LEN = {"kind": "callable", "function": "builtins:len"}
 PEOPLE = {"label": {"preferences": {"source": "pairs.jsonl"}}}

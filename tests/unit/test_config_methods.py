@@ -8,8 +8,8 @@ import pytest
 from exact_run import SCORER, make_config
 
 from can_dist.config import Config
-from can_dist.config_keys import describe_keys
-from can_dist.config_methods import SECTIONS
+from can_dist.config.describe import describe_keys
+from can_dist.config.methods import SECTIONS
 from can_dist.errors import ConfigError
 from can_dist.pipeline import run_pipeline
 
