@@ -13,9 +13,8 @@ from typing import Any
 import click
 
 from can_dist.cli.options import read_config, run_options, run_until
+from can_dist.config.methods import FROM_SCORES
 from can_dist.errors import ConfigError, EnvironmentProblem
-
-STAGES = ("generate", "score", "solve", "label", "train", "evaluate")
 
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,7 +31,7 @@ def run(**options: Any) -> None:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("stage", type=click.Choice(STAGES))
+@click.argument("stage", type=click.Choice(FROM_SCORES))
 @job_options
 def stage(stage: str, **options: Any) -> None:
     """Run up to and including STAGE; what is finished is reused."""

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from can_dist.config.explain import explain
-from can_dist.config.methods import SECTIONS
+from can_dist.config.methods import METHODS, OWN_SECTIONS
 from can_dist.config.root import Config
 from can_dist.config.yaml_files import apply_override, format_yaml, merge, read_yaml
 from can_dist.errors import ConfigError
@@ -61,7 +61,8 @@ def for_method(config: Config, method: str, where: str = "configuration") -> Con
     where = f"{where}, methods.{method}"
     if fixed := [name for name in ("method", "methods") if name in overrides]:
         raise ConfigError(f"{where}: {fixed[0]} cannot be set for one method. Leave it out.")
-    others = {name for sections in SECTIONS.values() for name in sections} - set(SECTIONS.get(method, ()))
+    own = METHODS[method].sections if method in METHODS else ()
+    others = set(OWN_SECTIONS) - set(own)
     base = {name: value for name, value in given.items() if name not in others}
     return validate_config(merge(base, {**overrides, "method": method}), where)
 

@@ -1,10 +1,14 @@
-"""What each method has of its own in a configuration."""
+"""The methods, one row each, and the sections of a configuration that a method has of its own.
+
+A method's name stands here and in ``can_dist.algorithms``, which knows its function, and nowhere else.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from can_dist.config.base import Strict, changed
 from can_dist.config.sources import DataSource
@@ -107,5 +111,66 @@ class Caid(Strict):
     epochs: int = Field(1, ge=1, description="Passes over the examples in each feedback step.")
 
 
-SECTIONS = {"sacpo": ("sacpo",), "p_sacpo": ("sacpo", "p_sacpo"), "cdpo": ("cdpo",), "caid": ("caid",)}
-"""The sections of its own that a method reads."""
+MethodName = Literal["mocan", "pecan", "dpo_h", "dpo_s", "sacpo", "p_sacpo", "cdpo", "caid"]
+Source = Literal["scores", "people"]
+DEFAULT_METHOD: MethodName = "mocan"
+
+FROM_SCORES = ("generate", "score", "solve", "label", "train", "evaluate")
+FROM_PEOPLE = ("score", "label", "train", "evaluate")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the rest of the program needs to know of a method.
+
+    Attributes:
+        title: its name as the papers write it.
+        learns_from: what its preferences are made from; a section ``sacpo`` may say otherwise.
+        stages: the stages it can be stopped after.
+        sections: the sections of the configuration that it has of its own.
+        label_keys: the keys of ``label`` that no other method reads.
+        trains_again: other stages lie between its trainings, so a launcher, which starts one stage, cannot run it.
+        trains_from_trained: a later training starts from a policy that an earlier training made.
+        mixes: its policies are mixtures of the helpful policy with the one trained from it.
+        needs_ratios: its scorers are log-ratios of policies, which may be trained or calibrated for it.
+        steers: its λ follows what the trained policies measured, so the dual predicts nothing of its policy.
+        one_shot: the method whose single training its loop of trainings is compared with.
+    """
+
+    title: str
+    learns_from: Source = "scores"
+    stages: tuple[str, ...] = FROM_SCORES
+    sections: tuple[str, ...] = ()
+    label_keys: tuple[str, ...] = ()
+    trains_again: bool = False
+    trains_from_trained: bool = False
+    mixes: bool = False
+    needs_ratios: bool = False
+    steers: bool = False
+    one_shot: MethodName | None = None
+
+
+METHODS: dict[str, Method] = {
+    "mocan": Method("MoCAN"),
+    "pecan": Method("PeCAN", label_keys=("as_published",), needs_ratios=True),
+    "dpo_h": Method("DPO-H", "people", FROM_PEOPLE),
+    "dpo_s": Method("DPO-S", "people", FROM_PEOPLE),
+    "sacpo": Method("SACPO", "people", FROM_PEOPLE, ("sacpo",), trains_again=True, trains_from_trained=True),
+    "p_sacpo": Method(
+        "P-SACPO", "people", FROM_PEOPLE, ("sacpo", "p_sacpo"), trains_again=True, trains_from_trained=True, mixes=True
+    ),
+    "cdpo": Method("C-DPO", sections=("cdpo",), trains_again=True, steers=True, one_shot="mocan"),
+    "caid": Method("CAID", sections=("caid",), trains_again=True, trains_from_trained=True, steers=True),
+}
+"""Every method, in the order of tables."""
+
+assert get_args(MethodName) == tuple(METHODS), "MethodName and METHODS name other methods"
+
+OWN_SECTIONS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.sections))
+"""The sections that belong to some method."""
+
+
+def method_of(info: ValidationInfo) -> tuple[str, Method]:
+    """Return the name and the row of the method that a configuration under validation names."""
+    name = info.data.get("method", DEFAULT_METHOD)  # absent where it was refused itself
+    return name, METHODS[name]

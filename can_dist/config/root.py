@@ -9,7 +9,18 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from can_dist.config.base import Strict, changed, runtime
 from can_dist.config.cluster import Cluster
-from can_dist.config.methods import SECTIONS, Caid, Cdpo, PSacpo, Sacpo
+from can_dist.config.methods import (
+    DEFAULT_METHOD,
+    METHODS,
+    OWN_SECTIONS,
+    Caid,
+    Cdpo,
+    MethodName,
+    PSacpo,
+    Sacpo,
+    Step,
+    method_of,
+)
 from can_dist.config.scorers import LogRatio, Model, Scorer, check_learners, check_scorer
 from can_dist.config.sections import Constraint, Evaluate, Generate, Label, Prompts, Solve, Train
 
@@ -19,8 +30,9 @@ NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 class Config(Strict):
     """A whole run."""
 
-    method: Literal["mocan", "pecan", "dpo_h", "dpo_s", "sacpo", "p_sacpo", "cdpo", "caid"] = Field(
-        "mocan", description="The algorithm; dpo_h, dpo_s: plain DPO on people's helpfulness or safety preferences."
+    method: MethodName = Field(
+        DEFAULT_METHOD,
+        description="The algorithm; dpo_h, dpo_s: plain DPO on people's helpfulness or safety preferences.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Root of every random stream.")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on GPUs, fp32 on CPU.")
@@ -47,14 +59,14 @@ class Config(Strict):
     @field_validator("reward")
     @classmethod
     def _reward_fits(cls, reward: Scorer, info: ValidationInfo) -> Scorer:
-        check_scorer(reward, info.data.get("method", "mocan"))
+        check_scorer(reward, *method_of(info))
         return reward
 
     @field_validator("constraints")
     @classmethod
     def _scorers_fit(cls, constraints: dict[str, Constraint], info: ValidationInfo) -> dict[str, Constraint]:
         for name, constraint in constraints.items():
-            check_scorer(constraint.scorer, info.data.get("method", "mocan"), f"{name}.scorer: ")
+            check_scorer(constraint.scorer, *method_of(info), f"{name}.scorer: ")
         return constraints
 
     @field_validator("constraints")
@@ -68,43 +80,47 @@ class Config(Strict):
             )
         return constraints
 
-    @field_validator("sacpo", "p_sacpo", "cdpo", "caid")
+    @field_validator(*OWN_SECTIONS)
     @classmethod
     def _section_of_its_method(cls, section: Strict, info: ValidationInfo) -> Strict:
-        method, name = info.data.get("method", "mocan"), str(info.field_name)
-        if name not in SECTIONS.get(method, ()) and section != type(section)():
-            users = " or ".join(user for user, sections in SECTIONS.items() if name in sections)
+        (method, row), name = method_of(info), str(info.field_name)
+        if name not in row.sections and section != type(section)():
+            users = " or ".join(user for user, other in METHODS.items() if name in other.sections)
             raise ValueError(f"method {method} does not use this section; leave out, or set method to {users}")
         return section
 
     @field_validator("sacpo")
     @classmethod
     def _sacpo_fits(cls, sacpo: Sacpo, info: ValidationInfo) -> Sacpo:
-        method, names = info.data.get("method"), list(info.data.get("constraints", ()))
-        if method == "p_sacpo" and sacpo.order != "helpful_first":
-            raise ValueError("method p_sacpo mixes with the helpful policy; order must be 'helpful_first'")
-        if method in ("sacpo", "p_sacpo") and sacpo.labels_from == "scores" and len(names) > 1:
+        (method, row), names = method_of(info), list(info.data.get("constraints", ()))
+        if row.mixes and sacpo.order != "helpful_first":
+            raise ValueError(f"method {method} mixes with the helpful policy; order must be 'helpful_first'")
+        if str(info.field_name) in row.sections and sacpo.labels_from == "scores" and len(names) > 1:
             raise ValueError(f"labels_from 'scores' follows one safety score, but constraints has {', '.join(names)}")
         return sacpo
 
     @field_validator("label")
     @classmethod
     def _fits_the_method(cls, label: Label, info: ValidationInfo) -> Label:
-        method = info.data.get("method", "mocan")
-        sacpo = info.data.get("sacpo") if "sacpo" in SECTIONS.get(method, ()) else None
-        sources = (sacpo.labels_from,) if sacpo else LEARNS_FROM[method]
+        method, row = method_of(info)
+        steps = [info.data.get(name) for name in row.sections]
+        sacpo = next((section for section in steps if isinstance(section, Sacpo)), None)
+        source = sacpo.labels_from if sacpo else row.learns_from
         scorers = [info.data.get("reward"), *(c.scorer for c in info.data.get("constraints", {}).values())]
         learners = [scorer for scorer in scorers if isinstance(scorer, LogRatio) and scorer.learns]
         check_learners(learners, label.human.loss, label.validation_fraction)
-        people = "people" in sources or bool(learners)
-        readers = [*learners, *([sacpo.first, sacpo.second] if sacpo and sacpo.labels_from == "people" else [])]
+        people = source == "people" or bool(learners)
+        readers: list[LogRatio | Step] = [
+            *learners,
+            *([sacpo.first, sacpo.second] if sacpo and sacpo.labels_from == "people" else []),
+        ]
         own = bool(readers) and all(reader.preferences is not None for reader in readers)
         if people and not own and label.preferences is None:
             raise ValueError(f"method {method} learns from a data set's own labels; name it in label.preferences")
         if (own or not people) and (label.pairs == "preferences") != (label.preferences is not None):
             raise ValueError("label.preferences names the data set when label.pairs is 'preferences', and only then")
-        unused = [] if "scores" in sources else ["labels", "pairs", "pairs_per_prompt"]
-        unused += [] if method == "pecan" else ["as_published"]  # elsewhere the paper's labels are 'sampled'
+        unused = [] if source == "scores" else ["labels", "pairs", "pairs_per_prompt"]
+        unused += [key for other in METHODS.values() for key in other.label_keys if key not in row.label_keys]
         unused += [] if people and not sacpo else ["human"]  # SACPO's steps have their own
         if given := changed(label, unused):
             raise ValueError(f"method {method} does not use {', '.join(f'label.{name}' for name in given)}; leave out")
@@ -131,15 +147,4 @@ class Config(Strict):
         return cluster
 
 
-# what the preferences of a method are made from
-LEARNS_FROM = {
-    "mocan": ("scores",),
-    "pecan": ("scores",),  # and people, where a log-ratio is trained or calibrated
-    "dpo_h": ("people",),
-    "dpo_s": ("people",),
-    "sacpo": ("people",),  # unless its section says otherwise
-    "p_sacpo": ("people",),
-    "cdpo": ("scores",),
-    "caid": ("scores",),
-}
 RESERVED_SCORE_NAMES = ("reward", "prompt_id", "response_id", "num_tokens", "finish_reason")

@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from can_dist.config.base import Strict, runtime
 from can_dist.config.endpoints import Address, Endpoint
+from can_dist.config.methods import METHODS, Method
 from can_dist.config.sources import DataSource
 
 
@@ -244,14 +245,15 @@ Scorer = Annotated[
 ]
 
 
-def check_scorer(scorer: Scorer, method: str, where: str = "") -> None:
-    """Raise ``ValueError`` when a method cannot use a scorer of this kind."""
-    if method == "pecan" and not isinstance(scorer, LogRatio):
-        raise ValueError(f"{where}method pecan takes scorers of kind 'log_ratio', this one is {scorer.kind!r}")
-    if method != "pecan" and isinstance(scorer, LogRatio) and scorer.learns:
+def check_scorer(scorer: Scorer, method: str, row: Method, key: str = "") -> None:
+    """Raise ``ValueError`` when the method of this name and row cannot use a scorer of this kind."""
+    if row.needs_ratios and not isinstance(scorer, LogRatio):
+        raise ValueError(f"{key}method {method} takes scorers of kind 'log_ratio', this one is {scorer.kind!r}")
+    if not row.needs_ratios and isinstance(scorer, LogRatio) and scorer.learns:
+        learner = " or ".join(name for name, other in METHODS.items() if other.needs_ratios)
         raise ValueError(
-            f"{where}only method pecan trains or calibrates a log_ratio; give its model and leave out calibrate, "
-            "or set method to pecan"
+            f"{key}only method {learner} trains or calibrates a log_ratio; give its model and leave out calibrate, "
+            f"or set method to {learner}"
         )
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from can_dist.config import Config, DataSource, LogRatio, Model, Scorer
+from can_dist.config import METHODS, Config, DataSource, LogRatio, Model, Scorer
 from can_dist.endpoints import read_key
 from can_dist.errors import ConfigError
 from can_dist.modeling import quantized
@@ -21,7 +21,6 @@ from can_dist.training.extensions import check_build_directories
 from can_dist.training.trackers import check_trackers
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-FROM_TRAINED = ("sacpo", "p_sacpo", "caid")  # methods of several trainings, each from the policy of the one before
 
 
 def preflight(config: Config) -> None:
@@ -74,7 +73,7 @@ def _check_quantize(config: Config) -> None:
             f"train.lora.quantize: not offered with log-ratios ({', '.join(ratios)}), whose ln π_ref is that of the "
             "whole reference, not of the 4-bit base that would be trained. Leave quantize out."
         )
-    if config.method in FROM_TRAINED:
+    if METHODS[config.method].trains_from_trained:
         raise refuse_requantizing(f"method {config.method} trains on from a policy that it trained")
 
 

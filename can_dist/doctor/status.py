@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from can_dist.config.methods import DEFAULT_METHOD, METHODS
 from can_dist.errors import DataError
-from can_dist.pipeline import STAGES
 from can_dist.tables.artifacts import MANIFEST, STAGE
 from can_dist.tables.quarantine import QUARANTINED
 from can_dist.training.metrics import METRICS, RESUMED, read_metrics
@@ -38,11 +38,10 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
     works = owner is not None and owner.alive is not False
     stages = [_stage(run, name, events, now, works) for name in _artifacts(session)]
     method = _method(run)
+    own = METHODS[method].stages if method in METHODS else ()
     begun = {stage["stage"] for stage in stages}
     ended = any(event.get("event") == "ended" for event in session)
-    stages += [
-        {"stage": name, "state": "not started"} for name in STAGES.get(method, ()) if name not in begun and not ended
-    ]
+    stages += [{"stage": name, "state": "not started"} for name in own if name not in begun and not ended]
     return {
         "run": str(run),
         "method": method,
@@ -75,7 +74,7 @@ def _method(run: Path) -> str:
     from can_dist.config.yaml_files import read_yaml
 
     path = run / CONFIG
-    return str(read_yaml(path).get("method", "mocan")) if path.is_file() else "mocan"
+    return str(read_yaml(path).get("method", DEFAULT_METHOD)) if path.is_file() else DEFAULT_METHOD
 
 
 def _stage(run: Path, name: str, events: Sequence[Mapping[str, Any]], now: float, works: bool) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from can_dist.config import METHODS
 from can_dist.errors import DataError
 from can_dist.measuring.comparison import Cost, MethodResult, OneShotRatio, gain_interval, method_result, one_shot_ratio
 from can_dist.measuring.gains import column
 from can_dist.measuring.ranking import Ranking, rank_methods
-from can_dist.stages.report import REPORT, TITLES
+from can_dist.stages.report import REPORT
 from can_dist.stages.trajectory import TRAJECTORY
 from can_dist.tables.artifacts import MANIFEST, Artifact, load_artifact, write_json
 
@@ -98,7 +99,7 @@ def find_evaluations(paths: Sequence[Path]) -> list[Artifact]:
         When there is none at a path.
     """
     found: list[Artifact] = []
-    order = list(TITLES)
+    order = list(METHODS)
     for path in paths:
         inside = [path] if (path / MANIFEST).is_file() else [p.parent for p in path.glob(f"evaluate-*/{MANIFEST}")]
         here = [load_artifact(directory) for directory in inside]
@@ -280,9 +281,10 @@ def _seconds(run: Path, names: Any) -> float | None:
 
 
 def _one_shot(methods: Sequence[Evaluated]) -> dict[str, Any] | None:
-    """Return the training of C-DPO over that of MoCAN, to the margin of the first constraint; None without both."""
-    by_method = {one.report["method"]: one for one in methods}
-    loop, once = by_method.get("cdpo"), by_method.get("mocan")
+    """Return a loop's training over its one-shot method's, to the margin of the first constraint; None without both."""
+    by_method = {evaluated.report["method"]: evaluated for evaluated in methods}
+    both = [(by_method.get(name), by_method.get(row.one_shot)) for name, row in METHODS.items() if row.one_shot]
+    loop, once = next(((loop, once) for loop, once in both if loop and once), (None, None))
     if loop is None or once is None or not (recorded := trajectories(loop.artifact)):
         return None
     rounds = recorded[-1].read_json(TRAJECTORY)["rounds"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from can_dist.config import Constraint, identity
+from can_dist.config import METHODS, Constraint, identity
 from can_dist.measuring.examination import examine
 from can_dist.measuring.gains import (
     by_prompt,
@@ -32,17 +32,6 @@ from can_dist.training.metrics import loss_above_start
 from can_dist.workspace import Workspace
 
 REPORT, PAGE = "report.json", "report.html"
-TITLES = {
-    "mocan": "MoCAN",
-    "pecan": "PeCAN",
-    "dpo_h": "DPO-H",
-    "dpo_s": "DPO-S",
-    "sacpo": "SACPO",
-    "p_sacpo": "P-SACPO",
-    "cdpo": "C-DPO",
-    "caid": "CAID",
-}
-"""The methods as the papers write them, in the order of tables."""
 PACKAGES = ("can-dist", "torch", "transformers", "deepspeed", "ray", "numpy", "pyarrow")
 
 
@@ -71,7 +60,7 @@ def lineage_of(policy: Artifact, prompts: Artifact) -> Lineage:
 
 def method_title(method: str, variant: str = "") -> str:
     """Return a method's name as the papers write it, with the variant in brackets: 'P-SACPO (q=0.25)'."""
-    title = TITLES[method]
+    title = METHODS[method].title
     return f"{title} ({variant})" if variant else title
 
 
@@ -144,7 +133,7 @@ def _dual(inputs: Mapping[str, Artifact], before: pa.Table, reward: str, method:
 def _why_unpredicted(method: str) -> str:
     """Return why a policy that was not labelled with a dual's own solution has no prediction beside it."""
     title = method_title(method)
-    if method in ("cdpo", "caid"):
+    if METHODS[method].steers:
         return (
             f"{title} chose this policy’s λ by what its trained policies measured, not by the dual, so what the dual "
             "predicts of λ* is no prediction of it; the trajectory in the run directory has what each round measured."

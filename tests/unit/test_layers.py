@@ -18,9 +18,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["__main__"],
     ["cli", "train"],
+    ["demo"],
     ["pipeline", "outcomes"],
-    ["doctor"],
-    ["algorithms", "demo"],
+    ["algorithms", "doctor"],
     ["run"],
     ["stages"],
     ["judging", "workspace"],
