@@ -1,4 +1,4 @@
-"""Environment of all tests: a home of their own, one thread per process, no hub, helpers importable by Ray's workers."""
+"""Environment of all tests: an empty home, one thread per process, no hub, helpers importable by Ray's workers."""
 
 import os
 from pathlib import Path

@@ -63,7 +63,7 @@ def serving_hub(status: int = 200) -> Iterator[Hub]:
         def do_GET(self) -> None:
             repository = self.path.partition("?")[0].removeprefix("/api/")
             kind, _, name = repository.partition("/")
-            if kind not in ("models", "datasets"):  # the hub's client has questions of its own, such as a daily registry
+            if kind not in ("models", "datasets"):  # the hub's client asks for a registry of its own once a day
                 self.send_error(404)
                 return
             hub.asked.append(repository)

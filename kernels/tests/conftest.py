@@ -1,4 +1,4 @@
-"""A home of the tests' own, and without a GPU Triton's interpreter, which has to be asked for before triton is imported."""
+"""An empty home and, without a GPU, Triton's interpreter: both have to be set before triton is imported."""
 
 import os
 import sys
