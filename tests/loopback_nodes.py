@@ -106,7 +106,7 @@ def _until(happened: Callable[[], bool], message: str, timeout: float = 60) -> N
 
 @contextmanager
 def ssh(directory: Path) -> Iterator[dict[str, str]]:
-    """Start an ssh server on loopback; give a PATH whose ``ssh`` reaches it without password, in this session's home."""
+    """Start an ssh server on loopback; give a PATH whose ``ssh`` reaches it without password, in the tests' home."""
     for name in ("host_key", "user_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / name], check=True)
     port = free_port()
