@@ -8,6 +8,7 @@ import tempfile
 # What leads a library out of its home, to an account of the user, or to a cluster of theirs
 PREFIXES = ("HF_", "HUGGING_FACE_", "MLFLOW_", "RAY_", "TRACKIO_", "VLLM_CACHE_", "WANDB_", "XDG_")
 NAMES = {
+    "CUDA_CACHE_PATH",
     "GIT_CONFIG_GLOBAL",
     "IPYTHONDIR",
     "JUPYTER_CONFIG_DIR",

@@ -44,7 +44,7 @@ import subprocess, sys
 from pathlib import Path
 import datasets, matplotlib.pyplot, torch
 from huggingface_hub import HfApi
-from can_dist.dual.kernel import *
+import can_dist.dual.kernel
 from can_dist.stages.score_cache import open_cache
 from can_dist.training.extensions import check_build_directories
 
