@@ -3,9 +3,10 @@
 NumPy and SciPy only.
 """
 
-from can_dist.dual.choice import Choice, choose
+from can_dist.dual.belief.choice import Choice, choose
+from can_dist.dual.belief.diagnosis import Diagnosis, diagnose
+from can_dist.dual.belief.uncertainty import Bootstrap, CrossFit, Interval, bootstrap, cross_fit, lam_interval
 from can_dist.dual.columns import Block, ColumnScores, Pass, PassResult, run_pass
-from can_dist.dual.diagnosis import Diagnosis, diagnose
 from can_dist.dual.estimators import ESTIMATORS
 from can_dist.dual.feasibility import Feasibility, check_feasibility
 from can_dist.dual.frontier import Frontier, FrontierPoint, frontier_table
@@ -14,7 +15,6 @@ from can_dist.dual.predict import Prediction, predict
 from can_dist.dual.solution import DualSolution, Margin, Status
 from can_dist.dual.solve import solve_dual, solve_table
 from can_dist.dual.table import ScoreTable
-from can_dist.dual.uncertainty import Bootstrap, CrossFit, Interval, bootstrap, cross_fit, lam_interval
 
 __all__ = [
     "ESTIMATORS",

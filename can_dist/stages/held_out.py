@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact
-from can_dist.tables.formats import PreferencesRead
-from can_dist.tables.messages import prompt_id
+from can_dist.tables.foreign.formats import PreferencesRead
+from can_dist.tables.foreign.messages import prompt_id
+from can_dist.workspace import Workspace
 
 SETTINGS = ("system", "developer")
 

@@ -12,7 +12,7 @@ import pytest
 from test_formats import ANSWER, HH, OTHER, PKU, USER, refusal, write
 
 from can_dist.errors import DataError
-from can_dist.tables.formats import read_preferences, read_prompts, read_responses
+from can_dist.tables.foreign.formats import read_preferences, read_prompts, read_responses
 
 SYSTEM = {"role": "system", "content": "Answer in French."}
 PROMPT_ONLY = ({"prompt": "Hi?"}, {"prompt": [USER]}, {"messages": [USER]}, {"instruction": "Hi?"})

@@ -20,7 +20,7 @@ from test_formats import PKU, USER, refusal, write
 
 from can_dist.cli import cli
 from can_dist.errors import DataError
-from can_dist.tables.formats import read_preferences, read_prompts, read_responses
+from can_dist.tables.foreign.formats import read_preferences, read_prompts, read_responses
 from can_dist.tables.score_shards import id_hashes, index_shard, open_score_shards
 from can_dist.tables.scores import read_score_table, score_arrays
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from can_dist.config.methods import Step
 from tiny import make_tiny_lm
 
 from can_dist.config import Config, DataSource, validate_config
-from can_dist.config_methods import Step
 from can_dist.run import Run
 from can_dist.stages.ingest import READING, ingest_benign, ingest_pairs, ingest_prompts, source_identity
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, open_stage, write_part
-from can_dist.tables.messages import prompt_id
+from can_dist.tables.foreign.messages import prompt_id
 from can_dist.tables.schemas import PROMPTS
+from can_dist.workspace import Workspace
 
 WORDS = [f"w{i}" for i in range(12)]
 SAID = [f"{a} {b}" for a in WORDS[:5] for b in WORDS[5:9]]

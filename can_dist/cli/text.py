@@ -1,0 +1,88 @@
+"""Solutions and frontiers as text for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from can_dist.dual.messages import misread_hints
+
+if TYPE_CHECKING:
+    from can_dist.dual import DualSolution, Frontier
+
+MAP_ROWS = 6
+
+
+def solution_text(solution: DualSolution) -> str:
+    """Return a solution as labelled lines: status, estimator, one line per constraint, reward, weights, verdict."""
+    lines = [f"status    {solution.status.name}: {solution.status.value}"]
+    if solution.estimator != "empirical" or solution.estimator_reason:
+        lines.append(f"estimator {solution.estimator}")
+    for name, lam in solution.lam.items():
+        gain = solution.predicted["improvement"][name]
+        raised = f" ({solution.safety_margin[name]:+.4g} of it safety margin)" if solution.safety_margin else ""
+        lines.append(
+            f"{name:9} lambda* {lam:.6g} (SE {solution.lam_se[name]:.2g}), margin {solution.margin[name]:.4g}{raised} "
+            f"over the reference mean {solution.centre[name]:.4g}, predicted {gain['mean']:+.4g} (SE {gain['se']:.2g})"
+        )
+    if solution.confidence is not None:
+        each = "the margin is" if len(solution.lam) == 1 else "all margins are jointly"
+        lines.append(f"margins   {each} met with confidence {solution.confidence:g} over the draw of the prompts")
+    predicted, diagnostics = solution.predicted, solution.diagnostics
+    lines.append(f"reward    predicted {predicted['reward_improvement']:+.4g}; KL {predicted['kl']:.4g} nats")
+    lines.append(
+        f"weights   effective responses per prompt: median {diagnostics['ess']['median']:.1f} of "
+        f"{diagnostics['responses_per_prompt']['median']:.0f}; KKT residual {solution.kkt_residual:.1e}"
+    )
+    lines += [f"note      {hint}" for hint in misread_hints(solution)]
+    return "\n".join([*lines, f"verdict   {diagnostics['verdict']}"])
+
+
+def frontier_text(curve: Frontier) -> str:
+    """Return a frontier as a table: margins, λ*, gain of the reward and KL with bands, effective sample size."""
+    names = curve.names
+    share = f"{100 * curve.confidence:g} %"
+    attainable = ", ".join(f"{name} {value:.4g}" for name, value in curve.attainable.items())
+    grid = " x ".join(map(str, curve.shape))
+    lines = [
+        f"frontier of {' and '.join(names)}: {grid} points, beta {curve.beta:g}; margins are improvements over the "
+        f"reference mean, at most {attainable} attainable; [..] are {share} bands over the prompts, KL in nats, "
+        "ESS the median effective responses per prompt."
+    ]
+    shown = _shown(curve)
+    if len(shown) < len(curve.points):
+        lines.append(f"{len(shown)} of the {len(curve.points)} points; --csv or --json writes all.")
+    header = [text for name in names for text in (f"margin {name}", f"lambda* {name}", "SE")]
+    rows = [[*header, "reward gain", f"[{share}]", "KL", f"[{share}]", "ESS"]]
+    for row in shown:
+        cells = [
+            _number(row[key], digits)
+            for name in names
+            for key, digits in ((f"margin.{name}", 4), (f"lam.{name}", 4), (f"lam.{name}_se", 2))
+        ]
+        for label in ("reward_improvement", "kl"):
+            low, high = (_number(row[f"{label}_{end}"]) for end in ("low", "high"))
+            cells += [_number(row[label]), f"[{low}, {high}]"]
+        rows.append([*cells, _number(row["ess"], 3)])
+    return "\n".join([*lines, *_columns(rows)])
+
+
+def _shown(curve: Frontier) -> list[dict[str, float | bool]]:
+    """Return every point of a curve, and of a map at most MAP_ROWS along each axis, ends included."""
+    rows = curve.rows()
+    if len(curve.shape) == 1:
+        return rows
+    kept = [np.unique(np.linspace(0, size - 1, min(size, MAP_ROWS)).round().astype(int)) for size in curve.shape]
+    return [rows[index] for index in np.arange(len(rows)).reshape(curve.shape)[np.ix_(*kept)].ravel()]
+
+
+def _number(value: float, digits: int = 4) -> str:
+    return f"{value:.{digits}g}" if math.isfinite(value) else "-"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
