@@ -26,13 +26,13 @@ def id_text(value: object) -> str | None:
     return None
 
 
-def id_column(values: Sequence[object], name: str, where: str) -> pa.Array:
+def id_column(values: Sequence[object], name: str, place: str) -> pa.Array:
     """Return the ids of a JSON file as a column: whole numbers where all are small ones, else their texts.
 
     Args:
         values: the ids as JSON reads them, one per row; null stays null.
         name: of the column.
-        where: the file.
+        place: the file.
 
     Raises:
         DataError: a value is no id, or one id is written both as a number and as a text.
@@ -41,7 +41,7 @@ def id_column(values: Sequence[object], name: str, where: str) -> pa.Array:
     for row, value in enumerate(values):
         if value is not None and id_text(value) is None:
             raise DataError(
-                f"{where}, row {row}, field '{name}': found {show(value)}, expected a text that is not empty, or a "
+                f"{place}, row {row}, field '{name}': found {show(value)}, expected a text that is not empty, or a "
                 "whole number.\n  Write the id as text."
             )
     numbers = {value for value in kept if isinstance(value, int)}
@@ -49,19 +49,19 @@ def id_column(values: Sequence[object], name: str, where: str) -> pa.Array:
         return pa.array(values, pa.int64())
     if both := {str(number) for number in numbers} & {value for value in kept if isinstance(value, str)}:
         raise DataError(
-            f"{where}: {len(both)} value(s) of {name} are written both as a number and as a text, such as "
+            f"{place}: {len(both)} value(s) of {name} are written both as a number and as a text, such as "
             f"{min(both)!r}.\n  Expected one spelling of an id; write all ids as texts."
         )
     return pa.array([None if value is None else id_text(value) for value in values], pa.string())
 
 
-def plain_ids(column: pa.ChunkedArray | pa.Array, name: str, where: str, first_row: int = 0) -> pa.Array:
+def plain_ids(column: pa.ChunkedArray | pa.Array, name: str, place: str, first_row: int = 0) -> pa.Array:
     """Return a table's ids as whole numbers or as texts.
 
     Args:
         column: N ids of any type, without nulls.
         name: of the column.
-        where: the file.
+        place: the file.
         first_row: number of the first row, where the column is a piece of the file's.
 
     Raises:
@@ -71,24 +71,24 @@ def plain_ids(column: pa.ChunkedArray | pa.Array, name: str, where: str, first_r
         column = column.combine_chunks()
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if pa.types.is_floating(kind):
-        return _whole(column, name, where, first_row)
+        return _whole(column, name, place, first_row)
     texts = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     whole = pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0)
     if not (texts or whole or pa.types.is_temporal(kind)):
-        raise DataError(f"{where}: {name} is {kind}, expected text or whole numbers. Write the ids as texts.")
+        raise DataError(f"{place}: {name} is {kind}, expected text or whole numbers. Write the ids as texts.")
     if pa.types.is_integer(kind):
         return column.cast(kind)
     return column.cast(pa.string())
 
 
-def _whole(column: pa.Array, name: str, where: str, first_row: int) -> pa.Array:
+def _whole(column: pa.Array, name: str, place: str, first_row: int) -> pa.Array:
     """Return ids that pandas made floating point, as the whole numbers they were; others are refused."""
     values: npt.NDArray[np.float64] = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
     exact = np.isfinite(values) & (np.abs(values) <= 2.0**53) & (values == np.trunc(values))
     if not exact.all():
         row = int(np.flatnonzero(~exact)[0])
         raise DataError(
-            f"{where}: {name} is floating point, and {float(values[row])!r} at row {first_row + row} is no whole "
+            f"{place}: {name} is floating point, and {float(values[row])!r} at row {first_row + row} is no whole "
             "number that such a type holds exactly. Write the ids as texts."
         )
     return pa.array(values.astype(np.int64))

@@ -13,17 +13,17 @@ def show(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def bad(where: str, field: str, value: object, expected: str, remedy: str) -> DataError:
+def bad(place: str, field: str, value: object, expected: str, remedy: str) -> DataError:
     """Return the error of a field.
 
     Args:
-        where: file and row.
+        place: file and row.
         field: name of the field in the row.
         value: the value there.
         expected: the values that would be right.
         remedy: the step that the user can take.
     """
-    return DataError(f"{where}, field '{field}': found {show(value)}, expected {expected}.\n  {remedy}")
+    return DataError(f"{place}, field '{field}': found {show(value)}, expected {expected}.\n  {remedy}")
 
 
 def is_nothing(value: object) -> bool:

@@ -115,7 +115,7 @@ def check_once(paths: Sequence[Path], indexes: Sequence[ShardIndex]) -> None:
         )
 
 
-def check_complete(where: Path, hash_P: npt.NDArray[np.uint64], expected_P: npt.NDArray[np.uint64]) -> None:
+def check_complete(place: Path, hash_P: npt.NDArray[np.uint64], expected_P: npt.NDArray[np.uint64]) -> None:
     """Check that the prompts with scores are those expected, by the hashes of their ids (:func:`id_hashes`).
 
     Raises:
@@ -124,7 +124,7 @@ def check_complete(where: Path, hash_P: npt.NDArray[np.uint64], expected_P: npt.
     missing, unknown = np.setdiff1d(expected_P, hash_P), np.setdiff1d(hash_P, expected_P)
     if missing.size or unknown.size:
         raise DataError(
-            f"{where}: {missing.size} of {expected_P.size} expected prompts have no scores, and {unknown.size} prompts "
+            f"{place}: {missing.size} of {expected_P.size} expected prompts have no scores, and {unknown.size} prompts "
             "with scores were not expected: a shard is missing, or one belongs to another run."
         )
 

@@ -150,9 +150,9 @@ def _read_json(path: Path) -> pa.Table:
     return pa.table({name: _json_column(name, column, str(path)) for name, column in values.items()})
 
 
-def _json_column(name: str, values: list[Any], where: str) -> pa.Array:
+def _json_column(name: str, values: list[Any], place: str) -> pa.Array:
     if name in ID_COLUMNS:
-        return id_column(values, name, where)
+        return id_column(values, name, place)
     kinds = {type(value) for value in values} - {type(None)}
     if not kinds:
         return pa.nulls(len(values))
@@ -181,42 +181,42 @@ def _check_not_twice(paths: Sequence[Path], tables: Sequence[pa.Table]) -> None:
                 )
 
 
-def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], where: str) -> Scores:
+def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], place: str) -> Scores:
     """Take the columns a dual needs out of a table, checked.
 
     Args:
         table: N rows with ``prompt_id`` and the columns named.
         reward: name of the reward's column.
         constraints: names of the utilities' columns, J of them.
-        where: the file, for messages.
+        place: the file, for messages.
 
     Raises:
         DataError: a column is missing or not numeric, ids are null, repeated or of a type that is none, scores are
             null, NaN or infinite (rows listed), the table is empty, or every prompt has a single response.
     """
-    require_columns(table, ["prompt_id", reward, *constraints], where)
-    check_distinct(reward, constraints, where)
+    require_columns(table, ["prompt_id", reward, *constraints], place)
+    check_distinct(reward, constraints, place)
     if table.num_rows == 0:
-        raise DataError(f"{where}: the table has no rows.")
+        raise DataError(f"{place}: the table has no rows.")
     if table.column("prompt_id").null_count:
-        raise DataError(f"{where}: prompt_id is null at rows {null_rows(table.column('prompt_id'))}.")
-    prompt_N = np.asarray(plain_ids(table.column("prompt_id"), "prompt_id", where).to_pylist())
+        raise DataError(f"{place}: prompt_id is null at rows {null_rows(table.column('prompt_id'))}.")
+    prompt_N = np.asarray(plain_ids(table.column("prompt_id"), "prompt_id", place).to_pylist())
     if "response_id" in table.column_names:
-        check_unique(table, "response_id", where)
-    columns = [_finite_column(table, name, where) for name in (reward, *constraints)]
+        check_unique(table, "response_id", place)
+    columns = [_finite_column(table, name, place) for name in (reward, *constraints)]
     _, counts = np.unique(prompt_N, return_counts=True)
     if counts.max() == 1:
         raise DataError(
-            f"{where}: every prompt has one response (K = 1), so no response can be preferred to another and the dual "
+            f"{place}: every prompt has one response (K = 1), so no response can be preferred to another and the dual "
             "knows nothing. Sample at least 2 responses per prompt (generate.num_responses)."
         )
     utilities = np.stack(columns[1:], axis=1) if constraints else np.empty((table.num_rows, 0))
     return Scores(prompt_N, columns[0], utilities)
 
 
-def _finite_column(table: pa.Table, name: str, where: str) -> npt.NDArray[np.float64]:
+def _finite_column(table: pa.Table, name: str, place: str) -> npt.NDArray[np.float64]:
     column = table.column(name)
-    check_numeric(column.type, name, where, column)
+    check_numeric(column.type, name, place, column)
     values = pc.fill_null(doubles(column), float("nan")).to_numpy()
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
@@ -225,7 +225,7 @@ def _finite_column(table: pa.Table, name: str, where: str) -> npt.NDArray[np.flo
             f"row {row} ({ids[int(row)].as_py()}): {column[int(row)].as_py()}" for row in bad[:5].tolist()
         )
         raise DataError(
-            f"{where}: column {name!r} has {bad.size} value(s) that are null, NaN or infinite: {listed}. "
+            f"{place}: column {name!r} has {bad.size} value(s) that are null, NaN or infinite: {listed}. "
             "Remove these prompts or score them again."
         )
     return np.asarray(values, dtype=np.float64)
@@ -241,25 +241,25 @@ def doubles(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
     return column.cast(pa.float64(), safe=False)
 
 
-def check_distinct(reward: str, constraints: Sequence[str], where: str) -> None:
+def check_distinct(reward: str, constraints: Sequence[str], place: str) -> None:
     """Raise ``DataError`` when the reward is a constraint too."""
     if reward in constraints:
-        raise DataError(f"{where}: column {reward!r} is both the reward and a constraint. Name two different columns.")
+        raise DataError(f"{place}: column {reward!r} is both the reward and a constraint. Name two different columns.")
 
 
-def check_numeric(kind: pa.DataType, name: str, where: str, column: pa.ChunkedArray | None = None) -> None:
+def check_numeric(kind: pa.DataType, name: str, place: str, column: pa.ChunkedArray | None = None) -> None:
     """Raise ``DataError`` unless a column of this type can hold scores.
 
     Args:
         kind: type of the column.
         name: of the column.
-        where: the file.
+        place: the file.
         column: its values, of which the first that is no number is shown.
     """
     if pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind):
         return
     shown = "" if column is None else _first_text(column)
-    raise DataError(f"{where}: column {name!r} is {kind}, expected numbers.{shown}")
+    raise DataError(f"{place}: column {name!r} is {kind}, expected numbers.{shown}")
 
 
 def _first_text(column: pa.ChunkedArray) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from can_dist.config.methods import Step
 from tiny import make_tiny_lm
 
 from can_dist.config import Config, DataSource, validate_config
+from can_dist.config.methods import Step
 from can_dist.run import Run
 from can_dist.stages.ingest import READING, ingest_benign, ingest_pairs, ingest_prompts, source_identity
 from can_dist.tables.artifacts import Artifact, open_stage, write_part

@@ -44,7 +44,7 @@ def is_system(name: str) -> bool:
     return bare(name) in SYSTEM
 
 
-def text_of_system(row: Row, where: str) -> tuple[str, str] | None:
+def text_of_system(row: Row, place: str) -> tuple[str, str] | None:
     """Return the column that holds a system turn and its text, or None where there is none or it is empty.
 
     Raises:
@@ -53,17 +53,17 @@ def text_of_system(row: Row, where: str) -> tuple[str, str] | None:
     given = {name: value for name, value in row.items() if is_system(name) and not is_nothing(value)}
     for name, value in given.items():
         if not isinstance(value, str):
-            raise bad(where, name, value, "a text: the system turn", "Write the prompt as messages.")
-        check_text(value, where, name)
+            raise bad(place, name, value, "a text: the system turn", "Write the prompt as messages.")
+        check_text(value, place, name)
     if not given:
         return None
     if len(set(given.values())) > 1:
         names = list(given)
-        raise bad(where, names[1], given[names[1]], f"the text of column {names[0]!r}", "Keep one of the two columns.")
+        raise bad(place, names[1], given[names[1]], f"the text of column {names[0]!r}", "Keep one of the two columns.")
     return next(iter(given.items()))
 
 
-def with_system(messages: Messages, system: tuple[str, str] | None, where: str) -> Messages:
+def with_system(messages: Messages, system: tuple[str, str] | None, place: str) -> Messages:
     """Return the messages with the system turn of a column in front, unless they begin with the same one.
 
     Raises:
@@ -77,11 +77,11 @@ def with_system(messages: Messages, system: tuple[str, str] | None, where: str) 
         return [{"role": "system", "content": text}, *messages]
     if first["content"].strip() != text.strip():
         expected = f"the system turn of the messages, {show(first['content'])}"
-        raise bad(where, name, text, expected, "Keep one of the two, or write both into the messages.")
+        raise bad(place, name, text, expected, "Keep one of the two, or write both into the messages.")
     return messages
 
 
-def check_task(row: Row, form: Format, messages: Messages, where: str) -> None:
+def check_task(row: Row, form: Format, messages: Messages, place: str) -> None:
     """Raise ``DataError`` where a column that the format does not read changes what the model is asked.
 
     A text that stands in the messages already, word for word, changes nothing.
@@ -95,7 +95,7 @@ def check_task(row: Row, form: Format, messages: Messages, where: str) -> None:
                 continue
         expected = f"nothing there: {form.title} has no such column, and without it the model is asked something else"
         remedy = "Write it into the prompt, or drop the column if nothing is lost by it."
-        raise bad(where, name, value, expected, remedy)
+        raise bad(place, name, value, expected, remedy)
 
 
 def is_ignored(name: str, form: Format) -> bool:
@@ -118,14 +118,14 @@ class Ignored:
     first: dict[str, tuple[str, dict[str, int]]] = field(default_factory=dict)  # content → where, hash by column
     keys: dict[str, None] = field(default_factory=dict)  # keys of messages that were ignored, in order
 
-    def add(self, content: str, row: Row, form: Format, where: str) -> None:
+    def add(self, content: str, row: Row, form: Format, place: str) -> None:
         """Note the columns and message keys that a row's prompt was read without.
 
         Args:
             content: id of the prompt's content.
             row: as read.
             form: its format.
-            where: file and row.
+            place: file and row.
 
         Raises:
             DataError: an earlier row says the same prompt, and differs in one of them.
@@ -134,11 +134,11 @@ class Ignored:
         self.keys.update(dict.fromkeys(in_messages))
         dropped: Mapping[str, object] = {name: row[name] for name in _unread(row, form)} | in_messages
         marks = {name: hash(repr(value)) for name, value in dropped.items() if not is_nothing(value)}
-        first_where, first_marks = self.first.setdefault(content, (where, marks))
+        first_where, first_marks = self.first.setdefault(content, (place, marks))
         names = [name for name in (*first_marks, *marks) if first_marks.get(name) != marks.get(name)]
         if names:
             raise DataError(
-                f"{where}, field '{names[0]}': found {show(dropped.get(names[0]))}, but {first_where} has "
+                f"{place}, field '{names[0]}': found {show(dropped.get(names[0]))}, but {first_where} has "
                 "another value beside the same prompt, and no reader uses this field: two tasks would become one.\n"
                 "  If it belongs to what is asked, write it into the prompt; if not, drop it from the file."
             )

@@ -135,11 +135,11 @@ def read_prompts(
     _check_limit(limit)
     scan, ids = Scan(source), Ids()
     messages_of: dict[str, list[dict[str, str]]] = {}
-    for where, form, row, parsed in scan.rows(split, subset, revision):
+    for place, form, row, parsed in scan.rows(split, subset, revision):
         if isinstance(parsed, SetAside):
             continue
         content = prompt_id(parsed.messages)
-        key = ids.add(row, content, where, given=scan.has_ids, unique=not form.pairs)
+        key = ids.add(row, content, place, given=scan.has_ids, unique=not form.pairs)
         messages_of.setdefault(key, parsed.messages)
         if len(messages_of) == limit:
             break
@@ -228,19 +228,19 @@ def read_preferences(
     _check_limit(limit)
     scan, ids, rated = Scan(source), Ids(), RatedPrompts()
     pairs: list[tuple[str, Pair]] = []
-    for where, _, row, parsed in scan.rows(split, subset, revision, pairs_only=True):
+    for place, _, row, parsed in scan.rows(split, subset, revision, pairs_only=True):
         if not isinstance(parsed, Pair | Rated):
             continue
-        key = ids.add(row, prompt_id(parsed.messages), where, given=scan.has_ids, unique=False)
+        key = ids.add(row, prompt_id(parsed.messages), place, given=scan.has_ids, unique=False)
         if isinstance(parsed, Rated):
-            rated.add(key, parsed, where)
+            rated.add(key, parsed, place)
             continue
         pairs.append((key, parsed))
         if len(pairs) == limit:
             break
     ids.check()
-    for where, reason in rated.unused():
-        scan.put_aside(where, reason)
+    for place, reason in rated.unused():
+        scan.put_aside(place, reason)
     pairs += itertools.islice(rated.pairs(), limit)
     scan.check_any(len(pairs))
     return _preferences(scan, pairs, _carried(scan, ids))

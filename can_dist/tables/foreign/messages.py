@@ -54,57 +54,57 @@ def bare(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def read_messages(value: object, where: str, field: str) -> Messages:
+def read_messages(value: object, place: str, field: str) -> Messages:
     """Return the messages of a prompt: text, HH-RLHF dialogue text that ends in the answer's mark, or a list.
 
     Args:
         value: what the field holds.
-        where: file and row, for messages.
+        place: file and row, for messages.
         field: its name.
 
     Raises:
         DataError: the value is no prompt, or holds more than roles and texts can carry.
     """
     if isinstance(value, list):
-        messages = [read_message(item, where, f"{field}[{i}]") for i, item in enumerate(value)]
-        check_ends_before_answer(messages, where, field)
+        messages = [read_message(item, place, f"{field}[{i}]") for i, item in enumerate(value)]
+        check_ends_before_answer(messages, place, field)
         return messages
     if not isinstance(value, str):
-        raise bad(where, field, value, "a string or a list of messages", "Correct the row, or remove it.")
-    check_text(value, where, field, "If a user typed this, write the prompt as a list of messages.")
+        raise bad(place, field, value, "a string or a list of messages", "Correct the row, or remove it.")
+    check_text(value, place, field, "If a user typed this, write the prompt as a list of messages.")
     if value.startswith("\n\nHuman:") and value.rstrip().endswith(LAST_TURN):
-        messages = read_turns(value.rstrip().removesuffix(LAST_TURN), where, field)
-        check_ends_before_answer(messages, where, field)
+        messages = read_turns(value.rstrip().removesuffix(LAST_TURN), place, field)
+        check_ends_before_answer(messages, place, field)
         return messages
     if not value.strip():
-        raise bad(where, field, value, "a prompt that is not empty", "Remove the row.")
+        raise bad(place, field, value, "a prompt that is not empty", "Remove the row.")
     return [{"role": "user", "content": value}]
 
 
-def read_message(item: object, where: str, field: str) -> dict[str, str]:
+def read_message(item: object, place: str, field: str) -> dict[str, str]:
     """Return one message, checked; a key that means something to a chat template is refused, not dropped."""
     if not isinstance(item, dict):
         remedy = "Correct the row, or remove it."
         if isinstance(item, str) and is_conversation(item):
             remedy = f"{_PARSE_IT}; with datasets, load_dataset(...).to_json(path)."
-        raise bad(where, field, item, "a message {role, content}", remedy)
+        raise bad(place, field, item, "a message {role, content}", remedy)
     for key, value in item.items():
         if bare(key) in MEANT_FOR_TEMPLATES and not is_nothing(value):
             remedy = "Remove the key if nothing is lost by it, write it into the content, or remove the row."
-            raise bad(where, f"{field}.{key}", value, "no such key: roles and texts are carried, nothing else", remedy)
+            raise bad(place, f"{field}.{key}", value, "no such key: roles and texts are carried, nothing else", remedy)
     for name in ("role", "content"):
         value = item.get(name, "no such key")
         if name == "content" and isinstance(value, list | dict):
             remedy = "Join the text parts into one text, or remove the row."
-            raise bad(where, f"{field}.{name}", value, "a string content: parts and images are not carried", remedy)
+            raise bad(place, f"{field}.{name}", value, "a string content: parts and images are not carried", remedy)
         if not isinstance(item.get(name), str):
-            raise bad(where, f"{field}.{name}", value, f"a string {name}", "Correct the message, or remove the row.")
-        check_encodable(item[name], where, f"{field}.{name}")
+            raise bad(place, f"{field}.{name}", value, f"a string {name}", "Correct the message, or remove the row.")
+        check_encodable(item[name], place, f"{field}.{name}")
     if item["role"] not in ROLES:
-        raise bad(where, f"{field}.role", item["role"], f"one of {', '.join(ROLES)}", "Rename the role.")
+        raise bad(place, f"{field}.role", item["role"], f"one of {', '.join(ROLES)}", "Rename the role.")
     if item["role"] != "tool" and is_parts(item["content"]):
         remedy = "Join the text parts into one text, or remove the row."
-        raise bad(where, f"{field}.content", item["content"], "a text, not content parts written as one", remedy)
+        raise bad(place, f"{field}.content", item["content"], "a text, not content parts written as one", remedy)
     return {"role": item["role"], "content": item["content"]}
 
 
@@ -123,40 +123,40 @@ def ignored_keys(row: Row, fields: Sequence[str]) -> dict[str, list[object]]:
     return ignored
 
 
-def check_ends_before_answer(messages: Messages, where: str, field: str) -> None:
+def check_ends_before_answer(messages: Messages, place: str, field: str) -> None:
     """Raise ``DataError`` unless the messages hold a user's turn and end before the assistant's."""
     if not messages:
-        raise bad(where, field, messages, "at least one message", "Remove the row.")
+        raise bad(place, field, messages, "at least one message", "Remove the row.")
     last = messages[-1]
     if last["role"] == "assistant":
         expected = "a prompt that ends before the assistant's turn"
-        raise bad(where, field, last, expected, "Drop the last message: it is the response.")
+        raise bad(place, field, last, expected, "Drop the last message: it is the response.")
     if all(message["role"] != "user" for message in messages):
-        raise bad(where, field, messages, "a message of role user", "Add the user's turn, or remove the row.")
+        raise bad(place, field, messages, "a message of role user", "Add the user's turn, or remove the row.")
     if not last["content"].strip():
-        raise bad(where, field, last, "a last message that is not empty", "Remove the row.")
+        raise bad(place, field, last, "a last message that is not empty", "Remove the row.")
 
 
-def check_text(text: str, where: str, field: str, way_out: str = "Or remove the row.") -> None:
+def check_text(text: str, place: str, field: str, way_out: str = "Or remove the row.") -> None:
     """Raise ``DataError`` for a text that is no Unicode, or that is a conversation written as text."""
-    check_encodable(text, where, field)
+    check_encodable(text, place, field)
     if is_conversation(text):
         expected = "a text that somebody wrote, or a list of messages"
-        raise bad(where, field, text, expected, f"{_PARSE_IT}. {way_out}")
+        raise bad(place, field, text, expected, f"{_PARSE_IT}. {way_out}")
 
 
-def check_encodable(text: str, where: str, field: str) -> None:
+def check_encodable(text: str, place: str, field: str) -> None:
     """Raise ``DataError`` for halves of surrogate pairs, which no file can hold."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         remedy = "Write the file again with whole characters."
         raise bad(
-            where, field, text[error.start : error.end], "Unicode text without lone surrogates", remedy
+            place, field, text[error.start : error.end], "Unicode text without lone surrogates", remedy
         ) from error
 
 
-def read_turns(text: str, where: str, field: str) -> Messages:
+def read_turns(text: str, place: str, field: str) -> Messages:
     """Return the turns of an HH-RLHF dialogue; white space around a turn belongs to the marks and is dropped.
 
     A speaker may have two turns in a row (10 of the 4,652 usable test pairs); they stay two messages.
@@ -164,7 +164,7 @@ def read_turns(text: str, where: str, field: str) -> Messages:
     before, *rest = _TURN.split(text)
     if before.strip() or not rest:
         expected = "a dialogue that starts with '\\n\\nHuman:'"
-        raise bad(where, field, text, expected, "Add the mark, or a column prompt.")
+        raise bad(place, field, text, expected, "Add the mark, or a column prompt.")
     return [
         {"role": _TURN_ROLES[name], "content": turn.strip()} for name, turn in zip(rest[::2], rest[1::2], strict=True)
     ]

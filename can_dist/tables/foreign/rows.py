@@ -127,68 +127,68 @@ class Format:
 # ------------------------------------------------------------------------------------------------------ prompts
 
 
-def _prompt(row: Row, where: str) -> Prompt:
-    return Prompt(read_messages(row.get("prompt"), where, "prompt"))
+def _prompt(row: Row, place: str) -> Prompt:
+    return Prompt(read_messages(row.get("prompt"), place, "prompt"))
 
 
-def _prompt_messages(row: Row, where: str) -> Prompt:
+def _prompt_messages(row: Row, place: str) -> Prompt:
     value = row.get("messages")
     if isinstance(value, str):
-        check_text(value, where, "messages")
+        check_text(value, place, "messages")
     if not isinstance(value, list):
-        raise bad(where, "messages", value, "a list of messages", "Correct the row, or remove it.")
-    return Prompt(read_messages(value, where, "messages"))
+        raise bad(place, "messages", value, "a list of messages", "Correct the row, or remove it.")
+    return Prompt(read_messages(value, place, "messages"))
 
 
-def _answered(row: Row, where: str) -> Answered:
+def _answered(row: Row, place: str) -> Answered:
     """``prompt`` and ``responses``, a list of texts; '' is a response."""
     responses = row.get("responses")
     if not isinstance(responses, list) or not responses:
-        raise bad(where, "responses", responses, "a list of texts", "Correct the row, or remove it.")
+        raise bad(place, "responses", responses, "a list of texts", "Correct the row, or remove it.")
     for index, text in enumerate(responses):
         if not isinstance(text, str):
-            raise bad(where, f"responses[{index}]", text, "a string", "Correct the row, or remove it.")
-        check_text(text, where, f"responses[{index}]")
-    return Answered(read_messages(row.get("prompt"), where, "prompt"), tuple(responses))
+            raise bad(place, f"responses[{index}]", text, "a string", "Correct the row, or remove it.")
+        check_text(text, place, f"responses[{index}]")
+    return Answered(read_messages(row.get("prompt"), place, "prompt"), tuple(responses))
 
 
-def _instruction(row: Row, where: str) -> Prompt:
-    return Prompt(_joined(row, where))
+def _instruction(row: Row, place: str) -> Prompt:
+    return Prompt(_joined(row, place))
 
 
-def _joined(row: Row, where: str) -> Messages:
+def _joined(row: Row, place: str) -> Messages:
     """Return Alpaca's prompt: the instruction, and on a line of its own the input, where there is one."""
     instruction, given = row.get("instruction"), row.get("input")
     if is_nothing(given):
-        return read_messages(instruction, where, "instruction")
+        return read_messages(instruction, place, "instruction")
     if not isinstance(given, str) or not isinstance(instruction, str):
         expected = "a text beside an instruction that is a text"
-        raise bad(where, "input", given, expected, "Write the input into the instruction.")
+        raise bad(place, "input", given, expected, "Write the input into the instruction.")
     for name, text in (("instruction", instruction), ("input", given)):
-        read_messages(text, where, name)
+        read_messages(text, place, name)
     return [{"role": "user", "content": f"{instruction}\n{given}"}]
 
 
 # --------------------------------------------------------------------------------------------- chosen and rejected
 
 
-def _explicit(row: Row, where: str) -> Pair | SetAside:
-    return _beside(row, where, read_messages(row.get("prompt"), where, "prompt"))
+def _explicit(row: Row, place: str) -> Pair | SetAside:
+    return _beside(row, place, read_messages(row.get("prompt"), place, "prompt"))
 
 
-def _alpaca_pair(row: Row, where: str) -> Pair | SetAside:
-    return _beside(row, where, _joined(row, where))
+def _alpaca_pair(row: Row, place: str) -> Pair | SetAside:
+    return _beside(row, place, _joined(row, place))
 
 
-def _beside(row: Row, where: str, prompt: Messages) -> Pair | SetAside:
+def _beside(row: Row, place: str, prompt: Messages) -> Pair | SetAside:
     """``chosen, rejected`` beside a prompt; lists may hold the answer alone, or the dialogue with the prompt first."""
-    if isinstance(_same_type(row, where)[0], str):
-        a, b = texts(row, where, "chosen", "rejected")
+    if isinstance(_same_type(row, place)[0], str):
+        a, b = texts(row, place, "chosen", "rejected")
         if a.startswith("\n\nHuman:") and b.startswith("\n\nHuman:"):
             do = "Drop the column prompt, which these dialogues hold, or cut it off them."
-            raise bad(where, "chosen", a, "the response alone, beside a column prompt", do)
+            raise bad(place, "chosen", a, "the response alone, beside a column prompt", do)
         return Pair(prompt, a, b)
-    answers = [_dialogue(row[name], where, name) for name in ("chosen", "rejected")]
+    answers = [_dialogue(row[name], place, name) for name in ("chosen", "rejected")]
     if all(len(answer) == 1 for answer in answers):
         return Pair(prompt, answers[0][0]["content"], answers[1][0]["content"])
     if any(answer[0]["role"] == "assistant" for answer in answers):
@@ -197,46 +197,46 @@ def _beside(row: Row, where: str, prompt: Messages) -> Pair | SetAside:
     if isinstance(pair, Pair):
         users = [message["content"] for message in pair.messages if message["role"] == "user"]
         if pair.messages != prompt and not (len(prompt) == 1 and prompt[0]["content"] in users):
-            raise bad(where, "chosen", pair.messages, "a dialogue that starts with the prompt", "Correct the row.")
-        check_ends_before_answer(pair.messages, where, "chosen")
+            raise bad(place, "chosen", pair.messages, "a dialogue that starts with the prompt", "Correct the row.")
+        check_ends_before_answer(pair.messages, place, "chosen")
     return pair
 
 
-def _implicit(row: Row, where: str) -> Pair | SetAside:
+def _implicit(row: Row, place: str) -> Pair | SetAside:
     """``chosen, rejected`` with the prompt in front of both: message lists, or HH-RLHF dialogues as text."""
-    chosen, rejected = _same_type(row, where)
+    chosen, rejected = _same_type(row, place)
     if isinstance(chosen, list):
-        pair = _last_turns(_dialogue(chosen, where, "chosen"), _dialogue(rejected, where, "rejected"))
+        pair = _last_turns(_dialogue(chosen, place, "chosen"), _dialogue(rejected, place, "rejected"))
         if isinstance(pair, Pair):
-            check_ends_before_answer(pair.messages, where, "chosen")
+            check_ends_before_answer(pair.messages, place, "chosen")
         return pair
     for name in ("chosen", "rejected"):
-        check_text(row[name], where, name)
+        check_text(row[name], place, name)
         if LAST_TURN not in row[name]:
             do = "Add a column prompt, or write dialogues as lists of messages."
-            raise bad(where, name, row[name], "a dialogue with turns '\\n\\nHuman:' and '\\n\\nAssistant:'", do)
+            raise bad(place, name, row[name], "a dialogue with turns '\\n\\nHuman:' and '\\n\\nAssistant:'", do)
     (prompt, _, a), (other, _, b) = chosen.rpartition(LAST_TURN), rejected.rpartition(LAST_TURN)
     if "\n\nHuman:" in a or "\n\nHuman:" in b:
         return SetAside("the dialogue does not end with the assistant's turn")
     if prompt != other:
         return SetAside("the dialogues part before the last turn")
     if not prompt.strip():
-        raise bad(where, "chosen", chosen, "a turn of Human before the answer", "Remove the row.")
-    messages = read_turns(prompt, where, "chosen")
+        raise bad(place, "chosen", chosen, "a turn of Human before the answer", "Remove the row.")
+    messages = read_turns(prompt, place, "chosen")
     if messages[-1]["role"] != "user" or not messages[-1]["content"]:
         return SetAside("the prompt does not end with a user's turn")
     return Pair(messages, a.strip(), b.strip())
 
 
-def _same_type(row: Row, where: str) -> tuple[Any, Any]:
+def _same_type(row: Row, place: str) -> tuple[Any, Any]:
     chosen, rejected = row.get("chosen"), row.get("rejected")
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(value, str | list):
-            raise bad(where, name, value, "a string or a list of messages", "Correct the row, or remove it.")
+            raise bad(place, name, value, "a string or a list of messages", "Correct the row, or remove it.")
     if isinstance(chosen, str) != isinstance(rejected, str):
         types = f"chosen is {_type(chosen)}, rejected is {_type(rejected)}"
         raise DataError(
-            f"{where}, fields 'chosen' and 'rejected': found different types ({types}), expected the same.\n"
+            f"{place}, fields 'chosen' and 'rejected': found different types ({types}), expected the same.\n"
             "  Write both as text, or both as lists of messages."
         )
     return chosen, rejected
@@ -246,11 +246,11 @@ def _type(value: object) -> str:
     return "a string" if isinstance(value, str) else "a list"
 
 
-def _dialogue(value: list[object], where: str, field: str) -> Messages:
-    messages = [read_message(item, where, f"{field}[{i}]") for i, item in enumerate(value)]
+def _dialogue(value: list[object], place: str, field: str) -> Messages:
+    messages = [read_message(item, place, f"{field}[{i}]") for i, item in enumerate(value)]
     if not messages or messages[-1]["role"] != "assistant":
-        found = messages[-1] if messages else messages
-        raise bad(where, field, found, "a last message of role assistant", "Add the response, or remove the row.")
+        last = messages[-1] if messages else messages
+        raise bad(place, field, last, "a last message of role assistant", "Add the response, or remove the row.")
     return messages
 
 
@@ -262,45 +262,45 @@ def _last_turns(chosen: Messages, rejected: Messages) -> Pair | SetAside:
     return Pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
 
-def texts(row: Row, where: str, *names: str) -> tuple[str, ...]:
+def texts(row: Row, place: str, *names: str) -> tuple[str, ...]:
     """Return the texts of some columns of a row, checked."""
     for name in names:
         if not isinstance(row.get(name), str):
-            raise bad(where, name, row.get(name), "a string", "Correct the row, or remove it.")
-        check_text(row[name], where, name)
+            raise bad(place, name, row.get(name), "a string", "Correct the row, or remove it.")
+        check_text(row[name], place, name)
     return tuple(row[name] for name in names)
 
 
 # ------------------------------------------------------------------------------------------------ PKU-SafeRLHF
 
 
-def _pku(row: Row, where: str) -> Pair:
-    a, b = texts(row, where, "response_0", "response_1")
+def _pku(row: Row, place: str) -> Pair:
+    a, b = texts(row, place, "response_0", "response_1")
     return Pair(
-        read_messages(row.get("prompt"), where, "prompt"),
+        read_messages(row.get("prompt"), place, "prompt"),
         a,
         b,
-        better=_label(row, where, "better_response_id"),
-        safer=_label(row, where, "safer_response_id"),
-        safe_a=safe_flag(row, where, "is_response_0_safe"),
-        safe_b=safe_flag(row, where, "is_response_1_safe"),
+        better=_label(row, place, "better_response_id"),
+        safer=_label(row, place, "safer_response_id"),
+        safe_a=safe_flag(row, place, "is_response_0_safe"),
+        safe_b=safe_flag(row, place, "is_response_1_safe"),
     )
 
 
-def _label(row: Row, where: str, name: str) -> int:
+def _label(row: Row, place: str, name: str) -> int:
     value = row.get(name)
     if value is None:
         return -1
     if isinstance(value, bool) or value not in (0, 1):
-        raise bad(where, name, value, "0, 1 or null", "Correct the row, or remove it.")
+        raise bad(place, name, value, "0, 1 or null", "Correct the row, or remove it.")
     return int(value)
 
 
-def safe_flag(row: Row, where: str, name: str) -> bool | None:
+def safe_flag(row: Row, place: str, name: str) -> bool | None:
     """Return a flag that may be null, checked."""
     value = row.get(name)
     if value is not None and value not in (0, 1):
-        raise bad(where, name, value, "true, false or null", "Correct the row, or remove it.")
+        raise bad(place, name, value, "true, false or null", "Correct the row, or remove it.")
     return None if value is None else bool(value)
 
 

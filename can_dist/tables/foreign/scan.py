@@ -30,20 +30,20 @@ class Ids:
     other_ids: set[str] = field(default_factory=set)  # further ids of a content
     clashes: list[str] = field(default_factory=list)
 
-    def add(self, row: Row, content: str, where: str, *, given: bool, unique: bool) -> str:
+    def add(self, row: Row, content: str, place: str, *, given: bool, unique: bool) -> str:
         """Return the row's id: the first one under which the source has this content.
 
         Args:
             row: as read.
             content: id of its prompt's content.
-            where: file and row.
+            place: file and row.
             given: whether the file has ids of its own, in ``prompt_id``; else ``content`` is the id.
             unique: whether an id may be in one row only.
         """
-        key = _given_id(row.get("prompt_id"), where) if given else content
-        known, first_where = self.first.setdefault(key, (content, where))
-        if given and first_where != where and (unique or known != content):
-            self.clashes.append(f"{key!r} at {first_where} and {where}")
+        key = _given_id(row.get("prompt_id"), place) if given else content
+        known, first_where = self.first.setdefault(key, (content, place))
+        if given and first_where != place and (unique or known != content):
+            self.clashes.append(f"{key!r} at {first_where} and {place}")
         first_id = self.id_of.setdefault(content, key)
         if first_id != key:
             self.other_ids.add(key)
@@ -59,11 +59,11 @@ class Ids:
             )
 
 
-def _given_id(value: object, where: str) -> str:
+def _given_id(value: object, place: str) -> str:
     text = id_text(value)
     if text is None:
         raise DataError(
-            f"{where}, field 'prompt_id': found {value!r}, expected a non-empty string or an integer.\n"
+            f"{place}, field 'prompt_id': found {value!r}, expected a non-empty string or an integer.\n"
             "  Fill it in, or drop the column to have ids computed."
         )
     return text
@@ -96,22 +96,22 @@ class Scan:
             self.has_ids = "prompt_id" in shard.columns
             needed = [name for name in shard.columns if not is_ignored(name, form)]
             for number, row in enumerate(shard.rows(needed)):
-                where = f"{shard.name}, row {number}"
-                self._check_late(row, form, where)
-                parsed = form.parse(row, where)
-                self._check_kind(form.kind(row), where)
+                place = f"{shard.name}, row {number}"
+                self._check_late(row, place)
+                parsed = form.parse(row, place)
+                self._check_kind(form.kind(row), place)
                 self.num_rows += 1
                 if isinstance(parsed, SetAside):
-                    self.put_aside(where, parsed.reason)
+                    self.put_aside(place, parsed.reason)
                 else:
-                    parsed = self._whole(parsed, row, form, where)
-                yield where, form, row, parsed
+                    parsed = self._whole(parsed, row, form, place)
+                yield place, form, row, parsed
 
-    def _whole(self, parsed: Usable, row: Row, form: Format, where: str) -> Usable:
+    def _whole(self, parsed: Usable, row: Row, form: Format, place: str) -> Usable:
         """Return a parsed row with the system turn of its column; refuse it where a meaning would be dropped."""
-        messages = with_system(parsed.messages, text_of_system(row, where), where)
-        check_task(row, form, messages, where)
-        self._ignored.add(prompt_id(messages), row, form, where)
+        messages = with_system(parsed.messages, text_of_system(row, place), place)
+        check_task(row, form, messages, place)
+        self._ignored.add(prompt_id(messages), row, form, place)
         if messages is not parsed.messages:
             self.joined[SYSTEM_JOINED] += 1
         if "input" in form.reads and not is_nothing(row.get("input")):
@@ -136,32 +136,30 @@ class Scan:
             )
         return form
 
-    def _check_late(self, row: Row, form: Format, where: str) -> None:
-        """Refuse a name that would have told of ids, or of another format, in the first rows of a JSON file."""
+    def _check_late(self, row: Row, place: str) -> None:
+        """Refuse ids that begin after the first rows of a JSON file, which tell its columns."""
         late = [name for name in row if name not in self.columns]
         if not late:
             return
         for name in late:
-            is_id = name == "prompt_id" and not self.has_ids
-            other = self._given is None and find_format([*self.columns, name], where) is not form and not form.pairs
-            if (is_id or other) and not is_nothing(row[name]):
+            if name == "prompt_id" and self._given is None:
                 raise DataError(
-                    f"{where}, field '{name}': found {show(row[name])}, a name that the first rows of the file do not "
+                    f"{place}, field '{name}': found {show(row[name])}, a name that the first rows of the file do not "
                     "have.\n  Expected the same names in all rows (null where there is nothing). Write them so."
                 )
         self.columns.update(dict.fromkeys(late))
 
-    def _check_kind(self, key: str, where: str) -> None:
+    def _check_kind(self, key: str, place: str) -> None:
         self.key = self.key or key
         if key != self.key:
             raise DataError(
-                f"{where}: a row in format {key!r}, but the rows before are in format {self.key!r} "
+                f"{place}: a row in format {key!r}, but the rows before are in format {self.key!r} "
                 "(text and message lists mixed).\n  Expected one format in all rows. Split the file in two."
             )
 
-    def put_aside(self, where: str, reason: str) -> None:
+    def put_aside(self, place: str, reason: str) -> None:
         """Record a row that is set aside, and why."""
-        self.set_aside.append(f"{where}: {reason}")
+        self.set_aside.append(f"{place}: {reason}")
         self.why[reason] += 1
 
     def reasons(self) -> str:

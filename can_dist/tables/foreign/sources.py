@@ -279,7 +279,7 @@ def _open_hub(name: str, split: str, subset: str | None, revision: str | None) -
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-    where = f"{name} (hub, split {split!r}" + (f", revision {revision}" if revision else "") + ")"
+    place = f"{name} (hub, split {split!r}" + (f", revision {revision}" if revision else "") + ")"
     try:
         table = datasets.load_dataset(name, name=subset, split=split, revision=revision)
     except DatasetNotFoundError as error:
@@ -293,5 +293,5 @@ def _open_hub(name: str, split: str, subset: str | None, revision: str | None) -
             "  Correct the path, or get the network back, or name a local copy."
         ) from error
     except (DatasetsError, ValueError, OSError) as error:  # unknown split or subset, a loading script, bad files
-        raise DataError(f"{where}: datasets cannot load it: {error}\n  Set split, subset or revision.") from error
-    return Shard(where, tuple(table.column_names), lambda columns: iter(table.select_columns(list(columns))))
+        raise DataError(f"{place}: datasets cannot load it: {error}\n  Set split, subset or revision.") from error
+    return Shard(place, tuple(table.column_names), lambda columns: iter(table.select_columns(list(columns))))
