@@ -86,7 +86,9 @@ def _refuse_one_object(path: Path, text: bytes) -> None:
 def _refuse_columns(path: Path, row: Row) -> None:
     """Raise ``DataError`` where the only row of a file is a whole table: pandas' other orientations, or ``data``."""
     values = list(row.values())
-    columns = bool(values) and all(isinstance(value, dict) for value in values)
+    inner = [name for value in values if isinstance(value, dict) for name in value]
+    numbered = all(map(str.isdecimal, row)) or all(map(str.isdecimal, inner))  # pandas' labels of rows
+    columns = bool(inner) and all(isinstance(value, dict) for value in values) and numbered
     wrapped = isinstance(row.get("data"), list) and bool({"columns", "schema", "index"} & row.keys() or len(row) == 1)
     if columns or wrapped:
         raise _one_object(path, row)

@@ -160,6 +160,11 @@ def test_column_that_changes_the_task_is_refused_and_empty_it_is_not(
         assert prompts(write(tmp_path / "b.jsonl", [row, {**row, name: empty}])) == [[USER]]
 
 
+def test_only_row_of_a_file_may_hold_objects(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path / "a.jsonl", [{"prompt": USER}]))
+    assert "a.jsonl, row 0, field 'prompt': found {'role': 'user'" in message
+
+
 def test_dolly_context_is_refused_beside_an_instruction(tmp_path: Path) -> None:
     row = {"instruction": "When?", "context": "In 1969.", "response": "1969", "category": "qa"}
     assert "row 0, field 'context': found 'In 1969.'" in refusal(write(tmp_path / "a.jsonl", [row]))
@@ -197,6 +202,9 @@ def test_brought_responses_that_differ_in_a_dropped_column_are_refused(tmp_path:
         read_responses(write(tmp_path / "a.jsonl", rows))
     rows = [{"prompt": "Hi?", "responses": ["a"], "seed": seed, "id": seed} for seed in (0, 1)]  # of the responses
     assert list(read_responses(write(tmp_path / "b.jsonl", rows)).texts.values()) == [["a", "a"]]
+    rows = [{"prompt": "Hi?", "responses": ["a"], "prompt_id": n} for n in (0, 1)]
+    read = read_responses(write(tmp_path / "c.jsonl", rows))
+    assert "1 prompts; ignored columns: prompt_id" in read.announcement  # they are joined by what they say
 
 
 def test_rows_of_one_prompt_may_differ_in_their_names_and_their_responses(tmp_path: Path) -> None:

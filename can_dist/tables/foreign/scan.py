@@ -186,15 +186,17 @@ class Scan:
 
     def ignored(self) -> Sequence[str]:
         """Return the columns, and the keys of messages, that were not used."""
-        used = {*self.form.reads, "prompt_id"}
-        columns = [name for name in self.columns if name not in used and not is_system(name)]
-        return [*columns, *self._ignored.keys]
+        used = self._used()
+        return [*(name for name in self.columns if name not in used), *self._ignored.keys]
+
+    def _used(self) -> list[str]:
+        """Return the columns there that were used; brought responses are joined by what the prompt says, not by id."""
+        names = self.form.reads if self._given else (*self.form.reads, "prompt_id")
+        return [name for name in names if name in self.columns] + [name for name in self.columns if is_system(name)]
 
     def announce(self, text: str, remark: str = "") -> str:
         """Return the line that tells how the source was read: what ``text`` counts, what was joined, a remark."""
-        reads = [name for name in (*self.form.reads, "prompt_id") if name in self.columns]
-        reads += [name for name in self.columns if is_system(name)]
         joined = "".join(f", {count} {kind}" for kind, count in self.joined.items())
         tail = f"; ignored columns: {', '.join(self.ignored())}" if self.ignored() else ""
         name = Path(self.source).name if Path(self.source).expanduser().exists() else self.source
-        return f"{name}: {self.form.title_of(self.key)} (found {', '.join(reads)}): {text}{joined}{remark}{tail}"
+        return f"{name}: {self.form.title_of(self.key)} (found {', '.join(self._used())}): {text}{joined}{remark}{tail}"
