@@ -41,16 +41,17 @@ def checked(what: str, check: Callable[[], str]) -> Finding:
 
 def check_data(kind: ReadAs, source: DataSource) -> str:
     """Read a data source whole; return what it holds."""
-    from can_dist.stages.brought_responses import read_responses
     from can_dist.stages.ingest import source_identity
-    from can_dist.tables.foreign.formats import read_preferences, read_prompts
+    from can_dist.tables.foreign.formats import read_preferences, read_prompts, read_responses
 
     source_identity(source)  # a missing file is named in the same words by every command
-    if kind == "responses":
-        texts, num_rows = read_responses(source)
-        return f"{source.source}: {num_rows} rows, {sum(map(len, texts.values()))} responses to {len(texts)} prompts"
-    read = read_preferences if kind == "pairs" else read_prompts
-    return read(source.source, split=source.split, subset=source.subset, revision=source.revision).announcement
+    readers: dict[ReadAs, Callable[..., Any]] = {
+        "pairs": read_preferences,
+        "responses": read_responses,
+    }
+    read = readers.get(kind, read_prompts)
+    done = read(source.source, split=source.split, subset=source.subset, revision=source.revision)
+    return str(done.announcement)
 
 
 def check_function(function: str) -> str:

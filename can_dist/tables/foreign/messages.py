@@ -8,6 +8,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from can_dist.tables.json_rows import Row
 from can_dist.tables.misfits import bad, is_nothing
@@ -202,7 +203,7 @@ def _objects(text: str) -> Sequence[dict[str, object] | str]:
     parsed = next(_parsed(stripped), None)
     if parsed is None:
         return [stripped]
-    entries = parsed if isinstance(parsed, list) else [parsed]
+    entries: list[Any] = parsed if isinstance(parsed, list) else [parsed]
     while len(entries) == 1 and isinstance(entries[0], list):
         entries = entries[0]
     return entries if all(isinstance(entry, dict) for entry in entries) else []
