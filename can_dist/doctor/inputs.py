@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from can_dist.config import Config, DataSource, Guard, Model, PythonCallable, SequenceClassifier
 from can_dist.config.endpoints import Endpoint, GenerateEndpoint
