@@ -33,10 +33,10 @@ from can_dist.stages.slack import StepSize
 from can_dist.stages.train import Policy
 from can_dist.stages.trajectory import Round
 from can_dist.tables.artifacts import Artifact, load_artifact
+from can_dist.tables.schemas import LOGP_REFERENCE
 from can_dist.workspace import Workspace
 
 REWARD = "reward"
-LOGP = "logp.reference"
 
 
 class StageReached(Exception):
@@ -140,11 +140,13 @@ class Run:
         aligned: Mapping[str, PolicyRatio] | None = None,
     ) -> Artifact:
         """Score responses with the reward, every constraint, and ln π_ref; ``aligned`` holds log-ratios by name."""
-        return self._score(responses, {**self._specs(reward, constraints, aligned), LOGP: self._log_prob(reference)})
+        return self._score(
+            responses, {**self._specs(reward, constraints, aligned), LOGP_REFERENCE: self._log_prob(reference)}
+        )
 
     def log_probs(self, responses: Artifact, policy: Policy) -> Artifact:
         """Score responses with ln π alone, of the reference or of a trained policy, for a training relative to it."""
-        return self._score(responses, {LOGP: self._log_prob(policy)})
+        return self._score(responses, {LOGP_REFERENCE: self._log_prob(policy)})
 
     def _log_prob(self, policy: Policy) -> LogProb:
         """Return the scorer of ln π; of a configured model in 4 bits where training reads it into 4 bits."""

@@ -6,7 +6,6 @@ answered is remembered in a small file until the solve ends: the same command af
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -24,6 +23,7 @@ from can_dist.config import Cluster
 from can_dist.console import interruptible, progress
 from can_dist.dual import Block, ColumnScores, Pass, PassResult, run_pass
 from can_dist.tables.artifacts import digest_of
+from can_dist.tables.cache import cache_directory
 from can_dist.tables.score_shards import (
     ShardIndex,
     check_complete,
@@ -183,7 +183,7 @@ class _Memory:
 @contextmanager
 def _remembered(key: str) -> Iterator[_Memory]:
     """Open the memory of a solve; it is deleted once the solve has ended well."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "can_dist" / "passes"
+    cache = cache_directory() / "passes"
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = cache / f"{key}.sqlite"
     with closing(sqlite3.connect(path, timeout=60)) as connection:

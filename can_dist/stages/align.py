@@ -10,9 +10,10 @@ from can_dist.scoring.protocol import LogProb, PolicyRatio
 from can_dist.stages.calibrate import calibrate
 from can_dist.stages.human_labels import label_human
 from can_dist.stages.ingest import ingest_pairs
-from can_dist.stages.score import REFERENCE, score
+from can_dist.stages.score import score
 from can_dist.stages.train import policy_model, train
 from can_dist.tables.artifacts import Artifact
+from can_dist.tables.schemas import LOGP_REFERENCE
 from can_dist.workspace import Workspace
 
 
@@ -36,7 +37,7 @@ def align(work: Workspace, name: str, scorer: LogRatio, reference: Model, prompt
     assert source is not None, "checked with the configuration"
     assert criterion is not None, "checked with the configuration"
     pairs = ingest_pairs(work, source, reference, prompts)
-    logps = score(work, pairs, {REFERENCE: LogProb(model=reference)}, role=pairs.manifest["identity"]["label"])
+    logps = score(work, pairs, {LOGP_REFERENCE: LogProb(model=reference)}, role=pairs.manifest["identity"]["label"])
     preferences = label_human(work, pairs, logps, criterion=criterion)
     if scorer.model is not None:
         ratio = PolicyRatio(scorer.model, reference, scorer.beta)

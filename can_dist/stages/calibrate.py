@@ -19,9 +19,9 @@ from can_dist.errors import DataError
 from can_dist.modeling.loading import resolve_precision
 from can_dist.reporting.figures.reliability import draw_reliability
 from can_dist.scoring.protocol import LogProb, PolicyRatio, scorer_identity
-from can_dist.stages.score import REFERENCE, score
+from can_dist.stages.score import score
 from can_dist.tables.artifacts import Artifact, atomic_file, write_json, write_part
-from can_dist.tables.schemas import RESPONSES
+from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE, RESPONSES
 from can_dist.workspace import Workspace
 
 CALIBRATION, PLOT = "calibration.json", "reliability.svg"
@@ -53,14 +53,14 @@ def calibrate(work: Workspace, name: str, preferences: Artifact, ratio: PolicyRa
         When there are too few held-out pairs, or a's 95 % interval is not above 0.
     """
     pairs = _held_out_pairs(work, name, preferences)
-    logps = {"logp.policy": LogProb(model=ratio.policy), REFERENCE: LogProb(model=ratio.reference)}
+    logps = {LOGP_POLICY: LogProb(model=ratio.policy), LOGP_REFERENCE: LogProb(model=ratio.reference)}
     scores = score(work, pairs, logps, role=f"held-out pairs of {name}")
     what = {"scorer": scorer_identity(ratio, resolve_precision(work.config.precision))}
     stage = work.open("calibrate", name, what, {"pairs": pairs, "scores": scores, **ratio.made_from})
     if stage.finished:
         return stage.finished
     with work.timed("calibrate", name, pairs=len(pairs.table) // 2):
-        ratio_N = scores.table.column("logp.policy").to_numpy() - scores.table.column(REFERENCE).to_numpy()
+        ratio_N = scores.table.column(LOGP_POLICY).to_numpy() - scores.table.column(LOGP_REFERENCE).to_numpy()
         gap_N = ratio.beta * (ratio_N[::2] - ratio_N[1::2])
         preferred_N = pairs.table.column("preferred").to_numpy()[::2] == 1
         prompt_N = np.asarray(pairs.table.column("prompt_id").to_pylist())[::2]

@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from can_dist.config import Constraint, Model, identity
-from can_dist.measuring.gains import (
-    gains_table,
-)
+from can_dist.measuring.gains import gains_table
 from can_dist.modeling.loading import model_digest, resolve_precision
 from can_dist.scoring.protocol import LogProb, ScorerSpec, scorer_identity
 from can_dist.stages.generate import generate
@@ -21,6 +19,7 @@ from can_dist.stages.report import PAGE, REPORT, Lineage, build_report, log_rati
 from can_dist.stages.score import score
 from can_dist.stages.train import policy_model
 from can_dist.tables.artifacts import Artifact, digest_of, write_json, write_part
+from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
 from can_dist.workspace import Workspace
 
 
@@ -43,7 +42,7 @@ def evaluate(
     policy = policy_model(lineage.policy, reference)
     before = generate(work, reference, lineage.prompts, split="test", role="reference")
     after = generate(work, policy, lineage.prompts, split="test", role="policy")
-    logps: dict[str, ScorerSpec] = {"logp.reference": LogProb(model=reference), "logp.policy": LogProb(model=policy)}
+    logps: dict[str, ScorerSpec] = {LOGP_REFERENCE: LogProb(model=reference), LOGP_POLICY: LogProb(model=policy)}
     inputs = {
         "policy": lineage.policy,
         "responses_before": before,

@@ -13,7 +13,7 @@ import pyarrow as pa
 from can_dist.errors import DataError
 from can_dist.tables.artifacts import Artifact, StageDirectory, write_json, write_part
 from can_dist.tables.quarantine import scored_responses
-from can_dist.tables.schemas import PREFERENCES
+from can_dist.tables.schemas import LOGP_REFERENCE, PREFERENCES
 from can_dist.workspace import Workspace
 
 NOTED = "noted_examples.json"
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 def join(responses: Artifact, scores: Artifact) -> list[Row]:
     """Return the scored responses as rows with their reference log-probability, ``logp_ref``."""
     rows: list[Row] = scored_responses(responses, scores).to_pylist()
-    for row, logp_ref in zip(rows, scores.table.column("logp.reference").to_pylist(), strict=True):
+    for row, logp_ref in zip(rows, scores.table.column(LOGP_REFERENCE).to_pylist(), strict=True):
         row["logp_ref"] = logp_ref
     return rows
 
@@ -108,5 +108,5 @@ def commit(
     counts["examples"] = len(kept)
     splits = Counter(one["split"] for one in kept)
     work.say("label: " + ", ".join(f"{n} {what}" for what, n in (counts | splits).items()))
-    text = scores.info.get("scorers", {}).get("logp.reference", {}).get("text")
+    text = scores.info.get("scorers", {}).get(LOGP_REFERENCE, {}).get("text")
     return stage.commit([NOTED], info={"loss": loss, "counts": dict(counts), "splits": dict(splits), "text": text})

@@ -25,10 +25,11 @@ from can_dist.measuring.gains import (
 )
 from can_dist.measuring.predicted import held_out_prediction, multipliers, prediction_source, predictions, score_table
 from can_dist.stages.solve import load_solution
+from can_dist.stages.train import drift_warning
 from can_dist.tables.artifacts import Artifact
 from can_dist.tables.quarantine import quarantined, scored_responses
+from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
 from can_dist.training import CURVE
-from can_dist.training.metrics import loss_above_start
 from can_dist.workspace import Workspace
 
 REPORT, PAGE = "report.json", "report.html"
@@ -143,7 +144,7 @@ def _why_unpredicted(method: str) -> str:
 
 def log_ratio(after: pa.Table) -> np.ndarray:
     """Return ln π(y|x) − ln π_ref(y|x) of the policy's own responses; its mean is the KL divergence."""
-    return column(after, "logp.policy") - column(after, "logp.reference")
+    return column(after, LOGP_POLICY) - column(after, LOGP_REFERENCE)
 
 
 def _refusals(inputs: Mapping[str, Artifact]) -> dict[str, Any] | None:
@@ -189,8 +190,8 @@ def _models(inputs: Mapping[str, Artifact]) -> dict[str, dict[str, str]]:
     scorers = inputs["scores_after"].info["scorers"]
     models = {"policy": {"model": inputs["policy"].path.name, "digest": inputs["policy"].digest}}
     for name, info in scorers.items():
-        if name != "logp.policy":
-            role = "reference" if name == "logp.reference" else name
+        if name != LOGP_POLICY:
+            role = "reference" if name == LOGP_REFERENCE else name
             models[role] = {"model": info["model"], "digest": str(info.get("weights") or info.get("source"))}
     return models
 
@@ -229,9 +230,8 @@ def _drift(kl: Mapping[str, Any], policy: Artifact) -> list[str]:
             f"The policy is {realised['mean']:.2f} nats from the reference, more than twice the {predicted:.2f} "
             "predicted: training drifted. Lower train.learning_rate or add train.warmup_steps."
         )
-    loss = loss_above_start(policy.read_json(CURVE)) if "summary" in policy.info else None
-    if loss is not None:
-        warnings.append(f"The last training loss, {loss:.3f}, is above its start at ln 2 = 0.693: the policy drifted.")
+    if "summary" in policy.info and (warning := drift_warning(policy.read_json(CURVE))):
+        warnings.append(warning[0].upper() + warning[1:])
     return warnings
 
 

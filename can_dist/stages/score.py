@@ -42,10 +42,8 @@ from can_dist.tables.artifacts import (
     write_part,
 )
 from can_dist.tables.quarantine import QUARANTINED, quarantined, without
-from can_dist.tables.schemas import RESPONSES, SCORE_KEYS, check_schema, check_unique
+from can_dist.tables.schemas import LOGP_REFERENCE, RESPONSES, SCORE_KEYS, check_schema, check_unique
 from can_dist.workspace import Workspace
-
-REFERENCE = "logp.reference"
 
 
 def score(work: Workspace, responses: Artifact, scorers: Mapping[str, ScorerSpec], *, role: str) -> Artifact:
@@ -61,7 +59,7 @@ def score(work: Workspace, responses: Artifact, scorers: Mapping[str, ScorerSpec
         to different references, or log-probabilities are asked of a model with another template than the responses'.
     """
     columns = {name: _column(work, responses, name, spec, role) for name, spec in scorers.items()}
-    check_one_reference({name: artifact.info["scorer"] for name, artifact in columns.items()}, REFERENCE)
+    check_one_reference({name: artifact.info["scorer"] for name, artifact in columns.items()}, LOGP_REFERENCE)
     stage = work.open("scores", role, {"columns": list(columns)}, {"responses": responses, **columns})
     if stage.finished:
         return stage.finished
@@ -166,14 +164,15 @@ def _check_number(path: Path, left_out: Mapping[str, str], allowed: int) -> None
 
 def _score_ratio(work: Workspace, responses: Artifact, name: str, spec: PolicyRatio, role: str) -> Artifact:
     """Subtract the reference's log-probabilities, scored once for all, from those of the aligned policy."""
-    logp = _score_one(work, responses, f"logp.{name}", LogProb(model=spec.policy), role)
-    logp_ref = _score_one(work, responses, REFERENCE, LogProb(model=spec.reference), role)
+    column = f"logp.{name}"
+    logp = _score_one(work, responses, column, LogProb(model=spec.policy), role)
+    logp_ref = _score_one(work, responses, LOGP_REFERENCE, LogProb(model=spec.reference), role)
     left_out = quarantined(logp) | quarantined(logp_ref)
     both = [without(one.table, left_out) for one in (logp, logp_ref)]
     keys = both[0].select(SCORE_KEYS.names)
     if not keys.equals(both[1].select(SCORE_KEYS.names)):
         raise DataError(f"{logp.path}: its response ids are not those of {logp_ref.path}.")
-    values_N = log_ratio(both[0].column(f"logp.{name}"), both[1].column(REFERENCE), spec)
+    values_N = log_ratio(both[0].column(column), both[1].column(LOGP_REFERENCE), spec)
     inputs = {"logp": logp, "logp_ref": logp_ref, **spec.made_from}
     return _derived(work, name, spec, role, inputs, keys, values_N, left_out)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -20,6 +19,7 @@ import pyarrow as pa
 
 from can_dist.errors import EnvironmentProblem
 from can_dist.tables.artifacts import canonical_json
+from can_dist.tables.cache import cache_directory
 
 AT_ONCE = 500
 """Keys per query; SQLite takes 999 parameters."""
@@ -36,7 +36,7 @@ def open_cache() -> Iterator[sqlite3.Connection]:
     EnvironmentProblem
         When it cannot be opened, is damaged, or stays locked for a minute.
     """
-    path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "can_dist" / "scores.sqlite"
+    path = cache_directory() / "scores.sqlite"
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -295,18 +295,26 @@ def _raise_failure(directory: Path) -> None:
         raise getattr(errors, failure["type"])(failure["message"])
 
 
-def _warn_if_drifting(work: Workspace, curve: Mapping[str, Any]) -> None:
+def drift_warning(curve: Mapping[str, Sequence[Sequence[float]]]) -> str:
+    """Return the sentence on a training whose last loss is above the reference's on the same examples, or ''.
+
+    Args:
+        curve: ``curve.json`` of a ``train`` artifact: [step, value] of each loss, in units of the training's loss.
+    """
     loss = loss_above_start(curve)
-    if loss is not None:
-        work.say(
-            f"train: warning: the last training loss is {loss:.4f}, above the reference's on the same examples: the "
-            "policy drifted. Lower train.learning_rate, add train.warmup_steps, or train longer before trusting it."
-        )
+    if loss is None:
+        return ""
+    return (
+        f"the last training loss is {loss:.4f}, above the reference's {curve['reference_loss'][-1][1]:.4f} on the same "
+        "examples: the policy drifted. Lower train.learning_rate, add train.warmup_steps, or train longer before "
+        "trusting it."
+    )
 
 
 def _commit(work: Workspace, stage: StageDirectory) -> Artifact:
     curve = training_curve(stage.path)
-    _warn_if_drifting(work, curve)
+    if warning := drift_warning(curve):
+        work.say(f"train: warning: {warning}")
     written = [p for folder in (POLICY, ADAPTER) for p in (stage.path / folder).rglob("*") if p.is_file()]
     files = [CURVE, PROBE, *(str(p.relative_to(stage.path)) for p in written)]
     summary = json.loads((stage.path / SUMMARY).read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and i
 def test_an_error_is_printed_as_one_text_and_survives_pickling(kind: Any, texts: tuple[str, ...]) -> None:
     error = kind(*texts)
     assert str(error) == " ".join(texts)
-    for copied in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+    for copied in (pickle.loads(pickle.dumps(error)), copy.copy(error)):  # noqa: S301
         assert type(copied) is kind
         assert (str(copied), copied.message, copied.remedy) == (str(error), error.message, error.remedy)
 
@@ -36,7 +36,7 @@ def test_a_single_message_has_no_remedy() -> None:
 
 
 def test_what_a_caught_error_leads_to_keeps_both() -> None:
-    with pytest.raises(ValueError, match="too few. Bring more.") as caught:
+    with pytest.raises(ValueError, match=r"too few\. Bring more\.") as caught:
         raise DataError("too few.", remedy="Bring more.")
     assert isinstance(caught.value, DataError)
     assert caught.value.remedy == "Bring more."
