@@ -21,10 +21,8 @@ def run_pipeline(
     A stage that the method repeats is the first of its name; ``train`` is the method's last training. P-SACPO has
     several policies: all are evaluated, and what is returned is that of the last q of ``p_sacpo.q``.
 
-    Raises
-    ------
-    ConfigError
-        When the method has no such stage, or trains several times and a launcher started it.
+    Raises:
+        ConfigError: the method has no such stage, or trains several times and a launcher started it.
     """
     return run_method(directory, config, until, only_stage=only_stage)[-1]
 
@@ -35,10 +33,8 @@ def run_methods(directory: Path, config: Config, methods: Sequence[str]) -> list
     Each method runs with its own keys (``methods.<name>``). All are measured with the scorers, and judged by the
     constraints, of the configuration itself, so that they can be compared. What they share is computed once.
 
-    Raises
-    ------
-    ConfigError
-        When a name is no method, or a method cannot be run with its keys, before anything is computed.
+    Raises:
+        ConfigError: a name is no method, or a method cannot be run with its keys, before anything is computed.
     """
     own = [for_method(config, method) for method in methods]
     found = [artifact for one in own for artifact in run_method(directory, one, measured_by=config)]
@@ -59,10 +55,8 @@ def run_method(
 
     ``measured_by`` is the configuration whose scorers and constraints the evaluation takes, by default the method's.
 
-    Raises
-    ------
-    ConfigError
-        When the method has no such stage, or trains several times and a launcher started it.
+    Raises:
+        ConfigError: the method has no such stage, or trains several times and a launcher started it.
     """
     stages, measured = METHODS[config.method].stages, measured_by or config
     if until not in stages:

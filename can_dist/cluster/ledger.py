@@ -36,13 +36,10 @@ def run_shards(pool: ActorPool, job: ShardJob, shards: Mapping[int, int], what: 
 
     ``log`` is told, as an event, of every actor that died or hung, and of what is waited for.
 
-    Raises
-    ------
-    CanDistError
-        As raised by the job.
-    EnvironmentProblem
-        When a row ends every actor (it is named), a shard does without one of its rows doing it, actors die while they
-        open their models, or lost nodes are not replaced within ``wait_resources_s``.
+    Raises:
+        CanDistError: As raised by the job.
+        EnvironmentProblem: a row ends every actor (it is named), a shard does without one of its rows doing it, actors
+            die while they open their models, or lost nodes are not replaced within ``wait_resources_s``.
     """
     import ray
 

@@ -15,10 +15,9 @@ QUIET_S = 10.0
 def reserve(cluster: Cluster, role: str, number: int, say: Callable[..., None]) -> Any:
     """Return a placement group for so many 'actor's, spread over nodes, or 'worker's (ranks), close to each other.
 
-    Raises
-    ------
-    EnvironmentProblem
-        When the cluster has no place for all of them within ``wait_resources_s``; ``say`` is told of waiting before.
+    Raises:
+        EnvironmentProblem: the cluster has no place for all of them within ``wait_resources_s``; ``say`` is told of
+            waiting before.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 

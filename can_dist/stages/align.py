@@ -23,11 +23,9 @@ def align(work: Workspace, name: str, scorer: LogRatio, reference: Model, prompt
     Training is a DPO from the reference with the β of the scorer on people's labels of its criterion; pairs of
     held-out prompts are left out. The calibration uses the validation pairs, on which nothing is trained.
 
-    Raises
-    ------
-    DataError
-        When a given policy has not the reference's tokenizer and template, the data set has no label of the
-        criterion, or the policy does not order the held-out preferences.
+    Raises:
+        DataError: a given policy has not the reference's tokenizer and template, the data set has no label of the
+            criterion, or the policy does not order the held-out preferences.
     """
     if not scorer.learns:
         return given_ratio(name, scorer, reference)

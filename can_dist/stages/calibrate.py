@@ -47,10 +47,8 @@ def calibrate(work: Workspace, name: str, preferences: Artifact, ratio: PolicyRa
 
     It holds ``calibration.json`` and ``reliability.svg``; its info has ``scale`` and ``scale_se``.
 
-    Raises
-    ------
-    DataError
-        When there are too few held-out pairs, or a's 95 % interval is not above 0.
+    Raises:
+        DataError: there are too few held-out pairs, or a's 95 % interval is not above 0.
     """
     pairs = _held_out_pairs(work, name, preferences)
     logps = {LOGP_POLICY: LogProb(model=ratio.policy), LOGP_REFERENCE: LogProb(model=ratio.reference)}

@@ -95,10 +95,8 @@ def commit(
 
     ``scores`` holds the reference's log-probabilities, and says with which template they were computed.
 
-    Raises
-    ------
-    DataError
-        When no example is left to train on.
+    Raises:
+        DataError: no example is left to train on.
     """
     if not any(one["split"] == "train" for one in kept):
         raise DataError(f"{stage.path}: no example is left to train on ({listed(noted)}). Bring more data.")

@@ -38,11 +38,9 @@ def label(
     Empty responses, and pairs of twice the same tokens, teach nothing and are set aside. Pairs of equal score (ties)
     are kept: their target holds the log-ratios equal. All of them are counted, and listed in ``noted_examples.json``.
 
-    Raises
-    ------
-    DataError
-        When no example is left, or all scores of every example are equal, so that there is nothing to learn; or the
-        solution is of other scorers than those of ``scores``.
+    Raises:
+        DataError: no example is left, or all scores of every example are equal, so that there is nothing to learn; or
+            the solution is of other scorers than those of ``scores``.
     """
     options = work.config.label
     what = {**identity(options, exclude=["preferences", "human"]), "seed": work.config.seed, "reward": reward}

@@ -12,12 +12,9 @@ from can_dist.workspace import Workspace
 def merge(work: Workspace, policy_a: Artifact, policy_b: Artifact, *, q: float) -> Artifact:
     """Return the artifact whose ``policy/`` is the merge, as that of a trained policy; ``q`` weighs ``policy_a``.
 
-    Raises
-    ------
-    ConfigError
-        When q is not in [0, 1].
-    DataError
-        When the policies are not of one architecture and tokenizer, or one of them is damaged.
+    Raises:
+        ConfigError: q is not in [0, 1].
+        DataError: the policies are not of one architecture and tokenizer, or one of them is damaged.
     """
     from can_dist.training.merge import merge_policies
 

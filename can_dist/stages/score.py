@@ -52,11 +52,10 @@ def score(work: Workspace, responses: Artifact, scorers: Mapping[str, ScorerSpec
     Columns are named after the scorers, log-probabilities ``logp.<name>``; each column's metadata tells model,
     weights digest, template and sign. Every score is higher-is-better: a cost model enters with ``sign: -1``.
 
-    Raises
-    ------
-    DataError
-        When a score is not finite (response ids listed), a model is not what its spec says, log-ratios are relative
-        to different references, or log-probabilities are asked of a model with another template than the responses'.
+    Raises:
+        DataError: a score is not finite (response ids listed), a model is not what its spec says, log-ratios are
+            relative to different references, or log-probabilities are asked of a model with another template than the
+            responses'.
     """
     columns = {name: _column(work, responses, name, spec, role) for name, spec in scorers.items()}
     check_one_reference({name: artifact.info["scorer"] for name, artifact in columns.items()}, LOGP_REFERENCE)

@@ -31,10 +31,8 @@ NAN = np.array(np.nan, dtype="<f8").tobytes()
 def open_cache() -> Iterator[sqlite3.Connection]:
     """Open ``can_dist/scores.sqlite`` in XDG_CACHE_HOME or ~/.cache; other processes may have it open too.
 
-    Raises
-    ------
-    EnvironmentProblem
-        When it cannot be opened, is damaged, or stays locked for a minute.
+    Raises:
+        EnvironmentProblem: it cannot be opened, is damaged, or stays locked for a minute.
     """
     path = cache_directory() / "scores.sqlite"
     try:

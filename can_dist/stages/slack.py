@@ -42,10 +42,8 @@ def measure(
     responses to the same prompts, paired by prompt; a threshold against the policy's mean alone. ``log_weight`` names
     a column of both tables with log-weights over an enumerated set of responses, as in ``solve``.
 
-    Raises
-    ------
-    DataError
-        When the tables are not over the same prompts, or over fewer than two.
+    Raises:
+        DataError: the tables are not over the same prompts, or over fewer than two.
     """
     what = {
         "reward": reward,

@@ -34,10 +34,8 @@ def solve(
 
     The estimator and the confidence are those of the configuration's ``solve`` section.
 
-    Raises
-    ------
-    InfeasibleConstraint
-        With the attainable margins, before anything is trained.
+    Raises:
+        InfeasibleConstraint: With the attainable margins, before anything is trained.
     """
     margins = [Margin(name, c.margin, c.threshold, c.equal) for name, c in constraints.items()]
     options = work.config.solve

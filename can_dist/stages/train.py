@@ -57,15 +57,13 @@ def train(
     Unfinished training goes on from its newest checkpoint. Inside a launched process group (``deepspeed``,
     ``torchrun``) this process is one of the ranks; otherwise Ray Train starts them.
 
-    Raises
-    ------
-    ConfigError
-        When the weights to start from are those of a trained policy and ``train.lora.quantize`` asks for 4 bits.
-    DataError
-        When the preferences' reference log-probabilities were computed with another template than the reference's.
-    NumericalError
-        When a loss or gradient is not finite (step, rank, example ids), or the loss of the reference's own weights
-        is not what log-ratios of zero give.
+    Raises:
+        ConfigError: the weights to start from are those of a trained policy and ``train.lora.quantize`` asks for 4
+            bits.
+        DataError: the preferences' reference log-probabilities were computed with another template than the
+            reference's.
+        NumericalError: a loss or gradient is not finite (step, rank, example ids), or the loss of the reference's own
+            weights is not what log-ratios of zero give.
     """
     config = _with_epochs(work.config, epochs)
     policies = {"reference": reference} if start is None else {"reference": reference, "start": start}
