@@ -1,4 +1,4 @@
-"""people's preferences → an aligned policy whose log-ratio is a score: given, or one DPO; calibrated if asked."""
+"""people's preferences → an aligned policy whose log-ratio is a score: given, or from one DPO; can be calibrated."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from can_dist.workspace import Workspace
 
 
 def align(work: Workspace, name: str, scorer: LogRatio, reference: Model, prompts: Artifact) -> PolicyRatio:
-    """Return the score a·β ln π/π_ref that ``scorer`` describes, with its policy trained and calibrated if need be.
+    """Return the score a·β ln π/π_ref that ``scorer`` describes; its policy is trained and calibrated where needed.
 
     Training is a DPO from the reference with the β of the scorer on people's labels of its criterion; pairs of
-    held-out prompts are left out. The calibration uses the validation pairs, on which nothing is trained.
+    held-out prompts are left out. The calibration uses the validation pairs, which no training sees.
 
     Raises:
-        DataError: a given policy has not the reference's tokenizer and template, the data set has no label of the
-            criterion, or the policy does not order the held-out preferences.
+        DataError: A given policy has another tokenizer or template than the reference, the data set has no label of
+            the criterion, or the policy does not order the held-out preferences.
     """
     if not scorer.learns:
         return given_ratio(name, scorer, reference)
