@@ -89,6 +89,11 @@ def train(
             if int(os.environ["RANK"]) != 0:
                 raise SystemExit(0)  # rank 0 commits for all
             return _commit(work, stage)
+    return _train_on_ray(work, config, stage, spec, steps)
+
+
+def _train_on_ray(work: Workspace, config: Config, stage: StageDirectory, spec: str, steps: int) -> Artifact:
+    """Run the ranks on Ray, raise the error that they left, or commit the policy."""
     work.release_actors()
     connect(config.cluster)
     with interruptible():
