@@ -334,7 +334,7 @@ def _why_not_reused(
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    old, new = _flatten(before), _flatten(after)
+    old, new = flatten(before), flatten(after)
     return [
         f"{key} was {old.get(key, 'absent')}, is {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())
@@ -342,10 +342,10 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
     ]
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
     """Return dotted keys with their values as JSON, which is what the key of an artifact is made of."""
     if isinstance(value, Mapping) and value:
-        return {k: v for key, inner in value.items() for k, v in _flatten(inner, f"{prefix}{key}.").items()}
+        return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{prefix}{key}.").items()}
     return {prefix.rstrip("."): canonical_json(value)}
 
 

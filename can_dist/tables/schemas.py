@@ -27,6 +27,9 @@ RESPONSES = pa.schema(
 
 SCORE_KEYS = pa.schema([("prompt_id", pa.string()), ("response_id", pa.string())])
 
+# columns of a score table: ln π_ref(y|x), and ln π(y|x) of a trained policy, in nats
+LOGP_REFERENCE, LOGP_POLICY = "logp.reference", "logp.policy"
+
 # responses that a data set brings, with people's labels of each: 1 yes, 0 no, -1 not labelled
 GIVEN_RESPONSES = pa.schema(
     [
