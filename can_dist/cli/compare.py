@@ -141,8 +141,7 @@ def _lines(summary: dict[str, Any]) -> Sequence[str]:
     return [
         f"  win rate {rate(summary['win_rate'])} on {summary['num_prompts']} prompts: {summary['wins']} wins, "
         f"{summary['ties']} ties, {summary['losses']} losses over both orders",
-        f"  at equal length {rate(summary['length_controlled'])}; the policy's responses are "
-        f"{summary['length_difference']:+.0f} characters longer",
+        f"  the policy's responses are {summary['length_difference']:+.0f} characters longer on average",
         f"  verdicts that flip with the order {flips}; decided for the one shown first {first} (unbiased: 50%)",
         f"  without a verdict {summary['no_verdict']}, refused by the endpoint {summary['rejected']}",
     ]
