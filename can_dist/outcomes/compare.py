@@ -22,7 +22,7 @@ from can_dist.measuring.gains import column
 from can_dist.measuring.ranking import Ranking, rank_methods
 from can_dist.stages.report import REPORT
 from can_dist.stages.trajectory import TRAJECTORY
-from can_dist.tables.artifacts import MANIFEST, Artifact, load_artifact, write_json
+from can_dist.tables.artifacts import MANIFEST, Artifact, flatten, load_artifact, write_json, write_text
 
 PAGE, RECORD, PICTURE = "compare.html", "compare.json", "compare.svg"
 
@@ -64,7 +64,6 @@ def compare(evaluations: Sequence[Artifact], out: Path) -> Path:
         When the evaluations differ in reference, held-out prompts, sampling or scorers; the message names what.
     """
     from can_dist.reporting.comparison_page import pictures, render_comparison
-    from can_dist.reporting.page import write_whole
 
     distinct = list({artifact.digest: artifact for artifact in evaluations}.values())
     if len(distinct) < 2:
@@ -80,8 +79,8 @@ def compare(evaluations: Sequence[Artifact], out: Path) -> Path:
     write_json(out / RECORD, record)
     drawn = pictures(results(methods), record)
     for name, svg in drawn.items():
-        write_whole(out / picture_name(name, len(drawn)), svg.standalone.encode("utf-8"))
-    write_whole(out / PAGE, render_comparison(record, results(methods), drawn).encode("utf-8"))
+        write_text(out / picture_name(name, len(drawn)), svg.standalone)
+    write_text(out / PAGE, render_comparison(record, results(methods), drawn))
     return out / PAGE
 
 
@@ -118,9 +117,9 @@ def find_evaluations(paths: Sequence[Path]) -> list[Artifact]:
 def check_same_basis(evaluations: Sequence[Artifact]) -> None:
     """Raise ``DataError`` that names every difference in what two evaluations were measured with."""
     first = evaluations[0]
-    expected = _flat(first.info["basis"])
+    expected = flatten(first.info["basis"])
     for other in evaluations[1:]:
-        found = _flat(other.info["basis"])
+        found = flatten(other.info["basis"])
         differing = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
         if differing:
             lines = [f"  {key}: {expected.get(key, 'absent')} | {found.get(key, 'absent')}" for key in differing[:8]]
@@ -137,8 +136,8 @@ def names_of(evaluations: Sequence[Artifact]) -> list[str]:
     titles = [report["name"] for report in reports]
     names = []
     for title, report, artifact in zip(titles, reports, evaluations, strict=True):
-        same = [_flat(other["config"]) for other in reports if other["name"] == title]
-        mine = _flat(report["config"])
+        same = [flatten(other["config"]) for other in reports if other["name"] == title]
+        mine = flatten(report["config"])
         differing = sorted(key for key in mine if any(other.get(key) != mine[key] for other in same))
         shown = ", ".join(f"{key.rsplit('.', 1)[-1]} {mine[key]}" for key in differing[:2])
         names.append(f"{title}, {shown}" if shown else title if len(same) == 1 else f"{title}, {artifact.path.name}")
@@ -293,10 +292,3 @@ def _one_shot(methods: Sequence[Evaluated]) -> dict[str, Any] | None:
     gains = [one["constraints"][row["name"]]["improvement"] for one in rounds]
     found: OneShotRatio = one_shot_ratio(once.cost.trained_tokens, tokens, gains, row["margin"])
     return {"one_shot": once.name, "loop": loop.name, "constraint": row["name"], **asdict(found)}
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """Return dotted keys with their values as JSON."""
-    if isinstance(value, Mapping) and value:
-        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): json.dumps(value, ensure_ascii=False)}

@@ -16,17 +16,8 @@ import numpy as np
 from can_dist.dual import DualSolution, ScoreTable
 from can_dist.dual.weights import COLLAPSED_ESS, TRUSTED_ESS
 from can_dist.measuring.examination import examine
-from can_dist.reporting.page import (
-    MISSING,
-    decimals_of,
-    interval_text,
-    number,
-    percent,
-    plain,
-    render,
-    safe_svg,
-    write_whole,
-)
+from can_dist.reporting.page import MISSING, decimals_of, interval_text, number, percent, plain, render, safe_svg
+from can_dist.tables.artifacts import write_text
 
 ESS_COLUMNS = (("min", "least"), ("p10", "10%"), ("median", "median"), ("p90", "90%"), ("max", "most"))
 NUM_INFLUENTIAL = 5
@@ -76,7 +67,7 @@ def write_diagnostics(
         "tiles": list(_tiles(record)),
         "believed": section,
     }
-    write_whole(Path(path), render("belief_page.html.j2", values).encode("utf-8"))
+    write_text(Path(path), render("belief_page.html.j2", values))
 
 
 def believed(

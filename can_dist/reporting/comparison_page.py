@@ -13,18 +13,9 @@ import numpy as np
 
 from can_dist.measuring.comparison import MethodResult, comparison_table, cost_table, short_count
 from can_dist.reporting.figures.comparison import comparison_svg
+from can_dist.reporting.figures.style import standalone_svg
 from can_dist.reporting.page import MISSING, decimals_of, interval_text, number, percent, plain, render, safe_svg
 from can_dist.reporting.run_page import VERDICTS
-
-PAPER = {
-    "--ink": "#1d1c1a",
-    "--muted": "#5e5b55",
-    "--rule": "#d9d5cc",
-    "--reference": "#00619a",
-    "--policy": "#b5470b",
-    "--margin": "#75398a",
-}
-"""The page's colours, for a picture that stands by itself."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +42,8 @@ def pictures(results: Mapping[str, Sequence[MethodResult]], record: Mapping[str,
             for one in methods
         )
         svg = comparison_svg(methods, (frontier[0], frontier[1]), label=label, prefix=f"compare{index}")
-        drawn[name] = Picture(svg, _standalone(svg))
+        drawn[name] = Picture(svg, standalone_svg(svg))
     return drawn
-
-
-def _standalone(svg: str) -> str:
-    """Make a file of an inline drawing: a namespace, a background, fixed colours, a common font."""
-    for variable, colour in PAPER.items():
-        svg = svg.replace(f"var({variable})", colour)
-    head, body = svg.split(">", 1)
-    namespaces = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif"'
-    background = '<rect width="100%" height="100%" fill="#fcfbf8"/>'
-    return f"{head.replace('<svg', f'<svg {namespaces}', 1)}>{background}{body}\n"
 
 
 def render_comparison(

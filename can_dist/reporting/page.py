@@ -1,13 +1,10 @@
-"""What every page is made with: the templates, numbers as words, and a file that appears whole or not at all."""
+"""The parts that all pages share: the templates, and numbers as text."""
 
 from __future__ import annotations
 
 import math
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 MISSING = "–"
@@ -103,18 +100,3 @@ def interval_text(interval: Mapping[str, Any], decimals: int) -> str:
     if interval.get("low") is None or interval.get("high") is None:
         return ""
     return f"[{number(interval['low'], decimals)}, {number(interval['high'], decimals)}]"
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a temporary file beside ``path``, force it to disk, and only then give it the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        with partial.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

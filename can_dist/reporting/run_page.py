@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from can_dist.reporting.belief_page import believed
-from can_dist.reporting.page import decimals_of, interval_text, number, percent, plain, render, safe_svg, write_whole
+from can_dist.reporting.page import decimals_of, interval_text, number, percent, plain, render, safe_svg
+from can_dist.tables.artifacts import flatten, write_text
 
 SUMMARY_CHARS = 110
 VERDICTS = {
@@ -36,7 +37,7 @@ def write_report(report: Mapping[str, Any], path: Path) -> None:
     The same ``report`` always gives the same bytes. A key that is missing or null leaves its section out; only
     ``title, method, beta, num_test_prompts, constraints`` and ``reward`` must be there.
     """
-    write_whole(Path(path), render_report(report).encode("utf-8"))
+    write_text(Path(path), render_report(report))
 
 
 def render_report(report: Mapping[str, Any]) -> str:
@@ -76,7 +77,7 @@ def _page(report: Mapping[str, Any]) -> dict[str, Any]:
         "refused": bool(report.get("refusals")),
         "samples": [_sample(sample) for sample in report.get("samples") or []],
         "models": report.get("models") or {},
-        "config": _flat(report.get("config") or {}),
+        "config": _config_rows(report.get("config") or {}),
         "versions": report.get("versions") or {},
         "format_version": report.get("format_version"),
     }
@@ -247,15 +248,10 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {**sample, "summary": short or "(empty prompt)", "scores": sample.get("scores") or {}}
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted keys and verbatim values: what stands here may be copied back into a configuration."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return flat
+def _config_rows(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return dotted keys and values as a configuration file takes them."""
+    values = {key: json.loads(text) for key, text in flatten(config).items()} if config else {}
+    return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
 
 
 def _triple(interval: Mapping[str, Any]) -> tuple[float, float, float]:

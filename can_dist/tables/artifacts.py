@@ -42,6 +42,13 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Return the dotted keys of nested mappings, each with its value as canonical JSON."""
+    if isinstance(value, Mapping) and value:
+        return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): canonical_json(value)}
+
+
 def file_digest(path: Path) -> str:
     """Return the sha256 of a file's bytes."""
     sha = hashlib.sha256()
@@ -68,10 +75,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _sync_directory(directory: Path) -> None:
@@ -334,19 +346,12 @@ def _why_not_reused(
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    old, new = _flatten(before), _flatten(after)
+    old, new = flatten(before), flatten(after)
     return [
         f"{key} was {old.get(key, 'absent')}, is {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """Return dotted keys with their values as JSON, which is what the key of an artifact is made of."""
-    if isinstance(value, Mapping) and value:
-        return {k: v for key, inner in value.items() for k, v in _flatten(inner, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): canonical_json(value)}
 
 
 def verify_run(run: Path) -> tuple[int, list[str]]:

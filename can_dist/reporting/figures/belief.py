@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from can_dist.reporting.figures.style import (
+    DASHED,
+    DOTTED,
     HEIGHT_IN,
     INK,
     MARGIN,
@@ -27,7 +29,6 @@ from can_dist.reporting.figures.style import (
     svg_text,
 )
 
-DASHES = (0, (5, 2))
 ROW_HEIGHT_IN = 0.34
 LINE = 0.085
 """Height of a line of text as a share of the axis."""
@@ -78,7 +79,7 @@ def dual_svg(
     with panel(HEIGHT_IN) as (figure, ax):
         if np.isfinite(lam[1:]).all():
             ax.axvspan(lam[1], lam[2], color=MARGIN, alpha=0.18, linewidth=0)
-        ax.axvline(lam[0], color=MARGIN, linewidth=1.4, linestyle=DASHES)
+        ax.axvline(lam[0], color=MARGIN, linewidth=1.4, linestyle=DASHED)
         places = _label_places([curve.value_G for curve in curves])
         for curve, place in sorted(zip(curves, places, strict=True), key=lambda pair: pair[0].asked):
             colour, width = (INK, 2.0) if curve.asked else (MUTED, 0.9)
@@ -116,7 +117,7 @@ def ess_svg(
         ax.xaxis.set_major_locator(FixedLocator(ticks))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xticks(ticks, [str(tick) for tick in ticks])
-        ax.axvline(needed, color=MARGIN, linewidth=1.6, linestyle=DASHES)
+        ax.axvline(needed, color=MARGIN, linewidth=1.6, linestyle=DASHED)
         ax.axvline(median, color=INK, linewidth=1.4)
         _two_labels(ax, (median, f"median {median:.3g}", INK), (needed, f"{needed:g} needed", MARGIN))
         ax.set_xlabel("effective responses of a prompt")
@@ -132,7 +133,7 @@ def largest_weight_svg(weight_Q: Sequence[float], even: float, *, label: str, pr
         share = np.linspace(0.0, 1.0, len(weight_Q))
         ax.fill_between(share, weight_Q, color=REFERENCE, alpha=0.25, linewidth=0)
         ax.plot(share, weight_Q, color=REFERENCE, linewidth=1.8)
-        ax.axhline(even, color=MARGIN, linewidth=1.4, linestyle=DASHES)
+        ax.axhline(even, color=MARGIN, linewidth=1.4, linestyle=DASHED)
         above = "bottom" if even < 0.85 else "top"
         ax.annotate(f"even weights {even:.2g}", (1.0, even), xytext=(-4, 3 if above == "bottom" else -3),
                     textcoords="offset points", ha="right", va=above, color=MARGIN)  # fmt: skip
@@ -151,7 +152,7 @@ def stability_svg(rows: Sequence[Estimated], *, label: str, prefix: str) -> str:
         for y, row in zip(places, rows, strict=True):
             colour = POLICY if row.used else REFERENCE
             if row.used:
-                ax.axvline(row.value, color=POLICY, linewidth=1.0, linestyle=DASHES)
+                ax.axvline(row.value, color=POLICY, linewidth=1.0, linestyle=DASHED)
             ax.plot([row.value - row.half, row.value + row.half], [y, y], color=colour, linewidth=2.0, marker="|",
                     markersize=8, markeredgewidth=1.5)  # fmt: skip
             face = "none" if row.open_marker else colour
@@ -192,13 +193,13 @@ def frontier_svg(
     value_G, low_G, high_G = band_3G
     with panel(HEIGHT_IN) as (figure, ax):
         ax.fill_between(margin_G, low_G, high_G, color=REFERENCE, alpha=0.2, linewidth=0)
-        ax.plot(margin_G, value_G, color=REFERENCE, linewidth=1.4, linestyle=(0, (3, 2)))
+        ax.plot(margin_G, value_G, color=REFERENCE, linewidth=1.4, linestyle=DASHED)
         ax.plot(margin_G, np.where(supported_G, value_G, np.nan), color=REFERENCE, linewidth=2.2)
         low, high = min(margin_G[0], asked[0]), max(attainable[0], asked[0])
         reach = 0.03 * (high - low or 1.0)
         ax.set_xlim(low - reach, high + reach)
-        ax.axvline(attainable[0], color=MUTED, linewidth=1.4, linestyle=(0, (1, 1.5)))
-        ax.axvline(asked[0], color=MARGIN, linewidth=1.4, linestyle=DASHES)
+        ax.axvline(attainable[0], color=MUTED, linewidth=1.4, linestyle=DOTTED)
+        ax.axvline(asked[0], color=MARGIN, linewidth=1.4, linestyle=DASHED)
         at = np.flatnonzero(margin_G == asked[0])
         if at.size and np.isfinite(value_G[at[0]]):
             ax.plot([asked[0]], [value_G[at[0]]], "o", color=MARGIN, markersize=8)

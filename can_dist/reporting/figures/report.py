@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from can_dist.reporting.figures.style import (
+    DASHED,
+    DOTTED,
     HEIGHT_IN,
     MARGIN,
     MUTED,
@@ -49,7 +51,7 @@ def forest_svg(
     with panel(FOREST_HEIGHT_IN if predicted else FOREST_HEIGHT_IN - 0.4) as (figure, ax):
         ax.axvline(0.0, color=MUTED, linewidth=0.8)
         if margin is not None:
-            ax.axvline(margin[0], color=MARGIN, linewidth=1.6, linestyle=(0, (5, 2)))
+            ax.axvline(margin[0], color=MARGIN, linewidth=1.6, linestyle=DASHED)
         rows = [(1, predicted, REFERENCE, "D", "none"), (0, realised, POLICY, "o", POLICY)]
         for y, values, colour, marker, face in rows:
             if values is None:
@@ -78,7 +80,7 @@ def density_svg(reference: Sequence[float], policy: Sequence[float], *, label: s
     outside = sum(int(np.sum((values < edges[0]) | (values > edges[-1]))) for values in (before, after))
     with panel(HEIGHT_IN) as (figure, ax):
         for values, name, colour, line, hatch in (
-            (before, "reference", REFERENCE, (0, (4, 2)), "////"),
+            (before, "reference", REFERENCE, DASHED, "////"),
             (after, "policy", POLICY, "solid", None),
         ):
             count, _ = np.histogram(values, edges)
@@ -91,7 +93,7 @@ def density_svg(reference: Sequence[float], policy: Sequence[float], *, label: s
         top = ax.get_ylim()[1] * 1.08
         ax.set_ylim(0.0, top)
         for values, colour, line, marker in (
-            (before, REFERENCE, (0, (4, 2)), "D"),
+            (before, REFERENCE, DASHED, "D"),
             (after, POLICY, "solid", "o"),
         ):
             mean = float(values.mean()) if values.size else math.nan
@@ -119,8 +121,8 @@ def training_svg(
             ax.plot(x, y, color=REFERENCE, linewidth=1.8, label="training")
         eval_x, eval_y = _finite_pairs(eval_loss)
         if eval_x.size:
-            ax.plot(eval_x, eval_y, color=POLICY, linewidth=1.6, linestyle=(0, (4, 2)), marker="o", label="evaluation")
-        ax.axhline(LN_2, color=MARGIN, linewidth=1.3, linestyle=(0, (1, 1.5)), label="ln 2")
+            ax.plot(eval_x, eval_y, color=POLICY, linewidth=1.6, linestyle=DASHED, marker="o", label="evaluation")
+        ax.axhline(LN_2, color=MARGIN, linewidth=1.3, linestyle=DOTTED, label="ln 2")
         few_ticks(ax, whole=True)
         ax.set_xlabel("optimiser step")
         name_axis(ax.yaxis, "loss")
