@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 from can_dist.cli.scores import (
     DEMANDS,
     missing,
-    nearest,
     only_config,
     only_scores,
     read_scores,
@@ -106,6 +105,8 @@ def _check_frontier_options(constraints: Sequence[str], lam_max: float | None) -
 
 def _constraints_of_run(asked: Sequence[str], configured: list[str]) -> list[str]:
     """Return the constraints to trace: those asked for, else all of the configuration if there are one or two."""
+    from can_dist.config.explain import nearest
+
     for name in asked:
         if name not in configured:
             raise ConfigError(

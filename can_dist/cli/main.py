@@ -117,7 +117,7 @@ def main(command: click.Command = cli) -> None:
     sys.path.append(str(Path.cwd()))  # a scorer given as module:function lies beside the configuration
     try:
         with interruptible():
-            command.main(standalone_mode=False)
+            command.main(prog_name="can-dist" if command is cli else None, standalone_mode=False)
     except (CanDistError, Interrupted) as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(error.exit_code)
