@@ -42,13 +42,6 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """Return the dotted keys of nested mappings, each with its value as canonical JSON."""
-    if isinstance(value, Mapping) and value:
-        return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): canonical_json(value)}
-
-
 def file_digest(path: Path) -> str:
     """Return the sha256 of a file's bytes."""
     sha = hashlib.sha256()
@@ -352,6 +345,13 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Return dotted keys with their values as JSON, which is what the key of an artifact is made of."""
+    if isinstance(value, Mapping) and value:
+        return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): canonical_json(value)}
 
 
 def verify_run(run: Path) -> tuple[int, list[str]]:
