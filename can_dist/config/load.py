@@ -19,10 +19,9 @@ from can_dist.errors import ConfigError
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``key=value`` overrides, validate.
 
-    Raises
-    ------
-    ConfigError
-        Naming every problem of the file at once: unknown keys with the nearest valid one, duplicates, bounds.
+    Raises:
+        ConfigError: naming every problem of the file at once: unknown keys with the nearest valid one, duplicates,
+            bounds.
 
     >>> load_config("my.yaml", ["constraints.safety.margin=0.5"]).constraints["safety"].margin
     0.5
@@ -51,10 +50,8 @@ def for_method(config: Config, method: str, where: str = "configuration") -> Con
 
     Sections that belong to other methods are left out.
 
-    Raises
-    ------
-    ConfigError
-        When there is no such method, or it cannot be run with these keys.
+    Raises:
+        ConfigError: there is no such method, or it cannot be run with these keys.
     """
     given = config.model_dump(mode="json", exclude_unset=True)
     overrides = given.pop("methods", {}).get(method, {})

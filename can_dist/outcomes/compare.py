@@ -58,10 +58,8 @@ def compare(evaluations: Sequence[Artifact], out: Path) -> Path:
         evaluations: artifacts of the stage ``evaluate``, at least two; one given twice counts once.
         out: a directory; made when it does not exist.
 
-    Raises
-    ------
-    DataError
-        When the evaluations differ in reference, held-out prompts, sampling or scorers; the message names what.
+    Raises:
+        DataError: the evaluations differ in reference, held-out prompts, sampling or scorers; the message names what.
     """
     from can_dist.reporting.comparison_page import pictures, render_comparison
 
@@ -92,10 +90,8 @@ def picture_name(constraint: str, num_constraints: int) -> str:
 def find_evaluations(paths: Sequence[Path]) -> list[Artifact]:
     """Return the evaluations at each path: itself, or all of a run directory, ordered by method and variant.
 
-    Raises
-    ------
-    DataError
-        When there is none at a path.
+    Raises:
+        DataError: there is none at a path.
     """
     found: list[Artifact] = []
     order = list(METHODS)

@@ -30,12 +30,9 @@ def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | N
     ``path`` is a run with one policy, or an artifact of the stages train, merge or evaluate. One file of weights is in
     memory at a time where ``max_shard_mb`` asks for other files than those of the run, none otherwise.
 
-    Raises
-    ------
-    ConfigError
-        When ``out`` exists or cannot be made.
-    DataError
-        When there is no policy, several, or none with an adapter; or it is damaged.
+    Raises:
+        ConfigError: ``out`` exists or cannot be made.
+        DataError: there is no policy, several, or none with an adapter; or it is damaged.
     """
     if out.exists() or not out.absolute().parent.is_dir():
         state = "already exists" if out.exists() else "has no parent directory"
@@ -64,10 +61,8 @@ def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | N
 def find_policy(path: Path) -> tuple[Artifact, Artifact | None]:
     """Return the policy at a path, and its evaluation where there is one.
 
-    Raises
-    ------
-    DataError
-        When there is none, several policies in a run, or several evaluations of the policy.
+    Raises:
+        DataError: there is none, several policies in a run, or several evaluations of the policy.
     """
     run = path.parent if (path / MANIFEST).is_file() else path
     made = {name: [load_artifact(p.parent) for p in sorted(run.glob(f"{name}-*/{MANIFEST}"))] for name in STAGES}
@@ -155,12 +150,10 @@ def _shown(source: str) -> str:
 def push(directory: Path, repository: str) -> str:
     """Upload an exported directory to a private repository of the hub; return its address.
 
-    Raises
-    ------
-    ConfigError
-        When ``repository`` is no name of one.
-    EnvironmentProblem
-        When there is no login, no network, the hub refuses, or the repository is there already and is public.
+    Raises:
+        ConfigError: ``repository`` is no name of one.
+        EnvironmentProblem: there is no login, no network, the hub refuses, or the repository is there already and is
+            public.
     """
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
@@ -204,10 +197,8 @@ def export_preferences(path: Path, out: Path, *, split: str = "train") -> dict[s
     TRL reads a preference as certain: a pair with p = ½ says nothing there and is left out. KTO's examples become the
     unpaired format (``prompt``, ``completion``, ``label``), with the ``weight`` of each.
 
-    Raises
-    ------
-    DataError
-        When there is no table of preferences, there are several, or it holds lists, which TRL has no format for.
+    Raises:
+        DataError: there is no table of preferences, there are several, or it holds lists, which TRL has no format for.
     """
     preferences = _find_preferences(path)
     loss = preferences.info["loss"]

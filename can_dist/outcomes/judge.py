@@ -49,12 +49,9 @@ def estimate(evaluations: Sequence[Artifact], spec: JudgeSpec) -> CostEstimate:
 def judge(evaluation: Artifact, spec: JudgeSpec) -> tuple[Path, dict[str, Any]]:
     """Ask the judge, and write the summary and every verdict as JSON; return its path and the summary.
 
-    Raises
-    ------
-    EnvironmentProblem
-        When the endpoint or its key fails; verdicts so far are kept.
-    DataError
-        When too many comparisons have no verdict.
+    Raises:
+        EnvironmentProblem: the endpoint or its key fails; verdicts so far are kept.
+        DataError: too many comparisons have no verdict.
     """
     rows = judge_pairs(comparisons(evaluation), spec, _answers(evaluation))
     summary = asdict(summarise(rows))

@@ -234,10 +234,8 @@ class StageDirectory:
     ) -> Artifact:
         """Write the manifest over all parts and the named further files; from now on the artifact exists.
 
-        Raises
-        ------
-        DataError
-            When the parts there are not those of ``parts``, where given, or one has lost its sidecar.
+        Raises:
+            DataError: the parts there are not those of ``parts``, where given, or one has lost its sidecar.
         """
         for left_by_a_kill in self.path.glob(".tmp-*"):
             left_by_a_kill.unlink()

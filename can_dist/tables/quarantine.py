@@ -29,10 +29,8 @@ def without(table: pa.Table, response_ids: Collection[str]) -> pa.Table:
 def scored_responses(responses: Artifact, scores: Artifact) -> pa.Table:
     """Return the responses that scores are about, row by row: all but the quarantined ones.
 
-    Raises
-    ------
-    DataError
-        When the scores are those of other responses.
+    Raises:
+        DataError: the scores are those of other responses.
     """
     table = without(responses.table, quarantined(scores))
     if not table.column("response_id").equals(scores.table.column("response_id")):
