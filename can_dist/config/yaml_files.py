@@ -42,8 +42,8 @@ def format_yaml(data: Any) -> str:
     return stream.getvalue()
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """Return the plain data of a YAML text; ``where`` names it in messages.
+def parse_yaml(text: str, source: str) -> Any:
+    """Return the plain data of a YAML text; ``source`` names it in messages.
 
     Raises:
         ConfigError: it is not valid YAML, or a key is given twice.
@@ -58,11 +58,11 @@ def parse_yaml(text: str, where: str) -> Any:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         key = re.search(r'duplicate key "([^"]*)"', str(error.problem))
         raise ConfigError(
-            f"{where}, line {line}: key {key.group(1) if key else '?'!r} is given twice. Keep one."
+            f"{source}, line {line}: key {key.group(1) if key else '?'!r} is given twice. Keep one."
         ) from None
     except YAMLError as error:
         text = str(error).replace('in "<unicode string>", ', "")
-        raise ConfigError(f"{where}: not valid YAML: {text}") from None
+        raise ConfigError(f"{source}: not valid YAML: {text}") from None
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -116,8 +116,8 @@ def _where(spec: JudgeSpec) -> str:
     return f"judge {spec.model} at {spec.base_url}"
 
 
-def _no_completion(spec: JudgeSpec, what: str) -> str:
+def _no_completion(spec: JudgeSpec, reason: str) -> str:
     return (
-        f"{_where(spec)}: the answer is no chat completion ({what}). Expected an "
+        f"{_where(spec)}: the answer is no chat completion ({reason}). Expected an "
         "OpenAI-compatible endpoint; base_url usually ends in /v1."
     )

@@ -66,9 +66,9 @@ def parse_verdict(answer: str) -> Choice | None:
     Space and Markdown emphasis around a line are ignored; letter case is not.
     """
     lines = [stripped for line in answer.splitlines() if (stripped := line.strip(" \t*_`"))]
-    found = [_VERDICT.fullmatch(line) for line in lines]
-    verdicts = [match for match in found if match]
-    if len(verdicts) != 1 or not found[-1]:
+    matches = [_VERDICT.fullmatch(line) for line in lines]
+    verdicts = [match for match in matches if match]
+    if len(verdicts) != 1 or not matches[-1]:
         return None
     choice = verdicts[0][1]
     return "A" if choice == "A" else "B" if choice == "B" else "tie"

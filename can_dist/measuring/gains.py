@@ -94,17 +94,17 @@ def safety_tails(before: pa.Table, after: pa.Table, constraints: Mapping[str, Co
     the lowest ``WORST_SHARE`` of the responses (CVaR).
     """
     tables = dict(zip(SIDES, (before, after), strict=True))
-    found: dict[str, Any] = {}
+    tails: dict[str, Any] = {}
     for name, constraint in constraints.items():
         border = 0.0 if constraint.threshold is None else constraint.threshold
         scored = {side: (column(table, name), ids(table)) for side, table in tables.items()}
-        found[name] = {
+        tails[name] = {
             "border": border,
             "worst_share": WORST_SHARE,
-            "unsafe": {side: record(fraction_unsafe(*one, threshold=border)) for side, one in scored.items()},
-            "worst": {side: record(cvar(*one, WORST_SHARE)) for side, one in scored.items()},
+            "unsafe": {side: record(fraction_unsafe(*columns, threshold=border)) for side, columns in scored.items()},
+            "worst": {side: record(cvar(*columns, WORST_SHARE)) for side, columns in scored.items()},
         }
-    return found
+    return tails
 
 
 def lengths(table: pa.Table) -> dict[str, float]:
@@ -140,8 +140,8 @@ def column(table: pa.Table, name: str) -> FloatArray:
 
 def ids(table: pa.Table) -> npt.NDArray[Any]:
     """Return each row's prompt id."""
-    found: npt.NDArray[Any] = table.column("prompt_id").to_numpy(zero_copy_only=False)
-    return found
+    prompt_N: npt.NDArray[Any] = table.column("prompt_id").to_numpy(zero_copy_only=False)
+    return prompt_N
 
 
 def by_prompt(table: pa.Table, values_N: FloatArray) -> tuple[npt.NDArray[Any], FloatArray]:
@@ -150,9 +150,9 @@ def by_prompt(table: pa.Table, values_N: FloatArray) -> tuple[npt.NDArray[Any], 
     return prompts, np.bincount(index_N, weights=values_N) / np.bincount(index_N)
 
 
-def record(found: Interval) -> dict[str, float]:
+def record(estimate: Interval) -> dict[str, float]:
     """Return an interval as JSON-safe numbers."""
-    return asdict(found)
+    return asdict(estimate)
 
 
 def _groups(table: pa.Table, values_N: FloatArray) -> dict[str, FloatArray]:

@@ -65,12 +65,12 @@ def compare(evaluations: Sequence[Artifact], out: Path) -> Path:
 
     distinct = list({artifact.digest: artifact for artifact in evaluations}.values())
     if len(distinct) < 2:
-        where = ", ".join(str(artifact.path) for artifact in distinct) or "none"
-        raise DataError(f"{len(distinct)} evaluation(s) to compare ({where}): expected two at least. Run more methods.")
+        paths = ", ".join(str(artifact.path) for artifact in distinct) or "none"
+        raise DataError(f"{len(distinct)} evaluation(s) to compare ({paths}): expected two at least. Run more methods.")
     check_same_basis(distinct)
     methods = [
-        Evaluated(name, one, one.read_json(REPORT), one.table, cost_of(one))
-        for name, one in zip(names_of(distinct), distinct, strict=True)
+        Evaluated(name, evaluation, evaluation.read_json(REPORT), evaluation.table, cost_of(evaluation))
+        for name, evaluation in zip(names_of(distinct), distinct, strict=True)
     ]
     record = comparison(methods)
     out.mkdir(parents=True, exist_ok=True)
@@ -93,21 +93,23 @@ def find_evaluations(paths: Sequence[Path]) -> list[Artifact]:
     Raises:
         DataError: there is none at a path.
     """
-    found: list[Artifact] = []
+    evaluations: list[Artifact] = []
     order = list(METHODS)
     for path in paths:
         inside = [path] if (path / MANIFEST).is_file() else [p.parent for p in path.glob(f"evaluate-*/{MANIFEST}")]
         here = [load_artifact(directory) for directory in inside]
-        bad = [one for one in here if one.stage != "evaluate" or "basis" not in one.info]
+        bad = [artifact for artifact in here if artifact.stage != "evaluate" or "basis" not in artifact.info]
         if bad or not here:
-            what = f"{bad[0].path.name} is no evaluation that can be compared" if bad else "no evaluation"
+            problem = f"{bad[0].path.name} is no evaluation that can be compared" if bad else "no evaluation"
             raise DataError(
-                f"{path}: {what}. Give run directories, or evaluate-... directories in them; "
+                f"{path}: {problem}. Give run directories, or evaluate-... directories in them; "
                 "'can-dist evaluate CONFIG --run DIR' makes one."
             )
-        key = [(order.index(one.info["method"]), one.info["variant"], one.path.name) for one in here]
-        found += [here[index] for index in sorted(range(len(here)), key=key.__getitem__)]
-    return found
+        key = [
+            (order.index(artifact.info["method"]), artifact.info["variant"], artifact.path.name) for artifact in here
+        ]
+        evaluations += [here[index] for index in sorted(range(len(here)), key=key.__getitem__)]
+    return evaluations
 
 
 def check_same_basis(evaluations: Sequence[Artifact]) -> None:
@@ -115,10 +117,10 @@ def check_same_basis(evaluations: Sequence[Artifact]) -> None:
     first = evaluations[0]
     expected = flatten(first.info["basis"])
     for other in evaluations[1:]:
-        found = flatten(other.info["basis"])
-        differing = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        actual = flatten(other.info["basis"])
+        differing = sorted(key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key))
         if differing:
-            lines = [f"  {key}: {expected.get(key, 'absent')} | {found.get(key, 'absent')}" for key in differing[:8]]
+            lines = [f"  {key}: {expected.get(key, 'absent')} | {actual.get(key, 'absent')}" for key in differing[:8]]
             raise DataError(
                 f"{first.path} and {other.path} were not measured with the same "
                 f"{', '.join(dict.fromkeys(key.split('.')[0].replace('_', ' ') for key in differing))}, so their gains "
@@ -128,7 +130,7 @@ def check_same_basis(evaluations: Sequence[Artifact]) -> None:
 
 def names_of(evaluations: Sequence[Artifact]) -> list[str]:
     """Return each evaluation's method; where several share it, with the configuration keys that tell them apart."""
-    reports = [one.read_json(REPORT) for one in evaluations]
+    reports = [evaluation.read_json(REPORT) for evaluation in evaluations]
     titles = [report["name"] for report in reports]
     names = []
     for title, report, artifact in zip(titles, reports, evaluations, strict=True):
@@ -139,28 +141,29 @@ def names_of(evaluations: Sequence[Artifact]) -> list[str]:
         names.append(f"{title}, {shown}" if shown else title if len(same) == 1 else f"{title}, {artifact.path.name}")
     taken = Counter(names)
     return [
-        f"{name}, {one.path.name}" if taken[name] > 1 else name for name, one in zip(names, evaluations, strict=True)
+        f"{name}, {evaluation.path.name}" if taken[name] > 1 else name
+        for name, evaluation in zip(names, evaluations, strict=True)
     ]
 
 
 def results(methods: Sequence[Evaluated]) -> dict[str, list[MethodResult]]:
     """Return by constraint what every method gained."""
     reward = methods[0].report["reward"]["name"]
-    found: dict[str, list[MethodResult]] = {}
-    for one in methods:
-        for row in one.report["constraints"]:
-            found.setdefault(row["name"], []).append(
+    by_constraint: dict[str, list[MethodResult]] = {}
+    for method in methods:
+        for row in method.report["constraints"]:
+            by_constraint.setdefault(row["name"], []).append(
                 method_result(
-                    one.name,
-                    one.gain_P(reward),
-                    one.gain_P(row["name"]),
+                    method.name,
+                    method.gain_P(reward),
+                    method.gain_P(row["name"]),
                     margin=row["margin"],
                     verdict=row["verdict"],
-                    kl=one.report["kl"]["realised"]["mean"],
-                    cost=one.cost,
+                    kl=method.report["kl"]["realised"]["mean"],
+                    cost=method.cost,
                 )
             )
-    return found
+    return by_constraint
 
 
 def comparison(methods: Sequence[Evaluated]) -> dict[str, Any]:
@@ -169,29 +172,29 @@ def comparison(methods: Sequence[Evaluated]) -> dict[str, Any]:
     names = [reward, *(row["name"] for row in methods[0].report["constraints"])]
     scores = {
         score: {"reference": column(methods[0].gains, f"{score}.reference")}
-        | {one.name: column(one.gains, f"{score}.policy") for one in methods}
+        | {method.name: column(method.gains, f"{score}.policy") for method in methods}
         for score in names
     }
     return {
         "format_version": 1,
         "num_prompts": methods[0].gains.num_rows,
         "reward": reward,
-        "methods": [_method_record(one, names) for one in methods],
+        "methods": [_method_record(method, names) for method in methods],
         "frontier": _frontiers(methods),
         "ranking": {score: _ranking_record(rank_methods(values)) for score, values in scores.items()},
         "one_shot": _one_shot(methods),
     }
 
 
-def _method_record(one: Evaluated, names: Sequence[str]) -> dict[str, Any]:
-    report = one.report
+def _method_record(method: Evaluated, names: Sequence[str]) -> dict[str, Any]:
+    report = method.report
     return {
-        "name": one.name,
+        "name": method.name,
         "method": report["method"],
         "variant": report["variant"],
-        "evaluation": str(one.artifact.path),
+        "evaluation": str(method.artifact.path),
         "beta": report["beta"],
-        "gains": {score: asdict(gain_interval(one.gain_P(score))) for score in names},
+        "gains": {score: asdict(gain_interval(method.gain_P(score))) for score in names},
         "constraints": {
             row["name"]: {key: row[key] for key in ("margin", "threshold", "verdict")} for row in report["constraints"]
         },
@@ -199,7 +202,7 @@ def _method_record(one: Evaluated, names: Sequence[str]) -> dict[str, Any]:
         "tails": report["tails"],
         "refusals": report["refusals"],
         "lengths": report["lengths"],
-        "cost": asdict(one.cost),
+        "cost": asdict(method.cost),
     }
 
 
@@ -215,10 +218,10 @@ def _ranking_record(ranking: Ranking) -> dict[str, Any]:
 
 def _frontiers(methods: Sequence[Evaluated]) -> dict[str, Any]:
     """Return by constraint (safety gain, reward gain) that the first method with a prediction expects at every λ."""
-    for one in methods:
-        if one.report["prediction"] and (curves := one.report["examination"]["frontier"]):
+    for method in methods:
+        if method.report["prediction"] and (curves := method.report["examination"]["frontier"]):
             return {
-                name: {"method": one.name, "safety": curve["margin"], "reward": curve["reward_improvement"]}
+                name: {"method": method.name, "safety": curve["margin"], "reward": curve["reward_improvement"]}
                 for name, curve in curves.items()
                 if curve is not None
             }
@@ -234,13 +237,15 @@ def cost_of(evaluation: Artifact) -> Cost:
     Of a method that loops, every round counts: they are what its trajectory was made from.
     """
     policy = evaluation.input("policy")
-    made = {one.path.name: one for root in (policy, *trajectories(evaluation)) for one in _ancestors(root)}
+    made = {
+        artifact.path.name: artifact for root in (policy, *trajectories(evaluation)) for artifact in _ancestors(root)
+    }
     total = Counter[str]()
-    for one in made.values():
-        total["generated"] += one.info["num_tokens"] if one.stage == "generate" else 0
-        total["scored"] += one.info.get("num_tokens", 0) if one.stage == "score" else 0
-        if one.stage == "train":
-            total["trained"] += one.info["summary"]["num_tokens"]
+    for artifact in made.values():
+        total["generated"] += artifact.info["num_tokens"] if artifact.stage == "generate" else 0
+        total["scored"] += artifact.info.get("num_tokens", 0) if artifact.stage == "score" else 0
+        if artifact.stage == "train":
+            total["trained"] += artifact.info["summary"]["num_tokens"]
             total["trainings"] += 1
     seconds = _seconds(evaluation.path.parent, made.keys())
     return Cost(total["generated"], total["scored"], total["trained"], seconds, total["trainings"])
@@ -249,12 +254,12 @@ def cost_of(evaluation: Artifact) -> Cost:
 def trajectories(evaluation: Artifact) -> list[Artifact]:
     """Return the records of loops of this evaluation's method that ended with its policy."""
     policy = evaluation.manifest["inputs"]["policy"]["artifact"]
-    found = [load_artifact(path.parent) for path in sorted(evaluation.path.parent.glob(f"trajectory-*/{MANIFEST}"))]
+    records = [load_artifact(path.parent) for path in sorted(evaluation.path.parent.glob(f"trajectory-*/{MANIFEST}"))]
     return [
-        one
-        for one in found
-        if one.manifest["identity"]["label"] == evaluation.info["method"]
-        and one.manifest["inputs"][f"policy-{one.info['rounds'] - 1}"]["artifact"] == policy
+        record
+        for record in records
+        if record.manifest["identity"]["label"] == evaluation.info["method"]
+        and record.manifest["inputs"][f"policy-{record.info['rounds'] - 1}"]["artifact"] == policy
     ]
 
 
@@ -284,7 +289,9 @@ def _one_shot(methods: Sequence[Evaluated]) -> dict[str, Any] | None:
         return None
     rounds = recorded[-1].read_json(TRAJECTORY)["rounds"]
     row = loop.report["constraints"][0]
-    tokens = [load_artifact(loop.artifact.path.parent / one["policy"]).info["summary"]["num_tokens"] for one in rounds]
-    gains = [one["constraints"][row["name"]]["improvement"] for one in rounds]
-    found: OneShotRatio = one_shot_ratio(once.cost.trained_tokens, tokens, gains, row["margin"])
-    return {"one_shot": once.name, "loop": loop.name, "constraint": row["name"], **asdict(found)}
+    tokens = [
+        load_artifact(loop.artifact.path.parent / entry["policy"]).info["summary"]["num_tokens"] for entry in rounds
+    ]
+    gains = [entry["constraints"][row["name"]]["improvement"] for entry in rounds]
+    ratio: OneShotRatio = one_shot_ratio(once.cost.trained_tokens, tokens, gains, row["margin"])
+    return {"one_shot": once.name, "loop": loop.name, "constraint": row["name"], **asdict(ratio)}

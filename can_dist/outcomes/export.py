@@ -67,12 +67,18 @@ def find_policy(path: Path) -> tuple[Artifact, Artifact | None]:
     run = path.parent if (path / MANIFEST).is_file() else path
     made = {name: [load_artifact(p.parent) for p in sorted(run.glob(f"{name}-*/{MANIFEST}"))] for name in STAGES}
     if run != path:
-        one = load_artifact(path)
-        if one.stage not in STAGES:
-            raise DataError(f"{path}: an artifact of the stage {one.stage}, which holds no policy. Give one of train.")
-        return (one.input("policy"), one) if one.stage == "evaluate" else (one, _evaluation_of(one, made["evaluate"]))
-    evaluated = {one.input("policy").path for one in made["evaluate"]}
-    policies = sorted(evaluated) or [one.path for one in (*made["train"], *made["merge"])]
+        artifact = load_artifact(path)
+        if artifact.stage not in STAGES:
+            raise DataError(
+                f"{path}: an artifact of the stage {artifact.stage}, which holds no policy. Give one of train."
+            )
+        return (
+            (artifact.input("policy"), artifact)
+            if artifact.stage == "evaluate"
+            else (artifact, _evaluation_of(artifact, made["evaluate"]))
+        )
+    evaluated = {artifact.input("policy").path for artifact in made["evaluate"]}
+    policies = sorted(evaluated) or [artifact.path for artifact in (*made["train"], *made["merge"])]
     if len(policies) != 1:
         names = ", ".join(policy.name for policy in policies) or "none"
         raise DataError(f"{path}: expected one policy, found {names}. Give the path of the one that is meant.")
@@ -84,11 +90,13 @@ STAGES = ("train", "merge", "evaluate")
 
 
 def _evaluation_of(policy: Artifact, evaluations: list[Artifact]) -> Artifact | None:
-    found = [one for one in evaluations if one.manifest["inputs"]["policy"]["digest"] == policy.digest]
-    if len(found) > 1:
-        names = ", ".join(one.path.name for one in found)
+    matching = [
+        evaluation for evaluation in evaluations if evaluation.manifest["inputs"]["policy"]["digest"] == policy.digest
+    ]
+    if len(matching) > 1:
+        names = ", ".join(evaluation.path.name for evaluation in matching)
         raise DataError(f"{policy.path}: evaluated more than once ({names}). Give the path of the evaluation to show.")
-    return found[0] if found else None
+    return matching[0] if matching else None
 
 
 def adapters_text(lora: Mapping[str, Any] | None) -> str:
@@ -116,7 +124,7 @@ def _facts(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
         source, count = report["config"]["prompts"]["source"], report["num_train_prompts"] or "all"
         made_from += [("prompts", f"{_shown(source)}, {count} for training")]
         made_from += [
-            (role, f"{_shown(one['model'])} ({one['digest'][:16]})") for role, one in report["models"].items()
+            (role, f"{_shown(model['model'])} ({model['digest'][:16]})") for role, model in report["models"].items()
         ]
         made_from += [("software", ", ".join(f"{name} {v}" for name, v in report["versions"].items()))]
     options = identity["train"]
@@ -223,13 +231,13 @@ def export_preferences(path: Path, out: Path, *, split: str = "train") -> dict[s
 
 def _find_preferences(path: Path) -> Artifact:
     inside = [path] if (path / MANIFEST).is_file() else [p.parent for p in sorted(path.glob(f"label-*/{MANIFEST}"))]
-    found = [one for one in map(load_artifact, inside) if one.stage == "label"]
-    if len(found) != 1:
-        names = ", ".join(one.path.name for one in found) or "none"
+    tables = [artifact for artifact in map(load_artifact, inside) if artifact.stage == "label"]
+    if len(tables) != 1:
+        names = ", ".join(artifact.path.name for artifact in tables) or "none"
         raise DataError(
             f"{path}: expected one table of preferences, found {names}. Give the path of a label-... artifact."
         )
-    return found[0]
+    return tables[0]
 
 
 def _paired(example: dict[str, Any], loss: str) -> dict[str, Any] | None:

@@ -36,12 +36,12 @@ def comparisons(evaluation: Artifact) -> list[Comparison]:
 
 def estimate(evaluations: Sequence[Artifact], spec: JudgeSpec) -> CostEstimate:
     """Return what judging all of these will cost at most, without a request."""
-    found = [estimate_cost(comparisons(one), spec, _answers(one)) for one in evaluations]
-    completion = [one.completion_tokens for one in found]
+    costs = [estimate_cost(comparisons(evaluation), spec, _answers(evaluation)) for evaluation in evaluations]
+    completion = [cost.completion_tokens for cost in costs]
     return CostEstimate(
-        requests=sum(one.requests for one in found),
-        cached=sum(one.cached for one in found),
-        prompt_tokens=sum(one.prompt_tokens for one in found),
+        requests=sum(cost.requests for cost in costs),
+        cached=sum(cost.cached for cost in costs),
+        prompt_tokens=sum(cost.prompt_tokens for cost in costs),
         completion_tokens=None if None in completion else sum(tokens or 0 for tokens in completion),
     )
 

@@ -80,30 +80,30 @@ def believed(
     if not solution:
         return None
     seen = examination or {}
-    found, summary = seen.get("diagnosis") or {}, solution.get("diagnostics") or {}
+    diagnosis, summary = seen.get("diagnosis") or {}, solution.get("diagnostics") or {}
     ess, weighted = summary.get("ess") or {}, bool(seen.get("weighted"))
     return {
         "headline": seen.get("headline"),
-        "detail": found.get("verdict"),
+        "detail": diagnosis.get("verdict"),
         "solver_verdict": summary.get("verdict"),
         "weighted": weighted,
         "refused": seen.get("refused"),
         "ess": ess if ess.get("median") is not None else {},
         "ess_columns": ESS_COLUMNS,
         "num_responses": _responses_text(summary.get("responses_per_prompt") or {}),
-        "weight_rows": list(_weight_rows(solution, summary, found.get("pareto_k") or {})),
+        "weight_rows": list(_weight_rows(solution, summary, diagnosis.get("pareto_k") or {})),
         "names": list(solution.get("lam") or {}),
-        "estimators": _estimators(solution, found),
-        "disagreement": found.get("disagreement"),
-        "stability": [] if weighted else _stability_rows(found, solution),
-        "influence": (found.get("influence") or [])[:NUM_INFLUENTIAL],
-        "scorers": _scorers(found.get("scorers") or {}),
+        "estimators": _estimators(solution, diagnosis),
+        "disagreement": diagnosis.get("disagreement"),
+        "stability": [] if weighted else _stability_rows(diagnosis, solution),
+        "influence": (diagnosis.get("influence") or [])[:NUM_INFLUENTIAL],
+        "scorers": _scorers(diagnosis.get("scorers") or {}),
         "prediction": _prediction(solution, seen.get("cross_fit"), reward_name),
         "prediction_refused": seen.get("cross_fit_refused"),
         "cross_fit": seen.get("cross_fit") or {},
         "solver": _solver_rows(solution, summary),
         "weights": [] if weighted else list(_weight_panels(seen.get("weights"), summary)),
-        "stability_panels": [] if weighted else list(_stability_panels(found, solution)),
+        "stability_panels": [] if weighted else list(_stability_panels(diagnosis, solution)),
         "duals": list(_dual_panels(seen.get("dual_curves") or {}, solution)),
         "frontiers": list(_frontier_panels(seen.get("frontier") or {}, reward_name, weighted)),
         "needed_ess": TRUSTED_ESS,
@@ -156,21 +156,21 @@ def _weight_rows(
         yield "Pareto k̂ by prompt, median", number(median), f"90%: {number(shapes['p90'])}; above 0.7 in {heavy}"
 
 
-def _estimators(solution: Mapping[str, Any], found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _estimators(solution: Mapping[str, Any], diagnosis: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per estimator: λ̂ ± SE by constraint, the bound on its error, and why it does not hold."""
     rows = []
-    for estimator, lam in (found.get("lam") or {}).items():
-        errors = (found.get("lam_se") or {}).get(estimator) or {}
+    for estimator, lam in (diagnosis.get("lam") or {}).items():
+        errors = (diagnosis.get("lam_se") or {}).get(estimator) or {}
         marks = [mark for mark, other in (("used", solution.get("estimator", "empirical")),
-                                          ("recommended", found["recommended"])) if other == estimator]  # fmt: skip
-        bound = found["bounds"].get(estimator)
+                                          ("recommended", diagnosis["recommended"])) if other == estimator]  # fmt: skip
+        bound = diagnosis["bounds"].get(estimator)
         rows.append(
             {
                 "name": estimator,
                 "marks": ", ".join(marks),
                 "lam": [_with_error(lam[name], errors.get(name)) for name in lam],
                 "bound": "none" if bound is None else percent(bound, 1) if bound < 1 else "over 100%",
-                "objection": (found.get("objections") or {}).get(estimator, ""),
+                "objection": (diagnosis.get("objections") or {}).get(estimator, ""),
             }
         )
     return rows
@@ -192,12 +192,12 @@ def _lam_text(value: float | None, error: float | None) -> str:
     return number(value, decimals_of({"mean": value, "low": value - error, "high": value + error}, None))
 
 
-def _stability_rows(found: Mapping[str, Any], solution: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def _stability_rows(diagnosis: Mapping[str, Any], solution: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """λ̂ at K/4, K/2 and K by constraint, with as many decimals as its standard error deserves."""
-    parts = found.get("k_stability") or {}
+    parts = diagnosis.get("k_stability") or {}
     rows = []
     for name in solution["lam"] if parts else ():
-        error = (found["lam_se"].get("empirical") or {}).get(name)
+        error = (diagnosis["lam_se"].get("empirical") or {}).get(name)
         rows.append((name, [_lam_text(value[name], error) for value in parts.values()]))
     return rows
 
@@ -206,7 +206,7 @@ def _scorers(scorers: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for key, label in SCORER_ROWS:
         show = percent if key == "tied" else plain
-        values = [show(one[key]) for one in scorers.values()]
+        values = [show(scorer[key]) for scorer in scorers.values()]
         rows.append((label, [MISSING, *values[1:]] if key == "correlation" else values))  # the reward with itself
     return {"names": list(scorers), "rows": rows if scorers else []}
 
@@ -275,14 +275,14 @@ def _weight_panels(weights: Mapping[str, Any] | None, summary: Mapping[str, Any]
     yield {"name": "Largest weight", "svg": safe_svg(svg), "note": note}
 
 
-def _stability_panels(found: Mapping[str, Any], solution: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _stability_panels(diagnosis: Mapping[str, Any], solution: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     from can_dist.reporting.figures.belief import Estimated, stability_svg
 
-    parts, used = found.get("k_stability") or {}, solution.get("estimator", "empirical")
+    parts, used = diagnosis.get("k_stability") or {}, solution.get("estimator", "empirical")
     for index, name in enumerate(solution["lam"] if parts else ()):
-        errors = {estimator: row.get(name) for estimator, row in found["lam_se"].items()}
+        errors = {estimator: row.get(name) for estimator, row in diagnosis["lam_se"].items()}
         estimates = {"empirical, K": parts["K"][name]} | {
-            estimator: row[name] for estimator, row in found["lam"].items() if estimator != "empirical"
+            estimator: row[name] for estimator, row in diagnosis["lam"].items() if estimator != "empirical"
         }
         drawn = []
         for text, value in ({"K/4": parts["K/4"][name], "K/2": parts["K/2"][name]} | estimates).items():
@@ -326,9 +326,11 @@ def _margin_texts(margins: Sequence[float]) -> list[str]:
     """Margins a step apart, with the decimals that tell them apart."""
     step = min(np.diff(margins), default=abs(margins[0]) or 1.0)
     decimals = min(max(1 - math.floor(math.log10(step)), 0), 8)
-    while decimals > 0 and all(math.isclose(round(one, decimals - 1), one, abs_tol=step / 100) for one in margins):
+    while decimals > 0 and all(
+        math.isclose(round(margin, decimals - 1), margin, abs_tol=step / 100) for margin in margins
+    ):
         decimals -= 1
-    return [number(one, decimals) for one in margins]
+    return [number(margin, decimals) for margin in margins]
 
 
 def _frontier_panels(frontiers: Mapping[str, Any], reward_name: str, weighted: bool) -> Iterator[dict[str, Any]]:
@@ -339,15 +341,15 @@ def _frontier_panels(frontiers: Mapping[str, Any], reward_name: str, weighted: b
             continue
         margin = np.array(curve["margin"])
         supported = (_floats(curve["ess"]) >= TRUSTED_ESS) | weighted
-        asked, most = (curve["asked"], plain(curve["asked"])), (curve["attainable"], plain(curve["attainable"]))
+        target, most = (curve["asked"], plain(curve["asked"])), (curve["attainable"], plain(curve["attainable"]))
         for key, quantity, title in (
             ("reward_improvement", "reward gain", f"{reward_name} against the margin of {name}"),
             ("kl", "KL, nats", f"KL against the margin of {name}"),
         ):
             band = np.array([_floats(curve[key + end]) for end in ("", "_low", "_high")])
-            label = f"{title}: asked {asked[1]}, attainable at most {most[1]}"
+            label = f"{title}: asked {target[1]}, attainable at most {most[1]}"
             svg = frontier_svg(
-                margin, band, supported, asked, most, quantity, label=label, prefix=f"frontier{index}{key[:2]}"
+                margin, band, supported, target, most, quantity, label=label, prefix=f"frontier{index}{key[:2]}"
             )
             yield {"name": title, "svg": safe_svg(svg), "note": ""}
 

@@ -38,8 +38,8 @@ def pictures(results: Mapping[str, Sequence[MethodResult]], record: Mapping[str,
         ]
         frontier = tuple(np.array(known, dtype=np.float64).reshape(-1, 2).T)
         label = f"Helpfulness gain against the gain of {name}: " + "; ".join(
-            f"{one.name} {number(one.reward_gain, sign=True)} against {number(one.safety_gain, sign=True)}"
-            for one in methods
+            f"{result.name} {number(result.reward_gain, sign=True)} against {number(result.safety_gain, sign=True)}"
+            for result in methods
         )
         svg = comparison_svg(methods, (frontier[0], frontier[1]), label=label, prefix=f"compare{index}")
         drawn[name] = Picture(svg, standalone_svg(svg))
@@ -61,28 +61,28 @@ def render_comparison(
     values = {
         "title": "Methods compared",
         "num_prompts": record["num_prompts"],
-        "methods": [one["name"] for one in methods],
+        "methods": [entry["name"] for entry in methods],
         "constraints": [
             {
                 "name": name,
-                "table": comparison_table(found),
-                "kinds": [VERDICTS[one.verdict][0] for one in found],
+                "table": comparison_table(gained),
+                "kinds": [VERDICTS[entry.verdict][0] for entry in gained],
                 "picture": {
                     "name": f"{record['reward']} against {name}",
                     "svg": safe_svg(drawn[name].inline),
                     "note": "",
                 },
                 "frontier": record["frontier"].get(name, {}).get("method"),
-                "tails": [_tails(one, name) for one in methods],
+                "tails": [_tails(entry, name) for entry in methods],
             }
-            for name, found in results.items()
+            for name, gained in results.items()
         ],
-        "worst": next((percent(tails["worst_share"]) for one in methods for tails in one["tails"].values()), ""),
-        "refused": any(one["refusals"] for one in methods),
-        "cost": cost_table({one.name: one.cost for one in first}),
+        "worst": next((percent(tails["worst_share"]) for entry in methods for tails in entry["tails"].values()), ""),
+        "refused": any(entry["refusals"] for entry in methods),
+        "cost": cost_table({entry.name: entry.cost for entry in first}),
         "one_shot": _one_shot(record["one_shot"]),
-        "rankings": [_ranking(name, found) for name, found in record["ranking"].items()],
-        "sources": [(one["name"], one["evaluation"]) for one in methods],
+        "rankings": [_ranking(name, ranking) for name, ranking in record["ranking"].items()],
+        "sources": [(entry["name"], entry["evaluation"]) for entry in methods],
         "format_version": record["format_version"],
     }
     return render("comparison.html.j2", values)
@@ -122,20 +122,20 @@ def _one_shot(ratio: Mapping[str, Any] | None) -> str:
     )
 
 
-def _ranking(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+def _ranking(name: str, ranking: Mapping[str, Any]) -> dict[str, Any]:
     """Win rates of row over column, strongest first, with Bradley–Terry strengths."""
-    order = sorted(range(len(found["names"])), key=lambda index: -found["strength"][index])
+    order = sorted(range(len(ranking["names"])), key=lambda index: -ranking["strength"][index])
     rows = []
     for index in order:
-        rates = [found["win"][index][column] for column in order]
-        bounds = {"mean": found["strength"][index], "low": found["low"][index], "high": found["high"][index]}
+        rates = [ranking["win"][index][column] for column in order]
+        bounds = {"mean": ranking["strength"][index], "low": ranking["low"][index], "high": ranking["high"][index]}
         decimals = decimals_of(bounds, None)
         rows.append(
             {
-                "name": found["names"][index],
+                "name": ranking["names"][index],
                 "strength": number(bounds["mean"], decimals, sign=True),
                 "bounds": interval_text(bounds, decimals),
                 "rates": [MISSING if rate is None else percent(rate) for rate in rates],
             }
         )
-    return {"name": name, "columns": [found["names"][index] for index in order], "rows": rows}
+    return {"name": name, "columns": [ranking["names"][index] for index in order], "rows": rows}

@@ -129,15 +129,15 @@ def _beside_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append(_sides(name, f"responses below {border}", tails["unsafe"], _share_text))
         rows.append(_sides(name, f"mean of the worst {share} of responses", tails["worst"], _mean_text))
     if refused := report.get("refusals"):
-        what = f"refused, of {refused['num_prompts']} benign prompts"
-        rows.append(_sides("over-refusal", what, refused, _share_text))
+        measure = f"refused, of {refused['num_prompts']} benign prompts"
+        rows.append(_sides("over-refusal", measure, refused, _share_text))
     if report.get("lengths"):
         rows.append(_sides("length", "tokens per response", report["lengths"], _mean_text))
     return rows
 
 
-def _sides(name: str, what: str, sides: Mapping[str, Any], text: Any) -> dict[str, Any]:
-    return {"name": name, "what": what, "values": [text(sides[side]) for side in ("reference", "policy")]}
+def _sides(name: str, measure: str, sides: Mapping[str, Any], text: Any) -> dict[str, Any]:
+    return {"name": name, "measure": measure, "values": [text(sides[side]) for side in ("reference", "policy")]}
 
 
 def _share_text(share: Mapping[str, Any]) -> tuple[str, str]:

@@ -82,8 +82,8 @@ def comparison_svg(
         for margin in margins:
             ax.axvline(margin, color=MARGIN, linewidth=1.6, linestyle=DASHED, zorder=1)
         entries = []
-        for place, (one, name) in enumerate(zip(results, names, strict=True)):
-            entries.append(_draw_method(ax, name, confidence_ellipse(one, confidence), place))
+        for place, (result, name) in enumerate(zip(results, names, strict=True)):
+            entries.append(_draw_method(ax, name, confidence_ellipse(result, confidence), place))
         (cross,) = ax.plot([0.0], [0.0], "+", color=MUTED, markersize=11, markeredgewidth=1.8, label="reference")
         entries.append(cross)
         if curve_2[0].size:
