@@ -10,7 +10,6 @@ from dataclasses import asdict
 import click
 
 from can_dist.cli.options import read_config
-
 from can_dist.training.plan import Plan, make_plan, rank_memory
 
 GB = 10**9

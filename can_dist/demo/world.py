@@ -172,7 +172,7 @@ def topics() -> list[Topic]:
 
 
 def questions(seed: int, num_prompts: int) -> tuple[list[Question], list[Question]]:
-    """Return all distinct questions, shuffled, in two parts: ``num_prompts`` for the demo, the others for the corpus."""
+    """Return all distinct questions, shuffled, in two parts: ``num_prompts`` for the demo, others for the corpus."""
     every = [
         Question(f"{form} {topic.name}{' ' + setting if setting else ''}?", topic)
         for topic in topics()

@@ -157,7 +157,8 @@ def _headline(table: ScoreTable, solution: DualSolution, diagnosis: Diagnosis) -
         gap = float(np.max(np.abs(used - best)[best > 0] / best[best > 0], initial=0.0))
         return "within", (
             f"Not quite as solved: the {diagnosis.recommended} estimator knows λ to within "
-            f"{_share(diagnosis.relative_error)} on this table; the λ of the {solution.estimator} one, used here, differs from it by {_share(gap)}."
+            f"{_share(diagnosis.relative_error)} on this table; the λ of the {solution.estimator} one, used here, "
+            f"differs from it by {_share(gap)}."
         )
     if math.isfinite(diagnosis.relative_error):
         return "within", (

@@ -1,7 +1,7 @@
-"""Can the prediction be believed? The section that says so in the report, and as a page of its own.
+"""The section that says whether a prediction can be believed, in the report and as a page of its own.
 
-``write_diagnostics(table, solution, path)`` needs a table of scores and a solution, nothing trained. The report shows
-the same section from the same template (``belief.html.j2``), fed by the record of ``examination.examine``.
+:func:`write_diagnostics` needs a table of scores and a solution, but no trained policy. The report shows the same
+section from the same template (``belief.html.j2``) and record (:func:`can_dist.measuring.examination.examine`).
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def write_diagnostics(
     reward_name: str = "reward",
     title: str = "Diagnostics of the dual",
 ) -> None:
-    """Write the diagnostics of a solution as one HTML file that needs nothing but itself; whole or not at all.
+    """Write the diagnostics of a solution as one self-contained HTML file, atomically.
 
-    The same table and solution always give the same bytes. What cannot be examined is said on the page.
+    The same table and solution always give the same bytes. The page says what cannot be examined.
 
     Args:
         table: scores of P prompts that gave ``solution``, in raw units.
         solution: of any estimator and status.
-        path: the file, usually ``diagnostics.html``.
+        path: the file, in an existing directory.
         reward_name: name of the reward in the tables.
         title: heading of the page.
     """
@@ -73,9 +73,9 @@ def write_diagnostics(
 def believed(
     solution: Mapping[str, Any], examination: Mapping[str, Any] | None, *, reward_name: str
 ) -> dict[str, Any] | None:
-    """Return what the section shows, from JSON-safe records; None without a solution.
+    """Return the values of the section from JSON-safe records; None without a solution.
 
-    Without an examination the solver's own short verdict and its numbers are shown.
+    Without an examination the section shows the solver's own short verdict and numbers.
     """
     if not solution:
         return None
@@ -119,7 +119,7 @@ def _responses_text(counts: Mapping[str, Any]) -> str:
 
 
 def _tiles(solution: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """λ and margin of each constraint, for a page that stands alone."""
+    """Yield λ and margin of each constraint, for a page that stands alone."""
     for name, lam in solution["lam"].items():
         error = solution["lam_se"][name]
         parts = [] if error is None else [f"SE {error:.2g}"]
@@ -136,7 +136,7 @@ def _tiles(solution: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _weight_rows(
     solution: Mapping[str, Any], summary: Mapping[str, Any], shapes: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, str]]:
-    """What the weights look like: (measure, value, how to read it)."""
+    """Yield the numbers of the weights: (measure, value, how to read it)."""
     typical = (summary.get("responses_per_prompt") or {}).get("median")
     log_k = math.log(typical) if typical else math.nan
     if (kl := (solution.get("predicted") or {}).get("kl")) is not None:
@@ -157,7 +157,7 @@ def _weight_rows(
 
 
 def _estimators(solution: Mapping[str, Any], diagnosis: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per estimator: λ̂ ± SE by constraint, the bound on its error, and why it does not hold."""
+    """Return a row per estimator: λ̂ ± SE by constraint, the bound on its error, and the objection to it."""
     rows = []
     for estimator, lam in (diagnosis.get("lam") or {}).items():
         errors = (diagnosis.get("lam_se") or {}).get(estimator) or {}
@@ -184,7 +184,7 @@ def _with_error(value: float | None, error: float | None) -> str:
 
 
 def _lam_text(value: float | None, error: float | None) -> str:
-    """λ̂ with the decimals that its standard error deserves; in three digits where there are too many."""
+    """Return λ̂ with the decimals that its standard error deserves, or three digits where there are too many."""
     if value is None:
         return "none"
     if not error or error < 1e-5:
@@ -193,7 +193,7 @@ def _lam_text(value: float | None, error: float | None) -> str:
 
 
 def _stability_rows(diagnosis: Mapping[str, Any], solution: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """λ̂ at K/4, K/2 and K by constraint, with as many decimals as its standard error deserves."""
+    """Return λ̂ at K/4, K/2 and K by constraint."""
     parts = diagnosis.get("k_stability") or {}
     rows = []
     for name in solution["lam"] if parts else ():
@@ -214,7 +214,7 @@ def _scorers(scorers: Mapping[str, Any]) -> dict[str, Any]:
 def _prediction(
     solution: Mapping[str, Any], crossed: Mapping[str, Any] | None, reward_name: str
 ) -> list[dict[str, str]]:
-    """One row per predicted quantity: its margin, in sample and cross-fitted."""
+    """Return a row per predicted quantity: its margin, in sample and cross-fitted."""
     inside = solution.get("predicted")
     if not inside or not crossed:
         return []
@@ -242,7 +242,7 @@ def _prediction(
 
 
 def _solver_rows(solution: Mapping[str, Any], diagnostics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the solver said, as (what, value) in reading order; what is absent is left out."""
+    """Return the solver's numbers as (name, value) in reading order, without the absent ones."""
     predicted, feasibility = solution.get("predicted") or {}, solution.get("feasibility") or {}
     rows = [
         ("status", solution.get("status")),
@@ -323,7 +323,7 @@ def _dual_panels(curves: Mapping[str, Any], solution: Mapping[str, Any]) -> Iter
 
 
 def _margin_texts(margins: Sequence[float]) -> list[str]:
-    """Margins a step apart, with the decimals that tell them apart."""
+    """Return margins that are a step apart, with the decimals that tell them apart."""
     step = min(np.diff(margins), default=abs(margins[0]) or 1.0)
     decimals = min(max(1 - math.floor(math.log10(step)), 0), 8)
     while decimals > 0 and all(

@@ -1,6 +1,6 @@
-"""The comparison of methods as one HTML file that needs nothing but itself, and as pictures.
+"""The comparison of methods as one self-contained HTML page, and as pictures.
 
-Names are hostile text: the template escapes everything but the figures drawn here.
+Names may be hostile text: the template escapes everything but the figures.
 """
 
 from __future__ import annotations
@@ -14,20 +14,31 @@ import numpy as np
 from can_dist.measuring.comparison import MethodResult, comparison_table, cost_table, short_count
 from can_dist.reporting.figures.comparison import comparison_svg
 from can_dist.reporting.figures.style import standalone_svg
-from can_dist.reporting.page import MISSING, decimals_of, interval_text, number, percent, plain, render, safe_svg
+from can_dist.reporting.page import (
+    MISSING,
+    decimals_of,
+    interval_text,
+    mean_text,
+    number,
+    percent,
+    plain,
+    render,
+    safe_svg,
+    share_text,
+)
 from can_dist.reporting.run_page import VERDICTS
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawing: ``inline`` takes the colours of the page it stands in, ``standalone`` has its own."""
+    """One drawing: ``inline`` takes the colours of its page, ``standalone`` is a file with its own."""
 
     inline: str
     standalone: str
 
 
 def pictures(results: Mapping[str, Sequence[MethodResult]], record: Mapping[str, Any]) -> dict[str, Picture]:
-    """Draw helpfulness against each constraint; the curve is what a dual predicted, where there is one."""
+    """Draw helpfulness against each constraint, with the frontier that a dual predicted, if any."""
     drawn = {}
     for index, (name, methods) in enumerate(results.items()):
         curve = record["frontier"].get(name, {"safety": [], "reward": []})
@@ -52,8 +63,8 @@ def render_comparison(
     """Return the page as text.
 
     Args:
-        record: the numbers of the stage ``compare``.
-        results: by constraint, what every method gained.
+        record: ``compare.json``.
+        results: by constraint, the gains of every method.
         drawn: by constraint, its picture.
     """
     methods = record["methods"]
@@ -94,21 +105,17 @@ def _tails(method: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {
         "name": method["name"],
         "border": plain(tails["border"]),
-        "cells": [_share(unsafe), _mean(worst), *([_share(refused["policy"])] if refused else []), _mean(length)],
+        "cells": [
+            share_text(unsafe),
+            mean_text(worst),
+            *([share_text(refused["policy"])] if refused else []),
+            mean_text(length),
+        ],
     }
 
 
-def _share(share: Mapping[str, Any]) -> tuple[str, str]:
-    return percent(share["mean"], 1), f"[{percent(share['low'], 1)}, {percent(share['high'], 1)}]"
-
-
-def _mean(mean: Mapping[str, Any]) -> tuple[str, str]:
-    decimals = decimals_of(mean, None)
-    return number(mean["mean"], decimals), interval_text(mean, decimals)
-
-
 def _one_shot(ratio: Mapping[str, Any] | None) -> str:
-    """The sentence about the training that the loop needed for what the one-shot method did in one."""
+    """Return the sentence that compares a loop's training with that of its one-shot method, or ''."""
     if ratio is None:
         return ""
     trainings = f"{ratio['rounds']} training{'' if ratio['rounds'] == 1 else 's'}"
@@ -123,7 +130,7 @@ def _one_shot(ratio: Mapping[str, Any] | None) -> str:
 
 
 def _ranking(name: str, ranking: Mapping[str, Any]) -> dict[str, Any]:
-    """Win rates of row over column, strongest first, with Bradley–Terry strengths."""
+    """Return win rates of row over column, strongest method first, with Bradley–Terry strengths."""
     order = sorted(range(len(ranking["names"])), key=lambda index: -ranking["strength"][index])
     rows = []
     for index in order:

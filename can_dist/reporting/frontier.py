@@ -1,4 +1,4 @@
-"""The frontier as a user asks for it: from a table or arrays, and ready to be plotted."""
+"""The frontier of a table or of arrays, ready to be plotted."""
 
 from __future__ import annotations
 

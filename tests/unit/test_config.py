@@ -191,7 +191,7 @@ def test_numbers_must_be_finite(key: str, value: float) -> None:
 
 @pytest.mark.parametrize("key", ["seed", "beta", "generate.num_responses", "label.pairs_per_prompt", "reference.model"])
 def test_true_is_no_number_and_no_text(key: str) -> None:
-    assert f"{key}: true and false are no value for this key (found True)" in refusal(changed(key, True))
+    assert f"{key}: expected a number or text, not true/false (found True)" in refusal(changed(key, True))
 
 
 @pytest.mark.parametrize(
