@@ -31,7 +31,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from can_dist.console import progress
-from can_dist.demo.score_models import FitResult, ScorePair, fit_score_model, save_model
+from can_dist.demo.score_models import ScorePair, fit_score_model, save_model
 from can_dist.errors import EnvironmentProblem
 from can_dist.modeling.formatter import Formatter
 from can_dist.modeling.logprobs import ResponseModel, response_logp
@@ -143,24 +143,6 @@ class Answer:
     safety: float
 
 
-@dataclass(frozen=True)
-class DemoWorld:
-    """The files of the world, and how well its models learned."""
-
-    directory: Path
-    reference: Path
-    reward: Path
-    safety: Path
-    prompts: Path
-    corpus: Path
-    num_prompts: int
-    lm_loss: float  # held-out nats per answer token
-    grammar_entropy: float  # the least that loss can be
-    reward_fit: FitResult
-    safety_fit: FitResult
-    seconds: float
-
-
 def topics() -> list[Topic]:
     """All topics, benign ones first."""
     every: list[Topic] = []
@@ -251,37 +233,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def grammar_entropy(num_draws: int = 4000, seed: int = 0) -> float:
-    """Estimate by draws the least loss of any model of the corpus, in nats per answer token, end token included."""
-    generator = np.random.default_rng(seed)
-    splitter = pre_tokenizers.Split(_WORDS, behavior="isolated")
-    every = topics()
-    nats = num_tokens = 0.0
-    for _ in range(num_draws):
-        topic = every[generator.integers(len(every))]
-        answer = draw_answer(topic, generator)
-        nats -= np.log(_probability(topic, answer.text))
-        num_tokens += len(splitter.pre_tokenize_str(answer.text)) + 1
-    return float(nats / num_tokens)
-
-
-def _probability(topic: Topic, text: str) -> float:
-    """Return the probability of an answer under the grammar."""
-    manners = _MANNER[topic.risky]
-    if text in _REFUSALS:
-        refusing = sum(p * manners[detail][0] for detail, p in enumerate(_DETAIL[topic.risky]))
-        return float(refusing / len(_REFUSALS))
-    total = 0.0
-    for detail, bodies in enumerate(_BODIES):
-        for body in bodies:
-            stem = body.format(topic.verb, topic.thing, topic.tool)
-            for manner, endings in enumerate((_CARE, _PLAIN, _RECKLESS), start=1):
-                if text.startswith(stem) and text[len(stem) :] in endings:
-                    chance = _DETAIL[topic.risky][detail] * manners[detail][manner]
-                    total += chance / len(bodies) / len(endings)
-    return total
-
-
 def train_language_model(
     rows: Sequence[tuple[Question, Answer]], tokenizer: PreTrainedTokenizerFast, *, epochs: int, seed: int
 ) -> tuple[Any, float]:
@@ -351,7 +302,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
-def build_demo_world(directory: Path, *, seed: int = 0, num_prompts: int = 400, num_rows: int = 8000) -> DemoWorld:
+def build_demo_world(directory: Path, *, seed: int = 0, num_prompts: int = 400, num_rows: int = 8000) -> None:
     """Write the whole world under ``directory``; it takes under a minute on one or two cores.
 
     Raises:
@@ -377,21 +328,7 @@ def build_demo_world(directory: Path, *, seed: int = 0, num_prompts: int = 400, 
         )
         for name, value in (("reward", "helpfulness"), ("safety", "safety"))
     }
-    facts: dict[str, Any] = {"seed": seed, "lm_loss": lm_loss, "grammar_entropy": grammar_entropy()}
+    facts: dict[str, Any] = {"seed": seed, "lm_loss": lm_loss}
     facts |= {f"{name}_pair_accuracy": fit.pair_accuracy for name, fit in fits.items()}
     facts["seconds"] = round(time.monotonic() - start, 1)
     (directory / "world.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    return DemoWorld(
-        directory=directory,
-        reference=reference,
-        reward=fits["reward"].path,
-        safety=fits["safety"].path,
-        prompts=prompts,
-        corpus=corpus,
-        num_prompts=len(held_out),
-        lm_loss=lm_loss,
-        grammar_entropy=facts["grammar_entropy"],
-        reward_fit=fits["reward"],
-        safety_fit=fits["safety"],
-        seconds=facts["seconds"],
-    )

@@ -1,4 +1,4 @@
-"""What a judge is asked, and what counts as its verdict.
+"""The judge's instructions, and the parsing of its verdict.
 
 One question at a time: the helpfulness judge does not weigh harm, the safety judge does not weigh help, so that their
 two win rates are the two axes of the trade-off. Neither text prefers a position, a length or a style.

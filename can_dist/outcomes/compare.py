@@ -1,6 +1,6 @@
-"""evaluations → comparison: every method beside the others, on the same held-out prompts, with what it cost.
+"""evaluations → comparison: all methods on the same held-out prompts, with the cost of each.
 
-The evaluations may lie in one run directory or in several; what they were measured with must be the same.
+The evaluations may lie in several run directories. They must have been measured alike (:func:`check_same_basis`).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Evaluated:
     """One evaluated policy.
 
     Attributes:
-        name: of the method, unlike the others'.
+        name: of the method; different from the others'.
         artifact: the evaluation.
         report: its ``report.json``.
         gains: a row per held-out prompt, see :func:`can_dist.measuring.gains.gains_table`.
-        cost: what the policy took, without its evaluation.
+        cost: of the policy, without its evaluation.
     """
 
     name: str
@@ -59,7 +59,8 @@ def compare(evaluations: Sequence[Artifact], out: Path) -> Path:
         out: a directory; made when it does not exist.
 
     Raises:
-        DataError: the evaluations differ in reference, held-out prompts, sampling or scorers; the message names what.
+        DataError: fewer than two evaluations, or they differ in reference, held-out prompts, sampling or scorers; the
+            message names the differences.
     """
     from can_dist.reporting.comparison_page import pictures, render_comparison
 
@@ -91,7 +92,7 @@ def find_evaluations(paths: Sequence[Path]) -> list[Artifact]:
     """Return the evaluations at each path: itself, or all of a run directory, ordered by method and variant.
 
     Raises:
-        DataError: there is none at a path.
+        DataError: there is no evaluation at a path.
     """
     evaluations: list[Artifact] = []
     order = list(METHODS)
@@ -113,7 +114,11 @@ def find_evaluations(paths: Sequence[Path]) -> list[Artifact]:
 
 
 def check_same_basis(evaluations: Sequence[Artifact]) -> None:
-    """Raise ``DataError`` that names every difference in what two evaluations were measured with."""
+    """Check that all evaluations were measured alike.
+
+    Raises:
+        DataError: naming the differences between two evaluations in reference, held-out prompts, sampling or scorers.
+    """
     first = evaluations[0]
     expected = flatten(first.info["basis"])
     for other in evaluations[1:]:
@@ -147,7 +152,7 @@ def names_of(evaluations: Sequence[Artifact]) -> list[str]:
 
 
 def results(methods: Sequence[Evaluated]) -> dict[str, list[MethodResult]]:
-    """Return by constraint what every method gained."""
+    """Return the gains of every method by constraint."""
     reward = methods[0].report["reward"]["name"]
     by_constraint: dict[str, list[MethodResult]] = {}
     for method in methods:
@@ -217,7 +222,7 @@ def _ranking_record(ranking: Ranking) -> dict[str, Any]:
 
 
 def _frontiers(methods: Sequence[Evaluated]) -> dict[str, Any]:
-    """Return by constraint (safety gain, reward gain) that the first method with a prediction expects at every λ."""
+    """Return by constraint the gains (safety, reward) that the first method with a prediction expects at every λ."""
     for method in methods:
         if method.report["prediction"] and (curves := method.report["examination"]["frontier"]):
             return {
@@ -232,9 +237,9 @@ def _frontiers(methods: Sequence[Evaluated]) -> dict[str, Any]:
 
 
 def cost_of(evaluation: Artifact) -> Cost:
-    """Add up what a policy took, over everything it was made from, each artifact once; its evaluation is no part.
+    """Add up the cost of every artifact that a policy was made from, each once, without its evaluation.
 
-    Of a method that loops, every round counts: they are what its trajectory was made from.
+    Every round of a loop counts: its trajectory was made from them.
     """
     policy = evaluation.input("policy")
     made = {
@@ -264,14 +269,14 @@ def trajectories(evaluation: Artifact) -> list[Artifact]:
 
 
 def _ancestors(artifact: Artifact) -> Iterator[Artifact]:
-    """Yield an artifact and all that it was made from; one may come more than once."""
+    """Yield an artifact and its ancestors; the same ancestor may come more than once."""
     yield artifact
     for name in artifact.manifest["inputs"]:
         yield from _ancestors(artifact.input(name))
 
 
 def _seconds(run: Path, names: Any) -> float | None:
-    """Return how long the artifacts took by the run's log; None where it tells of none of them."""
+    """Return the seconds of the artifacts by the run's log; None where it has none of them."""
     log = run / "log.jsonl"
     if not log.is_file():
         return None
@@ -281,7 +286,7 @@ def _seconds(run: Path, names: Any) -> float | None:
 
 
 def _one_shot(methods: Sequence[Evaluated]) -> dict[str, Any] | None:
-    """Return a loop's training over its one-shot method's, to the margin of the first constraint; None without both."""
+    """Compare a loop's training with its one-shot method's, to the first constraint's margin; None without both."""
     by_method = {evaluated.report["method"]: evaluated for evaluated in methods}
     both = [(by_method.get(name), by_method.get(row.one_shot)) for name, row in METHODS.items() if row.one_shot]
     loop, once = next(((loop, once) for loop, once in both if loop and once), (None, None))

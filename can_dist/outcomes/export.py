@@ -1,4 +1,4 @@
-"""What leaves a run: a policy or its adapter as a directory with a model card, and preferences for other trainers."""
+"""Exports of a run: a policy or its adapter as a directory with a model card, and preferences for other trainers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | N
 
     Raises:
         ConfigError: ``out`` exists or cannot be made.
-        DataError: there is no policy, several, or none with an adapter; or it is damaged.
+        DataError: there is no policy, there are several, it has no adapter, or it is damaged.
     """
     if out.exists() or not out.absolute().parent.is_dir():
         state = "already exists" if out.exists() else "has no parent directory"
@@ -62,7 +62,7 @@ def find_policy(path: Path) -> tuple[Artifact, Artifact | None]:
     """Return the policy at a path, and its evaluation where there is one.
 
     Raises:
-        DataError: there is none, several policies in a run, or several evaluations of the policy.
+        DataError: there is no policy, there are several in a run, or several evaluations of the policy.
     """
     run = path.parent if (path / MANIFEST).is_file() else path
     made = {name: [load_artifact(p.parent) for p in sorted(run.glob(f"{name}-*/{MANIFEST}"))] for name in STAGES}
@@ -100,7 +100,7 @@ def _evaluation_of(policy: Artifact, evaluations: list[Artifact]) -> Artifact | 
 
 
 def adapters_text(lora: Mapping[str, Any] | None) -> str:
-    """Return what a model card says of the adapters of a training."""
+    """Return the model card's text on the adapters of a training."""
     if not lora:
         return "none, every weight"
     base = f", trained on (and fitting) the base in 4 bits, {lora['quantize']}" if lora.get("quantize") else ""
@@ -108,7 +108,7 @@ def adapters_text(lora: Mapping[str, Any] | None) -> str:
 
 
 def _facts(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
-    """Return what the model card says of where a policy comes from, all of it read from manifests."""
+    """Return the model card's facts about a policy's origin, all read from manifests."""
     trained = policy
     while trained.stage == "merge":
         trained = trained.input("policy_a")
@@ -150,7 +150,7 @@ def _facts(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
 
 
 def _shown(source: str) -> str:
-    """Return the name of a hub repository, or the last part of a path: where it lay concerns nobody else."""
+    """Return the name of a hub repository, or the last part of a path: a user's directories are private."""
     path = Path(source)
     return path.name if path.exists() or path.is_absolute() or source.count("/") > 1 else source
 
@@ -159,7 +159,7 @@ def push(directory: Path, repository: str) -> str:
     """Upload an exported directory to a private repository of the hub; return its address.
 
     Raises:
-        ConfigError: ``repository`` is no name of one.
+        ConfigError: ``repository`` is not a repository's name.
         EnvironmentProblem: there is no login, no network, the hub refuses, or the repository is there already and is
             public.
     """
@@ -198,7 +198,7 @@ def _first_line(error: Exception) -> str:
 
 
 def export_preferences(path: Path, out: Path, *, split: str = "train") -> dict[str, int]:
-    """Write a run's preferences as a Parquet table that TRL reads; return the counts of rows and of what is left out.
+    """Write a run's preferences as a Parquet table that TRL reads; return the counts of rows and of undecided pairs.
 
     Pairs become TRL's conversational preference format (``prompt``, ``chosen``, ``rejected``) with the probability
     that the chosen one is better, ``p_chosen``, and ``score_chosen``, ``score_rejected`` where scores made the labels.

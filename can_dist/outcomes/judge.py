@@ -35,7 +35,7 @@ def comparisons(evaluation: Artifact) -> list[Comparison]:
 
 
 def estimate(evaluations: Sequence[Artifact], spec: JudgeSpec) -> CostEstimate:
-    """Return what judging all of these will cost at most, without a request."""
+    """Return the cost of judging all evaluations, without a request."""
     costs = [estimate_cost(comparisons(evaluation), spec, _answers(evaluation)) for evaluation in evaluations]
     completion = [cost.completion_tokens for cost in costs]
     return CostEstimate(
@@ -55,7 +55,7 @@ def judge(evaluation: Artifact, spec: JudgeSpec) -> tuple[Path, dict[str, Any]]:
     """
     rows = judge_pairs(comparisons(evaluation), spec, _answers(evaluation))
     summary = asdict(summarise(rows))
-    # by what decides the verdicts: the endpoint's address, like a retry, is no part of it
+    # the endpoint's address and its retries do not change a verdict, so they are left out
     key = digest_of({"model": spec.model, "criterion": spec.criterion, "request": spec.request})[:8]
     path = evaluation.path.parent / FOLDER / f"{evaluation.path.name}-{spec.criterion}-{key}.json"
     verdicts = [
@@ -79,7 +79,7 @@ def _answers(evaluation: Artifact) -> Path:
 
 
 def _prompt(messages: Sequence[dict[str, str]]) -> str:
-    """Return a lone question as it is, a conversation with who says what."""
+    """Return a lone question as it is, a conversation with the role of each message."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
