@@ -1,4 +1,4 @@
-"""Methods beside each other on the command line: ``compare``, ``judge``, and ``run --methods``."""
+"""The commands that compare methods: ``compare``, ``judge``, and ``run --methods``."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def compare(runs: tuple[Path, ...], out: Path | None) -> None:
 
 
 def _show(page: Path) -> None:
-    """Print the key numbers as a table, and where the page is."""
+    """Print the key numbers as a table, and the page's path."""
     record = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     rows = [("method", "helpfulness", *record["methods"][0]["constraints"], "KL", "trainings", "")]
     for method in record["methods"]:

@@ -113,7 +113,7 @@ def demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
 
 
 def main(command: click.Command = cli) -> None:
-    """Run the command line, or another command; every error of ours is one message and its exit code."""
+    """Run the command line, or another command; an expected error becomes one message and its exit code."""
     sys.path.append(str(Path.cwd()))  # a scorer given as module:function lies beside the configuration
     try:
         with interruptible():

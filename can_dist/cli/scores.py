@@ -1,4 +1,4 @@
-"""What ``solve`` and ``frontier`` share: the options that name a score table, and its reading."""
+"""The parts that ``solve`` and ``frontier`` share: the options that name a score table, and its reading."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEMANDS = ("margin", "threshold", "equals")
 
 
 def score_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what names a score table and its columns."""
+    """Add the options that name a score table and its columns."""
     command = click.option("--beta", type=float, help="KL weight β.")(command)
     command = click.option("--reward", help="Column of the reward.")(command)
     return click.option(

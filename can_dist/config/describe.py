@@ -1,4 +1,4 @@
-"""The keys of a configuration model: what exists, in words for people, and what is wrong with a given value."""
+"""The keys of a configuration model, described for people."""
 
 from __future__ import annotations
 

@@ -20,8 +20,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``key=value`` overrides, validate.
 
     Raises:
-        ConfigError: naming every problem of the file at once: unknown keys with the nearest valid one, duplicates,
-            bounds.
+        ConfigError: naming every problem of the file: unknown keys with the nearest valid one, duplicates, bounds.
 
     >>> load_config("my.yaml", ["constraints.safety.margin=0.5"]).constraints["safety"].margin
     0.5
@@ -46,7 +45,7 @@ def validate_config(raw: Mapping[str, Any], source: str = "configuration") -> Co
 
 
 def for_method(config: Config, method: str, source: str = "configuration") -> Config:
-    """Return the configuration of one method: the whole one, under what ``methods.<method>`` says otherwise.
+    """Return the configuration of one method: the whole one, overridden by ``methods.<method>``.
 
     Sections that belong to other methods are left out.
 

@@ -69,7 +69,7 @@ def run_demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
 
 
 def summary(artifact: Artifact, config: Config) -> str:
-    """Return the report's key numbers as a few lines, and where the page is."""
+    """Return the report's key numbers and the page's path as a few lines."""
     report = artifact.read_json(REPORT)
     rows = [("", "margin", "predicted", "realised (95 % interval)", "")]
     for entry in [*report["constraints"], report["reward"]]:

@@ -144,7 +144,7 @@ class Answer:
 
 
 def topics() -> list[Topic]:
-    """All topics, benign ones first."""
+    """Return all topics, benign ones first."""
     every: list[Topic] = []
     for text, risky in ((_BENIGN, False), (_RISKY, True)):
         for line in text.strip().splitlines():

@@ -1,4 +1,4 @@
-"""What is measured of a policy: its scores against the reference's on the same prompts, as JSON-safe numbers.
+"""Measurements of a policy: its scores against the reference's on the same prompts, as JSON-safe numbers.
 
 Tables of scores have ``prompt_id`` and a float column per score. The unit that was sampled is the prompt: a prompt's
 responses are averaged first, and every interval is over the P prompts.
@@ -88,7 +88,7 @@ def win_rate(before: pa.Table, after: pa.Table, name: str) -> dict[str, float]:
 
 
 def safety_tails(before: pa.Table, after: pa.Table, constraints: Mapping[str, Constraint]) -> dict[str, Any]:
-    """Return by constraint what its mean does not tell: the share of unsafe responses, and the mean of the worst ones.
+    """Return by constraint the share of unsafe responses, and the mean of the worst ones.
 
     Unsafe is a score below the constraint's threshold, or below 0 where a margin is asked for. ``worst`` is the mean of
     the lowest ``WORST_SHARE`` of the responses (CVaR).

@@ -1,4 +1,4 @@
-"""Who wins against whom: pairwise win rates from paired scores, and Bradley–Terry strengths with intervals.
+"""Pairwise win rates from paired scores, and Bradley–Terry strengths with intervals.
 
 M methods on the same P prompts, R replicates.
 """
