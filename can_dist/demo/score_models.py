@@ -17,7 +17,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,7 +59,6 @@ class ScoreExample:
 class FitResult:
     """The result of a fit; held-out rows share no messages with training rows."""
 
-    path: Path
     num_train_pairs: int
     num_train_examples: int
     num_held_out_pairs: int
@@ -71,7 +69,6 @@ class FitResult:
     pair_accuracy: float | None  # share of held-out pairs whose better response scores higher (ties count half)
     pair_accuracy_se: float | None
     auc: float | None  # of the held-out examples
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -118,24 +115,17 @@ def fit_score_model(
         DataError: no training rows, a label other than 0 and 1, or texts that the model cannot read.
         NumericalError: the loss is not finite.
     """
-    start = time.monotonic()
     if out.exists():
         raise EnvironmentProblem(f"score model: {out} exists already. Remove it, or name another folder.")
-    if not pairs and not examples:
-        raise DataError("score model: no pairs and no examples to learn from. Pass at least one of them.")
     model = load_classifier(base, seed)
-    keys = [_key(pair.messages) for pair in pairs] + [_key(example.messages) for example in examples]
     rows, num_truncated = _encode_rows(pairs, examples, encode, max_length)
-    is_held_out = _split(keys, held_out, seed)
-    train = [row for row, aside in zip(rows, is_held_out, strict=True) if not aside]
-    test = [row for row, aside in zip(rows, is_held_out, strict=True) if aside]
+    is_aside = _split([_key(row.messages) for row in (*pairs, *examples)], held_out, seed)
+    train, test = ([row for row, aside in zip(rows, is_aside, strict=True) if aside == part] for part in (False, True))
     if not train:
         raise DataError(f"score model: held_out={held_out} leaves no training rows of {len(rows)}. Lower held_out.")
-
     num_steps, train_loss = _fit(model, train, epochs, lr, batch_size, weight_decay, seed, out.name)
     accuracy, accuracy_se, auc = _measure(model, test, batch_size)
     result = FitResult(
-        path=out,
         num_train_pairs=sum(len(row.ids) == 2 for row in train),
         num_train_examples=sum(len(row.ids) == 1 for row in train),
         num_held_out_pairs=sum(len(row.ids) == 2 for row in test),
@@ -146,11 +136,8 @@ def fit_score_model(
         pair_accuracy=accuracy,
         pair_accuracy_se=accuracy_se,
         auc=auc,
-        seconds=round(time.monotonic() - start, 2),
     )
-    # no path and no timing in the folder: the same fit gives the same files
-    facts = {name: value for name, value in asdict(result).items() if name not in ("path", "seconds")}
-    save_model(model, AutoTokenizer.from_pretrained(base), out, {"fit.json": json.dumps(facts, indent=2)})
+    save_model(model, AutoTokenizer.from_pretrained(base), out, {"fit.json": json.dumps(asdict(result), indent=2)})
     return result
 
 
@@ -230,6 +217,8 @@ def _encode_rows(
     pairs: Sequence[ScorePair], examples: Sequence[ScoreExample], encode: Encode, max_length: int
 ) -> tuple[list[_Row], int]:
     """Return the token ids of every pair and example, cut at ``max_length``, and how many sequences were cut."""
+    if not pairs and not examples:
+        raise DataError("score model: no pairs and no examples to learn from. Pass at least one of them.")
     num_truncated = 0
 
     def ids_of(messages: Messages, response: str) -> list[int]:
