@@ -119,7 +119,7 @@ def fit_score_model(
         raise EnvironmentProblem(f"score model: {out} exists already. Remove it, or name another folder.")
     model = load_classifier(base, seed)
     rows, num_truncated = _encode_rows(pairs, examples, encode, max_length)
-    is_aside = _split([_key(row.messages) for row in (*pairs, *examples)], held_out, seed)
+    is_aside = _split([*map(_key, pairs), *map(_key, examples)], held_out, seed)
     train, test = ([row for row, aside in zip(rows, is_aside, strict=True) if aside == part] for part in (False, True))
     if not train:
         raise DataError(f"score model: held_out={held_out} leaves no training rows of {len(rows)}. Lower held_out.")
@@ -208,9 +208,9 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _key(messages: Messages) -> str:
-    """Return a string that is the same for equal conversations only."""
-    return json.dumps([dict(message) for message in messages], sort_keys=True, ensure_ascii=False)
+def _key(row: ScorePair | ScoreExample) -> str:
+    """Return a string that is the same for rows of equal messages only."""
+    return json.dumps([dict(message) for message in row.messages], sort_keys=True, ensure_ascii=False)
 
 
 def _encode_rows(
