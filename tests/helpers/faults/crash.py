@@ -1,4 +1,4 @@
-"""Kill a process at its n-th change of a directory: what a crash in the worst place is.
+"""Kill a process at its n-th change of a directory: for what a crash at the worst place leaves.
 
 Python tells an audit hook of every open, rename, link, unlink and mkdir before it happens, whoever asks for it; of
 fsync it does not, so that one is wrapped. What Arrow writes itself lies between the creation of the temporary file

@@ -1,4 +1,4 @@
-"""A run in the enumerable world: all responses there are, weighted by their probability, in place of sampled ones."""
+"""A run of the enumerable world, all its responses in place of samples: for methods with real trainings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run on a table of all responses, whose trainings are exact: what the methods are in the limit of training well.
+"""A run on a table of all responses with exact trainings: for what a method is in the limit, in seconds.
 
 Sampling, scoring and gradient descent are replaced by enumeration and by the closed form ln π = ln π_from + s/β + a
 constant; solving, measuring, stepping and recording are the product's.

@@ -1,4 +1,4 @@
-"""Real trainings whose peak memory is measured: random-weight Llamas of a few shapes, and pairs of long responses."""
+"""Real trainings whose peak memory is measured, of random Llamas of a few shapes: for what `plan` predicts."""
 
 from __future__ import annotations
 

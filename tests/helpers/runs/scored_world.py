@@ -1,4 +1,4 @@
-"""Responses that no model wrote, and their scoring on real actors: what the tests of faults disturb."""
+"""Responses that no model wrote, and their scoring on real actors: for faults of actors and nodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A preference table over a tiny model, and ranks that train on it: real processes, gloo and ZeRO-3.
+"""A preference table over a tiny model, and real ranks that train on it (gloo, ZeRO-3): for all of training.
 
 The ranks are forked from a server that has imported torch, DeepSpeed and transformers, so that a two-rank training
 costs seconds. They meet through the same environment variables that a launcher sets.
@@ -30,7 +30,7 @@ from can_dist.config.sections import Train
 from can_dist.tables.artifacts import Artifact, open_stage, write_part
 from can_dist.tables.schemas import PREFERENCES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 WORDS = [f"w{i}" for i in range(20)]
 USER, ASSISTANT, END = (SPECIAL_TOKENS.index(token) for token in ("<user>", "<assistant>", "</s>"))
 BETA = 0.5

@@ -1,4 +1,4 @@
-"""A small HTTP server that answers as the hub's API does: which commit a name stands for, and an upload by git LFS."""
+"""A server that answers as the hub's API does, commits and uploads: for pins, models and data by hub id."""
 
 from __future__ import annotations
 

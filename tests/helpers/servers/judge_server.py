@@ -1,4 +1,4 @@
-"""A real HTTP server that speaks chat completions, for tests of the judge."""
+"""A server that speaks chat completions, well and badly as told: for judges and endpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two nodes that are one machine: a real Slurm of two nodes, and real ssh to two loopback addresses."""
+"""Two nodes that are one machine, by a real Slurm and by real ssh: for launchers over several nodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Ray head of its own for tests: on loopback, with token authentication, on free ports, ended by process id."""
+"""A Ray head of its own, on loopback with token authentication: for jobs, metrics and clusters of others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers of other projects, each in a process of its own, until they answer and as long as a test needs them."""
+"""Servers of other projects, each a process of its own until it answers: for scorers and models over HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worlds whose population λ* is known: r and g are sums of independent coordinates of one known law.
+"""Worlds whose population λ* is known: for what the dual estimates from a table, and how surely.
 
 Within every prompt g = σ z₁ and r = σ(ρ z₁ + √(1−ρ²) z₂) with z₁, z₂ independent of a law F of mean 0, variance 1.
 The cumulant function is additive, so the population dual needs only F: E_{π_λ} g = σ κ′(σ(ρ + λ)/β) with

@@ -1,4 +1,4 @@
-"""A world small enough to enumerate (ALGORITHMS 8.5): 3 prompts, 64 responses of 2 tokens, scores given as tables.
+"""A world small enough to enumerate (3 prompts, 64 responses): for what real trainings should end at.
 
 Everything a trained policy should be is known in closed form here, by code that shares nothing with the product.
 """

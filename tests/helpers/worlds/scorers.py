@@ -1,4 +1,4 @@
-"""Python scorers for tests, importable in Ray's workers."""
+"""Python scorers, good and bad, for `kind: callable` in a configuration; Ray's workers import them too."""
 
 import json
 import os

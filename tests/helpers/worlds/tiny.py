@@ -1,4 +1,4 @@
-"""Tiny models for tests, made in seconds without a download: random weights, a tokenizer of whole words."""
+"""Tiny language models and classifiers, made in seconds without a download: for all that loads a model."""
 
 from __future__ import annotations
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from command import HEAVY, Result, assert_refused, can_dist
 from scipy.special import logsumexp, softmax
 from tiny import make_tiny_classifier, make_tiny_lm
 
@@ -25,8 +24,6 @@ from can_dist.config import SequenceClassifier
 from can_dist.errors import DataError
 from can_dist.tables.artifacts import open_stage, write_part
 
-PROGRAM = Path(sys.executable).parent / "can-dist"
-HEAVY = {"torch", "ray", "transformers", "deepspeed", "pandas", "datasets", "peft", "matplotlib"}
 WORDS = ("hello", "world", "yes", "no")
 CONFIG = """\
 prompts: {source: prompts.jsonl, num_test: 2}
@@ -35,42 +32,6 @@ reward: {kind: callable, function: "builtins:len"}
 constraints: {safety: {scorer: {kind: callable, function: "builtins:len"}, margin: 1.0}}
 generate: {num_responses: 2, max_new_tokens: 4}
 """
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a process left: ``imported`` are the top-level packages it loaded."""
-
-    code: int
-    out: str
-    err: str
-    imported: frozenset[str]
-
-
-def can_dist(*arguments: object, cwd: Path) -> Result:
-    """Run the installed program in a process of its own."""
-    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
-    done = subprocess.run(
-        [str(PROGRAM), *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    profile = re.compile(r"^import time:.*\|\s+(\S+)\n", re.MULTILINE)
-    imported = frozenset(name.split(".")[0] for name in profile.findall(done.stderr))
-    assert "can_dist" in imported, "the import profile was not written"
-    return Result(done.returncode, done.stdout, profile.sub("", done.stderr), imported)
-
-
-def assert_refused(result: Result, code: int, kind: str) -> None:
-    """One message on standard error that starts with the kind of error; nothing on standard output; no traceback."""
-    assert result.code == code, result.err
-    assert re.search(rf"^{kind}: ", result.err, re.MULTILINE)
-    assert "Traceback" not in result.err
-    assert result.out == ""
 
 
 # ------------------------------------------------------------------------------------------- help and configuration

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from test_cli import HEAVY, Result, assert_refused, can_dist
+from command import HEAVY, Result, assert_refused, can_dist
 
 from can_dist import frontier
 from can_dist.cli import cli

@@ -28,7 +28,7 @@ from can_dist.cluster.exposure import exposure, is_loopback, is_open
 from can_dist.errors import ConfigError
 from can_dist.workspace import SECRET_NAME
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 JOBS = ROOT / "ray_jobs"
 SCRIPTS = {"ray_jobs/run.py": cli_job.run, "ray_jobs/stage.py": cli_job.stage}
 

@@ -165,8 +165,8 @@ def test_every_number_of_the_configuration_is_in_the_table_of_bounds() -> None:
         key.name.replace("<name>", "safety")
         for key in describe_keys(Config)
         if "number" in key.type or "-1" in key.type
-        if key.name.split(".")[0] not in ("sacpo", "p_sacpo", "cdpo", "caid")  # in test_config_methods.py
-        if key.kind not in ("multi_head", "beaver", "guard", "http")  # in test_http_scorer.py, test_scorer_kinds.py
+        if key.name.split(".")[0] not in ("sacpo", "p_sacpo", "cdpo", "caid")  # in test_methods.py
+        if key.kind not in ("multi_head", "beaver", "guard", "http")  # in unit/scoring
         if not key.name.startswith("generate.endpoint.")  # in test_brought_responses.py
     }
     assert numbers - free == {key for key, *_ in BOUNDS}

@@ -15,7 +15,7 @@ from can_dist.cluster import metrics as ray_metrics
 from can_dist.train import train
 from can_dist.workspace import Workspace
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TESTS = ROOT / "tests"
 SOURCES = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "can_dist").rglob("*.py"))
 

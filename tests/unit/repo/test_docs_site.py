@@ -19,7 +19,7 @@ from can_dist.config import validate_config
 from can_dist.config.yaml_files import merge, parse_yaml
 from can_dist.train import train
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
 PAGES = ["index.md", "start.md", "concepts.md", "comparison.md", "faq.md", "reference/python.md"]
 PAGES += sorted(str(path.relative_to(DOCS)) for path in (DOCS / "howto").glob("*.md"))

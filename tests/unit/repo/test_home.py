@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hub_server import serving_hub
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # What libraries look for in a home when they are imported or first used
 BAIT = (
     ".cache/can_dist/scores.sqlite",
@@ -56,7 +56,7 @@ with open_cache():
 subprocess.run(["git", "config", "--list"], check=True, stdout=subprocess.DEVNULL)
 print(*sorted(str(path.relative_to(Path.home())) for path in Path.home().rglob("*") if path.is_file()), sep="\\n")
 """
-PROBE = "tests/unit/test_home.py::test_what_libraries_keep_is_kept_in_the_home_of_the_session"
+PROBE = "tests/unit/repo/test_home.py::test_what_libraries_keep_is_kept_in_the_home_of_the_session"
 SESSIONS = {"one process": [PROBE], "workers": [PROBE, "-n", "2"]}
 TOUCH = """
 from pathlib import Path

@@ -20,7 +20,7 @@ from can_dist.doctor.preflight import check_pinned, preflight
 from can_dist.errors import ConfigError
 from can_dist.tables.foreign.formats import read_preferences, read_prompts
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 AT_SIZE = [path for path in RECIPES if path.parent.name != "pku_stories3M"]
 UNPINNED = {"PKU-Alignment/PKU-SafeRLHF-30K"}  # its commit was found nowhere; pin.py asks for it

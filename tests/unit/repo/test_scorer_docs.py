@@ -16,7 +16,7 @@ from can_dist.config.sections import Constraint
 from can_dist.config.yaml_files import merge, parse_yaml
 from can_dist.scoring.protocol import Response, load_scorer
 
-PAGE = Path(__file__).parents[2] / "docs" / "scorers.md"
+PAGE = Path(__file__).parents[3] / "docs" / "scorers.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 YAML = [parse_yaml(text, "docs/scorers.md") for language, text in BLOCKS if language == "yaml"]
 BASE: dict[str, Any] = {

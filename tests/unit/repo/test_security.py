@@ -31,7 +31,7 @@ from can_dist.tables.artifacts import digest_of, file_digest, load_artifact, ope
 from can_dist.training import checkpoints
 from can_dist.workspace import Workspace
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SECRET = "hf_canary_0f9d8c7b"
 
 

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from foreign_rows import USER, data, refusal, write
 
-from can_dist.errors import ConfigError, DataError
+from can_dist.errors import ConfigError
 from can_dist.tables.foreign.formats import PREFERENCES_READ, prompt_id, read_preferences, read_prompts
 
-USER = {"role": "user", "content": "Hi?"}
 ANSWER = {"role": "assistant", "content": "Hello."}
 OTHER = {"role": "assistant", "content": "Go away."}
 PKU = {
@@ -30,23 +25,6 @@ PKU = {
     "is_response_1_safe": False,
 }
 HH = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi?\n\nAssistant: Go away."}
-
-
-def write(path: Path, rows: list[Any]) -> str:
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def refusal(source: str | Path, *, pairs: bool = False, **kwargs: Any) -> str:
-    read: Callable[..., Any] = read_prompts
-    if pairs:
-        read = read_preferences
-    with pytest.raises(DataError) as caught:
-        read(source, **kwargs)
-    return str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------- formats: prompts
@@ -301,13 +279,6 @@ def test_bad_pairs_name_file_row_field_found_and_expected(tmp_path: Path, row: d
 
 
 # ------------------------------------------------------------------------------------------------------ real files
-
-
-def data(name: str) -> Path:
-    root = Path(os.environ.get("CAN_DIST_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
-    if not (root / name).is_file():
-        pytest.skip(f"{root / name} is not here; set CAN_DIST_DATA to the folder that holds {name}")
-    return root / name
 
 
 @pytest.mark.real_data

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_formats import USER, data, refusal, write
+from foreign_rows import USER, data, refusal, write
 
 from can_dist.tables.foreign.formats import PreferencesRead, prompt_id, read_preferences, read_prompts
 from can_dist.tables.foreign.known_formats import KNOWN
@@ -241,7 +241,7 @@ def test_real_beavertails_has_98_pairs_of_a_safe_and_an_unsafe_answer() -> None:
 
 
 def test_docs_list_every_format_with_its_columns() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
     for form in KNOWN:
         cells = ", ".join(f"`{name}`" for name in form.needs)
         assert f"| {form.title} | {cells}" in page

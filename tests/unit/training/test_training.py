@@ -46,7 +46,7 @@ from can_dist.training.heartbeat import describe_hang
 from can_dist.training.metrics import MetricsLog, loss_above_start, read_metrics, training_curve
 from can_dist.training.trainable import adapt
 
-DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+DS_CONFIGS = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 
 # ---------------------------------------------------------------------------------------------- batches
 
