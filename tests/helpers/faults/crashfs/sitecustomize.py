@@ -1,4 +1,4 @@
-"""Arms ``crash`` in Ray's actors where PYTHONPATH has this folder: the k-th to change something dies at its k-th change.
+"""Arms ``crash`` in Ray's actors where PYTHONPATH has this folder: the k-th to change anything dies at change k.
 
 So one run of a stage whose actors are replaced passes every place where an actor can die. CRASHFS_DIRECTORY is what
 counts, CRASHFS_LOGS an existing directory elsewhere, which gets a log per process, named k.
