@@ -7,7 +7,7 @@ from pathlib import Path
 
 from can_dist.algorithms import RUN
 from can_dist.config import METHODS, Config, dump_yaml, for_method
-from can_dist.doctor.preflight import check_pinned, preflight
+from can_dist.doctor.preflight import check_pinned, check_sources, preflight
 from can_dist.errors import ConfigError
 from can_dist.run import Run, StageReached
 from can_dist.tables.artifacts import Artifact, atomic_file
@@ -75,6 +75,7 @@ def run_method(
     with Run(directory, config, until=until, only_stage=only_stage) as run:
         try:
             check_pinned(config)
+            check_sources(config)
             prompts = run.prompts()
             preflight(config)
             policies = RUN[config.method](run, config, prompts)

@@ -40,7 +40,10 @@ def plan(
     config: str | None, config_option: str | None, overrides: tuple[str, ...], memory: str | None, as_json: bool
 ) -> None:
     """Print what training needs of each rank's memory, and the largest pack that fits. Reads no weights."""
+    from can_dist.doctor.preflight import check_sources
+
     settings = read_config(config, config_option, overrides)
+    check_sources(settings)
     memory_bytes = rank_memory(settings, memory)
     with contextlib.redirect_stdout(sys.stderr):  # libraries announce themselves there
         found = make_plan(settings, memory_bytes)

@@ -143,16 +143,6 @@ def test_a_level_given_as_a_margin_is_pointed_out(scores: Path) -> None:
         ),
         (["--constraint", "safety:margin=0.3", "--confidence", "nan"], "confidence = nan: expected at least 0.5"),
         (["--constraint", "safety:equals=0.3", "--confidence", "0.9"], "an equality has no safe side to move to"),
-        (
-            ["--constraint", "safety:threshold=-1", "--as-published", "--estimator", "auto", "--confidence", "0.9"],
-            "has neither estimators nor confidence: leave out --estimator and --confidence, or --as-published.",
-        ),
-        (["--constraint", "safety:margin=0.3", "--as-published"], "found safety with margin 0.3. Give one threshold"),
-        (["--constraint", "safety:equals=0.3", "--as-published"], "found safety with an exact margin 0.3"),
-        (
-            ["--constraint", "safety:threshold=-1", "--constraint", "honesty:threshold=0", "--as-published"],
-            "the published solver takes one constraint",
-        ),
         (["--constraint", "safety:margin=0.3", "--json", "."], "--json .: is a directory. Give the path of a file."),
         (["--constraint", "safety:margin=0.3", "--json", "/proc/s.json"], "--json /proc/s.json: cannot be written ("),
     ],
@@ -164,7 +154,7 @@ def test_options_that_do_not_fit_are_refused(scores: Path, arguments: list[str],
 
 
 @pytest.mark.parametrize("beta", [0, -1, "nan", "inf"])
-@pytest.mark.parametrize("more", [[], ["--as-published"], ["--estimator", "auto"], ["--confidence", "0.9"]])
+@pytest.mark.parametrize("more", [[], ["--estimator", "auto"], ["--confidence", "0.9"]])
 def test_beta_must_be_positive_and_finite(scores: Path, beta: object, more: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"beta: found .*, expected a positive finite number"):
         here("solve", scores, "--constraint", "safety:threshold=-1.2", *more, beta=beta)
@@ -180,7 +170,7 @@ def test_unknown_estimator_is_a_usage_error(scores: Path, tmp_path: Path) -> Non
     ("verb", "extra"),
     [
         ("solve", ["--reward", "reward", "--beta", "1", "--estimator", "auto", "--json", "s.json"]),
-        ("solve", ["--constraint", "safety:margin=1", "--confidence", "0.9", "--as-published"]),
+        ("solve", ["--constraint", "safety:margin=1", "--confidence", "0.9"]),
         ("frontier", ["--reward", "reward", "--beta", "1"]),
     ],
 )
@@ -190,42 +180,6 @@ def test_options_of_a_table_are_refused_for_a_run(tmp_path: Path, verb: str, ext
     left_out = ", ".join(name for name in extra if name.startswith("--"))
     assert set(re.findall(r"--[a-z-]+", result.err.split("Leave out")[1])) == {*left_out.split(", "), "--scores"}
     assert not (tmp_path / "r").exists()
-
-
-# ----------------------------------------------------------------------------------------------------- as published
-
-
-def test_as_published_sets_their_lambda_beside_ours(scores: Path, tmp_path: Path) -> None:
-    options = ("--constraint", "safety:threshold=-1.2", "--as-published")
-    record = solution(scores, *options)
-    theirs, ours = record["published"], record["exact"]
-    assert ours == expected(Margin("safety", threshold=-1.2))
-    assert theirs["lam"]["safety"] == pytest.approx(ours["lam"]["safety"], abs=1e-4)
-    assert theirs["kkt_residual"] > 1e3 * ours["kkt_residual"]
-    result = run("solve", scores, tmp_path, *options)
-    lines = result.out.splitlines()
-    assert lines[0].startswith("threshold -1.2 on safety, the absolute level of the published code: margin ")
-    assert lines[1] == (
-        f"published lambda  {theirs['lam']['safety']:.9g}, KKT residual {theirs['kkt_residual']:.1e} "
-        f"({theirs['num_steps']} steps of projected gradient descent in {theirs['num_rounds']} "
-        f"round{'s' * (theirs['num_rounds'] > 1)})"
-    )
-    assert lines[2].startswith(f"exact     lambda* {ours['lam']['safety']:.9g}, KKT residual ")
-    assert lines[3].startswith(f"difference {theirs['lam']['safety'] - ours['lam']['safety']:+.1e}, ")
-    assert lines[4].startswith("status    OPTIMAL")
-    assert not result.imported & (HEAVY - {"pandas"})
-
-
-def test_as_published_that_gives_up_exits_5_with_our_lambda(tmp_path: Path) -> None:
-    path = tmp_path / "steep.parquet"
-    pq.write_table(pa.table({**TABLE, "safety": 1000 * TABLE["safety"]}), path)
-    result = run(
-        "solve", path, tmp_path, "--constraint", "safety:threshold=-1200", "--as-published", "--json", "s.json"
-    )
-    assert_refused(result, 5, "NumericalError")
-    assert "gave up on safety: no convergence in 5 rounds" in result.err
-    assert "The exact solver has lambda* = 0.00" in result.err
-    assert not (tmp_path / "s.json").exists()
 
 
 # --------------------------------------------------------------------------------------------------------- frontier

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from published_dual import Comparison, comparison_text, published_pgd, solve_as_published
 from scipy.interpolate import PchipInterpolator
 
 from can_dist.dual import Frontier, Margin, ScoreTable, frontier_table, solve_table
-from can_dist.dual.published import Comparison, published_pgd, solve_as_published
 from can_dist.errors import ConfigError, InfeasibleConstraint, NumericalError
 
 NUM_PROMPTS = 1500
@@ -295,3 +295,12 @@ class TestComparison:
     def test_beta(self, beta: float) -> None:
         with pytest.raises(ConfigError, match="beta: found"):
             at_threshold(table_of(), 0.6, beta)
+
+
+def test_the_text_sets_their_lambda_beside_ours() -> None:
+    comparison = at_threshold(table_of(), 0.6, 0.5)
+    lines = comparison_text(comparison).splitlines()
+    assert lines[0].startswith("threshold 0.6 on safety, the absolute level of the published code: margin ")
+    assert lines[1].startswith(f"published lambda  {comparison.lam:.9g}, KKT residual ")
+    assert lines[2].startswith(f"exact     lambda* {comparison.exact.lam['safety']:.9g}, KKT residual ")
+    assert lines[3].startswith(f"difference {comparison.difference:+.1e}, ")

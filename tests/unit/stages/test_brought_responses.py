@@ -14,7 +14,7 @@ from tiny import make_tiny_lm
 from transformers import AutoTokenizer
 
 from can_dist.config import Config, validate_config
-from can_dist.doctor.preflight import preflight
+from can_dist.doctor.preflight import check_sources, preflight
 from can_dist.errors import CanDistError, ConfigError, DataError, EnvironmentProblem
 from can_dist.run import Run
 from can_dist.tables.artifacts import Artifact
@@ -144,7 +144,7 @@ def test_file_that_does_not_fit_is_refused(
 
 def test_missing_file_is_found_before_anything_is_computed(world: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
-        preflight(configure(world, {"responses": {"source": str(tmp_path / "nowhere.jsonl")}}))
+        check_sources(configure(world, {"responses": {"source": str(tmp_path / "nowhere.jsonl")}}))
 
 
 # -------------------------------------------------------------------------------------------------------- an endpoint

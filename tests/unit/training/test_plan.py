@@ -18,13 +18,13 @@ from can_dist.training.plan import rank_memory
 
 SIZES = m.Parameters(trained=(1000, 10, 7), frozen=())
 CONFIG = """\
-prompts: {{source: prompts.jsonl, num_test: 2}}
+prompts: {{source: THIS_FILE, num_test: 2}}
 reference: {{model: {model}}}
 reward: {{kind: callable, function: "builtins:len"}}
 constraints: {{safety: {{scorer: {{kind: callable, function: "builtins:len"}}, margin: 1.0}}}}
 generate: {{max_new_tokens: 500}}
 train: {{tokens_per_pack: 128}}
-"""
+""".replace("THIS_FILE", __file__)  # the plan looks whether the prompts exist, no more
 
 
 def zero(num_ranks: int = 4, on_gpu: bool = True, precision: str = "bf16", **options: object) -> m.Zero:
