@@ -12,7 +12,7 @@
 
 Leaner than the original, which also records the objective and both means at every step.
 
-    python benchmarks/published_dual.py --scores scores.parquet --reward reward --constraint safety --threshold 1 --beta 0.1
+    python benchmarks/published_dual.py --scores s.parquet --reward reward --constraint safety --threshold 1 --beta 0.1
 """
 
 from __future__ import annotations

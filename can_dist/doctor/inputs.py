@@ -81,14 +81,11 @@ def check_ds_config(path: str | None) -> str:
 def check_model(spec: Model) -> str:
     """Check that a model can be loaded without its weights, and that its tokenizer is the one it was made for.
 
-    Raises
-    ------
-    DataError
-        When files are missing, the tokenizer knows more tokens than the model has embeddings, a special token is
-        beyond them, or a scorer is no classifier with one output.
-    ConfigError
-        When a conversation could not be written as text (no chat template and no ``template``), or the verdicts of a
-        guard are no tokens.
+    Raises:
+        DataError: when files are missing, the tokenizer knows more tokens than the model has embeddings, a special
+            token is beyond them, or a scorer is no classifier with one output.
+        ConfigError: when a conversation could not be written as text (no chat template and no ``template``), or the
+            verdicts of a guard are no tokens.
     """
     from can_dist.modeling.formatter import Formatter
     from can_dist.modeling.loading import check_vocabulary, looks_local, model_digest

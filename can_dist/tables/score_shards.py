@@ -40,11 +40,9 @@ class ShardIndex:
 def open_score_shards(path: Path, columns: Sequence[str]) -> list[Path]:
     """Return the files of a score table after the checks that need no scores.
 
-    Raises
-    ------
-    DataError
-        For a missing or cut file, a part missing by its name (part-00001-of-00004), columns that are absent or not
-        numbers, and files whose schemas differ (shown side by side).
+    Raises:
+        DataError: for a missing or cut file, a part missing by its name (part-00001-of-00004), columns that are absent
+            or not numbers, and files whose schemas differ (shown side by side).
     """
     if (path / MANIFEST).is_file():
         load_artifact(path).check()
@@ -63,11 +61,9 @@ def open_score_shards(path: Path, columns: Sequence[str]) -> list[Path]:
 def index_shard(path: Path, columns: Sequence[str]) -> ShardIndex:
     """Read a shard once: group its rows by prompt and check every score.
 
-    Raises
-    ------
-    DataError
-        For null ids, repeated response ids, rows of a prompt that are not side by side, and scores that are null, NaN
-        or infinite, each with its row.
+    Raises:
+        DataError: for null ids, repeated response ids, rows of a prompt that are not side by side, and scores that are
+            null, NaN or infinite, each with its row.
     """
     ids = [name for name in ("prompt_id", "response_id") if name in _schema(path).names]
     starts, hashes, row, last = [], [], 0, None
@@ -110,10 +106,8 @@ def check_once(paths: Sequence[Path], indexes: Sequence[ShardIndex]) -> None:
 def check_complete(where: Path, hash_P: npt.NDArray[np.uint64], expected_P: npt.NDArray[np.uint64]) -> None:
     """Check that the prompts with scores are those expected, by the hashes of their ids (:func:`id_hashes`).
 
-    Raises
-    ------
-    DataError
-        Counting the prompts that are missing, and those that are not expected.
+    Raises:
+        DataError: counting the prompts that are missing, and those that are not expected.
     """
     missing, unknown = np.setdiff1d(expected_P, hash_P), np.setdiff1d(hash_P, expected_P)
     if missing.size or unknown.size:
