@@ -29,17 +29,36 @@ def test_every_test_that_security_md_names_exists() -> None:
     written = {
         name: re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
         for path in TESTS.rglob("test_*.py")
-        for name in [f"{path.parent.name}/{path.name}"]
+        for name in [str(path.relative_to(TESTS))]
     }
     everywhere = [test for tests in written.values() for test in tests]
     named = re.findall(r"`(test_\w+?)(?:_\.\.\.|`)", text)
     assert len(named) > 10
     assert [name for name in named if not any(test.startswith(name) for test in everywhere)] == []
-    files = re.findall(r"`((?:unit|integration)/test_\w+\.py)`", text)
+    files = re.findall(r"`((?:unit|integration)/[\w/]+\.py)`", text)
+    assert len(files) > 5
     assert set(files) <= set(written)
     for number in range(1, 12):
         [row] = [line for line in text.splitlines() if line.startswith(f"| S{number} ")]
         assert f"`test_s{number}_" in row
+
+
+PAGES = [path for path in ROOT.rglob("*") if path.suffix == ".md" or path.name == "Makefile"]
+
+
+def test_every_file_of_tests_that_a_page_names_exists() -> None:
+    named = {
+        (str(path.relative_to(ROOT)), file)
+        for path in PAGES
+        if not any(part.startswith(".") or part == "build" for part in path.relative_to(ROOT).parts)
+        for file in re.findall(r"\b(tests/[\w/]+\.py)", path.read_text(encoding="utf-8"))
+    }
+    named |= {
+        ("docs/faults.md", f"tests/{name}")
+        for name in re.findall(r"`((?:unit|integration)/\S+\.py)`", page("docs/faults.md"))
+    }
+    assert len(named) > 30
+    assert [(name, file) for name, file in sorted(named) if not (ROOT / file).is_file()] == []
 
 
 def test_every_test_that_the_faults_page_names_exists_and_every_fault_has_one() -> None:
