@@ -6,8 +6,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import click
-
 from can_dist.config import Config, load_config
 from can_dist.stages.report import PAGE, REPORT
 from can_dist.tables.artifacts import Artifact, atomic_file
@@ -54,7 +52,11 @@ def run_demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
     if not (world / "world.json").is_file():
         from can_dist.demo.world import build_demo_world
 
-        click.echo("can-dist: making a small world: a corpus, a language model, a reward head, a safety head", err=True)
+        print(
+            "can-dist: making a small world: a corpus, a language model, a reward head, a safety head",
+            file=sys.stderr,
+            flush=True,
+        )
         shutil.rmtree(world, ignore_errors=True)  # half a world from an interrupted start
         build_demo_world(world)
     path = run_dir / "demo.yaml"
@@ -64,8 +66,7 @@ def run_demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
     from can_dist.pipeline import run_pipeline
 
     artifact = run_pipeline(run_dir, config)
-    click.echo(summary(artifact, config))
-    sys.stdout.flush()
+    print(summary(artifact, config), flush=True)
 
 
 def summary(artifact: Artifact, config: Config) -> str:
