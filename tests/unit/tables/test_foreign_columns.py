@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_formats import ANSWER, HH, OTHER, PKU, USER, refusal, write
+from foreign_rows import ANSWER, HH, OTHER, PKU, USER, refusal, write
 
 from can_dist.errors import DataError
 from can_dist.tables.foreign.formats import read_preferences, read_prompts, read_responses

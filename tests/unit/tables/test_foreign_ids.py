@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from test_formats import PKU, USER, refusal, write
+from foreign_rows import PKU, USER, refusal, write
 
 from can_dist.cli import cli
 from can_dist.errors import DataError

@@ -8,24 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from foreign_rows import USER, data, refusal, write
+from foreign_rows import ANSWER, HH, OTHER, PKU, USER, data, refusal, write
 
 from can_dist.errors import ConfigError
 from can_dist.tables.foreign.formats import PREFERENCES_READ, prompt_id, read_preferences, read_prompts
-
-ANSWER = {"role": "assistant", "content": "Hello."}
-OTHER = {"role": "assistant", "content": "Go away."}
-PKU = {
-    "prompt": "Hi?",
-    "response_0": "Hello.",
-    "response_1": "Go away.",
-    "better_response_id": 1,
-    "safer_response_id": 0,
-    "is_response_0_safe": True,
-    "is_response_1_safe": False,
-}
-HH = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi?\n\nAssistant: Go away."}
-
 
 # ---------------------------------------------------------------------------------------------- formats: prompts
 
