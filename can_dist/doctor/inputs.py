@@ -86,7 +86,7 @@ def check_data(role: str, source: DataSource) -> str:
 
 def check_function(function: str) -> str:
     """Import a Python scorer; return what it is."""
-    from can_dist.modeling.loading import import_callable
+    from can_dist.scoring.python_callable import import_callable
 
     import_callable(function)
     return f"{function} can be imported"
@@ -94,7 +94,7 @@ def check_function(function: str) -> str:
 
 def check_endpoint(scorer: HttpScorer) -> str:
     """Check that the key of an endpoint is in the environment, as far as it takes one; nothing is sent."""
-    from can_dist.scoring.protocol import check_scorer_opens
+    from can_dist.scoring.kinds import check_scorer_opens
 
     check_scorer_opens(scorer)
     return f"{scorer.model} at {scorer.url}; nothing was sent to it"
@@ -122,7 +122,7 @@ def check_model(spec: Model) -> str:
     """
     from can_dist.modeling.formatter import Formatter
     from can_dist.modeling.loading import check_vocabulary, looks_local, model_digest
-    from can_dist.scoring.protocol import check_scorer_opens
+    from can_dist.scoring.kinds import check_scorer_opens
 
     path = Path(spec.model).expanduser()
     has_files = (path / "config.json").is_file() and any(path.glob("*.safetensors"))

@@ -62,13 +62,6 @@ def row_seed(seed: int, prompt_id: str, index: int) -> int:
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1
 
 
-def end_token_ids(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every token id that ends a response: the tokenizer's and the model's own."""
-    declared: Any = getattr(generation_config, "eos_token_id", None)
-    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    return sorted({tokenizer.eos_token_id, *declared})
-
-
 @torch.inference_mode()
 def sample(
     model: PreTrainedModel,

@@ -19,9 +19,10 @@ from can_dist.config import Generate, Model, identity
 from can_dist.config_endpoints import GenerateEndpoint
 from can_dist.endpoints import open_client, refused, unreachable
 from can_dist.errors import DataError, EnvironmentProblem
+from can_dist.modeling.formatter import open_formatter, response_identity
 from can_dist.modeling.loading import model_digest
 from can_dist.stages.generate import check_prompts_fit, commit_responses, prompts_of_split
-from can_dist.stages.responses import open_formatter, response_row, tokenise
+from can_dist.stages.responses import context_of, response_row, tokenise
 from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, write_part
 from can_dist.tables.schemas import RESPONSES
@@ -51,7 +52,7 @@ def ask_for_responses(work: Workspace, reference: Model, prompts: Artifact, endp
     options = work.config.generate
     what = {
         "model": model_digest(reference),
-        "template": reference.template,
+        **response_identity(reference),
         "seed": work.config.seed,
         "options": identity(options),
     }
@@ -60,7 +61,7 @@ def ask_for_responses(work: Workspace, reference: Model, prompts: Artifact, endp
         return stage.finished
     table = prompts_of_split(prompts.path, "train")
     check_prompts_fit(reference, table, options.max_new_tokens)
-    formatter, longest = open_formatter(reference)
+    formatter, longest = open_formatter(reference), context_of(reference)
     starts = range(0, table.num_rows, options.shard_prompts)
     todo = [(shard, start) for shard, start in enumerate(starts) if shard not in stage.finished_parts()]
     label, total = "reference on train, by an endpoint", table.num_rows * options.num_responses

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from can_dist.config import Constraint, Model, identity
+from can_dist.modeling.formatter import text_identity
 from can_dist.modeling.loading import model_digest, resolve_precision
 from can_dist.reporting.examination import examine
 from can_dist.reporting.measures import (
@@ -36,7 +37,8 @@ from can_dist.reporting.predicted import (
     predictions,
     score_table,
 )
-from can_dist.scoring.protocol import LogProb, ScorerSpec, scorer_identity
+from can_dist.scoring.kinds import scorer_identity
+from can_dist.scoring.protocol import LogProb, ScorerSpec
 from can_dist.stages.generate import generate
 from can_dist.stages.ingest import ingest_benign
 from can_dist.stages.score import score
@@ -166,7 +168,7 @@ def _basis(
     options, precision = work.config.generate, resolve_precision(work.config.precision)
     prompts = sorted(set(inputs["scores_before"].table.column("prompt_id").to_pylist()))
     return {
-        "reference": {"weights": model_digest(reference), "template": reference.template},
+        "reference": {"weights": model_digest(reference), **text_identity(reference)},
         "held_out_prompts": digest_of(prompts),
         "sampling": {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens")}
         | {"stop": list(options.stop)},

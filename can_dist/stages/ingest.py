@@ -95,13 +95,14 @@ def ingest_pairs(
     DataError
         When the source cannot be read, ``mismatched`` is asked of pairs of one prompt only, or every pair is too long.
     """
-    from can_dist.modeling.formatter import Formatter, convention
-    from can_dist.modeling.loading import context_length, load_model_config, load_tokenizer
+    from can_dist.modeling.formatter import TOKENISATION, convention, open_formatter, text_identity
+    from can_dist.modeling.loading import context_length, load_model_config
 
     what = {
         "source": source_identity(source),
         "reference": model_digest(reference),
-        "template": reference.template,
+        **text_identity(reference),
+        "tokenisation": TOKENISATION,
         "mismatched": mismatched,
     }
     stage = work.open("pairs", "given pairs", what, {"prompts": prompts})
@@ -113,10 +114,11 @@ def ingest_pairs(
     held_out = set(splits.column("prompt_id").to_pylist())
     pairs = [(n, pair) for n, pair in enumerate(read.table.to_pylist()) if pair["prompt_id"] not in held_out]
     others = _pairs_of_other_prompts([pair for _, pair in pairs], source.source) if mismatched else []
-    formatter = Formatter(load_tokenizer(reference), reference.template)
+    formatter = open_formatter(reference)
     context = context_length(load_model_config(reference, "model"))
     rows: list[dict[str, Any]] = []
     too_long: list[str] = []
+    unread: list[str] = []
     for index, (number, pair) in enumerate(pairs):
         given: list[dict[str, Any]] = []
         for side in "ab":
@@ -126,15 +128,23 @@ def ingest_pairs(
                 text = others[index][f"response_{side}"]
                 given.append(_given_response(formatter, pair, f"{response_id}-other", text, UNLABELLED))
         longest = len(formatter.prompt_ids(pair["messages"])) + max(row["num_tokens"] for row in given)
-        if longest > context:
+        others_read = [formatter.read_back(row["token_ids"], row["text"]) for row in given]
+        if wrong := [text for text in others_read if text is not None]:
+            unread.append(f"row {number} (reads back as {wrong[0][:40]!r})")
+        elif longest > context:
             too_long.append(f"row {number} ({longest} tokens)")
         else:
             rows += given
-    _tell_too_long(work, source.source, too_long, len(pairs), f"{reference.model}'s context of {context}")
+    for left_out, reason in (
+        (too_long, f"longer than {reference.model}'s context of {context} tokens"),
+        (unread, f"with another text in the tokens of {reference.model}"),
+    ):
+        _tell_left_out(work, source.source, left_out, len(pairs), reason)
     for part, first in enumerate(range(0, len(rows), SHARD_ROWS)):
         write_part(stage.path, part, pa.Table.from_pylist(rows[first : first + SHARD_ROWS], schema=GIVEN_RESPONSES))
     info = _found(read) | {
-        "counts": {**read.counts, "held_out": read.table.num_rows - len(pairs), "too_long": len(too_long)},
+        "counts": {**read.counts, "held_out": read.table.num_rows - len(pairs), "too_long": len(too_long)}
+        | ({"unread": len(unread)} if unread else {}),
         "mismatched": mismatched,
         "names_criteria": read.names_criteria,
         "text": convention(reference),
@@ -169,14 +179,14 @@ def check_criteria(asked: Sequence[tuple[Artifact, str]], where: str, do: str) -
             )
 
 
-def _tell_too_long(work: Workspace, source: str, too_long: Sequence[str], of: int, limit: str) -> None:
-    """Say which pairs are left out: cutting them would change what people judged."""
-    if not too_long:
+def _tell_left_out(work: Workspace, source: str, pairs: Sequence[str], total: int, reason: str) -> None:
+    """Say which pairs are left out, and why: cutting or rewriting them would change what people judged."""
+    if not pairs:
         return
-    what = f"{source}: {len(too_long)} of {of} pair(s) longer than {limit} tokens: {', '.join(too_long[:5])}"
-    if len(too_long) == of:
-        raise DataError(f"{what}. None is left; use a reference with a longer context.")
-    work.say(f"{what}; left out")
+    counted = f"{source}: {len(pairs)} of {total} pair(s) {reason}: {', '.join(pairs[:5])}"
+    if len(pairs) == total:
+        raise DataError(f"{counted}. None is left; use a reference with a longer context, or that reads these texts.")
+    work.say(f"{counted}; left out")
 
 
 def _labels(pair: dict[str, Any], side: str) -> dict[str, int]:
@@ -194,7 +204,7 @@ def _given_response(
         "prompt_id": pair["prompt_id"],
         "response_id": response_id,
         "messages": pair["messages"],
-        "text": text,
+        "text": text.strip(),
         "token_ids": tokens,
         "num_tokens": len(tokens),
         "finish_reason": "given",

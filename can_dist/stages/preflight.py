@@ -12,8 +12,8 @@ from can_dist.errors import ConfigError
 from can_dist.modeling import quantized
 from can_dist.modeling.loading import check_trainable, check_vocabulary, model_digest, resolve_precision
 from can_dist.modeling.vllm_engine import check_installed
+from can_dist.scoring.kinds import check_scorer_opens, scorer_identity
 from can_dist.scoring.log_ratio import check_same_text
-from can_dist.scoring.protocol import check_scorer_opens, scorer_identity
 from can_dist.stages.ingest import source_identity
 from can_dist.stages.train import refuse_requantizing
 from can_dist.training.deepspeed_config import build_ds_config, read_ds_config

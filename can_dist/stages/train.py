@@ -17,7 +17,7 @@ from can_dist import errors
 from can_dist.cluster import check_room_for_workers, connect, interruptible, progress
 from can_dist.config import Config, Model, identity
 from can_dist.errors import CanDistError, ConfigError, EnvironmentProblem, Interrupted
-from can_dist.modeling.formatter import require_convention
+from can_dist.modeling.formatter import require_convention, text_identity
 from can_dist.modeling.loading import model_digest, resolve_precision
 from can_dist.modeling.policy_probe import PROBE
 from can_dist.stages.workspace import Workspace
@@ -124,7 +124,9 @@ def policy_model(policy: Policy, reference: Model) -> Model:
     if isinstance(policy, Model):
         return policy
     policy.check()
-    return Model(model=str(policy.path / POLICY), template=reference.template)
+    return Model(
+        model=str(policy.path / POLICY), template=reference.template, template_options=reference.template_options
+    )
 
 
 def _open(
@@ -132,7 +134,7 @@ def _open(
 ) -> StageDirectory:
     what = {
         **{name: model_digest(model) for name, model in models.items()},
-        "template": models["reference"].template,
+        **text_identity(models["reference"]),
         "train": identity(config.train, exclude=["ds_config"]),
         "ds_config": read_ds_config(config.train.ds_config),
         "beta": beta,

@@ -32,7 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from can_dist.config import Generate
 from can_dist.errors import CanDistError, DataError, EnvironmentProblem
 from can_dist.modeling.formatter import Formatter
-from can_dist.modeling.sampling import end_token_ids, row_seed, sample
+from can_dist.modeling.loading import end_token_ids
+from can_dist.modeling.sampling import row_seed, sample
 from can_dist.training.score_models import ScoreExample, ScorePair, fit_score_model, save_model, scores_of
 
 MAX_LENGTH = 96  # tokens of prompt and response that a scorer learns from; the recipe samples 24-token responses

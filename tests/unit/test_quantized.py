@@ -16,7 +16,8 @@ from can_dist.config import Config, Model, validate_config
 from can_dist.errors import ConfigError
 from can_dist.modeling import quantized
 from can_dist.run import Run
-from can_dist.scoring.protocol import LogProb, scorer_identity
+from can_dist.scoring.kinds import scorer_identity
+from can_dist.scoring.protocol import LogProb
 from can_dist.stages.export import adapters_text
 from can_dist.stages.preflight import preflight
 from can_dist.tables.artifacts import open_stage

@@ -13,7 +13,8 @@ from can_dist.cli import cli
 from can_dist.config import Constraint, validate_config
 from can_dist.config_keys import models_in
 from can_dist.config_yaml import merge, parse_yaml
-from can_dist.scoring.protocol import Response, load_scorer
+from can_dist.scoring.kinds import load_scorer
+from can_dist.scoring.protocol import Response
 
 PAGE = Path(__file__).parents[2] / "docs" / "scorers.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

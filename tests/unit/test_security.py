@@ -22,7 +22,8 @@ from tiny import make_tiny_classifier, make_tiny_lm
 from can_dist.cli import cli
 from can_dist.config import Model, Prompts, SequenceClassifier, validate_config
 from can_dist.errors import CanDistError, ConfigError, DataError, EnvironmentProblem
-from can_dist.modeling.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
+from can_dist.modeling.classifiers import load_sequence_classifier
+from can_dist.modeling.loading import load_causal_lm, load_tokenizer
 from can_dist.run import Run
 from can_dist.stages.ingest import ingest_prompts
 from can_dist.stages.preflight import preflight
