@@ -98,7 +98,8 @@ def run_method(
         try:
             check_pinned(config)
             prompts = run.prompts()
-            preflight(config)
+            for note in preflight(config, prompts.table):
+                run.say(note)
             policies = _run_method(run, config, prompts)
         except StageReached as reached:
             return [reached.artifact]

@@ -128,9 +128,10 @@ class Formatter:
     def plain_prompt(self, messages: Sequence[Message]) -> str:
         """Return the plain template's text up to the response, without special tokens."""
         assert self.template is not None
-        if len(messages) != 1:
+        if len(messages) != 1 or messages[0]["role"] != "user":
+            kind = f"{len(messages)} messages" if len(messages) != 1 else f"one message of {messages[0]['role']!r}"
             raise DataError(
-                f"a conversation of {len(messages)} messages does not fit the plain template {self.template!r}. "
+                f"a conversation of {kind} does not fit the plain template {self.template!r}. "
                 "Use a tokenizer with a chat template, or single-turn prompts."
             )
         return self.template.replace("{prompt}", messages[0]["content"])
@@ -156,16 +157,25 @@ class Formatter:
                 f"model {self.tokenizer.name_or_path!r}: its chat template does not write the assistant's turn after "
                 f"{_roles(messages)}. Give a template that does."
             )
+        self.check_asks(messages)
         begin, expected = before.rstrip(), prompt.rstrip()
         is_alike = begin[-ALIKE:] == expected[-ALIKE:]
+        lead = before[len(begin) :].removeprefix(prompt[len(expected) :]) if is_alike else ""
+        return lead, self._end_of_response(after)
+
+    def check_asks(self, messages: Sequence[Message]) -> None:
+        """Raise ``DataError`` where the chat template takes no ``add_generation_prompt`` and should."""
+        if self.template is not None:
+            return
+        prompt = self.prompt_text(messages)
+        before = self._whole(messages, PLACEHOLDER).partition(PLACEHOLDER)[0]
+        is_alike = before.rstrip()[-ALIKE:] == prompt.rstrip()[-ALIKE:]
         if not is_alike and prompt == self._render(messages, add_generation_prompt=False):
             raise DataError(
                 f"model {self.tokenizer.name_or_path!r}: its chat template begins a response with {before[-40:]!r}, "
                 "and does not write that where it is asked for one (add_generation_prompt): prompts would end before "
                 "the assistant's turn. Correct the template."
             )
-        lead = before[len(begin) :].removeprefix(prompt[len(expected) :]) if is_alike else ""
-        return lead, self._end_of_response(after)
 
     def _end_of_response(self, after: str) -> str:
         """Return what follows a response up to the first token that ends one."""
