@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from can_dist.config import Cluster
 from can_dist.errors import CanDistError, EnvironmentProblem, Interrupted
 from can_dist.job_server import exposure
+from can_dist.ray_directory import session_directory
 from can_dist.ray_metrics import shard_seconds, tags
 
 # what the driver hands on to the workers of a cluster: never a secret, because Ray shows and logs these.
@@ -120,7 +121,7 @@ def connect(cluster: Cluster) -> None:
         # what the driver can import, its workers can: a user's scorer lies in the current directory
         paths = [str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
-        options |= {"address": "local", "include_dashboard": False}
+        options |= {"address": "local", "include_dashboard": False, "_temp_dir": session_directory()}
     else:
         options |= {"address": address, "runtime_env": {"env_vars": forwarded(os.environ)}}
     try:

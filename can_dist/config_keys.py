@@ -124,7 +124,10 @@ def _line(key: str, location: Sequence[str], problem: Any, raw: Any, root: type[
     if problem["type"] == "missing":
         return f"{key}: required, not given."
     if problem["type"] == "union_tag_invalid":
-        return f"{key}.kind: expected {problem['ctx']['expected_tags']} (found {problem['ctx']['tag']!r})"
+        kinds = [kind.strip(" '") for kind in problem["ctx"]["expected_tags"].split(",")]
+        nearest = difflib.get_close_matches(str(problem["ctx"]["tag"]), kinds, n=1, cutoff=0.5)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        return f"{key}.kind: unknown kind {problem['ctx']['tag']!r}.{hint} Kinds of scorers: {', '.join(kinds)}."
     return f"{key}: {_message(problem)}{_shown(problem)}"
 
 

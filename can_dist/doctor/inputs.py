@@ -15,11 +15,13 @@ from can_dist.config import (
     Guard,
     HttpScorer,
     LogRatio,
+    Lora,
     Model,
     PythonCallable,
     SequenceClassifier,
 )
-from can_dist.doctor.finding import Finding, error, ok
+from can_dist.config_endpoints import GenerateEndpoint
+from can_dist.doctor.finding import Finding, Severity, error, note, ok
 from can_dist.errors import CanDistError
 
 # of one trained parameter in a checkpoint: weight, its fp32 copy and AdamW's two averages; and of an exported one
@@ -37,16 +39,56 @@ def check_inputs(config: Config) -> list[Finding]:
             findings.append(checked(name, partial(check_function, scorer.function)))
         elif isinstance(scorer, HttpScorer):
             findings.append(checked(name, partial(check_endpoint, scorer)))
+    if config.generate.endpoint is not None:
+        findings.append(checked("generate.endpoint", partial(check_generate_endpoint, config.generate.endpoint)))
+    if all(finding.severity < Severity.ERROR for finding in findings):  # else it would say the same again
+        findings += conversations(config)
+        if config.train.lora is not None:
+            findings.append(checked("train.lora", partial(check_lora, config.reference, config.train.lora)))
     return [*findings, checked("train.ds_config", partial(check_ds_config, config.train.ds_config))]
 
 
-def checked(what: str, check: Callable[[], str]) -> Finding:
-    """Run a check that says what it found; an error of ours becomes a finding."""
+def checked(name: str, check: Callable[[], str]) -> Finding:
+    """Run a check that returns what there is; an error of ours becomes a finding."""
     try:
-        return ok(what, check())
+        return ok(name, check())
     except CanDistError as problem:
-        found, _, remedy = str(problem).partition(". ")
-        return error(what, found, remedy or "Correct it.")
+        return _problem(name, problem)
+
+
+def _problem(name: str, problem: CanDistError) -> Finding:
+    trouble, _, remedy = str(problem).partition(". ")
+    return error(name, trouble, remedy or "Correct it.")
+
+
+def conversations(config: Config) -> list[Finding]:
+    """Write one prompt of each kind by every template that will read it, as a run does before it samples."""
+    from can_dist.stages.conversations import check_conversations
+
+    try:
+        notes = check_conversations(config)
+    except CanDistError as problem:
+        return [_problem("conversations", problem)]
+    return [note("conversations", line) for line in notes] or [
+        ok("conversations", "every template writes every message of each kind of prompt")
+    ]
+
+
+def check_lora(reference: Model, lora: Lora) -> str:
+    """Check that adapters can be merged; return where they go."""
+    from can_dist.modeling.adapters import check_adapters
+
+    check_adapters(reference, lora)
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    return f"adapters on {targets} can be merged"
+
+
+def check_generate_endpoint(endpoint: GenerateEndpoint) -> str:
+    """Check the key of the endpoint that samples, and the proxy on the way; nothing is sent."""
+    from can_dist.endpoints import open_client
+
+    open_client(f"generate.endpoint {endpoint.model}", endpoint.base_url, endpoint).close()
+    return f"{endpoint.model} at {endpoint.base_url}; nothing was sent to it"
 
 
 def _scorers(config: Config) -> dict[str, Any]:
@@ -111,27 +153,29 @@ def check_ds_config(path: str | None) -> str:
 def check_model(spec: Model) -> str:
     """Check that a model can be loaded without its weights, and that its tokenizer is the one it was made for.
 
-    Raises
-    ------
-    DataError
-        When files are missing, the tokenizer knows more tokens than the model has embeddings, a special token is
-        beyond them, or a scorer is no classifier with one output.
-    ConfigError
-        When a conversation could not be written as text (no chat template and no ``template``), or the verdicts of a
-        guard are no tokens.
+    Raises:
+        DataError: Files are missing or damaged, the model is an adapter, the checkpoint is not its configuration's, the
+            tokenizer knows more tokens than the model has embeddings, a special token is beyond them, or a scorer is
+            no classifier with one output.
+        ConfigError: A conversation could not be written as text (no chat template and no ``template``), or the
+            verdicts of a guard are no tokens.
     """
-    from can_dist.modeling.formatter import Formatter
-    from can_dist.modeling.loading import check_vocabulary, looks_local, model_digest
+    from can_dist.modeling.formatter import open_formatter
+    from can_dist.modeling.loading import check_causal_lm, check_vocabulary, looks_local, model_digest
+    from can_dist.modeling.stored import refuse_adapter
     from can_dist.scoring.kinds import check_scorer_opens
 
     path = Path(spec.model).expanduser()
+    refuse_adapter(path)
     has_files = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
     if not has_files and (path.is_dir() or looks_local(spec.model)):
         model_digest(spec)  # tells which is missing
     tokenizer, architecture = check_vocabulary(spec)
     if isinstance(spec, SequenceClassifier | Guard):
         check_scorer_opens(spec)
-    Formatter(tokenizer, spec.template)
+    else:
+        check_causal_lm(spec)
+        open_formatter(spec)
     rows = architecture.get_text_config().vocab_size
     return (
         f"{spec.model}: {architecture.model_type}, {len(tokenizer)} tokens for {rows} embeddings, {template_of(spec)}"
@@ -140,6 +184,8 @@ def check_model(spec: Model) -> str:
 
 def template_of(spec: Model) -> str:
     """Say where the text convention comes from."""
+    if isinstance(spec, SequenceClassifier) and spec.text_pair:
+        return "pairs of texts"
     return "plain template" if spec.template is not None else "chat template"
 
 

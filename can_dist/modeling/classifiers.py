@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,16 @@ NORMALISING = ("normalize_reward", "do_normalize")
 """Keys of config.json under which makers (OpenRLHF, Safe RLHF) normalise the scores of a model when they open it."""
 
 
-def load_sequence_classifier(spec: SequenceClassifier, precision: str) -> PreTrainedModel:
+def load_sequence_classifier(
+    spec: SequenceClassifier, precision: str, tell: Callable[[str], None] = lambda line: None
+) -> PreTrainedModel:
     """Load a sequence classifier or Beaver model; refuse one whose head was not in the checkpoint.
 
     transformers initialises a missing head at random with only a warning, so a causal language model given as a
-    reward model would yield noise.
+    reward model would yield noise. ``tell`` takes a line on harmless tensors that nothing reads.
     """
     check_sequence_classifier(spec)
-    model: PreTrainedModel = load_whole(_class_of(spec), spec, precision, ROLE).eval()
+    model: PreTrainedModel = load_whole(_class_of(spec), spec, precision, ROLE, tell=tell).eval()
     return model
 
 
@@ -74,7 +77,7 @@ def _refuse_normalised(spec: SequenceClassifier, config: Any) -> None:
             raise DataError(
                 f"scorer model {spec.model!r}: config.json has {key} true: its maker's loader returns (score - mean) / "
                 f"std{statistics}, which is not computed here. For the raw score set it "
-                "to false and take the tensors mean and std out of the checkpoint; margins are then std times as large."
+                "to false; margins and thresholds are then in its units, std times as large."
             )
 
 

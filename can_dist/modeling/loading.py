@@ -6,7 +6,8 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -79,8 +80,13 @@ def _refuse_hub_adapter(spec: Model) -> None:
     raise DataError(stored.about_adapter(spec.model, stored.read_json(Path(str(file)))))
 
 
-LANGUAGE_HEADS = ("lm_head.", "embed_out.", "cls.predictions.", "lm_head_")
-"""Weights that a score model trained from a language model may still have, and that have no part in its score."""
+STATISTICS = {"mean", "std"}
+"""Tensors in which makers (OpenRLHF) keep what they normalise a model's scores by."""
+LEFT_OVER = re.compile(
+    r"^(lm_head|embed_out|cls|lm_predictions|mask_predictions|discriminator_predictions|generator_\w+)\.|"
+    r"\.(masked_bias|inv_freq|position_ids)$"
+)
+"""What a checkpoint may still hold of the language model that a score model was trained from, or of its buffers."""
 
 
 def resolve_precision(precision: str) -> str:
@@ -203,7 +209,12 @@ def empty_causal_lm(spec: Model, precision: str) -> PreTrainedModel:
 
 
 def load_whole(
-    kind: Any, spec: Model, precision: str, role: str, options: Mapping[str, Any] = MappingProxyType({})
+    kind: Any,
+    spec: Model,
+    precision: str,
+    role: str,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Any:
     """Load a model of a class of transformers; every weight must come from the checkpoint, in the shape of its config.
 
@@ -213,6 +224,7 @@ def load_whole(
         precision: 'bf16' or 'fp32'.
         role: What it is loaded as, for messages.
         options: Further arguments of ``from_pretrained``.
+        tell: Takes a line on tensors of the checkpoint that nothing reads and that have no part in a score.
 
     Raises:
         DataError: The model cannot be opened, or a weight is missing, has another shape, or (of a scorer) is not read.
@@ -228,7 +240,8 @@ def load_whole(
             ignore_mismatched_sizes=True,  # they are refused in our words
             **options,
         )
-    refuse_unfit(spec, role, info)
+    if unread := refuse_unfit(spec, role, model.config, info):
+        tell(f"nothing reads these tensors of the checkpoint, which have no part in a score: {_some(unread)}")
     return model
 
 
@@ -245,12 +258,21 @@ def check_weights(kind: Any, spec: Model, role: str) -> None:
         _, info = kind.from_pretrained(
             str(path), use_safetensors=True, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
         )
-    refuse_unfit(spec, role, info)
+    refuse_unfit(spec, role, config, info)
 
 
-def refuse_unfit(spec: Model, role: str, info: Mapping[str, Any]) -> None:
-    """Raise ``DataError`` when weights are missing from a checkpoint, have another shape, or a scorer reads not all."""
-    unread = sorted(name for name in info["unexpected_keys"] if not name.startswith(LANGUAGE_HEADS))
+def refuse_unfit(spec: Model, role: str, config: Any, info: Mapping[str, Any]) -> list[str]:
+    """Compare a checkpoint with the model that its configuration makes, by what transformers says of its names.
+
+    Returns:
+        The tensors of a score model that nothing reads and that have no part in its score.
+
+    Raises:
+        DataError: Weights are missing, have another shape, or are not read and may have a part in a score.
+    """
+    unread = sorted(name for name in info["unexpected_keys"] if not LEFT_OVER.search(name))
+    if getattr(config, "normalize_reward", None) is False:
+        unread = [name for name in unread if name not in STATISTICS]
     if info["mismatched_keys"]:
         name, stored_shape, made_shape = min(info["mismatched_keys"])
         raise DataError(
@@ -263,6 +285,13 @@ def refuse_unfit(spec: Model, role: str, info: Mapping[str, Any]) -> None:
             f"model {spec.model!r}: weights missing from the checkpoint: {_some(info['missing_keys'])}; they would be "
             f"random.{instead} Give a complete, trained {role}."
         )
+    statistics = STATISTICS & set(unread)
+    if isinstance(spec, SequenceClassifier) and not isinstance(spec, Beaver) and statistics:
+        raise DataError(
+            f"scorer model {spec.model!r}: the checkpoint holds {' and '.join(sorted(statistics))} of its scores, "
+            "which nothing reads, and config.json does not say whether its maker's loader normalises by them. Write "
+            '"normalize_reward": false into config.json if its score is the raw one.'
+        )
     if isinstance(spec, Beaver) and unread:
         raise DataError(
             f"model {spec.model!r}: the checkpoint holds weights of another layout: {_some(unread)}. "
@@ -271,9 +300,10 @@ def refuse_unfit(spec: Model, role: str, info: Mapping[str, Any]) -> None:
     if isinstance(spec, SequenceClassifier) and unread:
         raise DataError(
             f"scorer model {spec.model!r}: the checkpoint holds tensors that nothing reads: {_some(unread)}; the score "
-            "may not be its maker's. Remove them from the checkpoint if the score does not need them, or use a model "
-            "that transformers reads whole."
+            "may not be its maker's. Use a model that transformers reads whole, or remove them from the checkpoint if "
+            "the score does not need them."
         )
+    return sorted(set(info["unexpected_keys"]) - set(unread)) if isinstance(spec, SequenceClassifier) else []
 
 
 def load_model_config(spec: Model, role: str) -> Any:
@@ -335,10 +365,13 @@ def context_length(model_or_config: Any) -> int:
 def named_errors(model: str, role: str) -> Iterator[None]:
     """Name the model in whatever transformers has to say about it, and keep its advice off the screen."""
     from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
 
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     except (OSError, ValueError, KeyError, json.JSONDecodeError, SafetensorError) as error:
@@ -347,6 +380,8 @@ def named_errors(model: str, role: str) -> Iterator[None]:
         raise DataError(f"model {model!r}: cannot be loaded as a {role}: {error}") from None
     finally:
         logger.setLevel(level)
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _some(names: Any, limit: int = 4) -> str:

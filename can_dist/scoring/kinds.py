@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from can_dist.config import Beaver, Guard, HttpScorer, MultiHead, PythonCallable, SequenceClassifier, identity
-from can_dist.endpoints import read_key
+from can_dist.endpoints import open_client
 from can_dist.modeling.formatter import Message, text_identity
 from can_dist.modeling.loading import check_causal_lm, check_vocabulary, model_digest
 from can_dist.scoring.protocol import ActorSpec, LogProb, Outputs, PolicyRatio, Scorer, ScorerSpec
@@ -157,7 +157,7 @@ def _open_http(spec: HttpScorer, precision: str) -> Scorer:
 
 
 def _check_http(spec: HttpScorer) -> None:
-    read_key(f"scorer {spec.model} at {spec.url}", spec)
+    open_client(f"scorer {spec.model} at {spec.url}", spec.url, spec).close()
 
 
 def _http_writer(spec: HttpScorer) -> Writer:

@@ -32,7 +32,8 @@ class ClassifierScorer:
         check_pair_is_chosen(spec)
         self.spec = spec
         self.where = f"scorer {spec.model!r}"
-        self.model = load_sequence_classifier(spec, precision).to(device())
+        tell = functools.partial(say, self.where)
+        self.model = load_sequence_classifier(spec, precision, tell).to(device())
         self.tokenizer = load_tokenizer(spec)
         self.formatter = None if spec.text_pair else open_formatter(spec)
         # transformers, and so the training, read a text before the padding that its configuration publishes
@@ -42,7 +43,6 @@ class ClassifierScorer:
         self.model.config.pad_token_id = self.pad_id
         self.max_length = min(spec.max_length or 10**9, context_length(self.model))
         self.head = None if spec.text_pair else self._linear_head()
-        tell = functools.partial(say, self.where)
         if self.head is None:
             tell("pools by itself; padded batches: slower, and larger in memory")
             layout = "padded"

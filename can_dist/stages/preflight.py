@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from can_dist.config import Config, DataSource, LogRatio, Model
-from can_dist.endpoints import read_key
+from can_dist.endpoints import open_client
 from can_dist.errors import ConfigError
 from can_dist.modeling import quantized
 from can_dist.modeling.adapters import check_adapters
@@ -82,7 +82,8 @@ def preflight(config: Config, prompts: pa.Table | None = None) -> list[str]:
     if config.generate.engine == "vllm":
         check_installed(config.cluster.gpus_per_actor)
     if config.generate.endpoint is not None:
-        read_key(f"generate.endpoint {config.generate.endpoint.model}", config.generate.endpoint)
+        endpoint = config.generate.endpoint
+        open_client(f"generate.endpoint {endpoint.model}", endpoint.base_url, endpoint).close()
     for scorer in named_scorers(config).values():
         if isinstance(scorer, LogRatio):
             _check_log_ratio(scorer, config.reference)

@@ -214,8 +214,8 @@ def test_true_is_no_number_and_no_text(key: str) -> None:
         (
             "reward.kind",
             "gard",
-            "reward.kind: expected 'sequence_classifier', 'multi_head', 'beaver', 'guard', 'http', 'callable', "
-            "'log_ratio' (found 'gard')",
+            "reward.kind: unknown kind 'gard'. Did you mean 'guard'? Kinds of scorers: sequence_classifier, "
+            "multi_head, beaver, guard, http, callable, log_ratio.",
         ),
         ("reward", 3, "reward: expected a group of keys (found 3)"),
         ("generate", None, "generate: expected a group of keys (found None)"),

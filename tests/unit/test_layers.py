@@ -32,7 +32,7 @@ LAYERS = [
     ["shards"],
     ["cluster", "endpoints"],
     ["config"],
-    ["job_server", "ray_metrics"],
+    ["job_server", "ray_directory", "ray_metrics"],
     ["config_cluster", "config_scorers"],
     ["config_endpoints"],
     ["config_keys", "config_methods", "config_yaml"],
