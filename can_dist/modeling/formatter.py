@@ -160,7 +160,8 @@ class Formatter:
         self.check_asks(messages)
         begin, expected = before.rstrip(), prompt.rstrip()
         is_alike = begin[-ALIKE:] == expected[-ALIKE:]
-        lead = before[len(begin) :].removeprefix(prompt[len(expected) :]) if is_alike else ""
+        space, asked_space = before[len(begin) :], prompt[len(expected) :]
+        lead = space.removeprefix(asked_space) if is_alike and space.startswith(asked_space) else ""
         return lead, self._end_of_response(after)
 
     def check_asks(self, messages: Sequence[Message]) -> None:

@@ -41,19 +41,19 @@ def check_conversations(config: Config, prompts: pa.Table | None = None) -> list
         DataError: A template refuses a conversation, or does not write one of its messages or the response.
     """
     asked = kinds_of(_prompts_of(config.prompts) if prompts is None else prompts)
-    notes = _check_reference("reference", config.reference, asked)
+    notes = check_reference("reference", config.reference, asked)
     for key, scorer in named_scorers(config).items():
-        notes += _check_scorer(key, scorer, asked)
+        notes += check_scorer(key, scorer, asked)
     if config.evaluate.benign_prompts is not None:
-        notes += _check_reference("reference", config.reference, kinds_of(_prompts_of(config.evaluate.benign_prompts)))
+        notes += check_reference("reference", config.reference, kinds_of(_prompts_of(config.evaluate.benign_prompts)))
     for source in _pair_sources(config):
         pairs = kinds_of(_pairs_of(source))
-        notes += _check_reference("reference", config.reference, pairs, are_texts=True)
+        notes += check_reference("reference", config.reference, pairs, are_texts=True)
         if source == config.label.preferences and config.label.pairs == "preferences":
             for key, scorer in named_scorers(config).items():
-                notes += _check_scorer(key, scorer, pairs)
+                notes += check_scorer(key, scorer, pairs)
     if config.generate.responses is not None or config.generate.endpoint is not None:
-        _check_reference("reference", config.reference, asked, are_texts=True)
+        check_reference("reference", config.reference, asked, are_texts=True)
     return list(dict.fromkeys(notes))
 
 
@@ -95,7 +95,7 @@ def _pair_sources(config: Config) -> list[DataSource]:
     return [source for number, source in enumerate(sources) if source is not None and source not in sources[:number]]
 
 
-def _check_reference(key: str, reference: Model, asked: Conversations, *, are_texts: bool = False) -> list[str]:
+def check_reference(key: str, reference: Model, asked: Conversations, *, are_texts: bool = False) -> list[str]:
     """Check what the reference is asked; with ``are_texts`` also that responses given as text can be tokenised."""
     formatter = open_formatter(reference)
     owner = f"{key} {reference.model!r}"
@@ -109,9 +109,10 @@ def _check_reference(key: str, reference: Model, asked: Conversations, *, are_te
     return notes
 
 
-def _check_scorer(key: str, scorer: Any, asked: Conversations) -> list[str]:
+def check_scorer(key: str, scorer: Any, asked: Conversations) -> list[str]:
+    """Check what a scorer reads of conversations and their responses; a Python function gets them as they are."""
     if isinstance(scorer, LogRatio):
-        return _check_reference(f"{key}.model", scorer.model, asked) if scorer.model is not None else []
+        return check_reference(f"{key}.model", scorer.model, asked) if scorer.model is not None else []
     kind = kind_of(scorer)
     if kind.writer is None:
         return []
