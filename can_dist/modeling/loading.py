@@ -310,6 +310,7 @@ def load_model_config(spec: Model, role: str) -> Any:
     """Return a model's configuration; ``role`` says in messages what it is loaded as."""
     from transformers import AutoConfig
 
+    stored.refuse_adapter(Path(spec.model))
     with named_errors(spec.model, role):
         return AutoConfig.from_pretrained(spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
 
