@@ -123,6 +123,19 @@ def test_dual_loads_neither_torch_nor_ray_nor_pyarrow() -> None:
     assert done.stdout == "set()\n"
 
 
+# --------------------------------------------------------------------------------------------------------- scoring
+
+
+def test_protocol_of_scorers_imports_none_and_there_is_no_circle_among_their_files() -> None:
+    files = {module_name(path): path for path in (PACKAGE / "scoring").glob("*.py")}
+    uses = {name: {used for used in imports(path) if used in files and used != name} for name, path in files.items()}
+    assert uses["can_dist.scoring.protocol"] == set()
+    done: set[str] = set()
+    while ready := {name for name in uses.keys() - done if uses[name] <= done}:
+        done |= ready
+    assert uses.keys() - done == set(), "these import each other"
+
+
 # -------------------------------------------------------------------------------------------------------- packages
 
 
