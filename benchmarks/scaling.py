@@ -73,7 +73,8 @@ def ranks_row(arguments: argparse.Namespace) -> dict[str, Any]:
     from can_dist.config import Model
     from can_dist.modeling.formatter import Formatter
     from can_dist.modeling.loading import load_tokenizer
-    from can_dist.scoring.protocol import LogProb, Response, load_scorer
+    from can_dist.scoring.kinds import load_scorer
+    from can_dist.scoring.protocol import LogProb, Response
 
     model = Model(model=arguments.model)
     job = Job("ours", arguments.shape, arguments.model, "", arguments.num_pairs, arguments.num_pairs // 2, 512)

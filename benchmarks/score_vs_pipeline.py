@@ -39,7 +39,8 @@ from pairs import SHAPES, random_lengths, words_of
 from can_dist.config import SequenceClassifier
 from can_dist.modeling.formatter import Formatter
 from can_dist.modeling.loading import load_tokenizer
-from can_dist.scoring.protocol import Response, load_scorer
+from can_dist.scoring.kinds import load_scorer
+from can_dist.scoring.protocol import Response
 
 RESULTS = Path(__file__).parent / "results" / "score_vs_pipeline.json"
 NUM_RESPONSES, HABIT_LENGTH, HABIT_BATCH = 16, 512, 16

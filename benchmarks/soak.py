@@ -24,7 +24,8 @@ import pyarrow as pa
 from machine import machine
 
 from can_dist.config import SequenceClassifier, validate_config
-from can_dist.scoring.protocol import Response, load_scorer
+from can_dist.scoring.kinds import load_scorer
+from can_dist.scoring.protocol import Response
 from can_dist.stages.score import score
 from can_dist.tables.artifacts import Artifact, open_stage, verify_run, write_part
 from can_dist.tables.schemas import RESPONSES

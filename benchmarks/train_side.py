@@ -114,7 +114,8 @@ def _ours(job: Job, pairs: list[Any], meter: Meter, directory: Path) -> dict[str
 
     from can_dist.config import Model
     from can_dist.modeling import logprobs
-    from can_dist.scoring.protocol import LogProb, Response, load_scorer
+    from can_dist.scoring.kinds import load_scorer
+    from can_dist.scoring.protocol import LogProb, Response
     from can_dist.training import engine
     from can_dist.training.metrics import METRICS, read_metrics
 

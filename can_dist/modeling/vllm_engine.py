@@ -13,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from can_dist.config import Generate, Model
+from can_dist.config import Model
+from can_dist.config.sections import Generate
 from can_dist.errors import ConfigError, EnvironmentProblem
 from can_dist.modeling.loading import torch_dtype
 

@@ -17,6 +17,7 @@ import numpy as np
 from can_dist.config import HttpScorer
 from can_dist.endpoints import open_client, refused, unreachable
 from can_dist.errors import DataError, EnvironmentProblem
+from can_dist.modeling.formatter import Message
 from can_dist.scoring.protocol import Response
 
 if TYPE_CHECKING:
@@ -87,6 +88,15 @@ def fill(value: Any, spec: HttpScorer, batch: Sequence[Response]) -> Any:
         return value
     filled = [of_one[value](spec, response) for response in batch]
     return filled if "*" in spec.value.split(".") else filled[0]
+
+
+def request_text(spec: HttpScorer, messages: Sequence[Message], text: str) -> str:
+    """Return the request for one response as JSON text.
+
+    Raises:
+        DataError: A conversation of several messages is to be sent as ``{prompt}`` or ``{text}``.
+    """
+    return json.dumps(fill(spec.request, spec, [Response("to be sampled", messages, text, [])]), ensure_ascii=False)
 
 
 def _response(spec: HttpScorer, response: Response) -> str:

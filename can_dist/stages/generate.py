@@ -10,9 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from can_dist.config import Generate, Model, identity
+from can_dist.config import Model
+from can_dist.config.base import identity
+from can_dist.config.sections import Generate
 from can_dist.errors import DataError
-from can_dist.modeling.formatter import convention
+from can_dist.modeling.formatter import convention, open_formatter, text_identity
 from can_dist.modeling.loading import model_digest, resolve_precision
 from can_dist.tables.artifacts import Artifact, StageDirectory, load_artifact, write_part
 from can_dist.tables.schemas import PROMPTS, RESPONSES, check_schema
@@ -42,7 +44,7 @@ def generate(work: Workspace, model: Model, prompts: Artifact, *, split: str, ro
     precision = resolve_precision(config.precision)
     what = {
         "model": model_digest(model),
-        "template": model.template,
+        **text_identity(model),
         "split": split,
         "seed": config.seed,
         "precision": precision,
@@ -111,11 +113,10 @@ def check_truncated(work: Workspace, responses: Artifact) -> Artifact:
 
 def check_prompts_fit(model: Model, prompts: pa.Table, max_new_tokens: int) -> None:
     """Raise ``DataError`` listing the prompts that leave no room for a response in the model's context."""
-    from can_dist.modeling.formatter import Formatter
     from can_dist.modeling.loading import check_vocabulary, context_length
 
-    tokenizer, config = check_vocabulary(model)
-    formatter = Formatter(tokenizer, model.template)
+    _, config = check_vocabulary(model)
+    formatter = open_formatter(model)
     room = context_length(config) - max_new_tokens
     lengths = {row["prompt_id"]: len(formatter.prompt_ids(row["messages"])) for row in prompts.to_pylist()}
     too_long = [f"{prompt_id} ({length} tokens)" for prompt_id, length in lengths.items() if length > room]
@@ -147,14 +148,11 @@ class GenerateJob:
 
     def load(self) -> Any:
         """Open prompts, model, tokenizer and formatter."""
-        from can_dist.modeling.formatter import Formatter
-        from can_dist.modeling.loading import device, generation_config, load_causal_lm, load_tokenizer
+        from can_dist.modeling.loading import device, load_causal_lm
         from can_dist.modeling.policy_probe import check_probe, probe_length
-        from can_dist.modeling.sampling import end_token_ids
         from can_dist.modeling.vllm_engine import logp, open_engine
 
-        tokenizer = load_tokenizer(self.model)
-        formatter = Formatter(tokenizer, self.model.template)
+        formatter = open_formatter(self.model)
         prompts = prompts_of_split(self.prompts_path, self.split)
         model: Any
         if self.options.engine == "vllm":
@@ -162,10 +160,10 @@ class GenerateJob:
             longest = max(longest + self.options.max_new_tokens, probe_length(self.model.model))
             model = open_engine(self.model, self.precision, longest)
             check_probe(model, self.model.model, self.precision, logp)
-            return prompts, model, tokenizer, formatter, end_token_ids(generation_config(self.model), tokenizer)
+            return prompts, model, formatter
         model = load_causal_lm(self.model, self.precision).eval().to(device())
         check_probe(model, self.model.model, self.precision)
-        return prompts, model, tokenizer, formatter, end_token_ids(model.generation_config, tokenizer)
+        return prompts, model, formatter
 
     def process(self, loaded: Any, shard: int) -> None:
         """Sample and commit one shard."""
@@ -204,7 +202,8 @@ class GenerateJob:
     def _sample_batch(self, loaded: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         from can_dist.modeling import sampling, vllm_engine
 
-        _, model, tokenizer, formatter, end_ids = loaded
+        _, model, formatter = loaded
+        tokenizer, end_ids = formatter.tokenizer, formatter.end_ids
         options, num_responses = self.options, self.options.num_responses
         prompt_ids = [formatter.prompt_ids(row["messages"]) for row in rows]
         pairs = [(row, ids, k) for row, ids in zip(rows, prompt_ids, strict=True) for k in range(num_responses)]

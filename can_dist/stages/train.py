@@ -16,10 +16,11 @@ from typing import Any
 from can_dist import errors
 from can_dist.cluster.connection import connect
 from can_dist.cluster.places import check_room_for_workers
-from can_dist.config import Config, Model, identity
+from can_dist.config import Config, Model
+from can_dist.config.base import identity
 from can_dist.console import interruptible, progress
 from can_dist.errors import CanDistError, ConfigError, EnvironmentProblem, Interrupted
-from can_dist.modeling.formatter import require_convention
+from can_dist.modeling.formatter import require_convention, text_identity
 from can_dist.modeling.loading import model_digest, resolve_precision
 from can_dist.modeling.policy_probe import PROBE
 from can_dist.tables.artifacts import Artifact, StageDirectory, write_json
@@ -133,7 +134,9 @@ def policy_model(policy: Policy, reference: Model) -> Model:
     if isinstance(policy, Model):
         return policy
     policy.check()
-    return Model(model=str(policy.path / POLICY), template=reference.template)
+    return Model(
+        model=str(policy.path / POLICY), template=reference.template, template_options=reference.template_options
+    )
 
 
 def _open(
@@ -141,7 +144,7 @@ def _open(
 ) -> StageDirectory:
     identity_keys = {
         **{name: model_digest(model) for name, model in models.items()},
-        "template": models["reference"].template,
+        **text_identity(models["reference"]),
         "train": identity(config.train, exclude=["ds_config"]),
         "ds_config": read_ds_config(config.train.ds_config),
         "beta": beta,

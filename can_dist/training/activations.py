@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from can_dist.config import Model, Train
+from can_dist.config import Model
+from can_dist.config.sections import Train
 from can_dist.errors import ConfigError
 from can_dist.modeling.loading import empty_causal_lm
 from can_dist.modeling.logprobs import ResponseModel

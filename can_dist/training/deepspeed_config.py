@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from can_dist.config import Train
+from can_dist.config.sections import Train
 from can_dist.errors import ConfigError
 
 # keys that the run's own configuration decides; a second opinion in the file would win or lose silently

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 
-from can_dist.config import Model, Train
+from can_dist.config import Model
+from can_dist.config.sections import Train
 from can_dist.console import progress
 from can_dist.errors import CanDistError, Interrupted, NumericalError
-from can_dist.modeling.formatter import Formatter
+from can_dist.modeling.formatter import open_formatter
 from can_dist.modeling.loading import context_length, load_causal_lm, load_tokenizer
 from can_dist.modeling.logprobs import ResponseModel, choose_layout
 from can_dist.modeling.policy_probe import write_probe
@@ -83,7 +84,7 @@ def _train(spec: TrainSpec, beats: Heartbeat) -> None:
         ds_config = build_ds_config(read_ds_config(train.ds_config), train, spec.precision)
         tokenizer = load_tokenizer(spec.reference)
         preferences = load_artifact(spec.preferences)
-        formatter = Formatter(tokenizer, spec.reference.template)
+        formatter = open_formatter(spec.reference)
         context = context_length(_model_config(spec.start))
         examples, validation = batches.load_examples(preferences, formatter, context)
     ranks.require_same(preferences.digest, f"content of {spec.preferences}")

@@ -398,7 +398,8 @@ def test_f23_tokenizer_of_another_model_ends_a_command_before_it_starts(world: P
 
 
 def test_f23_stages_refuse_a_tokenizer_of_another_model_whoever_calls_them(world: Path, broken: Path) -> None:
-    from can_dist.scoring.protocol import LogProb, check_scorer_opens
+    from can_dist.scoring.kinds import check_scorer_opens
+    from can_dist.scoring.protocol import LogProb
     from can_dist.stages.generate import check_prompts_fit
     from can_dist.tables.schemas import PROMPTS
 
