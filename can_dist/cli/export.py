@@ -60,5 +60,5 @@ def _write(run_dir: Path, out: Path, *, adapter: bool, max_shard_mb: int | None,
         from can_dist.outcomes import export
 
         written = export.export_policy(run_dir, out, adapter=adapter, max_shard_mb=max_shard_mb)
-        where = str(written) if push is None else export.push(written, push)
-    click.echo(where)
+        address = str(written) if push is None else export.push(written, push)
+    click.echo(address)

@@ -153,7 +153,7 @@ def _solve_shards(
 
 
 def _size(path: Path) -> int:
-    """Bytes of a table's files; 0 where there are none, which reading will say."""
+    """Return the bytes of a table's files; 0 without files, which the reader reports."""
     from can_dist.tables.scores import score_files
 
     return sum(file.stat().st_size for file in score_files(path)) if path.exists() else 0

@@ -70,18 +70,18 @@ def run_demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
 
 
 def summary(artifact: Artifact, config: Config) -> str:
-    """Return the report's key numbers as a few lines, and where the page is."""
+    """Return the report's key numbers and the page's path as a few lines."""
     report = artifact.read_json(REPORT)
     rows = [("", "margin", "predicted", "realised (95 % interval)", "")]
-    for one in [*report["constraints"], report["reward"]]:
-        predicted, realised = one["predicted"], one["realised"]
+    for entry in [*report["constraints"], report["reward"]]:
+        predicted, realised = entry["predicted"], entry["realised"]
         rows.append(
             (
-                one["name"],
-                f"{one['margin']:+.2f}" if "margin" in one else "",
+                entry["name"],
+                f"{entry['margin']:+.2f}" if "margin" in entry else "",
                 f"{predicted['mean']:+.2f}",
                 f"{realised['mean']:+.2f} [{realised['low']:+.2f}, {realised['high']:+.2f}]",
-                one.get("verdict", "reported, not constrained"),
+                entry.get("verdict", "reported, not constrained"),
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(5)]

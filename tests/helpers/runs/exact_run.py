@@ -15,9 +15,10 @@ import pyarrow as pa
 from scipy.special import logsumexp
 
 from can_dist.config import Model, validate_config
-from can_dist.run import LOGP, REWARD, Run
+from can_dist.run import REWARD, Run
 from can_dist.stages import slack as measure
 from can_dist.tables.artifacts import Artifact, open_stage, write_part
+from can_dist.tables.schemas import LOGP_REFERENCE
 
 SCORER = {"kind": "callable", "function": "builtins:len"}
 PROMPTS_ARE_UNUSED: Any = None
@@ -55,10 +56,10 @@ class ExactRun(Run):
         return responses or self.generate(reference, prompts)
 
     def score(self, responses: Any, reward: Any, constraints: Any, policy: Any, aligned: Any = None) -> Artifact:
-        return self._written("scores", {**self.table, LOGP: self.logp(policy)})
+        return self._written("scores", {**self.table, LOGP_REFERENCE: self.logp(policy)})
 
     def solve(self, scores: Artifact, constraints: Any, beta: float, *, log_weight: Any = None) -> Artifact:
-        return super().solve(scores, constraints, beta, log_weight=LOGP)
+        return super().solve(scores, constraints, beta, log_weight=LOGP_REFERENCE)
 
     def label(self, responses: Any, scores: Artifact, lam: Any, beta: float, *, score: str = REWARD) -> Any:
         """Return s = r + ⟨λ, g⟩, (P, K), instead of pairs that are labelled by it."""
@@ -68,17 +69,19 @@ class ExactRun(Run):
     def train(self, reference: Any, score_PK: Any, beta: float, *, start: Any = None, epochs: Any = None) -> Artifact:
         """Return the policy that every loss of the trainer has as its minimiser."""
         self.trained = getattr(self, "trained", 0) + 1
-        return self._written("train", {LOGP: normalised(self.logp(reference) + score_PK / beta)})
+        return self._written("train", {LOGP_REFERENCE: normalised(self.logp(reference) + score_PK / beta)})
 
     def measure(self, policy: Any, prompts: Any, reference_scores: Artifact, reward: Any, constraints: Any) -> Artifact:
         scores = self.score(None, reward, constraints, policy)
-        return measure.measure(self._work, scores, reference_scores, constraints, reward=REWARD, log_weight=LOGP)
+        return measure.measure(
+            self._work, scores, reference_scores, constraints, reward=REWARD, log_weight=LOGP_REFERENCE
+        )
 
     def logp(self, policy: Any) -> np.ndarray:
         """ln π of the reference, or of a trained policy, (P, K)."""
         if isinstance(policy, Model):
             return self.log_ref_PK
-        return policy.table.column(LOGP).to_numpy().reshape(self.log_ref_PK.shape)
+        return policy.table.column(LOGP_REFERENCE).to_numpy().reshape(self.log_ref_PK.shape)
 
     def _written(self, stage: str, columns: Mapping[str, np.ndarray]) -> Artifact:
         num_prompts, num_responses = self.log_ref_PK.shape

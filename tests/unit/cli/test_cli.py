@@ -49,6 +49,17 @@ def test_help_tells_the_exit_codes(tmp_path: Path) -> None:
     assert "75 interrupted (run again)" in can_dist("--help", cwd=tmp_path).out
 
 
+@pytest.mark.parametrize("module", ["can_dist", "can_dist.cli"])
+@pytest.mark.parametrize("arguments", ["--version", "--help", "solve --help", "solve", "verify absent", "nonsense"])
+def test_module_behaves_as_the_script(tmp_path: Path, module: str, arguments: str) -> None:
+    script, started = (
+        subprocess.run([*program, *arguments.split()], cwd=tmp_path, capture_output=True, text=True, check=False)
+        for program in ([str(Path(sys.executable).parent / "can-dist")], [sys.executable, "-m", module])
+    )
+    assert (started.returncode, started.stdout, started.stderr) == (script.returncode, script.stdout, script.stderr)
+    assert script.stdout or script.returncode
+
+
 VERBS = "run generate score solve frontier label train evaluate compare judge config verify demo"
 
 

@@ -74,7 +74,10 @@ def test_methods_survive_being_written_and_read(tmp_path: Path) -> None:
             {"dpo_h": {}},
             r"configuration, methods\.dpo_h: 1 problem\.\n  .*method dpo_h learns from a data set's own",
         ),
-        ({"dpoh": PEOPLE}, r"configuration, methods\.dpoh: .*\n  method: expected 'mocan', .*found 'dpoh'"),
+        (
+            {"dpoh": PEOPLE},
+            r"configuration, methods\.dpoh: .*\n  method: unknown .*Did you mean 'dpo_h'",
+        ),
         ({"mocan": {"trian": {}}}, r"methods\.mocan: 1 problem\.\n  trian: unknown key\. Did you mean 'train'\?"),
         ({"mocan": {"beta": -1}}, r"methods\.mocan: 1 problem\.\n  beta: expected greater than 0"),
         ({"mocan": {"method": "dpo_h"}}, r"methods\.mocan: method cannot be set for one method\. Leave it out\."),

@@ -191,7 +191,7 @@ def test_numbers_must_be_finite(key: str, value: float) -> None:
 
 @pytest.mark.parametrize("key", ["seed", "beta", "generate.num_responses", "label.pairs_per_prompt", "reference.model"])
 def test_true_is_no_number_and_no_text(key: str) -> None:
-    assert f"{key}: true and false are no value for this key (found True)" in refusal(changed(key, True))
+    assert f"{key}: expected a number or text, not true/false (found True)" in refusal(changed(key, True))
 
 
 @pytest.mark.parametrize(
@@ -207,17 +207,21 @@ def test_true_is_no_number_and_no_text(key: str) -> None:
         ("train.schedule", "cosin", "train.schedule: expected 'cosine', 'linear' or 'constant' (found 'cosin')"),
         (
             "method",
-            "ppo",
-            "expected 'mocan', 'pecan', 'dpo_h', 'dpo_s', 'sacpo', 'p_sacpo', 'cdpo' or 'caid' (found 'ppo')",
+            "mocann",
+            "  method: unknown method 'mocann'. Did you mean 'mocan'? Valid: mocan, pecan, dpo_h, dpo_s, sacpo, "
+            "p_sacpo, cdpo, caid.",
         ),
+        ("method", "reinforce", "method: unknown method 'reinforce'. Valid: mocan, "),
+        ("method", 5, "method: unknown method 5. Valid: mocan, "),
         ("precision", "fp16", "precision: expected 'auto', 'bf16' or 'fp32' (found 'fp16')"),
         ("reward.sign", 0, "reward.sign: expected 1 or -1 (found 0)"),
         (
             "reward.kind",
             "gard",
-            "reward.kind: expected 'sequence_classifier', 'multi_head', 'beaver', 'guard', 'http', 'callable', "
-            "'log_ratio' (found 'gard')",
+            "  reward.kind: unknown kind of scorer 'gard'. Did you mean 'guard'? Valid: sequence_classifier, "
+            "multi_head, beaver, guard, http, callable, log_ratio.",
         ),
+        ("constraints.safety.scorer.kind", "callabel", "scorer.kind: unknown kind of scorer 'callabel'. Did you mean"),
         ("reward", 3, "reward: expected a group of keys (found 3)"),
         ("generate", None, "generate: expected a group of keys (found None)"),
         ("generate.stop", "END", "generate.stop: expected a list (found 'END')"),

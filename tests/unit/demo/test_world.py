@@ -104,13 +104,6 @@ def test_tokenizer_survives_saving(tiny):
     assert ids[0] == 1
 
 
-def test_probabilities_of_a_topic_sum_to_one():
-    generator = np.random.default_rng(0)
-    for topic in (demo_world.topics()[0], demo_world.topics()[-1]):
-        seen = {demo_world.draw_answer(topic, generator).text for _ in range(20_000)}
-        assert sum(demo_world._probability(topic, text) for text in seen) == pytest.approx(1.0, abs=1e-9)
-
-
 def _toy(num: int) -> tuple[list[ScorePair], list[ScoreExample]]:
     asked, _ = demo_world.questions(0, num)
     messages = [demo_world.user_message(question.prompt) for question in asked]

@@ -1,4 +1,4 @@
-"""Win rates from verdicts: counts, intervals that cover, and the win rate at equal length recovered in simulation."""
+"""Win rates from verdicts: counts, and intervals that cover in simulation."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.special import expit
 
 from can_dist.errors import DataError
 from can_dist.judging.judge import ORDERS, Judgement
-from can_dist.judging.summary import flip_rate, length_controlled_win_rate, summarise
+from can_dist.judging.summary import flip_rate, summarise
 
 
 def row(prompt_id: str, order: int, verdict: Any, length: int = 0, failure: Any = "") -> Judgement:
@@ -52,61 +51,6 @@ def test_win_rate_interval_covers_prompts_that_differ() -> None:
     assert 0.92 <= covered / 300 <= 0.99
 
 
-def simulate(rng: np.random.Generator, theta: float, phi: float, num_prompts: int) -> tuple[Any, Any, list[str]]:
-    """Verdicts in both orders of a judge who likes length; the candidate's responses are longer."""
-    delta_N = np.repeat(rng.normal(300.0, 200.0, num_prompts), 2)
-    chance_N = expit(theta + phi * np.tanh(delta_N / delta_N.std()))
-    return (
-        (rng.random(2 * num_prompts) < chance_N).astype(float),
-        delta_N,
-        [str(i) for i in range(num_prompts) for _ in range(2)],
-    )
-
-
-def test_length_controlled_rate_is_that_at_equal_length() -> None:
-    rng = np.random.default_rng(1)
-    score_N, delta_N, prompts = simulate(rng, theta=-0.4, phi=1.5, num_prompts=8000)
-    interval = length_controlled_win_rate(score_N, delta_N, prompts)
-    assert score_N.mean() > 0.6  # length alone
-    assert interval.mean == pytest.approx(expit(-0.4), abs=0.02)
-    assert interval.low < expit(-0.4) < interval.high
-
-
-def test_length_controlled_interval_covers() -> None:
-    rng, covered = np.random.default_rng(2), 0
-    for _ in range(300):
-        interval = length_controlled_win_rate(*simulate(rng, theta=0.3, phi=1.0, num_prompts=150))
-        covered += interval.low <= expit(0.3) <= interval.high
-    assert 0.92 <= covered / 300 <= 0.99
-
-
-def test_without_length_differences_it_is_the_win_rate() -> None:
-    score_N = np.array([1.0, 1.0, 0.5, 0.0] * 50)
-    interval = length_controlled_win_rate(score_N, np.zeros(200), [str(i) for i in range(200)])
-    assert interval.mean == pytest.approx((score_N.sum() + 0.5) / 201, abs=1e-6)
-
-
-def test_swapping_the_sides_mirrors_it() -> None:
-    score_N, delta_N, prompts = simulate(np.random.default_rng(3), theta=0.5, phi=1.0, num_prompts=100)
-    ours, theirs = (
-        length_controlled_win_rate(*args, prompts) for args in ((score_N, delta_N), (1 - score_N, -delta_N))
-    )
-    assert ours.mean + theirs.mean == pytest.approx(1.0, abs=1e-5)
-    assert ours.low + theirs.high == pytest.approx(1.0, abs=1e-5)
-
-
-@pytest.mark.parametrize("separated", [False, True])
-def test_one_sided_and_separated_verdicts_stay_finite(separated: bool) -> None:
-    delta_N = np.linspace(-100, 100, 100)
-    score_N = (delta_N > 0).astype(float) if separated else np.ones(100)
-    interval = length_controlled_win_rate(score_N, delta_N, [str(i) for i in range(100)])
-    assert np.isfinite([interval.mean, interval.se, interval.low, interval.high]).all()
-    assert (interval.mean == pytest.approx(0.5, abs=1e-4)) if separated else (0.95 < interval.mean < 1.0)
-    assert interval.low < interval.mean < interval.high
-    if not separated:
-        assert interval.low < 0.97  # 100 wins do not show more
-
-
 @pytest.mark.parametrize(
     "rows", [[row("a", 0, "win")], pair("a", "win", "tie")[::-1], [row("a", 0, "win"), row("b", 1, "win")]]
 )
@@ -120,5 +64,3 @@ def test_too_few_prompts_are_named() -> None:
         DataError, match=r"verdicts on 1 prompt\(s\) in 2 rows; an interval needs at least 2\. Judge more"
     ):
         summarise(pair("a", "win", "win"))
-    with pytest.raises(DataError, match=r"\(2,\) scores, \(1,\) length differences, 2 prompts; expected one finite"):
-        length_controlled_win_rate([1.0, 0.0], [1.0], ["a", "b"])

@@ -247,7 +247,7 @@ def test_names_do_not_overlap_even_where_policies_do(spread: float, stem: str) -
 
 
 def test_methods_differ_without_colours() -> None:
-    from can_dist.reporting.figures.comparison import LINES, MARKERS
+    from can_dist.reporting.figures.style import LINES, MARKERS
 
     looks = [(MARKERS[place % len(MARKERS)], str(LINES[place % len(LINES)])) for place in range(12)]
     assert len(set(looks)) == 12

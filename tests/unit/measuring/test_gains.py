@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from scipy import stats
 
 from can_dist.config.sections import Constraint
@@ -24,8 +25,9 @@ from can_dist.measuring.gains import (
     win_rate,
 )
 from can_dist.measuring.predicted import held_out_prediction, multipliers, predictions, score_table
-from can_dist.stages.report import Lineage, _counts, lineage_of
-from can_dist.tables.artifacts import Artifact, open_stage, write_part
+from can_dist.stages.report import Lineage, _counts, _drift, lineage_of
+from can_dist.tables.artifacts import Artifact, open_stage, write_json, write_part
+from can_dist.training.losses import example_losses
 
 
 def table(scores: dict[str, list[float]], name: str = "g") -> pa.Table:
@@ -257,3 +259,31 @@ def test_p4_counts_of_the_report_say_what_became_of_every_response_and_example(t
         "preferences: examples": 5,
         "preferences: tie": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("loss", "target", "start"),
+    [
+        ("sigmoid", [0.8, 0.2], "0.6931"),
+        ("listwise", [0.25, 0.25, 0.25, 0.25], "1.3863"),
+        ("regression", [2.0, 0.5], "2.2500"),
+        ("kto", [1.0, 0.0], "0.5000"),
+    ],
+)
+def test_drift_is_measured_from_the_loss_that_training_starts_at(
+    tmp_path: Path, loss: str, target: list[float], start: str
+) -> None:
+    """The start is the loss at log-ratios of zero; no loss below it is drift, above ln 2 or not."""
+    target_BN = torch.tensor([target])
+    reference_loss = example_losses(loss, torch.zeros_like(target_BN), target_BN, target_BN > -1, 0.5).item()
+    warnings = {}
+    for last in (reference_loss - 0.01, reference_loss + 0.01):
+        stage = open_stage(tmp_path, "train", f"{last}", {}, {})
+        curve = {"loss": [[0, 9.0], [5, last]], "reference_loss": [[0, 9.0], [5, reference_loss]], "eval_loss": []}
+        write_json(stage.path / "curve.json", curve)
+        policy = stage.commit(["curve.json"], info={"summary": {}})
+        warnings[last] = _drift({"realised": {"low": 0.0, "mean": 0.0}}, policy)
+    below, above = warnings.values()
+    assert below == []
+    assert len(above) == 1
+    assert f"The last training loss is {last:.4f}, above the reference's {start} on the same examples" in above[0]

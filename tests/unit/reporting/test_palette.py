@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from can_dist.reporting import comparison_page as compare_page
-from can_dist.reporting.figures import comparison as compare_plot
-from can_dist.reporting.figures import frontier as frontier_plot
+from can_dist.reporting import page
 from can_dist.reporting.figures import report as plots
+from can_dist.reporting.figures import style
 from can_dist.reporting.figures import trajectory as trajectory_plot
 
-BASE = (Path(compare_page.__file__).parent / "templates" / "base.html.j2").read_text(encoding="utf-8")
+BASE = (Path(page.__file__).parent / "templates" / "base.html.j2").read_text(encoding="utf-8")
 SCHEMES = dict(zip(("light", "dark"), BASE.split("prefers-color-scheme: dark", 1), strict=True))
 
 
@@ -52,10 +51,10 @@ def test_colour_of_a_page_reads_as_text_on_its_paper(scheme: str, name: str) -> 
 
 def test_picture_of_a_comparison_has_the_colours_of_the_light_page() -> None:
     colours = palette("light")
-    assert {name: colours[name.removeprefix("--")] for name in compare_page.PAPER} == compare_page.PAPER
+    assert {name: colours[name] for name in style.LIGHT} == style.LIGHT
 
 
-@pytest.mark.parametrize("colour", [*trajectory_plot.COLOURS, *(getattr(frontier_plot, n) for n in ("BLUE", "ORANGE"))])
+@pytest.mark.parametrize("colour", [*style.SERIES, style.GREY])
 def test_colour_of_a_paper_figure_is_seen_on_white(colour: str) -> None:
     assert contrast(colour, "#ffffff") >= 2
 
@@ -68,9 +67,9 @@ def test_constraints_of_a_trajectory_differ_without_colour(number: int) -> None:
 
 
 def test_methods_of_a_comparison_differ_without_colour() -> None:
-    number = len(compare_plot.MARKERS)
-    assert len(set(compare_plot.MARKERS)) == number >= 8, "there are eight methods"
-    neighbours = [compare_plot.LINES[place % len(compare_plot.LINES)] for place in range(number)]
+    number = len(style.MARKERS)
+    assert len(set(style.MARKERS)) == number >= 8, "there are eight methods"
+    neighbours = [style.LINES[place % len(style.LINES)] for place in range(number)]
     assert all(a != b for a, b in itertools.pairwise(neighbours))
 
 
