@@ -151,7 +151,7 @@ def test_f41_lock_of_torch_itself_left_by_a_killed_build_is_found(builds: Path) 
     os.utime(lock, (time.time() - 3600,) * 2)
     assert extensions.stale_locks(builds) == [], "a slow build holds it"
     process.kill()
-    process.wait()
+    process.communicate()  # closes the pipe too
     assert [lock.path for lock in extensions.stale_locks(builds)] == [lock]
 
 
