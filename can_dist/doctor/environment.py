@@ -84,11 +84,14 @@ def gpus(config: Config | None) -> list[Finding]:
     """List the GPUs that torch sees, and compare with what the configuration asks of this machine."""
     import torch
 
+    from can_dist.modeling.loading import OLDEST_BF16
+
     names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     wanted = max(config.cluster.gpus_per_actor, config.cluster.gpus_per_worker) if config else 0
     if names:
         shown = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in names)
-        return [ok("GPUs", f"{shown}; CUDA {torch.version.cuda}, bf16")]
+        precision = "bf16" if torch.cuda.get_device_capability() >= OLDEST_BF16 else "fp32: too old for bf16"
+        return [ok("GPUs", f"{shown}; CUDA {torch.version.cuda}, {precision}")]
     told = f"none that torch {torch.__version__} can use; models run in fp32 on CPU"
     if shutil.which("nvidia-smi"):
         remedy = "Install a torch that is built for the CUDA version that nvidia-smi shows."

@@ -26,7 +26,7 @@ from can_dist.modeling.loading import context_length, load_causal_lm, load_token
 from can_dist.modeling.logprobs import ResponseModel, choose_layout
 from can_dist.modeling.policy_probe import write_probe
 from can_dist.tables.artifacts import load_artifact, write_json
-from can_dist.training import CHECKPOINTS, POLICY, STOP, SUMMARY, batches, checkpoints, ranks
+from can_dist.training import CHECKPOINTS, POLICY, STOP, SUMMARY, batches, checkpoints, ranks, room
 from can_dist.training.batches import Batch, Example, Slot
 from can_dist.training.deepspeed_config import build_ds_config, read_ds_config
 from can_dist.training.export import export_policy
@@ -98,6 +98,10 @@ def _train(spec: TrainSpec, beats: Heartbeat) -> None:
     checkpoint = checkpoints.newest(spec.directory / CHECKPOINTS)
     first = checkpoint.step if checkpoint else 0
     ds_config |= checkpoint.ds_config if checkpoint else {}
+    beats.at("counting memory")
+    with ranks.agreed():
+        if rank == 0 and torch.cuda.is_available():
+            _require_room(spec, ds_config, [*examples, *validation])
     beats.at("loading the model")
     model, partitioned = _build_model(spec, ds_config)
     engine = _initialize(ResponseModel(model), ds_config, train, total)
@@ -125,6 +129,14 @@ def _summary(spec: TrainSpec, examples: Sequence[Example], total: int, sentence:
     chosen = (batches.global_batch(len(examples), size, spec.seed, step) for step in range(total))
     tokens = sum(examples[index].num_tokens for batch in chosen for index in batch.tolist())
     return {"num_steps": total, "num_examples": len(examples), "num_tokens": tokens, "attention": sentence}
+
+
+def _require_room(spec: TrainSpec, ds_config: dict[str, Any], examples: Sequence[Example]) -> None:
+    num_ranks = dist.get_world_size()
+    tokens = room.largest_pack(examples, spec.train, num_ranks)
+    responses = room.mean_response(examples)
+    demand = room.Demand(spec.start, spec.train, spec.precision, ds_config, num_ranks, tokens, responses)
+    room.require_room(demand, torch.cuda.get_device_properties(0).total_memory, ranks.say)
 
 
 def _trackers(spec: TrainSpec, first: int) -> list[Tracker]:

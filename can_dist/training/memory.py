@@ -15,6 +15,7 @@ from can_dist.errors import ConfigError
 FP32 = 4
 # of a rank's memory, left to what no count sees: fragmentation, NCCL, the CUDA context, the C library's own pools
 SPARE = 0.1
+AGREEMENT = 0.15  # a plan is within so much of what was measured (on CPU ranks; on a GPU not yet measured)
 
 
 @dataclass(frozen=True)
