@@ -27,7 +27,8 @@ from comm_model import Assumptions, model_table
 from machine import machine
 from models import SMALL
 from pairs import SHAPES, make_pairs
-from train_side import Job, free_port, train_spec, write_preferences
+from train_job import Job, free_port
+from train_ours import train_spec, write_preferences
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"

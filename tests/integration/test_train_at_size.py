@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import train_world as tw
-from test_train import HEADS, LORA, SMALL, pair_losses
 from tiny import make_tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +19,8 @@ from transformers import (
     PreTrainedConfig,
     Qwen3MoeConfig,
 )
+
+from integration.test_train import HEADS, LORA, SMALL, pair_losses
 
 pytestmark = pytest.mark.slow
 

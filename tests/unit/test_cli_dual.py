@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from test_cli import HEAVY, Result, assert_refused, can_dist
 
 from can_dist import cli_dual, cli_run, frontier
 from can_dist.cli import cli
@@ -22,6 +21,7 @@ from can_dist.dual import ESTIMATORS, Margin, solve_dual
 from can_dist.errors import ConfigError, DataError
 from can_dist.reporting.frontier_plot import draw_frontier
 from can_dist.tables.artifacts import open_stage, write_part
+from unit.test_cli import HEAVY, Result, assert_refused, can_dist
 
 BETA = 0.8
 NUM_PROMPTS, NUM_RESPONSES = 30, 8

@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_formats import USER, data, refusal, write
 
 from can_dist.tables.formats import PreferencesRead, prompt_id, read_preferences, read_prompts
 from can_dist.tables.known_formats import KNOWN
 from can_dist.tables.rated import AGAIN, BOTH, SAME
+from unit.test_formats import USER, data, refusal, write
 
 
 def aspects(*ratings: str) -> dict[str, Any]:
