@@ -51,6 +51,7 @@ class Setup:
         works: Lengths of the pairs of the small one.
         prompts: Prompts that are scored, 16 responses each.
         rounds: Rounds in turn of the small one.
+        patience: What the time boxes are multiplied by: on a CPU, which may be busy, they are not the point.
     """
 
     device: str
@@ -67,15 +68,16 @@ class Setup:
     works: tuple[str, ...]
     prompts: int
     rounds: int
+    patience: float
 
 
 WORKS = ("pku-like", "hh-like", "tldr-like")
 PACKS, SEARCH = (2048, 8192, 16384), (8, 16, 32)
-LARGE = Setup("cuda", "random-7b", "", "random-1b", 256, 64, 2048, 16384, PACKS, (8, 16), SEARCH, WORKS, 48, 3)
+LARGE = Setup("cuda", "random-7b", "", "random-1b", 256, 64, 2048, 16384, PACKS, (8, 16), SEARCH, WORKS, 48, 3, 1.0)
 MEDIUM = Setup(
-    "cuda", "random-3b", "random-7b", "random-1b", 256, 64, 2048, 16384, PACKS, (8, 16), SEARCH, WORKS, 48, 3
+    "cuda", "random-3b", "random-7b", "random-1b", 256, 64, 2048, 16384, PACKS, (8, 16), SEARCH, WORKS, 48, 3, 1.0
 )
-ON_CPU = Setup("cpu", "random-tiny", "", "random-tiny", 8, 4, 256, 1024, (256,), (1, 2), (1, 2), WORKS[:1], 2, 2)
+ON_CPU = Setup("cpu", "random-tiny", "", "random-tiny", 8, 4, 256, 1024, (256,), (1, 2), (1, 2), WORKS[:1], 2, 2, 10.0)
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def trl_jobs(setup: Setup, work: Path) -> list[Job]:
 
 
 def small_jobs(setup: Setup, work: Path) -> list[Job]:
-    """Both in turn: every work once with each micro-batch of TRL, then again, so that a stop costs rounds, not works."""
+    """Both in turn: every work with each micro-batch of TRL, then again, so that a stop costs rounds, not works."""
     jobs = []
     for number in range(setup.rounds):
         for shape in setup.works:
@@ -192,7 +194,12 @@ def run(section: Section, seconds: float, log: Path) -> dict[str, Any]:
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env={**os.environ, "TMPDIR": str(log.parent), "PYTHONPATH": search_path()},
+            env={
+                **os.environ,
+                "TMPDIR": str(log.parent),
+                "PYTHONPATH": search_path(),
+                "TOKENIZERS_PARALLELISM": "false",
+            },
             start_new_session=True,
         )
         try:
@@ -271,8 +278,8 @@ def main() -> None:
         for section in sections(setup, Path(work)):
             if arguments.sections and section.name not in arguments.sections:
                 continue
-            left = arguments.limit - (time.time() - arguments.began) - SPARE_S
-            line = run(section, min(section.box_s, left), Path(work) / f"{section.name}.log")
+            left = setup.patience * arguments.limit - (time.time() - arguments.began) - SPARE_S
+            line = run(section, min(setup.patience * section.box_s, left), Path(work) / f"{section.name}.log")
             append(lines, {"gpu": name, **line})
             failed |= line["status"] != "ok"
             print(f"{section.name}: {line['status']}, {line['seconds']:.0f} s", flush=True)

@@ -1,4 +1,4 @@
-"""What the sections of ``gpu.sh`` wrote, read into their lines: ratios, tokens per second, MFU, memory beside the plan."""
+"""What the sections of ``gpu.sh`` wrote, read into their lines: ratios, tokens a second, MFU, memory and plan."""
 
 from __future__ import annotations
 

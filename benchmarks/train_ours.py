@@ -63,11 +63,11 @@ def _watched(job: Job, meter: Meter) -> Iterator[dict[str, Any]]:
     import torch
 
     from can_dist.modeling import logprobs
-    from can_dist.training import engine, room
+    from can_dist.training import engine, ranks, room
 
     loop = engine._Loop
     plain = (loop.run, loop.check_start, loop.step, logprobs.ResponseModel.forward, engine.export_policy)
-    plain_peak = room.peak_bytes
+    plain_peak, plain_leave = room.peak_bytes, ranks.leave
     seen: dict[str, Any] = {"targets_seen": 0, "step_seconds": [], "planned_mb": None, "operations": []}
 
     def forward(model: Any, pack: Any) -> torch.Tensor:
@@ -94,11 +94,12 @@ def _watched(job: Job, meter: Meter) -> Iterator[dict[str, Any]]:
     meter.wrap(loop, "check_start", "check")
     loop.step, logprobs.ResponseModel.forward = step, forward
     engine.export_policy, room.peak_bytes = lambda *_: None, planned
+    ranks.leave = torch.distributed.barrier  # DeepSpeed keeps its groups for the next job of this process
     try:
         yield seen
     finally:
         loop.run, loop.check_start, loop.step, logprobs.ResponseModel.forward, engine.export_policy = plain
-        room.peak_bytes = plain_peak
+        room.peak_bytes, ranks.leave = plain_peak, plain_leave
 
 
 @contextlib.contextmanager

@@ -35,12 +35,14 @@ def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if jobs[0].device == "cuda" else "cpu")
     import torch
 
-    torch.set_num_threads(1 if jobs[0].core is not None else torch.get_num_threads())
+    torch.set_num_threads(1 if jobs[0].device == "cpu" else torch.get_num_threads())
     _import_all({job.side for job in jobs})
     for job in jobs:
         record = run(job)
         with Path(job.output).open("a") as lines:
             lines.write(json.dumps(record) + "\n")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
     python kernels/bench.py --json kernels/bench.json
 
-Prints a line per shape and, with --json FILE, writes the numbers; all alternate in one run, medians of ``ROUNDS``. TRL's
-function takes part where TRL is installed; on CUDA it is a Triton kernel too. ``--device cpu`` runs small shapes, of
-torch and TRL only, and says nothing about speed.
+Prints a line per shape and, with --json FILE, writes the numbers; all alternate in one run, medians of ``ROUNDS``.
+TRL's function takes part where TRL is installed; on CUDA it is a Triton kernel too. ``--device cpu`` runs small shapes,
+of torch and TRL only, and says nothing about speed.
 """
 
 from __future__ import annotations
