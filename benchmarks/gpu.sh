@@ -9,7 +9,7 @@ set -eu
 cd "$(dirname "$0")/.."
 began=$(date +%s)
 python=${PYTHON:-python3}
-wheels=${GPU_WHEELS:-gpu-wheels}
+wheels=$(realpath -m "${GPU_WHEELS:-gpu-wheels}")
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 for wheel in "$wheels"/*.whl; do
@@ -18,6 +18,6 @@ for wheel in "$wheels"/*.whl; do
 done
 export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}"
 if [ -z "${CAN_DIST_DATA:-}" ] && [ -d "$wheels/data" ]; then
-    export CAN_DIST_DATA="$PWD/$wheels/data"
+    export CAN_DIST_DATA="$wheels/data"
 fi
-"$python" benchmarks/gpu.py --began "$began" "$@"
+"$python" benchmarks/gpu_sections.py --began "$began" "$@"
