@@ -2,7 +2,7 @@
 
     python benchmarks/train_vs_trl.py                      # all works on one core; benchmarks/results/train_vs_trl.*
     python benchmarks/train_vs_trl.py --works hh-like --num-pairs 128 --rounds 5
-    python benchmarks/train_vs_trl.py --device cuda --model random-7b --num-pairs 512 --batch-size 64 ...
+    python benchmarks/train_vs_trl.py --device cuda --model random-7b --activation-checkpointing --batch-size 64 ...
 
 Every run is a process of its own (``train_side.py``), on a CPU pinned to one core; ours and TRL alternate. TRL's best
 setting is searched per work in round 0, by CPU seconds (on a GPU by wall seconds): precomputed reference, grouping by
