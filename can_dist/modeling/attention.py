@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -126,18 +127,18 @@ def attention_for(device: str, dtype: torch.dtype, widths: tuple[int, ...] = ())
     return choose_attention(this_machine(device), dtype, widths)
 
 
-def torch_varlen() -> Callable[..., torch.Tensor] | None:
+@functools.cache
+def torch_varlen() -> Callable[..., Any] | None:
     """Return torch's ``varlen_attn``; None before torch 2.10."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
     from torch.nn.attention.varlen import varlen_attn
 
-    function: Callable[..., torch.Tensor] = varlen_attn
-    return function
+    return varlen_attn
 
 
 @functools.cache
-def grouped(varlen: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def grouped(varlen: Callable[..., Any]) -> Callable[..., Any]:
     """Return a ``varlen_attn`` that takes fewer heads of the keys: 2.11 does without a word, later ones want one."""
     if "enable_gqa" in inspect.signature(varlen).parameters:
         return functools.partial(varlen, enable_gqa=True)
