@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from transformers import LlamaConfig
 from can_dist.config import Lora, Model, Train
 from can_dist.errors import EnvironmentProblem
 from can_dist.modeling.loading import resolve_precision
+from can_dist.training import engine, room
 from can_dist.training import memory as m
-from can_dist.training import room
 from can_dist.training.batches import Example
 from can_dist.training.deepspeed_config import build_ds_config
 from can_dist.training.room import Demand, count, largest_pack, mean_response, peak_bytes, require_room
@@ -107,6 +108,27 @@ def test_bf16_on_a_gpu_that_has_none_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     with pytest.raises(EnvironmentProblem, match=r"Tesla T4 has compute capability 7.5, bf16 needs 8.0. Set precision"):
         resolve_precision("bf16")
+
+
+def test_a_rank_asks_for_its_own_gpu_before_the_model_is_loaded(
+    demand: Demand, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = engine.TrainSpec(
+        directory=tmp_path,
+        preferences=tmp_path,
+        reference=demand.model,
+        start=demand.model,
+        train=Train(tokens_per_pack=64),
+        beta=0.1,
+        seed=0,
+        precision="bf16",
+    )
+    examples = [Example("", [1] * 10, [[1] * 20, [1] * 30], [], [], 1.0)]
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    device = SimpleNamespace(total_memory=10**6)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    with pytest.raises(EnvironmentProblem, match=r"training needs about 0\.\d GB of this GPU's 0\.0 GB"):
+        engine._require_room(spec, demand.ds_config, examples)
 
 
 def test_model_directory_is_all_that_is_read(demand: Demand) -> None:
