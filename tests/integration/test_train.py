@@ -368,14 +368,27 @@ def test_packs_and_padded_batches_have_the_same_gradients(
 
 
 @pytest.mark.parametrize(
-    "lora", [None, pytest.param({"r": 4, "dropout": 0.0}, marks=pytest.mark.slow)], ids=["full", "adapters"]
+    ("lora", "file"),
+    [
+        (None, "zero3_cpu.json"),
+        pytest.param(None, "zero3_offload.json", marks=pytest.mark.slow),
+        pytest.param({"r": 4, "dropout": 0.0}, "zero3_cpu.json", marks=pytest.mark.slow),
+        pytest.param({"r": 4, "dropout": 0.0}, "zero2_lora.json", marks=pytest.mark.slow),
+    ],
+    ids=["full", "offload", "adapters", "adapters-zero2"],
 )
-def test_a_gradient_in_bf16_does_not_depend_on_the_number_of_packs(world: tw.World, lora: dict | None) -> None:
+def test_a_gradient_in_bf16_does_not_depend_on_the_number_of_packs(
+    world: tw.World, lora: dict | None, file: str
+) -> None:
     """16 packs of the same pair add up to the gradient of one: powers of two scale without rounding, sums do not."""
     row = next(row for row in world.rows if row["split"] == "train")
     same = [row | {"example_id": f"same-{index}"} for index in range(16)]
-    name = f"bf16-{'adapters' if lora else 'full'}"
-    options = {"precision": "bf16", "rows": tw.fill_reference(same, world.reference, torch.bfloat16), "lora": lora}
+    name, rows = (
+        f"bf16-{file}-{'adapters' if lora else 'full'}",
+        tw.fill_reference(same, world.reference, torch.bfloat16),
+    )
+    ds_config = str(tw.ROOT / "ds_configs" / file)
+    options = {"precision": "bf16", "rows": rows, "lora": lora, "ds_config": ds_config}
     one = first_gradients(world, f"{name}-1", 10**9, num_ranks=1, batch_size=1, tokens_per_pack=1, **options)
     many = first_gradients(world, f"{name}-16", 10**9, num_ranks=1, batch_size=16, tokens_per_pack=1, **options)
     assert max(gradient.norm() for gradient in one.values()) > 0
