@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from can_dist.config import Beaver, Model, SequenceClassifier
-from can_dist.errors import ConfigError, DataError
+from can_dist.errors import ConfigError, DataError, EnvironmentProblem
 from can_dist.modeling import quantized, stored
 from can_dist.tables.artifacts import digest_of, file_digest
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+OLDEST_BF16 = (8, 0)  # compute capability of a GPU
 # what decides a model's output: weights, architecture, tokenizer, template, and code shipped with it
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
@@ -90,12 +91,25 @@ LEFT_OVER = re.compile(
 
 
 def resolve_precision(precision: str) -> str:
-    """Return 'bf16' or 'fp32': auto is bf16 on a GPU and fp32 on CPU, where bf16 is 30-170 times slower."""
+    """Return 'bf16' or 'fp32'; auto is bf16 on a GPU that computes in it (a CPU is 30-170 times slower in it).
+
+    Raises:
+        EnvironmentProblem: When bf16 is given and this machine's GPU does not compute in it.
+    """
     import torch
 
-    if precision != "auto":
-        return precision
-    return "bf16" if torch.cuda.is_available() else "fp32"
+    if precision == "fp32" or not torch.cuda.is_available():
+        return "fp32" if precision == "auto" else precision
+    capability = torch.cuda.get_device_capability()
+    if capability >= OLDEST_BF16:
+        return "bf16"
+    if precision == "auto":
+        return "fp32"
+    have, need = (".".join(map(str, version)) for version in (capability, OLDEST_BF16))
+    raise EnvironmentProblem(
+        f"precision: bf16: {torch.cuda.get_device_name()} has compute capability {have}, bf16 needs {need}. "
+        "Set precision: fp32, or take a newer GPU."
+    )
 
 
 def torch_dtype(precision: str) -> torch.dtype:

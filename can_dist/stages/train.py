@@ -27,7 +27,7 @@ from can_dist.tables.artifacts import Artifact, StageDirectory, write_json
 from can_dist.training import ADAPTER, CHECKPOINTS, CURVE, POLICY, STOP, SUMMARY
 from can_dist.training.batches import num_steps
 from can_dist.training.checkpoints import writing
-from can_dist.training.deepspeed_config import read_ds_config
+from can_dist.training.deepspeed_config import accumulation, read_ds_config
 from can_dist.training.extensions import extensions_directory
 from can_dist.training.heartbeat import HANG, RANKS, read_hang
 from can_dist.training.metrics import METRICS, RESUMED, loss_above_start, read_metrics, training_curve
@@ -142,14 +142,16 @@ def policy_model(policy: Policy, reference: Model) -> Model:
 def _open(
     work: Workspace, config: Config, models: Mapping[str, Model], inputs: Mapping[str, Artifact], beta: float
 ) -> StageDirectory:
+    ds_config, precision = read_ds_config(config.train.ds_config), resolve_precision(config.precision)
     identity_keys = {
         **{name: model_digest(model) for name, model in models.items()},
         **text_identity(models["reference"]),
         "train": identity(config.train, exclude=["ds_config"]),
-        "ds_config": read_ds_config(config.train.ds_config),
+        "ds_config": ds_config,
+        **accumulation(ds_config, precision),
         "beta": beta,
         "seed": config.seed,
-        "precision": resolve_precision(config.precision),
+        "precision": precision,
         "record": 3,  # the files beside the weights; 2: the curve, and the adapter; 3: the probe
     }
     return work.open("train", "policy", identity_keys, inputs)
