@@ -84,7 +84,7 @@ def gpus(config: Config | None) -> list[Finding]:
     """List the GPUs that torch sees, and compare with what the configuration asks of this machine."""
     import torch
 
-    from can_dist.modeling.loading import OLDEST_BF16
+    from can_dist.modeling.precision import OLDEST_BF16
 
     names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     wanted = max(config.cluster.gpus_per_actor, config.cluster.gpus_per_worker) if config else 0

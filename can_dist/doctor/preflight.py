@@ -6,27 +6,21 @@ import os
 import re
 from pathlib import Path
 
-import pyarrow as pa
-
 from can_dist.config import METHODS, Config, LogRatio, Model
 from can_dist.config.walk import models, scorers, sources
 from can_dist.endpoints import open_client
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling import quantized
 from can_dist.modeling.adapters import check_adapters
-from can_dist.modeling.loading import (
-    check_causal_lm,
-    check_trainable,
-    check_vocabulary,
-    model_digest,
-    resolve_precision,
-)
+from can_dist.modeling.loading import check_causal_lm, check_trainable, check_vocabulary, model_digest
+from can_dist.modeling.precision import resolve_precision
 from can_dist.modeling.vllm_engine import check_installed
 from can_dist.scoring.kinds import check_scorer_opens, scorer_identity
 from can_dist.scoring.log_ratio import check_same_text
 from can_dist.stages.conversations import check_conversations
 from can_dist.stages.ingest import source_identity
 from can_dist.stages.train import refuse_requantizing
+from can_dist.tables.artifacts import Artifact
 from can_dist.training.deepspeed_config import build_ds_config, read_ds_config
 from can_dist.training.extensions import check_build_directories
 from can_dist.training.trackers import check_trackers
@@ -34,7 +28,7 @@ from can_dist.training.trackers import check_trackers
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def preflight(config: Config, prompts: pa.Table | None = None) -> list[str]:
+def preflight(config: Config, prompts: Artifact | None = None) -> list[str]:
     """Raise the error that a later stage would meet after hours, now. Data sources are ``check_sources``'s.
 
     Args:

@@ -13,15 +13,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from can_dist.config import Beaver, Model, SequenceClassifier
-from can_dist.errors import ConfigError, DataError, EnvironmentProblem
+from can_dist.errors import ConfigError, DataError
 from can_dist.modeling import quantized, stored
 from can_dist.tables.artifacts import digest_of, file_digest
 
 if TYPE_CHECKING:
-    import torch
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from can_dist.modeling.precision import torch_dtype
 
-OLDEST_BF16 = (8, 0)  # compute capability of a GPU
 # what decides a model's output: weights, architecture, tokenizer, template, and code shipped with it
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
@@ -88,42 +87,6 @@ LEFT_OVER = re.compile(
     r"\.(masked_bias|inv_freq|position_ids)$"
 )
 """What a checkpoint may still hold of the language model that a score model was trained from, or of its buffers."""
-
-
-def resolve_precision(precision: str) -> str:
-    """Return 'bf16' or 'fp32'; auto is bf16 on a GPU that computes in it (a CPU is 30-170 times slower in it).
-
-    Raises:
-        EnvironmentProblem: When bf16 is given and this machine's GPU does not compute in it.
-    """
-    import torch
-
-    if precision == "fp32" or not torch.cuda.is_available():
-        return "fp32" if precision == "auto" else precision
-    capability = torch.cuda.get_device_capability()
-    if capability >= OLDEST_BF16:
-        return "bf16"
-    if precision == "auto":
-        return "fp32"
-    have, need = (".".join(map(str, version)) for version in (capability, OLDEST_BF16))
-    raise EnvironmentProblem(
-        f"precision: bf16: {torch.cuda.get_device_name()} has compute capability {have}, bf16 needs {need}. "
-        "Set precision: fp32, or take a newer GPU."
-    )
-
-
-def torch_dtype(precision: str) -> torch.dtype:
-    """Return the torch dtype of a precision name."""
-    import torch
-
-    return torch.bfloat16 if resolve_precision(precision) == "bf16" else torch.float32
-
-
-def device() -> str:
-    """Return the device that models live on in this process."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:

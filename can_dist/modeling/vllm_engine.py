@@ -16,7 +16,7 @@ from typing import Any
 from can_dist.config import Model
 from can_dist.config.sections import Generate
 from can_dist.errors import ConfigError, EnvironmentProblem
-from can_dist.modeling.loading import torch_dtype
+from can_dist.modeling.precision import torch_dtype
 
 CPU_CACHE_GB = "4"
 """Of each actor without GPUs, unless VLLM_CPU_KVCACHE_SPACE says another: vLLM would take 90 % of the machine."""

@@ -17,7 +17,8 @@ from can_dist.config import Guard
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling.formatter import TEMPLATE_ERRORS, Message, check_chat_template, render_chat
 from can_dist.modeling.last_token import LastToken, choose_text_layout
-from can_dist.modeling.loading import check_causal_lm, check_vocabulary, context_length, device, load_causal_lm
+from can_dist.modeling.loading import check_causal_lm, check_vocabulary, context_length, load_causal_lm
+from can_dist.modeling.precision import device
 from can_dist.scoring.protocol import Response
 from can_dist.scoring.token_budget import Passes, say
 from can_dist.scoring.whole_texts import check_lengths, outputs_of_texts

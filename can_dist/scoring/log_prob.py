@@ -10,10 +10,11 @@ import torch
 
 from can_dist.errors import DataError
 from can_dist.modeling.formatter import open_formatter
-from can_dist.modeling.loading import context_length, device, load_causal_lm
+from can_dist.modeling.loading import context_length, load_causal_lm
 from can_dist.modeling.logprobs import ResponseModel, choose_layout
 from can_dist.modeling.packs import make_pack
 from can_dist.modeling.policy_probe import check_probe
+from can_dist.modeling.precision import device
 from can_dist.scoring.protocol import LogProb, Response
 from can_dist.scoring.token_budget import Passes, say, to_device
 

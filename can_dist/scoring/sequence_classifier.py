@@ -15,8 +15,9 @@ from can_dist.errors import DataError
 from can_dist.modeling.classifiers import check_pair_is_chosen, check_sequence_classifier, load_sequence_classifier
 from can_dist.modeling.formatter import Message, open_formatter
 from can_dist.modeling.last_token import LastToken, choose_text_layout, float32_head, pooled, reads_last_token
-from can_dist.modeling.loading import check_vocabulary, context_length, device, load_tokenizer
+from can_dist.modeling.loading import check_vocabulary, context_length, load_tokenizer
 from can_dist.modeling.packs import Pack
+from can_dist.modeling.precision import device
 from can_dist.scoring.protocol import Response
 from can_dist.scoring.token_budget import Passes, say
 from can_dist.scoring.whole_texts import check_lengths, outputs_of_texts, up_to_padding

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from scipy.special import expit
 
 from can_dist.errors import DataError
-from can_dist.modeling.loading import resolve_precision
+from can_dist.modeling.precision import resolve_precision
 from can_dist.reporting.figures.reliability import draw_reliability
 from can_dist.scoring.kinds import scorer_identity
 from can_dist.scoring.protocol import LogProb, PolicyRatio

@@ -17,6 +17,7 @@ from can_dist.config.walk import scorers
 from can_dist.errors import DataError
 from can_dist.modeling.formatter import Message, open_formatter
 from can_dist.scoring.kinds import Writer, kind_of
+from can_dist.tables.artifacts import Artifact
 
 Conversations = Mapping[tuple[Any, ...], tuple[str, list[Message]]]
 """One conversation of each kind, with the id of its prompt."""
@@ -27,12 +28,12 @@ THOUGHT = "</think>"
 """Ends a block of thought, which templates leave out of turns that lie behind."""
 
 
-def check_conversations(config: Config, prompts: pa.Table | None = None) -> list[str]:
+def check_conversations(config: Config, prompts: Artifact | None = None) -> list[str]:
     """Write one prompt of each kind by every template that will read it.
 
     Args:
         config: The configuration.
-        prompts: The prompts (columns ``prompt_id`` and ``messages``), where they have been read already.
+        prompts: The table ``prompts``, where it has been made already.
 
     Returns:
         What a user should know: parts of earlier turns that a template leaves out, as its makers meant.
@@ -41,7 +42,7 @@ def check_conversations(config: Config, prompts: pa.Table | None = None) -> list
         ConfigError: A model has no chat template and no ``template``, or several chat templates and no default.
         DataError: A template refuses a conversation, or does not write one of its messages or the response.
     """
-    asked = kinds_of(_prompts_of(config.prompts) if prompts is None else prompts)
+    asked = kinds_of(_prompts_of(config.prompts) if prompts is None else prompts.table)
     notes = check_reference("reference", config.reference, asked)
     for key, scorer in scorers(config).items():
         notes += check_scorer(key, scorer, asked)

@@ -16,7 +16,8 @@ from can_dist.measuring.gains import (
     gains_table,
 )
 from can_dist.modeling.formatter import text_identity
-from can_dist.modeling.loading import model_digest, resolve_precision
+from can_dist.modeling.loading import model_digest
+from can_dist.modeling.precision import resolve_precision
 from can_dist.scoring.kinds import scorer_identity
 from can_dist.scoring.protocol import LogProb, ScorerSpec
 from can_dist.stages.generate import generate

@@ -15,7 +15,8 @@ from can_dist.config.base import identity
 from can_dist.config.sections import Generate
 from can_dist.errors import DataError
 from can_dist.modeling.formatter import convention, open_formatter, text_identity
-from can_dist.modeling.loading import model_digest, resolve_precision
+from can_dist.modeling.loading import model_digest
+from can_dist.modeling.precision import resolve_precision
 from can_dist.tables.artifacts import Artifact, StageDirectory, load_artifact, write_part
 from can_dist.tables.schemas import PROMPTS, RESPONSES, check_schema
 from can_dist.workspace import Workspace
@@ -148,8 +149,9 @@ class GenerateJob:
 
     def load(self) -> Any:
         """Open prompts, model, tokenizer and formatter."""
-        from can_dist.modeling.loading import device, load_causal_lm
+        from can_dist.modeling.loading import load_causal_lm
         from can_dist.modeling.policy_probe import check_probe, probe_length
+        from can_dist.modeling.precision import device
         from can_dist.modeling.vllm_engine import logp, open_engine
 
         formatter = open_formatter(self.model)

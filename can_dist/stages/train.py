@@ -21,8 +21,9 @@ from can_dist.config.base import identity
 from can_dist.console import interruptible, progress
 from can_dist.errors import CanDistError, ConfigError, EnvironmentProblem, Interrupted
 from can_dist.modeling.formatter import require_convention, text_identity
-from can_dist.modeling.loading import model_digest, resolve_precision
+from can_dist.modeling.loading import model_digest
 from can_dist.modeling.policy_probe import PROBE
+from can_dist.modeling.precision import resolve_precision
 from can_dist.tables.artifacts import Artifact, StageDirectory, write_json
 from can_dist.training import ADAPTER, CHECKPOINTS, CURVE, POLICY, STOP, SUMMARY
 from can_dist.training.batches import num_steps

@@ -12,7 +12,7 @@ import torch
 
 from can_dist.modeling import segments
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NAMES = list(packed_attention.architectures("cpu"))
 
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from can_dist.config import Model
 from can_dist.config.sections import Lora, Train
 from can_dist.errors import EnvironmentProblem
-from can_dist.modeling.loading import resolve_precision
+from can_dist.modeling.precision import resolve_precision
 from can_dist.training import engine, room
 from can_dist.training import memory as m
 from can_dist.training.batches import Example
