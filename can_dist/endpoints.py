@@ -11,7 +11,7 @@ import ipaddress
 import os
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
+from urllib.request import getproxies_environment, proxy_bypass
 
 from can_dist.config.endpoints import Endpoint
 from can_dist.errors import EnvironmentProblem
@@ -95,7 +95,7 @@ def about_proxy(error: APIError) -> str:
     host = address.hostname or ""
     proxies = getproxies_environment()
     name = next((name for name in (address.scheme, "all") if name in proxies), None)
-    if name is None or is_loopback(host) or proxy_bypass_environment(host):
+    if name is None or is_loopback(host) or proxy_bypass(host):
         return ""
     return (
         f" The environment variable {_variable(name)} sends this request through a proxy: where the endpoint is to be "

@@ -116,11 +116,9 @@ def has_own_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
 def check_vocabulary(spec: Model) -> tuple[PreTrainedTokenizerBase, Any]:
     """Return a model's tokenizer and configuration, checked to be made for each other; loads no weights.
 
-    Raises
-    ------
-    DataError
-        When the tokenizer knows more tokens than the model has embeddings, or a special token is beyond them: on a
-        CPU such a token is an index error in the middle of a stage, on a GPU the end of the process.
+    Raises:
+        DataError: The tokenizer knows more tokens than the model has embeddings, or a special token is beyond them: on
+            a CPU such a token is an index error in the middle of a stage, on a GPU the end of the process.
     """
     tokenizer, config = load_tokenizer(spec), load_model_config(spec, "model")
     rows = int(config.get_text_config().vocab_size)

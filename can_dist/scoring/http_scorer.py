@@ -47,12 +47,11 @@ class HttpEndpointScorer:
 def score_batch(client: OpenAI, spec: HttpScorer, batch: Sequence[Response]) -> list[float]:
     """Send one request and return a finite number for each response.
 
-    Raises
-    ------
-    EnvironmentProblem
-        When the endpoint is down, slow, rate-limited beyond all retries, or refuses the key or the address.
-    DataError
-        When it refuses the request, or its answer is not JSON, lacks the field, or holds another count or no numbers.
+    Raises:
+        EnvironmentProblem: The endpoint is down, slow, rate-limited beyond all retries, or refuses the key or the
+            address.
+        DataError: It refuses the request, or its answer is not JSON, lacks the field, or holds another count or no
+            numbers.
     """
     from openai import APIError, APIStatusError
 
@@ -128,10 +127,8 @@ def _text(spec: HttpScorer, response: Response) -> str:
 def values_at(answer: Any, spec: HttpScorer, count: int, where: str) -> list[Any]:
     """Return what lies at the path ``spec.value`` of an answer, once for each of ``count`` responses.
 
-    Raises
-    ------
-    DataError
-        When a step of the path is not there, or '*' stands for another number of places.
+    Raises:
+        DataError: A step of the path is not there, or '*' stands for another number of places.
     """
     before, star, after = spec.value.partition("*")
     found = _walk(answer, before, spec, where)

@@ -35,12 +35,9 @@ def log_ratio(logp_N: pa.ChunkedArray, logp_ref_N: pa.ChunkedArray, spec: Policy
 def given_ratio(name: str, scorer: LogRatio, reference: Model) -> PolicyRatio:
     """Return the score of a policy that was given, checked to read and write text as the reference does.
 
-    Raises
-    ------
-    ConfigError
-        When the policy is yet to be trained or its score to be calibrated.
-    DataError
-        When tokenizer or template are not the reference's.
+    Raises:
+        ConfigError: The policy is yet to be trained or its score to be calibrated.
+        DataError: Tokenizer or template are not the reference's.
     """
     if scorer.model is None or scorer.learns:
         raise ConfigError(

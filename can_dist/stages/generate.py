@@ -34,16 +34,14 @@ def generate(work: Workspace, model: Model, prompts: Artifact, *, split: str, ro
     A response's randomness is its own (seed, prompt_id, k), and the batches are cut from the prompts' order alone,
     so neither the number of actors nor the shard size changes a response.
 
-    Raises
-    ------
-    DataError
-        When a prompt and ``max_new_tokens`` do not fit the model's context (prompt ids listed).
+    Raises:
+        DataError: A prompt and ``max_new_tokens`` do not fit the model's context (prompt ids listed).
     """
     config = work.config
     num_responses = config.generate.num_responses if split == "train" else config.evaluate.num_responses
     options = config.generate.model_copy(update={"num_responses": num_responses})
     precision = resolve_precision(config.precision)
-    what = {
+    identity_of_stage = {
         "model": model_digest(model),
         **text_identity(model),
         "split": split,
@@ -52,7 +50,7 @@ def generate(work: Workspace, model: Model, prompts: Artifact, *, split: str, ro
         "options": identity(options, exclude=ELSEWHERE),
     }
     label = f"{role} on {split}"
-    stage = work.open("generate", label, what, {"prompts": prompts})
+    stage = work.open("generate", label, identity_of_stage, {"prompts": prompts})
     if stage.finished:
         return stage.finished
     if options.engine == "vllm":
@@ -91,24 +89,22 @@ def commit_responses(stage: StageDirectory, model: Model, num_prompts: int, part
 def check_truncated(work: Workspace, responses: Artifact) -> Artifact:
     """Return responses of which no more than ``generate.max_truncated`` were cut at ``max_new_tokens``; tell of many.
 
-    Raises
-    ------
-    DataError
-        When more were cut: what a scorer says of the beginning of a text need not hold of the text.
+    Raises:
+        DataError: More were cut: what a scorer says of the beginning of a text need not hold of the text.
     """
     options = work.config.generate
     num_cut, num_all = responses.info["finish_reason"].get("length", 0), responses.info["num_responses"]
-    found = (
+    counted = (
         f"{responses.path.name}: {num_cut} of {num_all} responses ({num_cut / num_all:.0%}) were cut at "
         f"generate.max_new_tokens = {options.max_new_tokens}"
     )
     if num_cut > options.max_truncated * num_all:
         raise DataError(
-            f"{found}; generate.max_truncated allows {options.max_truncated:.0%}. Raise generate.max_new_tokens, or "
+            f"{counted}; generate.max_truncated allows {options.max_truncated:.0%}. Raise generate.max_new_tokens, or "
             "generate.max_truncated if a text's beginning is enough for your scorers."
         )
     if num_cut > MANY_TRUNCATED * num_all:
-        work.say(f"{found}; their scores may depend on what is missing (generate.max_truncated makes it an error)")
+        work.say(f"{counted}; their scores may depend on what is missing (generate.max_truncated makes it an error)")
     return responses
 
 
@@ -210,11 +206,11 @@ class GenerateJob:
         prompt_ids = [formatter.prompt_ids(row["messages"]) for row in rows]
         pairs = [(row, ids, k) for row, ids in zip(rows, prompt_ids, strict=True) for k in range(num_responses)]
         seeds = [sampling.row_seed(self.seed, row["prompt_id"], k) for row, _, k in pairs]
-        asked = [ids for _, ids, _ in pairs]
+        ids_R = [ids for _, ids, _ in pairs]
         if options.engine == "vllm":
-            samples = vllm_engine.sample(model, asked, seeds, options, end_ids)
+            samples = vllm_engine.sample(model, ids_R, seeds, options, end_ids)
         else:
-            samples = sampling.sample(model, tokenizer, asked, seeds, options, end_ids)
+            samples = sampling.sample(model, tokenizer, ids_R, seeds, options, end_ids)
         return [
             {
                 "prompt_id": row["prompt_id"],

@@ -374,7 +374,7 @@ def test_good_inputs_are_all_looked_at(world: Path) -> None:
     findings = inputs.check_inputs(configure(world))
     assert {finding.severity for finding in findings} == {Severity.OK}
     kinds = [finding.what for finding in findings]
-    assert kinds == ["reference", "reward", "prompts", "constraints.calm.scorer", "train.ds_config"]
+    assert kinds == ["reference", "reward", "prompts", "constraints.calm.scorer", "conversations", "train.ds_config"]
     assert findings[0].found == f"{world / 'lm'}: llama, 8 tokens for 8 embeddings, chat template"
 
 
