@@ -14,7 +14,7 @@ from can_dist.dual.predict import Prediction, predict
 from can_dist.dual.solution import DualSolution, Margin, Status
 from can_dist.dual.solve import solve_dual, solve_table
 from can_dist.dual.table import ScoreTable
-from can_dist.dual.uncertainty import Bootstrap, CrossFit, Interval, bootstrap, cross_fit, lam_interval
+from can_dist.dual.uncertainty import Bootstrap, CrossFit, Interval, bootstrap, cross_fit, lam_interval, mean_interval
 
 __all__ = [
     "ESTIMATORS",
@@ -46,6 +46,7 @@ __all__ = [
     "evaluate",
     "frontier_table",
     "lam_interval",
+    "mean_interval",
     "partial_sums",
     "predict",
     "run_pass",

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from can_dist.dual import mean_interval
 from can_dist.errors import DataError
-from can_dist.reporting.compare import Cost, MethodResult, OneShotRatio, gain_interval, method_result, one_shot_ratio
+from can_dist.reporting.compare import Cost, MethodResult, OneShotRatio, method_result, one_shot_ratio
 from can_dist.reporting.measures import column
 from can_dist.reporting.ranking import Ranking, rank_methods
 from can_dist.stages.evaluate import REPORT, TITLES
@@ -195,7 +196,7 @@ def _method_record(one: Evaluated, names: Sequence[str]) -> dict[str, Any]:
         "variant": report["variant"],
         "evaluation": str(one.artifact.path),
         "beta": report["beta"],
-        "gains": {score: asdict(gain_interval(one.gain_P(score))) for score in names},
+        "gains": {score: asdict(mean_interval(one.gain_P(score))) for score in names},
         "constraints": {
             row["name"]: {key: row[key] for key in ("margin", "threshold", "verdict")} for row in report["constraints"]
         },

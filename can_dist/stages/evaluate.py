@@ -24,6 +24,7 @@ from can_dist.reporting.measures import (
     gains_table,
     improvement,
     interval,
+    joint_confidence,
     lengths,
     refusals,
     safety_tails,
@@ -98,9 +99,9 @@ def evaluate(
 ) -> Artifact:
     """Return the artifact with ``report.json``, ``report.html`` and a table of each held-out prompt's gains.
 
-    Every interval is a 95 % t-interval over prompts: a prompt's responses are averaged first, because the prompt is
-    the unit that was sampled. The improvement is paired by prompt. ``variant`` names the policy among several of one
-    method, such as 'q=0.25'.
+    Every interval is over prompts: a prompt's responses are averaged first, because the prompt is the unit that was
+    sampled. The improvement is paired by prompt. Intervals hold at 95 %, those of several constraints jointly.
+    ``variant`` names the policy among several of one method, such as 'q=0.25'.
     """
     policy = policy_model(lineage.policy, reference)
     before = generate(work, reference, lineage.prompts, split="test", role="reference")
@@ -199,7 +200,9 @@ def build_report(
         "prediction": dual["prediction"],
         "unpredicted": dual["unpredicted"],
         "constraints": [
-            constraint_row(name, one, before, after) | dual["lam"].get(name, {}) | dual["scores"].get(name, {})
+            constraint_row(name, one, before, after, joint_confidence(len(constraints)))
+            | dual["lam"].get(name, {})
+            | dual["scores"].get(name, {})
             for name, one in constraints.items()
         ],
         "reward": {"name": reward, **dual["scores"].get(reward, {}), "realised": improvement(before, after, reward)},
