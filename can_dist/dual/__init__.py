@@ -3,24 +3,24 @@
 NumPy and SciPy only.
 """
 
-from can_dist.dual.choice import Choice, choose
 from can_dist.dual.columns import Block, ColumnScores, Pass, PassResult, run_pass
 from can_dist.dual.diagnosis import Diagnosis, diagnose
 from can_dist.dual.estimators import ESTIMATORS
 from can_dist.dual.feasibility import Feasibility, check_feasibility
 from can_dist.dual.frontier import Frontier, FrontierPoint, frontier_table
+from can_dist.dual.interval import Interval, mean_interval
 from can_dist.dual.objective import Evaluation, PartialSums, dual_curve, evaluate, partial_sums
 from can_dist.dual.predict import Prediction, predict
 from can_dist.dual.solution import DualSolution, Margin, Status
 from can_dist.dual.solve import solve_dual, solve_table
 from can_dist.dual.table import ScoreTable
-from can_dist.dual.uncertainty import Bootstrap, CrossFit, Interval, bootstrap, cross_fit, lam_interval, mean_interval
+from can_dist.dual.trust import Trust, judge
+from can_dist.dual.uncertainty import Bootstrap, CrossFit, bootstrap, cross_fit, lam_interval
 
 __all__ = [
     "ESTIMATORS",
     "Block",
     "Bootstrap",
-    "Choice",
     "ColumnScores",
     "CrossFit",
     "Diagnosis",
@@ -37,14 +37,15 @@ __all__ = [
     "Prediction",
     "ScoreTable",
     "Status",
+    "Trust",
     "bootstrap",
     "check_feasibility",
-    "choose",
     "cross_fit",
     "diagnose",
     "dual_curve",
     "evaluate",
     "frontier_table",
+    "judge",
     "lam_interval",
     "mean_interval",
     "partial_sums",
