@@ -31,17 +31,14 @@ MIN_PROMPTS = 50
 MIN_ESS = 4.0
 """Effective responses per prompt, weighted by the prompts' variance of g, from which the correction bounds the bias."""
 
-MIN_CARRIERS = 25.0
+MIN_CARRIERS = 40.0
 """Responses, of all prompts together, that must carry the bias of order 1/K."""
 
 MAX_SHAPE = 0.7
 """Pareto k̂ of the density ratios of all prompts together up to which their mean can be estimated (Vehtari et al.)."""
 
 SPREAD_ESS = 15.0
-"""Effective responses per prompt from which a prompt's own normaliser is known, so that ratios to it may be judged."""
-
-SPREAD_CARRIERS = 40.0
-"""Responses that must carry the bias when judged by these ratios: then the two limits above need not hold."""
+"""Effective responses per prompt from which a prompt's own normaliser is known: carriers by it then suffice."""
 
 MAX_SINGLE = 0.1
 """Share of prompts with one response, which show no change, up to which it is counted as an error."""
@@ -229,7 +226,7 @@ def _objection(
     carried = f"{ess:.1f} of {typical:g} responses carry a prompt's prediction, prompts weighted by how much they vary"
     if ess < MIN_ESS:
         return f"{carried}; raise beta or the number of responses"
-    if ess >= SPREAD_ESS and own_carriers_J.min() >= SPREAD_CARRIERS:
+    if ess >= SPREAD_ESS and own_carriers_J.min() >= MIN_CARRIERS:
         return ""
     if carriers < MIN_CARRIERS:
         return f"{carriers:.0f} of all {table.num_rows} responses decide it; raise beta or the number of responses"

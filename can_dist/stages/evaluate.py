@@ -123,6 +123,7 @@ def evaluate(
         "samples": work.config.evaluate.num_samples,
         "reward": reward,
         "constraints": {name: identity(one, exclude=["scorer"]) for name, one in constraints.items()},
+        "intervals": "Student and Hall",
     }
     stage = work.open("evaluate", method_title(work.config.method, variant), what, inputs)
     if stage.finished:
