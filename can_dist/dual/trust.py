@@ -26,7 +26,7 @@ from can_dist.dual.table import FloatArray, ScoreTable
 CONFIDENCE = 0.95
 
 MIN_PROMPTS = 50
-"""Fewest prompts a statement is made from: below, the interval of a mean misses too often."""
+"""Fewest prompts that can show a change: below, the interval of a mean misses too often."""
 
 MIN_ESS = 4.0
 """Effective responses per prompt, weighted by the prompts' variance of g, from which the correction bounds the bias."""
@@ -34,8 +34,8 @@ MIN_ESS = 4.0
 MIN_CARRIERS = 40.0
 """Responses, of all prompts together, that must carry the bias of order 1/K."""
 
-MAX_SHAPE = 0.7
-"""Pareto k̂ of the density ratios of all prompts together up to which their mean can be estimated (Vehtari et al.)."""
+MAX_SHAPE = 0.5
+"""Pareto k̂ of the density ratios of all prompts: from 1/2 on their squares, which carry the bias, have no mean."""
 
 SPREAD_ESS = 15.0
 """Effective responses per prompt from which a prompt's own normaliser is known: carriers by it then suffice."""
@@ -111,7 +111,7 @@ def judge(
         for value_P, bias in zip(value_PJ.T, bias_J.tolist(), strict=True)
     )
     variance_JP = np.array([within_covariance(table, column_N, column_N) for column_N in table.utility_JN])
-    ess_J = _weighted_ess(variance_JP, moments.ess_P)
+    ess_J, num_flat = _weighted_ess(variance_JP, moments.ess_P), int((variance_JP <= 0).all(axis=0).sum())
     score_N = table.score(lam_J) / beta
     log_ratio_N = tilt(table, lam_J, beta).log_ratio_N
     carriers_J, own_carriers_J = (
@@ -129,8 +129,8 @@ def judge(
         carriers_J=carriers_J,
         own_carriers_J=own_carriers_J,
         shape=shape,
-        num_flat=int((variance_JP <= 0).all(axis=0).sum()),
-        objection=_objection(table, single, ess_J, carriers_J, own_carriers_J, shape),
+        num_flat=num_flat,
+        objection=_objection(table, single, num_flat, ess_J, carriers_J, own_carriers_J, shape),
     )
 
 
@@ -206,6 +206,7 @@ def _lam_error(
 def _objection(
     table: ScoreTable,
     single: float,
+    num_flat: int,
     ess_J: FloatArray,
     carriers_J: FloatArray,
     own_carriers_J: FloatArray,
@@ -218,8 +219,9 @@ def _objection(
             f"{round(single * num_prompts)} of {num_prompts} prompts have one response, which cannot show a change; "
             "leave them out or sample more responses to them"
         )
-    if num_prompts < MIN_PROMPTS:
-        return f"{num_prompts} prompts are too few, {MIN_PROMPTS} are needed"
+    if num_prompts - num_flat < MIN_PROMPTS:
+        flat = f" ({num_flat} have responses that all score alike)" if num_flat else ""
+        return f"{num_prompts - num_flat} prompts that can show a change are too few{flat}, {MIN_PROMPTS} are needed"
     if np.isnan(ess_J).any():
         return "a score never differs between the responses to a prompt"
     ess, carriers = float(ess_J.min()), float(carriers_J.min())

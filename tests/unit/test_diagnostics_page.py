@@ -238,7 +238,7 @@ class TestHeadline:
             (World("gaussian", 0.5, num_prompts=300), "jackknife", "met", "Yes: both what the policy of λ "),
             (World("gaussian", 10.0, num_prompts=100), "empirical", "unmet", "No: 1.4 of 128 responses carry"),
             (
-                World("uniform", 1.0, margin=0.0, num_prompts=60, num_responses=8),
+                World("uniform", 1.0, -0.5, -0.4, 60, 16),
                 "jackknife",
                 "within",
                 "For what the policy ",

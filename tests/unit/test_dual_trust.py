@@ -97,7 +97,7 @@ def test_a_minority_that_carries_everything_is_seen() -> None:
 @pytest.mark.parametrize(
     ("world", "words"),
     [
-        (World("gaussian", 1.0, num_prompts=30), "30 prompts are too few, 50 are needed"),
+        (World("gaussian", 1.0, num_prompts=30), "30 prompts that can show a change are too few, 50 are needed"),
         (World("gaussian", 10.0, num_prompts=60), "1.5 of 128 responses carry a prompt's prediction"),
         (World("t3", 1.0, num_prompts=100), "of all 12800 responses decide it"),
         (World("rare", 1.0, num_prompts=300), "rare responses decide it (Pareto k = 1."),
