@@ -3,13 +3,14 @@
 NumPy and SciPy only.
 """
 
-from can_dist.dual.belief.choice import Choice, choose
 from can_dist.dual.belief.diagnosis import Diagnosis, diagnose
-from can_dist.dual.belief.uncertainty import Bootstrap, CrossFit, Interval, bootstrap, cross_fit, lam_interval
+from can_dist.dual.belief.trust import Trust, judge
+from can_dist.dual.belief.uncertainty import Bootstrap, CrossFit, bootstrap, cross_fit, lam_interval
 from can_dist.dual.columns import Block, ColumnScores, Pass, PassResult, run_pass
 from can_dist.dual.estimators import ESTIMATORS
 from can_dist.dual.feasibility import Feasibility, check_feasibility
 from can_dist.dual.frontier import Frontier, FrontierPoint, frontier_table
+from can_dist.dual.interval import Interval, mean_interval
 from can_dist.dual.objective import Evaluation, PartialSums, dual_curve, evaluate, partial_sums
 from can_dist.dual.predict import Prediction, predict
 from can_dist.dual.solution import DualSolution, Margin, Status
@@ -20,7 +21,6 @@ __all__ = [
     "ESTIMATORS",
     "Block",
     "Bootstrap",
-    "Choice",
     "ColumnScores",
     "CrossFit",
     "Diagnosis",
@@ -37,15 +37,17 @@ __all__ = [
     "Prediction",
     "ScoreTable",
     "Status",
+    "Trust",
     "bootstrap",
     "check_feasibility",
-    "choose",
     "cross_fit",
     "diagnose",
     "dual_curve",
     "evaluate",
     "frontier_table",
+    "judge",
     "lam_interval",
+    "mean_interval",
     "partial_sums",
     "predict",
     "run_pass",

@@ -62,7 +62,7 @@ def check_estimator(estimator: str, table: Scores | None = None) -> None:
     """Raise ConfigError for an unknown estimator, or one that cannot read the table."""
     if estimator not in ESTIMATORS:
         raise ConfigError(f"estimator: found {estimator!r}, expected one of {', '.join(ESTIMATORS)}.")
-    if isinstance(table, ColumnScores) and estimator != "empirical":
+    if isinstance(table, ColumnScores) and estimator not in ("empirical", "auto"):
         raise ConfigError(
             f"estimator: {estimator!r} revisits single responses, so it needs the table in memory; a streamed table "
             "takes 'empirical'. Solve a sample of the prompts in memory to see how far the estimators differ."

@@ -25,7 +25,6 @@ from can_dist.dual import (
     evaluate,
     frontier_table,
 )
-from can_dist.dual.belief.choice import TOLERANCE
 from can_dist.dual.objective import tilt
 from can_dist.errors import CanDistError
 
@@ -61,7 +60,7 @@ def examine(table: ScoreTable, solution: DualSolution, *, reward_name: str = "re
     varied = bool((table.num_responses_P > 1).any())
     diagnosis = None if refused else diagnose(table, solution, reward_name=reward_name)
     predicted, unpredicted = cross_fitted(table, solution) if known and varied else (None, refused)
-    kind, text = _headline(table, solution, diagnosis) if diagnosis else ("within", f"Not examined: {refused}")
+    kind, text = _headline(diagnosis) if diagnosis else ("within", f"Not examined: {refused}")
     axes = list(enumerate(solution.lam))
     trade_off = bool(solution.lam) and varied and not (solution.lam_vector < 0).any()
     record = {
@@ -141,39 +140,21 @@ def as_solved(solution: DualSolution) -> list[Margin]:
     return margins
 
 
-def _headline(table: ScoreTable, solution: DualSolution, diagnosis: Diagnosis) -> tuple[str, str]:
-    """Say whether λ of this solution can be believed: (met, within or unmet; a sentence)."""
-    if table.weighted:
+def _headline(diagnosis: Diagnosis) -> tuple[str, str]:
+    """Answer whether the prediction of this solution can be believed: (met, within or unmet; one sentence)."""
+    judgement = diagnosis.judgement
+    if judgement is None:
         return "met", "Yes, if the table lists everything the reference can say: its weights are taken as given."
-    bound = diagnosis.bounds.get(solution.estimator, math.inf)
-    if bound <= TOLERANCE:
-        if not solution.lam_vector.any():
-            return "met", "Yes: every margin is met at no price, by more than three standard errors, so λ = 0."
-        return "met", f"Yes: λ is known to within {_share(bound)}, bias and three standard errors together."
-    if diagnosis.trustworthy:
-        used, best = (
-            np.array(list(diagnosis.lam[name].values())) for name in (solution.estimator, diagnosis.recommended)
+    if judgement["objection"]:
+        return "unmet", f"No: {judgement['objection']}."
+    if not any(judgement["lam_error"].values()):
+        return "met", "Yes: every margin is met at no price, so λ = 0."
+    if judgement["lam_known"]:
+        return (
+            "met",
+            "Yes: both what the policy of λ delivers on new prompts and λ itself are known to within these bounds.",
         )
-        gap = float(np.max(np.abs(used - best)[best > 0] / best[best > 0], initial=0.0))
-        return "within", (
-            f"Not quite as solved: the {diagnosis.recommended} estimator knows λ to within "
-            f"{_share(diagnosis.relative_error)} on this table; the λ of the {solution.estimator} one, used here, "
-            f"differs from it by {_share(gap)}."
-        )
-    if math.isfinite(diagnosis.relative_error):
-        return "within", (
-            f"Only roughly: the best that can be said on this table is λ to within {_share(diagnosis.relative_error)}, "
-            f"by the {diagnosis.recommended} estimator."
-        )
-    ess, responses = solution.diagnostics["ess"]["median"], np.median(table.num_responses_P)
-    return "unmet", (
-        f"No: no estimator can vouch for λ to within {_share(TOLERANCE)} on this table. "
-        f"On a typical prompt the prediction rests on {ess:.1f} of {responses:g} responses."
-    )
-
-
-def _share(share: float) -> str:
-    return f"{100 * share:.2g}%" if share < 0.995 else "more than its own size"
+    return "within", "For what the policy of λ delivers on new prompts, yes; λ itself is not known to within 25%."
 
 
 def _weights(table: ScoreTable, solution: DualSolution) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from can_dist.config import METHODS
+from can_dist.dual import mean_interval
 from can_dist.errors import DataError
-from can_dist.measuring.comparison import Cost, MethodResult, OneShotRatio, gain_interval, method_result, one_shot_ratio
+from can_dist.measuring.comparison import Cost, MethodResult, OneShotRatio, method_result, one_shot_ratio
 from can_dist.measuring.gains import column
 from can_dist.measuring.ranking import Ranking, rank_methods
 from can_dist.stages.report import REPORT
@@ -199,7 +200,7 @@ def _method_record(method: Evaluated, names: Sequence[str]) -> dict[str, Any]:
         "variant": report["variant"],
         "evaluation": str(method.artifact.path),
         "beta": report["beta"],
-        "gains": {score: asdict(gain_interval(method.gain_P(score))) for score in names},
+        "gains": {score: asdict(mean_interval(method.gain_P(score))) for score in names},
         "constraints": {
             row["name"]: {key: row[key] for key in ("margin", "threshold", "verdict")} for row in report["constraints"]
         },

@@ -22,7 +22,7 @@ from can_dist.tables.artifacts import write_text
 ESS_COLUMNS = (("min", "least"), ("p10", "10%"), ("median", "median"), ("p90", "90%"), ("max", "most"))
 NUM_INFLUENTIAL = 5
 Z_95 = 1.959964
-SHOWN_ELSEWHERE = {"ess", "kl_over_log_k", "sd_over_beta", "verdict"}
+SHOWN_ELSEWHERE = {"ess", "judgement", "kl_over_log_k", "sd_over_beta", "verdict"}
 SCORER_ROWS = (
     ("mean", "mean"),
     ("within_sd", "sd within a prompt"),
@@ -94,6 +94,7 @@ def believed(
         "weight_rows": list(_weight_rows(solution, summary, diagnosis.get("pareto_k") or {})),
         "names": list(solution.get("lam") or {}),
         "estimators": _estimators(solution, diagnosis),
+        "judged": _judged(diagnosis.get("judgement")),
         "disagreement": diagnosis.get("disagreement"),
         "stability": [] if weighted else _stability_rows(diagnosis, solution),
         "influence": (diagnosis.get("influence") or [])[:NUM_INFLUENTIAL],
@@ -106,7 +107,6 @@ def believed(
         "stability_panels": [] if weighted else list(_stability_panels(diagnosis, solution)),
         "duals": list(_dual_panels(seen.get("dual_curves") or {}, solution)),
         "frontiers": list(_frontier_panels(seen.get("frontier") or {}, reward_name, weighted)),
-        "needed_ess": TRUSTED_ESS,
     }
 
 
@@ -157,20 +157,29 @@ def _weight_rows(
 
 
 def _estimators(solution: Mapping[str, Any], diagnosis: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a row per estimator: λ̂ ± SE by constraint, the bound on its error, and the objection to it."""
+    """One row per estimator: λ̂ ± SE by constraint."""
     rows = []
     for estimator, lam in (diagnosis.get("lam") or {}).items():
         errors = (diagnosis.get("lam_se") or {}).get(estimator) or {}
-        marks = [mark for mark, other in (("used", solution.get("estimator", "empirical")),
-                                          ("recommended", diagnosis["recommended"])) if other == estimator]  # fmt: skip
-        bound = diagnosis["bounds"].get(estimator)
+        used = solution.get("estimator", "empirical") == estimator
+        values = [_with_error(lam[name], errors.get(name)) for name in lam]
+        rows.append({"name": estimator, "marks": "used" if used else "", "lam": values})
+    return rows
+
+
+def _judged(judgement: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """One row per constraint: what new prompts can expect with the bias beside the SE, and how well λ is known."""
+    rows = []
+    for name, delivered in (judgement or {}).get("delivered", {}).items():
+        decimals, error = decimals_of(delivered, None), judgement["lam_error"][name] if judgement else None
         rows.append(
             {
-                "name": estimator,
-                "marks": ", ".join(marks),
-                "lam": [_with_error(lam[name], errors.get(name)) for name in lam],
-                "bound": "none" if bound is None else percent(bound, 1) if bound < 1 else "over 100%",
-                "objection": (diagnosis.get("objections") or {}).get(estimator, ""),
+                "name": name,
+                "mean": number(delivered["mean"], decimals, sign=True),
+                "interval": interval_text(delivered, decimals),
+                "se": number(delivered["se"], decimals + 1),
+                "bias": number(delivered["bias"], decimals + 1),
+                "lam_error": MISSING if error is None else percent(error, 1) if error < 1 else "over 100%",
             }
         )
     return rows
@@ -266,7 +275,7 @@ def _weight_panels(weights: Mapping[str, Any] | None, summary: Mapping[str, Any]
     if not weights:
         return
     median = summary["ess"]["median"]
-    label = f"Effective responses of a prompt: median {plain(median)}, {TRUSTED_ESS:g} needed"
+    label = f"Effective responses of a prompt: median {plain(median)}"
     svg = ess_svg(weights["ess_edges"], weights["ess_count"], median, TRUSTED_ESS, label=label, prefix="ess")
     yield {"name": "Effective sample size", "svg": safe_svg(svg), "note": ""}
     alone = percent(weights["share_one_response"])

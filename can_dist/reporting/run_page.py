@@ -31,14 +31,16 @@ from can_dist.tables.artifacts import flatten, write_text
 
 SUMMARY_CHARS = 110
 VERDICTS = {
-    "met": ("met", "is met", ""),
+    "met": ("met", "is met", " The whole {level} interval is at or above the margin. {unseen}"),
     "met within the interval": (
         "within",
         "is met within the interval",
-        " The margin lies inside the 95% interval and the estimate is {side} it: more prompts would settle it.",
+        " The margin lies inside the {level} interval and the estimate is {side} it: more prompts would settle it.",
     ),
-    "not met": ("unmet", "is not met", " The whole 95% interval lies {side} the margin."),
+    "not met": ("unmet", "is not met", " The whole {level} interval lies {side} the margin."),
+    "not decided": ("within", "is not decided", " Every prompt changed by the same amount. {unseen}"),
 }
+"""Verdict → mark, words and remark: ``level`` is the interval's confidence, ``unseen`` the limit of P prompts."""
 
 
 def write_report(report: Mapping[str, Any], path: Path) -> None:
@@ -72,6 +74,7 @@ def _page(report: Mapping[str, Any]) -> dict[str, Any]:
         "num_test_prompts": report["num_test_prompts"],
         "num_responses": report.get("num_responses"),
         "verdicts": [_verdict(c, report["num_test_prompts"]) for c in constraints],
+        "joint": _joint(constraints),
         "tiles": list(_tiles(report, constraints, reward)),
         "constraints": constraints,
         "reward": reward,
@@ -131,8 +134,28 @@ def _verdict(row: Mapping[str, Any], num_prompts: int) -> dict[str, str]:
         "words": words,
         "numbers": numbers,
         "against": f"against a {what} of {asked}, on {num_prompts} held-out prompt{'' if num_prompts == 1 else 's'}.",
-        "remark": remark.format(side="above" if realised["mean"] >= margin else "below").replace("margin", what),
+        "remark": remark.replace("margin", what).format(
+            side="above" if realised["mean"] >= margin else "below",
+            level=percent(row.get("confidence", 0.95), 0 if row.get("confidence", 0.95) == 0.95 else 1),
+            unseen=_unseen(num_prompts),
+        ),
     }
+
+
+def _unseen(num_prompts: int) -> str:
+    """Say which harm P prompts cannot show: one that none of them meets with a chance of 5 % (the rule of three)."""
+    return f"A harm that befalls fewer than {percent(min(3 / num_prompts, 1.0), 1)} of prompts may be unseen."
+
+
+def _joint(constraints: Sequence[Mapping[str, Any]]) -> str:
+    """Say that several constraints are judged together; nothing of one alone."""
+    levels = {row["confidence"] for row in constraints if "confidence" in row}
+    if len(constraints) < 2 or len(levels) != 1:
+        return ""
+    return (
+        f"The {len(constraints)} constraints are judged together at 95%: each has an interval of "
+        f"{percent(levels.pop(), 1)} (Bonferroni)."
+    )
 
 
 def _beside_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -42,9 +42,9 @@ def evaluate(
 ) -> Artifact:
     """Return the artifact with ``report.json``, ``report.html`` and a table of each held-out prompt's gains.
 
-    Every interval is a 95 % t-interval over prompts: a prompt's responses are averaged first, because prompts are
-    the sampled unit. The improvement is paired by prompt. ``variant`` names the policy among several of one
-    method, such as 'q=0.25'.
+    Every interval is over prompts: a prompt's responses are averaged first, because the prompt is the unit that was
+    sampled. The improvement is paired by prompt. Intervals hold at 95 %, those of several constraints jointly.
+    ``variant`` names the policy among several of one method, such as 'q=0.25'.
     """
     policy = policy_model(lineage.policy, reference)
     before = generate(work, reference, lineage.prompts, split="test", role="reference")
@@ -66,6 +66,7 @@ def evaluate(
         "samples": work.config.evaluate.num_samples,
         "reward": reward,
         "constraints": {name: identity(constraint, exclude=["scorer"]) for name, constraint in constraints.items()},
+        "intervals": "Student and Hall",
     }
     stage = work.open("evaluate", method_title(work.config.method, variant), identity_keys, inputs)
     if stage.finished:

@@ -20,6 +20,7 @@ from can_dist.measuring.gains import (
     constraint_row,
     improvement,
     interval,
+    joint_confidence,
     lengths,
     refusals,
     safety_tails,
@@ -92,7 +93,9 @@ def build_report(
         "prediction": dual["prediction"],
         "unpredicted": dual["unpredicted"],
         "constraints": [
-            constraint_row(name, constraint, before, after) | dual["lam"].get(name, {}) | dual["scores"].get(name, {})
+            constraint_row(name, constraint, before, after, joint_confidence(len(constraints)))
+            | dual["lam"].get(name, {})
+            | dual["scores"].get(name, {})
             for name, constraint in constraints.items()
         ],
         "reward": {"name": reward, **dual["scores"].get(reward, {}), "realised": improvement(before, after, reward)},

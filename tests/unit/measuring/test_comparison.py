@@ -72,7 +72,7 @@ def test_means_and_their_covariance_are_over_prompts() -> None:
 def test_table_reads_well() -> None:
     table = comparison_table([method("MoCAN", 0.5, 1.0), method("DPO-H", 1.0, -1.0), method("DPO-S", -0.5, 3.0)])
     rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
-    assert all(re.fullmatch(r"[+-]\d\.\d\d ± \d\.\d\d", row["safety gain"]) for row in rows)
+    assert all(re.fullmatch(r"[+-]\d\.\d\d \[[+-]\d\.\d\d, [+-]\d\.\d\d\]", row["safety gain"]) for row in rows)
     assert rows[0] | {"helpfulness gain": "", "safety gain": ""} == {
         "method": "MoCAN", "helpfulness gain": "", "safety gain": "", "margin": "1", "verdict": "met",
         "KL (nats)": "0.5",
