@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import click
 
-from can_dist.cli.options import read_config
+from can_dist.cli.options import config_options, read_config
 from can_dist.training.plan import Plan, make_plan, rank_memory
 
 GB = 10**9
@@ -25,11 +25,7 @@ LABELS = {
 
 
 @click.command()
-@click.argument("config", required=False)
-@click.option("--config", "config_option", metavar="FILE", help="The same as the argument CONFIG.")
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. cluster.num_workers=8."
-)
+@config_options
 @click.option("--memory", metavar="SIZE", help="Memory of a rank, e.g. 140GB; default: what this machine has.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON, in bytes.")
 def plan(

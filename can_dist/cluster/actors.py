@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from can_dist.cluster.metrics import shard_seconds, tags
+from can_dist.cluster.metrics import shard_seconds
 from can_dist.cluster.places import reserve
 from can_dist.config import Cluster
 from can_dist.errors import CanDistError, EnvironmentProblem
@@ -59,7 +59,7 @@ class ShardWorker:
         self.open(job)
         start = time.monotonic()
         job.process(self._loaded, shard)
-        self._seconds.observe(time.monotonic() - start, tags(work))
+        self._seconds.observe(time.monotonic() - start, {"work": work})
 
     def try_rows(self, job: ShardJob, shard: int, rows: range) -> None:
         """Process some rows of a shard and keep nothing."""

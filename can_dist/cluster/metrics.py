@@ -5,7 +5,6 @@ Ray puts ``ray_`` before the names. Every metric has the tag ``work``, such as `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 COUNTERS = {
@@ -48,8 +47,3 @@ def shard_seconds() -> Any:
     from ray.util.metrics import Histogram
 
     return Histogram(SECONDS, "Seconds per shard.", boundaries=SECONDS_BOUNDARIES, tag_keys=("work",))
-
-
-def tags(work: str) -> Mapping[str, str]:
-    """Return the tags of a metric; ``work`` names the job."""
-    return {"work": work}

@@ -21,7 +21,7 @@ FLASH_ATTENTION = "flash_attn"
 
 
 def check_environment(config: Config | None) -> list[Finding]:
-    """Look at Python, the packages, GPUs, communication, attention and the places of compiled extensions."""
+    """Check Python, the packages, GPUs, communication, attention and the directories of compiled extensions."""
     return [
         python_version(sys.version_info[:2]),
         *packages(declared(), installed_version),
@@ -68,9 +68,9 @@ def packages(requirements: Iterable[str], version_of: Callable[[str], str | None
         if version is None and is_extra:
             continue
         if version is None or not requirement.specifier.contains(version, prereleases=True):
-            found = f"{version or 'not installed'}, required is {requirement.specifier}"
+            state = f"{version or 'not installed'}, required is {requirement.specifier}"
             remedy = f"pip install '{requirement.name}{requirement.specifier}', or run make setup."
-            findings.append((warning if is_extra else error)(requirement.name, found, remedy))
+            findings.append((warning if is_extra else error)(requirement.name, state, remedy))
         elif requirement.name in ("ray", "deepspeed", "torch", "transformers"):
             good.append(f"{requirement.name} {version}")
     if findings or good:
@@ -83,49 +83,49 @@ def gpus(config: Config | None) -> list[Finding]:
     import torch
 
     names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    asked = max(config.cluster.gpus_per_actor, config.cluster.gpus_per_worker) if config else 0
+    per_process = max(config.cluster.gpus_per_actor, config.cluster.gpus_per_worker) if config else 0
     if names:
         shown = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in names)
         return [ok("GPUs", f"{shown}; CUDA {torch.version.cuda}, bf16")]
-    found = f"none that torch {torch.__version__} can use; models run in fp32 on CPU"
+    state = f"none that torch {torch.__version__} can use; models run in fp32 on CPU"
     if shutil.which("nvidia-smi"):
         remedy = "Install a torch that is built for the CUDA version that nvidia-smi shows."
-        return [warning("GPUs", f"{found}, though nvidia-smi is there", remedy)]
-    if asked and config is not None and not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+        return [warning("GPUs", f"{state}, though nvidia-smi is there", remedy)]
+    if per_process and config is not None and not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
         remedy = (
             "Set cluster.gpus_per_actor and cluster.gpus_per_worker to 0, or cluster.address to a cluster with GPUs."
         )
-        return [warning("GPUs", f"{found}, and the configuration asks for {asked:g} each", remedy)]
-    return [note("GPUs", found)]
+        return [warning("GPUs", f"{state}, and the configuration asks for {per_process:g} each", remedy)]
+    return [note("GPUs", state)]
 
 
 def communication() -> Finding:
-    """Say what the ranks would talk through."""
+    """Check the library through which the ranks would communicate."""
     import torch
 
     needed = "nccl" if torch.cuda.is_available() else "gloo"
     distributed = torch.distributed
-    there = {
+    is_available = {
         "nccl": distributed.is_available() and distributed.is_nccl_available(),
         "gloo": distributed.is_available() and distributed.is_gloo_available(),
     }
-    shown = ", ".join(f"{name} {'there' if yes else 'absent'}" for name, yes in there.items())
-    if not there[needed]:
+    shown = ", ".join(f"{name} {'there' if yes else 'absent'}" for name, yes in is_available.items())
+    if not is_available[needed]:
         return error("communication", f"{shown}; {needed} is needed", "Install torch from its official wheels.")
     return ok("communication", f"{shown}; ranks use {needed}")
 
 
 def attention(has_flash: bool, kind: str) -> Finding:
-    """Say which attention scoring and training use (``kind``, of ``segments.backend``), and which sampling does."""
+    """Report the attention of scoring and training (``kind``, of ``segments.backend``), and that of sampling."""
     flash = "is installed" if has_flash else "is not installed"
-    found = f"flash-attn {flash}; scoring and training use {kind}, sampling torch's sdpa (transformers' default)"
+    state = f"flash-attn {flash}; scoring and training use {kind}, sampling torch's sdpa (transformers' default)"
     if kind == "varlen_attn":
-        return note("attention", found, "To score and train by flash-attn: pip install 'can-dist[gpu]'.")
-    return ok("attention", found)
+        return note("attention", state, "To score and train by flash-attn: pip install 'can-dist[gpu]'.")
+    return ok("attention", state)
 
 
 def attention_kind() -> str:
-    """Return what segments are computed by on this machine, in the precision that ``auto`` is here."""
+    """Return the attention backend of segments on this machine, in the precision that ``auto`` means here."""
     import torch
 
     from can_dist.modeling.segments import backend
@@ -135,14 +135,14 @@ def attention_kind() -> str:
 
 
 def extensions() -> list[Finding]:
-    """Look for locks of killed builds, and for places where others could plant compiled code."""
+    """Look for locks of killed builds, and for directories where others could plant compiled code."""
     findings = []
     for directory in build_directories():
         if reason := unsafe_reason(directory):
             remedy = f"chmod 700 {directory}, or set {VARIABLE} to a directory of your own."
             findings.append(error("compiled extensions", f"{directory} {reason}", remedy))
         if locks := stale_locks(directory):
-            found = f"left by a killed build, and waited for without end: {describe(locks)}"
+            state = f"left by a killed build, and waited for without end: {describe(locks)}"
             remedy = f"If nothing compiles there now: rm {' '.join(str(lock.path) for lock in locks)}"
-            findings.append(error("compiled extensions", found, remedy))
+            findings.append(error("compiled extensions", state, remedy))
     return findings or [ok("compiled extensions", f"no stale lock in {', '.join(map(str, build_directories()))}")]

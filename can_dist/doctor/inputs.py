@@ -30,13 +30,13 @@ def check_inputs(config: Config) -> list[Finding]:
     return [*findings, checked("train.ds_config", partial(check_ds_config, config.train.ds_config))]
 
 
-def checked(what: str, check: Callable[[], str]) -> Finding:
-    """Run a check that says what it found; an error of ours becomes a finding."""
+def checked(key: str, check: Callable[[], str]) -> Finding:
+    """Run a check, which returns the state of ``key``; an error of ours becomes a finding."""
     try:
-        return ok(what, check())
+        return ok(key, check())
     except CanDistError as problem:
-        found, _, remedy = str(problem).partition(". ")
-        return error(what, found, remedy or "Correct it.")
+        state, _, remedy = str(problem).partition(". ")
+        return error(key, state, remedy or "Correct it.")
 
 
 def check_data(kind: ReadAs, source: DataSource) -> str:
@@ -94,7 +94,7 @@ def check_model(spec: Model) -> str:
     path = Path(spec.model).expanduser()
     has_files = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
     if not has_files and (path.is_dir() or looks_local(spec.model)):
-        model_digest(spec)  # tells which is missing
+        model_digest(spec)  # its error names the missing file
     tokenizer, architecture = check_vocabulary(spec)
     if isinstance(spec, SequenceClassifier | Guard):
         check_scorer_opens(spec)

@@ -34,7 +34,8 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
     owner, events = read_owner(run), read_events(run / LOG)
     session = events[max((n for n, event in enumerate(events) if event.get("event") == "began"), default=0) :]
     works = owner is not None and owner.alive is not False
-    stages = [_stage(run, name, events, now, works) for name in _artifacts(session)]
+    opened = dict.fromkeys(str(event["artifact"]) for event in session if event.get("artifact"))
+    stages = [_stage(run, name, events, now, works) for name in opened]
     method = _method(run)
     own = METHODS[method].stages if method in METHODS else ()
     begun = {stage["stage"] for stage in stages}
@@ -61,11 +62,6 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         if isinstance(event, dict):
             events.append(event)
     return events
-
-
-def _artifacts(session: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the artifact directories that a session came to, in its order, once each."""
-    return list(dict.fromkeys(str(event["artifact"]) for event in session if event.get("artifact")))
 
 
 def _method(run: Path) -> str:
@@ -113,7 +109,7 @@ def _rows(directory: Path) -> dict[str, Any]:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         rows = [entry["rows"] for entry in manifest["files"] if "rows" in entry]
         return {"rows": sum(rows), "quarantined": len(manifest["info"].get(QUARANTINED, {}))} if rows else {}
-    except (ValueError, KeyError, TypeError, AttributeError):  # `verify` tells of a damaged manifest
+    except (ValueError, KeyError, TypeError, AttributeError):  # `verify` reports a damaged manifest
         return {}
 
 
@@ -204,8 +200,8 @@ def _detail(stage: Mapping[str, Any]) -> str:
     if "eta_s" in stage and stage["state"] == "in progress":
         parts.append(f"{_duration(stage['eta_s'])} to go")
     if "rows" in stage:
-        asked = f" of {stage['rows'] + stage['quarantined']}" if stage["quarantined"] else ""
-        parts.append(f"{stage['rows']}{asked} rows")
+        total = f" of {stage['rows'] + stage['quarantined']}" if stage["quarantined"] else ""
+        parts.append(f"{stage['rows']}{total} rows")
     if stage.get("quarantined"):
         parts.append(f"{stage['quarantined']} quarantined")
     if stage.get("actor_deaths"):

@@ -152,7 +152,8 @@ async def _judge_all(comparisons: Sequence[Comparison], spec: JudgeSpec, cache: 
                     if done >= min(EARLY, len(jobs)):
                         _check_failures(failed, done, spec, cache)
         except EnvironmentProblem as error:
-            kept = sum(_has_verdict(task) for task in tasks)
+            answered = [task for task in tasks if task.done() and not task.exception()]
+            kept = sum(task.result().verdict is not None for task in answered)
             raise EnvironmentProblem(
                 f"{error} {kept} of {len(jobs)} verdicts are kept in {cache}; the same call goes on from there."
             ) from None
@@ -161,10 +162,6 @@ async def _judge_all(comparisons: Sequence[Comparison], spec: JudgeSpec, cache: 
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
     return [task.result() for task in tasks]
-
-
-def _has_verdict(task: asyncio.Future[Judgement]) -> bool:
-    return task.done() and not task.exception() and task.result().verdict is not None
 
 
 async def _judge(
@@ -210,8 +207,8 @@ async def _ask_for_verdict(client: AsyncOpenAI, spec: JudgeSpec, messages: list[
         text=answers[-1].text,
         rejected=answers[-1].rejected,
         requests=len(answers),
-        prompt_tokens=_total([answer.prompt_tokens for answer in answers]),
-        completion_tokens=_total([answer.completion_tokens for answer in answers]),
+        prompt_tokens=total([answer.prompt_tokens for answer in answers]),
+        completion_tokens=total([answer.completion_tokens for answer in answers]),
     )
 
 
@@ -241,7 +238,8 @@ def _read(file: Path) -> Record | None:
     return record if record.choice else None
 
 
-def _total(counts: Sequence[int | None]) -> int | None:
+def total(counts: Sequence[int | None]) -> int | None:
+    """Return the sum; None where one of the counts is not known."""
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 

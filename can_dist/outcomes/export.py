@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from can_dist.errors import ConfigError, DataError, EnvironmentProblem
 from can_dist.reporting.model_card import model_card
 from can_dist.stages.report import REPORT, lineage_of, method_title
 from can_dist.stages.solve import load_solution
-from can_dist.tables.artifacts import MANIFEST, Artifact, atomic_file, load_artifact
+from can_dist.tables.artifacts import MANIFEST, Artifact, atomic_directory, atomic_file, load_artifact
 from can_dist.training import ADAPTER, POLICY
 
 PAIRED = ("sigmoid", "regression")
@@ -44,17 +43,15 @@ def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | N
     policy.check()
     report = evaluation.read_json(REPORT) if evaluation else None
     card = model_card(_facts(policy, evaluation), report, adapter=adapter)
-    with tempfile.TemporaryDirectory(prefix=".tmp-export-", dir=out.absolute().parent) as scratch:
-        built = Path(scratch) / out.name
+    with atomic_directory(out) as built:
         resharded = max_shard_mb is not None and not adapter
         kept_out = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json") if resharded else None
-        shutil.copytree(source, built, ignore=kept_out)
+        shutil.copytree(source, built, ignore=kept_out, dirs_exist_ok=True)
         if resharded and max_shard_mb is not None:
             from can_dist.training.export import copy_in_shards
 
             copy_in_shards(source, built, max_shard_mb * 10**6)
         (built / "README.md").write_text(card, encoding="utf-8")
-        built.rename(out)
     return out
 
 

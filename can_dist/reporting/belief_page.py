@@ -42,7 +42,6 @@ def write_diagnostics(
     path: Path,
     *,
     reward_name: str = "reward",
-    title: str = "Diagnostics of the dual",
 ) -> None:
     """Write the diagnostics of a solution as one self-contained HTML file, atomically.
 
@@ -53,13 +52,12 @@ def write_diagnostics(
         solution: of any estimator and status.
         path: the file, in an existing directory.
         reward_name: name of the reward in the tables.
-        title: heading of the page.
     """
     record = solution.to_dict()
     section = believed(record, examine(table, solution, reward_name=reward_name), reward_name=reward_name)
     counts = record["diagnostics"]["responses_per_prompt"]
     values = {
-        "title": title,
+        "title": "Diagnostics of the dual",
         "beta": solution.beta,
         "estimator": solution.estimator,
         "num_prompts": table.num_prompts,
@@ -340,19 +338,15 @@ def _frontier_panels(frontiers: Mapping[str, Any], reward_name: str, weighted: b
         if not curve:
             continue
         margin = np.array(curve["margin"])
-        supported = (_floats(curve["ess"]) >= TRUSTED_ESS) | weighted
+        supported = (np.array(curve["ess"], dtype=float) >= TRUSTED_ESS) | weighted  # null becomes NaN
         target, most = (curve["asked"], plain(curve["asked"])), (curve["attainable"], plain(curve["attainable"]))
         for key, quantity, title in (
             ("reward_improvement", "reward gain", f"{reward_name} against the margin of {name}"),
             ("kl", "KL, nats", f"KL against the margin of {name}"),
         ):
-            band = np.array([_floats(curve[key + end]) for end in ("", "_low", "_high")])
+            band = np.array([curve[key + end] for end in ("", "_low", "_high")], dtype=float)
             label = f"{title}: asked {target[1]}, attainable at most {most[1]}"
             svg = frontier_svg(
                 margin, band, supported, target, most, quantity, label=label, prefix=f"frontier{index}{key[:2]}"
             )
             yield {"name": title, "svg": safe_svg(svg), "note": ""}
-
-
-def _floats(values: Sequence[float | None]) -> np.ndarray:
-    return np.array([math.nan if value is None else value for value in values], dtype=float)

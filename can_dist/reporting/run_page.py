@@ -27,9 +27,12 @@ from can_dist.reporting.page import (
     safe_svg,
     share_text,
 )
-from can_dist.tables.artifacts import flatten, write_text
+from can_dist.tables.artifacts import dotted, write_text
 
 SUMMARY_CHARS = 110
+OPTIONAL = ("num_train_prompts", "num_responses", "win_rate", "lengths", "counts", "warnings", "prediction",
+            "unpredicted", "models", "versions", "format_version")  # fmt: skip
+"""Keys of ``report.json`` that the template shows as they are, where they are there."""
 VERDICTS = {
     "met": ("met", "is met", ""),
     "met within the interval": (
@@ -65,35 +68,22 @@ def _page(report: Mapping[str, Any]) -> dict[str, Any]:
     reward = _compared(report["reward"], None)
     solution = report.get("solution") or {}
     return {
-        "title": report["title"],
-        "method": report["method"],
-        "beta": report["beta"],
-        "num_train_prompts": report.get("num_train_prompts"),
-        "num_test_prompts": report["num_test_prompts"],
-        "num_responses": report.get("num_responses"),
+        **dict.fromkeys(OPTIONAL),
+        **report,
         "verdicts": [_verdict(c, report["num_test_prompts"]) for c in constraints],
         "tiles": list(_tiles(report, constraints, reward)),
         "constraints": constraints,
         "reward": reward,
         "kl": _kl(report.get("kl")),
-        "win_rate": report.get("win_rate") or {},
         "forest": [_forest_panel(row, i) for i, row in enumerate([*constraints, reward])],
         "densities": list(_density_panels(report.get("scores") or {})),
         "believed": believed(solution, report.get("examination"), reward_name=report["reward"]["name"]),
         "training": _training_panel(report.get("training") or {}),
-        "lengths": report.get("lengths") or {},
-        "counts": report.get("counts") or {},
-        "warnings": report.get("warnings") or [],
         "predicted": any(row["predicted"] for row in [*constraints, reward]),
-        "prediction": report.get("prediction") or {},
-        "unpredicted": report.get("unpredicted"),
         "beside": _beside_rows(report),
         "refused": bool(report.get("refusals")),
         "samples": [_sample(sample) for sample in report.get("samples") or []],
-        "models": report.get("models") or {},
         "config": _config_rows(report.get("config") or {}),
-        "versions": report.get("versions") or {},
-        "format_version": report.get("format_version"),
     }
 
 
@@ -118,20 +108,20 @@ def _compared(row: Mapping[str, Any], margin: float | None) -> dict[str, Any]:
 def _verdict(row: Mapping[str, Any], num_prompts: int) -> dict[str, str]:
     """Return the sentence on one constraint."""
     kind, words, remark = VERDICTS[row["verdict"]]
-    realised, margin, what = row["realised"], row["margin"], "margin"
-    numbers, asked = f"{row['realised_text']} {row['realised_interval']}", row["margin_text"]
-    if row.get("threshold") is not None:  # asked of the policy's own mean, whatever the reference's is
-        realised, margin, what = row["policy_mean"], row["threshold"], "threshold"
+    realised, margin, demand = row["realised"], row["margin"], "margin"
+    numbers, limit = f"{row['realised_text']} {row['realised_interval']}", row["margin_text"]
+    if row.get("threshold") is not None:  # it holds for the policy's own mean, whatever the reference's is
+        realised, margin, demand = row["policy_mean"], row["threshold"], "threshold"
         decimals = decimals_of(realised, margin)
         numbers = f"mean {number(realised['mean'], decimals)} {interval_text(realised, decimals)}"
-        asked = number(margin, decimals)
+        limit = number(margin, decimals)
     return {
         "kind": kind,
         "name": row["name"],
         "words": words,
         "numbers": numbers,
-        "against": f"against a {what} of {asked}, on {num_prompts} held-out prompt{'' if num_prompts == 1 else 's'}.",
-        "remark": remark.format(side="above" if realised["mean"] >= margin else "below").replace("margin", what),
+        "against": f"against a {demand} of {limit}, on {num_prompts} held-out prompt{'' if num_prompts == 1 else 's'}.",
+        "remark": remark.format(side="above" if realised["mean"] >= margin else "below").replace("margin", demand),
     }
 
 
@@ -255,7 +245,7 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 def _config_rows(config: Mapping[str, Any]) -> dict[str, str]:
     """Return dotted keys and values as a configuration file takes them."""
-    values = {key: json.loads(text) for key, text in flatten(config).items()} if config else {}
+    values = dotted(config) if config else {}
     return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
 
 

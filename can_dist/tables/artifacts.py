@@ -59,11 +59,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.chmod(0o644)
         temporary.replace(path)
-        _sync_directory(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -79,8 +78,22 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Give a temporary directory beside ``path``; fsync and rename it to ``path`` when the block succeeds."""
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.absolute().parent) as scratch:
+        built = Path(scratch) / path.name
+        built.mkdir()
+        yield built
+        for written in (*built.iterdir(), built):
+            sync(written)
+        built.rename(path)
+    sync(path.absolute().parent)
+
+
+def sync(path: Path) -> None:
+    """Write a file or a directory's entries through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -320,7 +333,7 @@ def _why_not_reused(
     for manifest in sorted(run.glob(f"{stage}-*/{MANIFEST}")):
         try:
             other = load_artifact(manifest.parent)
-        except DataError:  # `verify` tells of it; here it is only no candidate
+        except DataError:  # `verify` reports it; here it is only no candidate
             continue
         theirs = other.manifest["identity"]
         if theirs.get("label") != label:
@@ -345,11 +358,16 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
     ]
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """Return dotted keys with their values as JSON, which is what the key of an artifact is made of."""
+def dotted(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by dotted key; an empty mapping is a value."""
     if isinstance(value, Mapping) and value:
-        return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): canonical_json(value)}
+        return {k: v for key, inner in value.items() for k, v in dotted(inner, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+def flatten(value: Any) -> dict[str, str]:
+    """Return dotted keys with their values as JSON, which is what the key of an artifact is made of."""
+    return {key: canonical_json(leaf) for key, leaf in dotted(value).items()}
 
 
 def verify_run(run: Path) -> tuple[int, list[str]]:

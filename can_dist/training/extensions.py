@@ -37,18 +37,18 @@ def build_directories() -> list[Path]:
     return [own] if VARIABLE in os.environ else [own, Path.home() / ".cache" / "torch_extensions"]
 
 
-def stale_locks(directory: Path, older_than_s: float = STALE_S) -> list[BuildLock]:
-    """Find the locks of builds that ended without removing them."""
-    found = []
+def stale_locks(directory: Path) -> list[BuildLock]:
+    """Return the locks of builds that ended without removing them."""
+    locks = []
     for path in sorted([*directory.glob("*/lock"), *directory.glob("*/*/lock")]):
         try:
             age = time.time() - path.stat().st_mtime
-        except FileNotFoundError:  # a build that ends just now
+        except FileNotFoundError:  # the build has just ended
             continue
-        if age > older_than_s:
-            found.append(BuildLock(path, age))
-    held = _open_files() if found else set()
-    return [lock for lock in found if lock.path.resolve() not in held]
+        if age > STALE_S:
+            locks.append(BuildLock(path, age))
+    held = _open_files() if locks else set()
+    return [lock for lock in locks if lock.path.resolve() not in held]
 
 
 def unsafe_reason(directory: Path) -> str:

@@ -7,9 +7,8 @@ appears under its name when it is complete, or not at all.
 from __future__ import annotations
 
 import json
-import os
+import math
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from can_dist.errors import ConfigError, DataError
-from can_dist.tables.artifacts import file_digest, write_json
-from can_dist.training.export import INDEX, check_shapes, plan_shards, shard_name
+from can_dist.tables.artifacts import atomic_directory, dotted, file_digest
+from can_dist.training.export import INDEX, check_shapes, read_tensor, write_shards
 
 COPIED = ("config.json", "generation_config.json", "tokenizer*", "*.jinja", "special_tokens_map.json",
           "added_tokens.json", "vocab.*", "merges.txt", "*.model")  # fmt: skip
@@ -43,11 +41,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
 
-    def read(self, name: str) -> torch.Tensor:
-        """Read it; the file is closed again, so that its mapped pages are given back with the tensor."""
-        with safe_open(self.file, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor, by its shape and the width in the name of its dtype."""
+        bits = 8 if self.dtype == "BOOL" else int("".join(filter(str.isdigit, self.dtype.partition("_")[0])))
+        return math.prod(self.shape) * bits // 8
 
 
 def merge_policies(policy_a: Path, policy_b: Path, out: Path, q: float, max_shard_size_mb: int = 4000) -> Path:
@@ -77,7 +75,7 @@ def merge_policies(policy_a: Path, policy_b: Path, out: Path, q: float, max_shar
         raise ConfigError(f"out = {out}: {state}. Give a new directory inside an existing one.")
     tensors_a, tensors_b = _stored_tensors(policy_a), _stored_tensors(policy_b)
     config = _same_config(policy_a, policy_b)
-    _same_tokenizer(policy_a, policy_b)
+    _refuse_differences(policy_a, policy_b, "tokenizer", _tokenizer(policy_a), _tokenizer(policy_b))
     tied = _tied_copies(config)
     for policy, tensors in ((policy_a, tensors_a), (policy_b, tensors_b)):
         _drop_tied_copies(policy, tensors, tied)
@@ -88,17 +86,14 @@ def merge_policies(policy_a: Path, policy_b: Path, out: Path, q: float, max_shar
     )  # fmt: skip
     check_shapes(policy_a, config)
 
-    with tempfile.TemporaryDirectory(prefix=".tmp-merge-", dir=out.parent) as scratch:
-        built = Path(scratch) / out.name
-        built.mkdir()
-        _write_weights(tensors_a, tensors_b, built, q, max_shard_size_mb * 10**6)
+    sizes = {name: tensor.num_bytes for name, tensor in tensors_a.items()}
+    with atomic_directory(out) as built:
+        write_shards(
+            built, sizes, max_shard_size_mb * 10**6, lambda name: _merge_one(name, tensors_a[name], tensors_b[name], q)
+        )
         for pattern in COPIED:
             for path in filter(Path.is_file, policy_a.glob(pattern)):
                 shutil.copyfile(path, built / path.name)
-        for path in (*built.iterdir(), built):
-            _sync(path)
-        built.rename(out)
-    _sync(out.parent)
     return out
 
 
@@ -113,24 +108,8 @@ def merged_tensor(a: torch.Tensor, b: torch.Tensor, q: float) -> torch.Tensor:
     return (q * a.to(wide) + (1.0 - q) * b.to(wide)).to(a.dtype)
 
 
-def _write_weights(
-    tensors_a: Mapping[str, StoredTensor], tensors_b: Mapping[str, StoredTensor], out: Path, q: float, max_bytes: int
-) -> None:
-    """Write the shards one by one, then the index."""
-    sizes = {name: _bytes(tensor) for name, tensor in tensors_a.items()}
-    shards = plan_shards(sizes, max_bytes)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = shard_name(number, len(shards))
-        merged = {name: _merge_one(name, tensors_a[name], tensors_b[name], q) for name in names}
-        save_file(merged, out / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        write_json(out / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
-
-
 def _merge_one(name: str, stored_a: StoredTensor, stored_b: StoredTensor, q: float) -> torch.Tensor:
-    a, b = stored_a.read(name), stored_b.read(name)
+    a, b = read_tensor(stored_a.file, name), read_tensor(stored_b.file, name)
     if not a.dtype.is_floating_point:
         if not torch.equal(a, b):
             raise DataError(
@@ -152,8 +131,8 @@ def _stored_tensors(policy: Path) -> dict[str, StoredTensor]:
         raise DataError(f"{policy}: no config.json, so this is not a Hugging Face model directory.{adapter}")
     if not files:
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in policy.glob(pattern))
-        found = f"only pickled weights ({pickled[0]}), which are not loaded" if pickled else "no weights"
-        raise DataError(f"{policy}: {found}. Expected *.safetensors; save it with save_pretrained of transformers.")
+        state = f"only pickled weights ({pickled[0]}), which are not loaded" if pickled else "no weights"
+        raise DataError(f"{policy}: {state}. Expected *.safetensors; save it with save_pretrained of transformers.")
     tensors: dict[str, StoredTensor] = {}
     for path in files:
         for name, tensor in _header(path):
@@ -194,10 +173,6 @@ def _same_config(policy_a: Path, policy_b: Path) -> Any:
         raise DataError(f"{policy_a / 'config.json'}: not a known architecture ({error}).") from None
 
 
-def _same_tokenizer(policy_a: Path, policy_b: Path) -> None:
-    _refuse_differences(policy_a, policy_b, "tokenizer", _tokenizer(policy_a), _tokenizer(policy_b))
-
-
 def _tokenizer(policy: Path) -> dict[str, str]:
     """Return what decides the tokens of a text, by place."""
     parts: dict[str, str] = {}
@@ -236,12 +211,12 @@ def _drop_tied_copies(policy: Path, tensors: dict[str, StoredTensor], tied: Mapp
             raise DataError(
                 f"{policy}: stores {copy} but not {name}, which it is tied to. Save it with save_pretrained."
             )
-        if not torch.equal(tensors[copy].read(copy), tensors[name].read(name)):
+        if not torch.equal(read_tensor(tensors[copy].file, copy), read_tensor(tensors[name].file, name)):
             raise DataError(f"{policy}: {copy} and {name} are tied by config.json and stored with different values.")
         del tensors[copy]
 
 
-def _refuse_differences(policy_a: Path, policy_b: Path, what: str, a: Mapping[str, str], b: Mapping[str, str]) -> None:
+def _refuse_differences(policy_a: Path, policy_b: Path, part: str, a: Mapping[str, str], b: Mapping[str, str]) -> None:
     """Raise ``DataError`` with both sides of the first few differences."""
     differ = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
     if not differ:
@@ -249,7 +224,7 @@ def _refuse_differences(policy_a: Path, policy_b: Path, what: str, a: Mapping[st
     lines = [f"  {name}: {_short(a.get(name))} | {_short(b.get(name))}" for name in differ[:SHOWN]]
     lines += [f"  and {len(differ) - SHOWN} more"] * (len(differ) > SHOWN)
     raise DataError(
-        f"{policy_a} | {policy_b}: {what} differ, so the policies have no weighted mean:\n"
+        f"{policy_a} | {policy_b}: {part} differ, so the policies have no weighted mean:\n"
         + "\n".join(lines)
         + "\n  Merge two policies that were trained from one reference, stored in one precision."
     )
@@ -261,15 +236,8 @@ def _short(text: str | None) -> str:
 
 def _flat(content: Mapping[str, Any], without: set[str]) -> dict[str, str]:
     """Return dotted keys with their values as JSON, less some of the first level."""
-    flat: dict[str, str] = {}
-    for key, value in content.items():
-        if key in without:
-            continue
-        if isinstance(value, dict) and value:
-            flat |= {f"{key}.{inner}": text for inner, text in _flat(value, set()).items()}
-        else:
-            flat[key] = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return flat
+    kept = dotted({key: value for key, value in content.items() if key not in without})
+    return {key: json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in kept.items()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -280,19 +248,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__}, expected an object. Copy it again.")
     return content
-
-
-def _bytes(tensor: StoredTensor) -> int:
-    count = 1
-    for size in tensor.shape:
-        count *= size
-    bits = 8 if tensor.dtype == "BOOL" else int("".join(filter(str.isdigit, tensor.dtype.partition("_")[0])))
-    return count * bits // 8
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from can_dist.errors import ConfigError
+from can_dist.tables.artifacts import dotted
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 """The package of each tracker; the first one comes with CAN-Dist."""
@@ -98,7 +99,7 @@ def _mlflow(directory: Path, first: int, project: str, settings: Mapping[str, An
     run = mlflow.start_run(run_id=known, run_name=None if known else directory.name)
     kept.write_text(run.info.run_id, encoding="utf-8")
     if known is None:
-        mlflow.log_params({name: str(value)[:LONGEST_PARAM] for name, value in _flat(settings).items()})
+        mlflow.log_params({name: str(value)[:LONGEST_PARAM] for name, value in dotted(settings).items()})
     there = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
     last = max((metric.step for metric in there), default=-1)
 
@@ -124,14 +125,3 @@ def _trackio(directory: Path, first: int, project: str, settings: Mapping[str, A
             trackio.log(dict(values), step=step)
 
     return Tracker(log, trackio.finish)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 from scipy.special import expit
+from scipy.stats import binomtest
 
 from can_dist.reporting.figures.style import BLUE, DOTTED, GREY, ORANGE, paper_figure, save_figure
 
 SIZE_IN = (3.5, 3.3)
 MAX_BINS, PAIRS_PER_BIN = 10, 20
-Z_95 = 1.959964
 
 
 def draw_reliability(gap_N: np.ndarray, preferred_N: np.ndarray, scale: float, scale_se: float, path: Path) -> None:
@@ -46,10 +46,9 @@ def reliability_bins(predicted_N: np.ndarray, agrees_N: np.ndarray) -> np.ndarra
     num_bins = int(np.clip(len(order) // PAIRS_PER_BIN, 1, MAX_BINS))
     rows = []
     for members in np.array_split(order, num_bins):
-        n, share = len(members), float(np.mean(agrees_N[members]))
-        centre = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
-        reach = Z_95 / (1 + Z_95**2 / n) * np.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
-        rows.append((float(np.mean(predicted_N[members])), share, centre - reach, centre + reach))
+        agreeing = binomtest(int(agrees_N[members].sum()), len(members))
+        wilson = agreeing.proportion_ci(method="wilson")
+        rows.append((np.mean(predicted_N[members]), agreeing.statistic, wilson.low, wilson.high))
     return np.array(rows)
 
 

@@ -141,13 +141,12 @@ def _legend_above(ax: Any) -> None:
 
 def _finite(values: Sequence[float]) -> np.ndarray:
     """Return the finite values; a JSON null counts as missing."""
-    array = np.asarray([math.nan if value is None else value for value in values], dtype=float)
+    array = np.asarray(values, dtype=float)
     return array[np.isfinite(array)]
 
 
 def _finite_pairs(pairs: Any) -> tuple[np.ndarray, np.ndarray]:
-    rows = [[math.nan if value is None else value for value in pair] for pair in pairs]
-    table = np.asarray(rows, dtype=float).reshape(-1, 2)
+    table = np.asarray(pairs, dtype=float).reshape(-1, 2)
     table = table[np.isfinite(table).all(axis=1)]
     return table[:, 0], table[:, 1]
 

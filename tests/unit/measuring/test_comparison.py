@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.patches import Ellipse
 from scipy.special import expit
 
 from can_dist.errors import ConfigError, DataError, NumericalError
@@ -23,7 +24,7 @@ from can_dist.measuring.comparison import (
     short_time,
 )
 from can_dist.measuring.ranking import bradley_terry, rank_methods
-from can_dist.reporting.figures.comparison import comparison_svg, ellipse_points
+from can_dist.reporting.figures.comparison import comparison_svg
 
 COST = Cost(1_200_000, 3_400_000, 12_345_678, 4000.0, 1)
 COVARIANCE_22 = np.array([[1.0, -0.9], [-0.9, 2.0]])  # reward, safety
@@ -54,7 +55,9 @@ def test_ellipse_covers_95_percent(num_prompts: int) -> None:
 
 def test_ellipse_edge_is_where_hotellings_t2_says() -> None:
     result = method("m", 0.3, 0.7, num_prompts=20)
-    edge = ellipse_points(confidence_ellipse(result))[:, ::-1] - [result.reward_gain, result.safety_gain]
+    ellipse = confidence_ellipse(result)
+    region = Ellipse((ellipse.safety, ellipse.reward), ellipse.width, ellipse.height, angle=ellipse.angle)
+    edge = region.get_patch_transform().transform(np.eye(2))[:, ::-1] - [result.reward_gain, result.safety_gain]
     distance = np.einsum("ni,ij,nj->n", edge, np.linalg.inv(result.covariance_22), edge)
     np.testing.assert_allclose(distance, 2 * 19 / 18 * 3.554557, rtol=1e-6)  # F_{2,18}(0.95)
 
