@@ -54,7 +54,7 @@ def test_help_tells_the_exit_codes(tmp_path: Path) -> None:
 def test_module_behaves_as_the_script(tmp_path: Path, module: str, arguments: str) -> None:
     script, started = (
         subprocess.run([*program, *arguments.split()], cwd=tmp_path, capture_output=True, text=True, check=False)
-        for program in ([str(PROGRAM)], [sys.executable, "-m", module])
+        for program in ([str(Path(sys.executable).parent / "can-dist")], [sys.executable, "-m", module])
     )
     assert (started.returncode, started.stdout, started.stderr) == (script.returncode, script.stdout, script.stderr)
     assert script.stdout or script.returncode
