@@ -20,7 +20,7 @@ from can_dist.cluster.ledger import run_shards
 from can_dist.config import Config, dump_yaml
 from can_dist.console import interruptible
 from can_dist.errors import DataError, EnvironmentProblem
-from can_dist.tables.artifacts import Artifact, StageDirectory, atomic_file, open_stage
+from can_dist.tables.artifacts import Artifact, StageDirectory, open_stage, write_text
 
 OWNER = ".owner"
 OWNER_LINE = re.compile(r"process (?P<process>\d+) on (?P<host>\S+) since (?P<since>.+)")
@@ -56,8 +56,7 @@ class Workspace:
             _end_cut_line(directory / LOG)
         self.log(event="began", process=os.getpid(), host=socket.gethostname(), only_stage=only_stage)
         if not only_stage:
-            with atomic_file(directory / "config.yaml") as temporary:
-                temporary.write_text(dump_yaml(config), encoding="utf-8")
+            write_text(directory / "config.yaml", dump_yaml(config))
 
     def open(
         self, stage: str, label: str, identity: Mapping[str, Any], inputs: Mapping[str, Artifact]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,10 +65,6 @@ class ShardWorker:
         self.open(job)
         job.try_rows(self._loaded, shard, rows)
 
-    def process_id(self) -> int:
-        """Return the process id of the actor."""
-        return os.getpid()
-
 
 class ActorPool:
     """A fixed number of ``ShardWorker`` actors in one placement group, replaced as they die."""
@@ -118,13 +113,6 @@ class ActorPool:
         from ray.util.placement_group import placement_group_table
 
         return bool(placement_group_table(self._group)["state"] == "CREATED")
-
-    def process_ids(self) -> list[int]:
-        """Return the process ids of the actors."""
-        import ray
-
-        ids: list[int] = ray.get([actor.process_id.remote() for actor in self._actors])
-        return ids
 
     def close(self) -> None:
         """Kill the actors and release their resources."""

@@ -54,7 +54,9 @@ def big_scores(
         DataError: shards that differ in schema, are cut, missing, counted twice or hold a bad score.
     """
     shards = open_score_shards(path, columns)
-    key = digest_of({"columns": list(columns), "shards": [_fingerprint(shard) for shard in shards]})
+    states = [(str(shard.resolve()), shard.stat()) for shard in shards]
+    files = [[path, state.st_size, state.st_mtime_ns] for path, state in states]
+    key = digest_of({"columns": list(columns), "shards": files})
     with _remembered(key) as memory:
         if cluster is not None:
             connect(cluster)
@@ -154,11 +156,6 @@ def _one_thread(task: Task, path: str, *arguments: Any) -> Arrays:
 
     numba.set_num_threads(1)
     return task(Path(path), *arguments)
-
-
-def _fingerprint(path: Path) -> list[Any]:
-    stat = path.stat()
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
 class _Memory:

@@ -16,28 +16,19 @@ from can_dist.config import Config
 from can_dist.doctor.finding import Finding, error, note, ok, warning
 from can_dist.training.extensions import VARIABLE, build_directories, describe, stale_locks, unsafe_reason
 
-OLDEST_PYTHON = (3, 10)
 FLASH_ATTENTION = "flash_attn"
 
 
 def check_environment(config: Config | None) -> list[Finding]:
     """Check Python, the packages, GPUs, communication, attention and the directories of compiled extensions."""
     return [
-        python_version(sys.version_info[:2]),
+        ok("Python", f"{platform.python_version()} at {sys.executable}"),  # older ones cannot import this
         *packages(declared(), installed_version),
         *gpus(config),
         communication(),
         attention(importlib.util.find_spec(FLASH_ATTENTION) is not None, attention_kind()),
         *extensions(),
     ]
-
-
-def python_version(version: tuple[int, ...]) -> Finding:
-    """Check the version of Python."""
-    shown = f"{platform.python_version()} at {sys.executable}"
-    if version < OLDEST_PYTHON:
-        return error("Python", shown, "Install Python 3.10 or later, and can-dist in an environment made with it.")
-    return ok("Python", shown)
 
 
 def declared() -> list[str]:

@@ -40,13 +40,14 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
     own = METHODS[method].stages if method in METHODS else ()
     begun = {stage["stage"] for stage in stages}
     ended = any(event.get("event") == "ended" for event in session)
+    failed = [event for event in session if event.get("event") == "failed"]
     stages += [{"stage": name, "state": "not started"} for name in own if name not in begun and not ended]
     return {
         "run": str(run),
         "method": method,
         "owner": None if owner is None else vars(owner),
         "stages": stages,
-        "last_error": _last_error(session),
+        "last_error": {key: failed[-1][key] for key in ("time", "error", "message")} if failed else None,
         "next": _next(run, owner, stages, ended),
     }
 
@@ -140,12 +141,6 @@ def _heartbeat(directory: Path, now: float) -> float | None:
     if directory.is_dir():
         times.append(directory.stat().st_mtime)
     return round(max(0.0, now - max(times)), 1) if times else None
-
-
-def _last_error(session: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return how the newest process ended, when it was by an error."""
-    failed = [event for event in session if event.get("event") == "failed"]
-    return {key: failed[-1][key] for key in ("time", "error", "message")} if failed else None
 
 
 def _next(run: Path, owner: Owner | None, stages: Sequence[Mapping[str, Any]], ended: bool) -> str:

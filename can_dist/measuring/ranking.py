@@ -12,9 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
+from can_dist.dual.table import FloatArray
 from can_dist.errors import ConfigError, DataError, NumericalError
-
-FloatArray = npt.NDArray[np.float64]
 
 MAX_STEPS = 200
 TOLERANCE = 1e-10
@@ -41,10 +40,7 @@ class Ranking:
 
 
 def rank_methods(
-    score_P_by_method: Mapping[str, npt.ArrayLike],
-    *,
-    num_replicates: int = 1000,
-    seed: int = 0,
+    score_P_by_method: Mapping[str, npt.ArrayLike], *, num_replicates: int = 1000, seed: int = 0
 ) -> Ranking:
     """Compare every two methods prompt by prompt and rate all of them, with a bootstrap over prompts.
 

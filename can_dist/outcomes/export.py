@@ -21,6 +21,8 @@ from can_dist.training import ADAPTER, POLICY
 
 PAIRED = ("sigmoid", "regression")
 """The losses whose examples are pairs."""
+STAGES = ("train", "merge", "evaluate")
+"""The stages whose artifacts are policies, or lead to one."""
 
 
 def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | None = None) -> Path:
@@ -63,37 +65,26 @@ def find_policy(path: Path) -> tuple[Artifact, Artifact | None]:
     """
     run = path.parent if (path / MANIFEST).is_file() else path
     made = {name: [load_artifact(p.parent) for p in sorted(run.glob(f"{name}-*/{MANIFEST}"))] for name in STAGES}
-    if run != path:
-        artifact = load_artifact(path)
-        if artifact.stage not in STAGES:
+    if run == path:
+        evaluated = {artifact.input("policy").path for artifact in made["evaluate"]}
+        policies = sorted(evaluated) or [artifact.path for artifact in (*made["train"], *made["merge"])]
+        if len(policies) != 1:
+            names = ", ".join(policy.name for policy in policies) or "none"
+            raise DataError(f"{path}: expected one policy, found {names}. Give the path of the one that is meant.")
+        policy = load_artifact(policies[0])
+    else:
+        policy = load_artifact(path)
+        if policy.stage not in STAGES:
             raise DataError(
-                f"{path}: an artifact of the stage {artifact.stage}, which holds no policy. Give one of train."
+                f"{path}: an artifact of the stage {policy.stage}, which holds no policy. Give one of train."
             )
-        return (
-            (artifact.input("policy"), artifact)
-            if artifact.stage == "evaluate"
-            else (artifact, _evaluation_of(artifact, made["evaluate"]))
-        )
-    evaluated = {artifact.input("policy").path for artifact in made["evaluate"]}
-    policies = sorted(evaluated) or [artifact.path for artifact in (*made["train"], *made["merge"])]
-    if len(policies) != 1:
-        names = ", ".join(policy.name for policy in policies) or "none"
-        raise DataError(f"{path}: expected one policy, found {names}. Give the path of the one that is meant.")
-    policy = load_artifact(policies[0])
-    return policy, _evaluation_of(policy, made["evaluate"])
-
-
-STAGES = ("train", "merge", "evaluate")
-
-
-def _evaluation_of(policy: Artifact, evaluations: list[Artifact]) -> Artifact | None:
-    matching = [
-        evaluation for evaluation in evaluations if evaluation.manifest["inputs"]["policy"]["digest"] == policy.digest
-    ]
+        if policy.stage == "evaluate":
+            return policy.input("policy"), policy
+    matching = [artifact for artifact in made["evaluate"] if artifact.input("policy").digest == policy.digest]
     if len(matching) > 1:
         names = ", ".join(evaluation.path.name for evaluation in matching)
         raise DataError(f"{policy.path}: evaluated more than once ({names}). Give the path of the evaluation to show.")
-    return matching[0] if matching else None
+    return policy, matching[0] if matching else None
 
 
 def adapters_text(lora: Mapping[str, Any] | None) -> str:

@@ -16,7 +16,16 @@ import numpy as np
 from can_dist.dual import DualSolution, ScoreTable
 from can_dist.dual.weights import COLLAPSED_ESS, TRUSTED_ESS
 from can_dist.measuring.examination import examine
-from can_dist.reporting.page import MISSING, decimals_of, interval_text, number, percent, plain, render, safe_svg
+from can_dist.reporting.figures.belief import (
+    Curve,
+    Estimated,
+    dual_svg,
+    ess_svg,
+    frontier_svg,
+    largest_weight_svg,
+    stability_svg,
+)
+from can_dist.reporting.page import MISSING, decimals_of, interval_text, number, panel, percent, plain, render
 from can_dist.tables.artifacts import write_text
 
 ESS_COLUMNS = (("min", "least"), ("p10", "10%"), ("median", "median"), ("p90", "90%"), ("max", "most"))
@@ -36,13 +45,7 @@ SCORER_ROWS = (
 )
 
 
-def write_diagnostics(
-    table: ScoreTable,
-    solution: DualSolution,
-    path: Path,
-    *,
-    reward_name: str = "reward",
-) -> None:
+def write_diagnostics(table: ScoreTable, solution: DualSolution, path: Path, *, reward_name: str = "reward") -> None:
     """Write the diagnostics of a solution as one self-contained HTML file, atomically.
 
     The same table and solution always give the same bytes. The page says what cannot be examined.
@@ -176,9 +179,7 @@ def _estimators(solution: Mapping[str, Any], diagnosis: Mapping[str, Any]) -> li
 
 def _with_error(value: float | None, error: float | None) -> str:
     text = _lam_text(value, error)
-    if value is None or error is None:
-        return text
-    return f"{text} ± {_lam_text(error, error)}"
+    return text if value is None or error is None else f"{text} ± {_lam_text(error, error)}"
 
 
 def _lam_text(value: float | None, error: float | None) -> str:
@@ -259,23 +260,19 @@ def _solver_rows(solution: Mapping[str, Any], diagnostics: Mapping[str, Any]) ->
 
 
 def _weight_panels(weights: Mapping[str, Any] | None, summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    from can_dist.reporting.figures.belief import ess_svg, largest_weight_svg
-
     if not weights:
         return
     median = summary["ess"]["median"]
     label = f"Effective responses of a prompt: median {plain(median)}, {TRUSTED_ESS:g} needed"
     svg = ess_svg(weights["ess_edges"], weights["ess_count"], median, TRUSTED_ESS, label=label, prefix="ess")
-    yield {"name": "Effective sample size", "svg": safe_svg(svg), "note": ""}
+    yield panel("Effective sample size", svg)
     alone = percent(weights["share_one_response"])
     note = f"One response carries more than half of the weight in {alone} of the prompts."
     svg = largest_weight_svg(weights["largest_weight"], weights["even_weight"], label=note, prefix="largest")
-    yield {"name": "Largest weight", "svg": safe_svg(svg), "note": note}
+    yield panel("Largest weight", svg, note)
 
 
 def _stability_panels(diagnosis: Mapping[str, Any], solution: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    from can_dist.reporting.figures.belief import Estimated, stability_svg
-
     parts, used = diagnosis.get("k_stability") or {}, solution.get("estimator", "empirical")
     for index, name in enumerate(solution["lam"] if parts else ()):
         errors = {estimator: row.get(name) for estimator, row in diagnosis["lam_se"].items()}
@@ -292,12 +289,10 @@ def _stability_panels(diagnosis: Mapping[str, Any], solution: Mapping[str, Any])
                                    text.startswith("K/")))  # fmt: skip
         label = f"Multiplier of {name}: " + ", ".join(row.text for row in drawn)
         svg = stability_svg(drawn, label=label, prefix=f"stable{index}")
-        yield {"name": f"λ̂ of {name}", "svg": safe_svg(svg), "note": ""}
+        yield panel(f"λ̂ of {name}", svg)
 
 
 def _dual_panels(curves: Mapping[str, Any], solution: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    from can_dist.reporting.figures.belief import Curve, dual_svg
-
     for index, (name, curve) in enumerate(curves.items()):
         if not curve or solution["lam"].get(name) is None:
             continue
@@ -317,7 +312,7 @@ def _dual_panels(curves: Mapping[str, Any], solution: Mapping[str, Any]) -> Iter
             "" if math.isnan(half) else f", 95% interval {plain(interval[1])} to {plain(interval[2])}"
         )
         svg = dual_svg(grid, drawn, interval, text, label=label, prefix=f"dual{index}")
-        yield {"name": f"Dual along the λ of {name}", "svg": safe_svg(svg), "note": ""}
+        yield panel(f"Dual along the λ of {name}", svg)
 
 
 def _margin_texts(margins: Sequence[float]) -> list[str]:
@@ -332,8 +327,6 @@ def _margin_texts(margins: Sequence[float]) -> list[str]:
 
 
 def _frontier_panels(frontiers: Mapping[str, Any], reward_name: str, weighted: bool) -> Iterator[dict[str, Any]]:
-    from can_dist.reporting.figures.belief import frontier_svg
-
     for index, (name, curve) in enumerate(frontiers.items()):
         if not curve:
             continue
@@ -349,4 +342,4 @@ def _frontier_panels(frontiers: Mapping[str, Any], reward_name: str, weighted: b
             svg = frontier_svg(
                 margin, band, supported, target, most, quantity, label=label, prefix=f"frontier{index}{key[:2]}"
             )
-            yield {"name": title, "svg": safe_svg(svg), "note": ""}
+            yield panel(title, svg)

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 
 from can_dist.reporting.belief_page import believed
+from can_dist.reporting.figures.report import density_svg, forest_svg, training_svg
 from can_dist.reporting.page import (
     decimals_of,
     interval_text,
     mean_text,
     number,
+    panel,
     percent,
     plain,
     render,
@@ -191,8 +193,6 @@ def _held_out(row: Mapping[str, Any], decimals: int, *, sign: bool) -> str:
 
 
 def _forest_panel(row: Mapping[str, Any], index: int) -> dict[str, Any]:
-    from can_dist.reporting.figures.report import forest_svg
-
     predicted, realised = (_triple(row[key]) for key in ("predicted", "realised"))
     margin = None if row.get("margin") is None else (row["margin"], row["margin_text"])
     before = f"predicted {row['predicted_text']} {row['predicted_interval']}, " if row["predicted"] else ""
@@ -203,14 +203,15 @@ def _forest_panel(row: Mapping[str, Any], index: int) -> dict[str, Any]:
     texts = (row["predicted_text"], row["realised_text"])
     rows = (predicted if row["predicted"] else None, realised)
     svg = forest_svg(*rows, texts, margin=margin, label=label, prefix=f"forest{index}")
-    return {"name": row["name"], "svg": safe_svg(svg), "note": ""}
+    return panel(row["name"], svg)
 
 
 def _density_panels(scores: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    from can_dist.reporting.figures.report import density_svg
-
     for index, (name, columns) in enumerate(scores.items()):
-        known = {side: _known(columns[side]) for side in ("reference", "policy")}
+        known = {
+            side: [value for value in columns[side] if value is not None and math.isfinite(value)]
+            for side in ("reference", "policy")
+        }
         if not any(known.values()):
             continue
         pooled = [*known["reference"], *known["policy"]]
@@ -221,12 +222,10 @@ def _density_panels(scores: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         note = f"Mean {before} under the reference, {after} under the policy."
         if outside:
             note += f" {outside} value{'' if outside == 1 else 's'} beyond the axis not drawn."
-        yield {"name": name, "svg": safe_svg(svg), "note": note}
+        yield panel(name, svg, note)
 
 
 def _training_panel(training: Mapping[str, Any]) -> dict[str, Any] | None:
-    from can_dist.reporting.figures.report import training_svg
-
     if not training.get("loss"):
         return None
     eval_loss = training.get("eval_loss") or []
@@ -253,7 +252,3 @@ def _triple(interval: Mapping[str, Any]) -> tuple[float, float, float]:
     """Return (mean, low, high); an unknown number is NaN, which matplotlib leaves undrawn."""
     mean, low, high = (math.nan if interval.get(key) is None else interval[key] for key in ("mean", "low", "high"))
     return mean, low, high
-
-
-def _known(values: Sequence[float | None]) -> list[float]:
-    return [value for value in values if value is not None and math.isfinite(value)]

@@ -24,7 +24,7 @@ from can_dist.training import ADAPTER, CHECKPOINTS, checkpoints, ranks
 
 INDEX = "model.safetensors.index.json"
 WRAPPED = re.compile(r"(\.base_layer)+\.")
-"""What peft puts before the parameters of a layer that it gave adapters, once for each of its adapted parameters."""
+"""The prefix of peft before the parameters of an adapted layer, once for each adapted parameter."""
 
 
 def export_policy(engine: Any, tokenizer: Any, out: Path, max_shard_mb: int) -> None:
@@ -72,7 +72,7 @@ class _Files:
     failures: list[EnvironmentProblem] = field(default_factory=list)
 
     def save(self, path: Path, write: Callable[[], object]) -> None:
-        """Have ``write`` write a file, unless one before it could not be written."""
+        """Let ``write`` write a file, unless an earlier file failed."""
         if self.writes and not self.failures:
             try:
                 with checkpoints.writing(path, self.checkpoints):
@@ -82,13 +82,13 @@ class _Files:
 
 
 def _write_settings(module: Any, tokenizer: Any, out: Path) -> None:
-    """Write what a policy's directory holds beside its weights."""
+    """Write the configuration and the tokenizer beside the weights."""
     module.config.use_cache = True
     if hasattr(module.config, "quantization_config"):
         del module.config.quantization_config  # the policy is written in full precision
     module.config.save_pretrained(out)
     if getattr(module, "generation_config", None) is not None:
-        # save_pretrained refuses what published models hold (a temperature without do_sample)
+        # save_pretrained refuses settings of published models (a temperature without do_sample)
         module.generation_config.to_json_file(out / "generation_config.json")
     tokenizer.save_pretrained(out)
 
@@ -123,7 +123,7 @@ def _weights(module: Any) -> dict[str, _Weight]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = {id(_wrapped(layer)): layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)}
-    # what is trained are the adapters, which are merged into what they wrap
+    # the adapters are trained, and are merged into the layers that they wrap
     kept = [(name, parameter) for name, parameter in module.named_parameters() if not parameter.requires_grad]
     return {_plain(name): _Weight(parameter, adapted.get(id(parameter))) for name, parameter in kept}
 
@@ -146,8 +146,9 @@ def _sizes(weights: dict[str, _Weight]) -> dict[str, int]:
 
 def _stream_weights(module: Any, out: Path, max_shard_bytes: int, files: _Files) -> None:
     """Gather one parameter at a time; the writing rank saves a file whenever a shard is full."""
-    weights, buffers = _weights(module), _persistent_buffers(module)
-    adapter = getattr(module, "active_adapter", "")
+    weights, adapter = _weights(module), getattr(module, "active_adapter", "")
+    persistent = module.state_dict().keys()
+    buffers = {_plain(name): buffer.cpu().clone() for name, buffer in module.named_buffers() if name in persistent}
 
     def read(name: str) -> torch.Tensor | None:
         return buffers[name] if name in buffers else weights[name].gathered(adapter, files.writes)
@@ -201,11 +202,6 @@ def write_shards(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         save(out / INDEX, functools.partial(write_json, out / INDEX, index))
-
-
-def _persistent_buffers(module: Any) -> dict[str, torch.Tensor]:
-    kept = set(module.state_dict().keys())
-    return {_plain(name): buffer.detach().cpu().clone() for name, buffer in module.named_buffers() if name in kept}
 
 
 def _write_adapter(module: Any, out: Path, files: _Files) -> None:

@@ -23,11 +23,11 @@ from can_dist.training.export import INDEX, check_shapes, read_tensor, write_sha
 
 COPIED = ("config.json", "generation_config.json", "tokenizer*", "*.jinja", "special_tokens_map.json",
           "added_tokens.json", "vocab.*", "merges.txt", "*.model")  # fmt: skip
-"""What else makes a policy; taken from the first one."""
+"""The other files of a policy; they are copied from the first policy."""
 
 CONFIG_MAY_DIFFER = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 TOKENIZER_MAY_DIFFER = {"padding", "truncation", "version"}
-"""What a use of a tokenizer leaves in its file; the strings' tokens do not depend on it."""
+"""Keys that using a tokenizer writes to its file; the tokens of a text do not depend on them."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
 TOKENIZER_SETTINGS = ("chat_template", "bos_token", "eos_token", "add_bos_token", "add_eos_token")
 SHOWN = 5
@@ -35,7 +35,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies and what it is, as its file's header says."""
+    """A tensor as the header of its file describes it."""
 
     file: Path
     shape: tuple[int, ...]
@@ -65,7 +65,7 @@ def merge_policies(policy_a: Path, policy_b: Path, out: Path, q: float, max_shar
 
     Raises:
         ConfigError: q outside [0, 1], ``out`` exists, or its parent does not.
-        DataError: the policies have not the same architecture, tensors, dtypes or tokenizer; or one is damaged, an
+        DataError: the policies differ in architecture, tensors, dtypes or tokenizer; or a policy is damaged, an
             adapter, or pickled.
     """
     if not 0.0 <= q <= 1.0:
@@ -174,7 +174,7 @@ def _same_config(policy_a: Path, policy_b: Path) -> Any:
 
 
 def _tokenizer(policy: Path) -> dict[str, str]:
-    """Return what decides the tokens of a text, by place."""
+    """Return the settings that decide the tokens of a text, by their place."""
     parts: dict[str, str] = {}
     for name in TOKENIZER_FILES:
         path = policy / name

@@ -18,7 +18,7 @@ UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TI
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``can-dist plan`` says; bytes, elements and tokens."""
+    """The memory plan of a rank, as ``can-dist plan`` prints it: bytes, elements and tokens."""
 
     model: str
     precision: str
@@ -54,7 +54,7 @@ class Plan:
 
 
 def rank_memory(settings: Config, memory: str | None) -> int:
-    """Return the bytes of a rank: what was given, a GPU's, or the machine's free memory divided by its ranks.
+    """Return the bytes of a rank: ``memory``, a GPU's, or the machine's free memory divided by its ranks.
 
     Raises:
         ConfigError: when the size cannot be read, or there is no GPU to ask.
@@ -81,7 +81,7 @@ def rank_memory(settings: Config, memory: str | None) -> int:
 
 
 def make_plan(settings: Config, memory_bytes: int) -> Plan:
-    """Count a configuration; ``memory_bytes`` is what a rank has.
+    """Count the bytes of a configuration; ``memory_bytes`` is the memory of a rank.
 
     Raises:
         ConfigError: when the base is to be quantized, which is not counted.
@@ -128,7 +128,7 @@ def make_plan(settings: Config, memory_bytes: int) -> Plan:
         memory_bytes=memory_bytes,
         spare_bytes=int(memory_bytes * m.SPARE),
         largest_tokens_per_pack=m.largest_budget(
-            memory_bytes, {one.tokens: m.peak_of_a_pass(states, one.peak) for one in line}, step
+            memory_bytes, {point.tokens: m.peak_of_a_pass(states, point.peak) for point in line}, step
         ),
     )
 
@@ -142,10 +142,10 @@ def _count_passes(
 
     train, head_bytes = settings.train, HEAD_BYTES_ON["cuda" if on_gpu else "cpu"]
     opposite = train.model_copy(update={"activation_checkpointing": not train.activation_checkpointing})
-    shell, other = (Shell(settings.reference, one, precision, head_bytes) for one in (train, opposite))
+    shell, other = (Shell(settings.reference, options, precision, head_bytes) for options in (train, opposite))
 
-    def count(one: Shell, tokens: int) -> Pass:
-        return one.count(tokens, settings.generate.max_new_tokens, varlen=on_gpu and precision == "bf16")
+    def count(model: Shell, tokens: int) -> Pass:
+        return model.count(tokens, settings.generate.max_new_tokens, varlen=on_gpu and precision == "bf16")
 
     vocabulary, tokens = int(shell.config.vocab_size), train.tokens_per_pack
     here = count(shell, tokens)

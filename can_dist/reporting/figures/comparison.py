@@ -15,12 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from can_dist.errors import DataError
-from can_dist.measuring.comparison import (
-    Ellipse,
-    MethodResult,
-    check_comparable,
-    confidence_ellipse,
-)
+from can_dist.measuring.comparison import Ellipse, MethodResult, check_comparable, confidence_ellipse
 from can_dist.reporting.figures.style import (
     DASHED,
     DOTTED,
@@ -44,11 +39,7 @@ COLOURS = (POLICY, REFERENCE, INK)
 
 
 def comparison_svg(
-    results: Sequence[MethodResult],
-    frontier: tuple[npt.ArrayLike, npt.ArrayLike],
-    *,
-    label: str,
-    prefix: str,
+    results: Sequence[MethodResult], frontier: tuple[npt.ArrayLike, npt.ArrayLike], *, label: str, prefix: str
 ) -> str:
     """Draw every method's gains with their joint 95 % confidence ellipse; the first method is the one that stands out.
 

@@ -97,10 +97,7 @@ def density_svg(reference: Sequence[float], policy: Sequence[float], *, label: s
             ax.stairs(share, edges, color=colour, linewidth=1.7, linestyle=line, label=name)
         top = ax.get_ylim()[1] * 1.08
         ax.set_ylim(0.0, top)
-        for values, colour, line, marker in (
-            (before, REFERENCE, DASHED, "D"),
-            (after, POLICY, "solid", "o"),
-        ):
+        for values, colour, line, marker in ((before, REFERENCE, DASHED, "D"), (after, POLICY, "solid", "o")):
             mean = float(values.mean()) if values.size else math.nan
             if edges[0] <= mean <= edges[-1]:
                 ax.plot([mean, mean], [0.0, top], color=colour, linewidth=1.2, linestyle=line)

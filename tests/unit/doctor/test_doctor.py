@@ -40,12 +40,6 @@ def found(findings: list[Finding], what: str) -> Finding:
 # ------------------------------------------------------------------------------------------------- what is installed
 
 
-def test_old_python_is_an_error() -> None:
-    assert machine.python_version((3, 9)).severity is Severity.ERROR
-    assert "Install Python 3.10" in machine.python_version((3, 9)).remedy
-    assert machine.python_version((3, 10)).severity is Severity.OK
-
-
 @pytest.mark.parametrize(
     ("versions", "severities"),
     [
