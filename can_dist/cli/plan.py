@@ -100,5 +100,5 @@ def _verdict(estimate: Plan) -> str:
     largest, room = estimate.largest_tokens_per_pack, estimate.memory_bytes - estimate.spare_bytes
     if largest == 0:
         return "verdict     nothing fits: use more ranks, train.activation_checkpointing, train.lora, or offload"
-    fits = "fits" if estimate.peak_bytes <= room else "does not fit"
+    fits = "fits" if max(estimate.pass_bytes, estimate.step_bytes) <= room else "does not fit"
     return f"verdict     train.tokens_per_pack={estimate.tokens:,} {fits}; the largest that does is {largest:,}"

@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import ray
+from ray.util.placement_group import placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
 from can_dist.cluster.metrics import shard_seconds
 from can_dist.cluster.places import reserve
 from can_dist.config import Cluster
@@ -76,9 +80,6 @@ class ActorPool:
         self._actors = [self._start(index) for index in range(cluster.num_actors)]
 
     def _start(self, index: int) -> Any:
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
         return (
             ray.remote(ShardWorker)
@@ -103,22 +104,15 @@ class ActorPool:
 
     def replace(self, slot: int) -> None:
         """Kill an actor and start another in its place; it may be dead, hang, or be alive but unreachable."""
-        import ray
-
         ray.kill(self._actors[slot])
         self._actors[slot] = self._start(slot)
 
     def placed(self) -> bool:
         """Return whether every place is on a node; after a node is lost, Ray looks for another."""
-        from ray.util.placement_group import placement_group_table
-
         return bool(placement_group_table(self._group)["state"] == "CREATED")
 
     def close(self) -> None:
         """Kill the actors and release their resources."""
-        import ray
-        from ray.util.placement_group import remove_placement_group
-
         for actor in self._actors:
             ray.kill(actor)
         remove_placement_group(self._group)

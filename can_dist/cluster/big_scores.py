@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
+from ray.exceptions import RayTaskError
 from safetensors.numpy import load, save
 
 from can_dist.cluster.actors import cause_of
@@ -103,8 +105,6 @@ class _Shards:
 
     def share(self, values: list[Any]) -> list[Any]:
         """Put values into Ray's object store, where tasks read them; unchanged without Ray."""
-        import ray
-
         return [ray.put(value) for value in values] if self.on_ray else values
 
     def run(self, key: str, task: Task, arguments: Sequence[tuple[Any, ...]]) -> Iterator[Arrays]:
@@ -131,9 +131,6 @@ class _Shards:
 
     def _tasks(self, task: Task, arguments: dict[int, tuple[Any, ...]]) -> Iterator[Arrays]:
         """Run one Ray task per shard; Ray repeats a task whose worker died, and waits for a free CPU."""
-        import ray
-        from ray.exceptions import RayTaskError
-
         remote = ray.remote(_one_thread).options(num_cpus=1)
         refs = [
             remote.remote(task, str(self.paths[number].resolve()), self.columns, *values)

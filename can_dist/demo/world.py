@@ -103,7 +103,7 @@ class Answer:
 def topics() -> list[Topic]:
     """Return all topics of ``topics.csv``, benign ones first."""
     lines = files("can_dist.demo").joinpath("topics.csv").read_text("utf-8").splitlines()
-    return [Topic(**{**row, "risky": row["risky"] == "yes"}) for row in csv.DictReader(lines)]
+    return [Topic(*words, risky=risky == "yes") for *words, risky in csv.reader(lines[1:])]
 
 
 def questions(seed: int, num_prompts: int) -> tuple[list[Question], list[Question]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +11,7 @@ from can_dist.config import Config, DataSource, Guard, Model, PythonCallable, Se
 from can_dist.config.endpoints import Endpoint, GenerateEndpoint
 from can_dist.config.walk import ReadAs, endpoints, models, read_as, scorers, sources
 from can_dist.doctor.finding import Finding, error, ok
-from can_dist.errors import CanDistError
+from can_dist.errors import CanDistError, DataError
 
 # of one trained parameter in a checkpoint: weight, its fp32 copy and AdamW's two averages; and of an exported one
 CHECKPOINT_BYTES, POLICY_BYTES = 16, 4
@@ -112,19 +111,14 @@ def template_of(spec: Model) -> str:
 
 def needed_bytes(config: Config) -> int | None:
     """Estimate what checkpoints and policies take at most; None when the model's files are not here."""
-    path = Path(config.reference.model).expanduser()
-    count = sum(_parameters(file) for file in path.glob("*.safetensors"))
+    from can_dist.training.export import stored_tensors
+
+    try:
+        tensors = stored_tensors(Path(config.reference.model).expanduser()).values()
+    except DataError:  # check_model reports it
+        return None
+    count = sum(math.prod(tensor.shape) for tensor in tensors)
     if not count:
         return None
     checkpoints = 0 if config.train.lora is not None else NUM_CHECKPOINTS * CHECKPOINT_BYTES
     return count * (checkpoints + POLICY_BYTES)
-
-
-def _parameters(file: Path) -> int:
-    """Count the numbers in a safetensors file by its header."""
-    with file.open("rb") as source:
-        size = int.from_bytes(source.read(8), "little")
-        if size > file.stat().st_size:
-            return 0
-        header = json.loads(source.read(size))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")

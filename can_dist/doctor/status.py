@@ -10,8 +10,8 @@ from typing import Any
 
 from can_dist.config.methods import DEFAULT_METHOD, METHODS
 from can_dist.errors import DataError
-from can_dist.tables.artifacts import MANIFEST, STAGE
-from can_dist.tables.quarantine import QUARANTINED
+from can_dist.tables.artifacts import MANIFEST, STAGE, load_artifact
+from can_dist.tables.quarantine import quarantined
 from can_dist.training.metrics import METRICS, RESUMED, read_metrics
 from can_dist.workspace import LOG, Owner, read_owner
 
@@ -107,11 +107,10 @@ def _shards(
 def _rows(directory: Path) -> dict[str, Any]:
     """Return the rows of a finished table, and how many more went in and were quarantined."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        rows = [entry["rows"] for entry in manifest["files"] if "rows" in entry]
-        return {"rows": sum(rows), "quarantined": len(manifest["info"].get(QUARANTINED, {}))} if rows else {}
-    except (ValueError, KeyError, TypeError, AttributeError):  # `verify` reports a damaged manifest
+        artifact = load_artifact(directory)
+    except DataError:  # `verify` reports a damaged manifest
         return {}
+    return {"rows": artifact.num_rows, "quarantined": len(quarantined(artifact))} if artifact.parts else {}
 
 
 def _training(directory: Path, about: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:

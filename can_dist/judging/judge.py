@@ -45,6 +45,20 @@ class Comparison:
     baseline: str
 
 
+class Record(Strict):
+    """A kept answer. An answer without a verdict is kept for people to read, and requested again.
+
+    The tokens are the endpoint's count over all requests; None where it does not say.
+    """
+
+    choice: Choice | None
+    text: str
+    rejected: bool
+    requests: int
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
 @dataclass(frozen=True)
 class Judgement:
     """One comparison in one order.
@@ -54,10 +68,7 @@ class Judgement:
         order: which response was shown first.
         verdict: of the candidate: win, tie or loss; None without a verdict.
         failure: the reason of a missing verdict: no verdict line after all attempts, or content that was rejected.
-        answer: the judge's last answer as it came.
-        requests: attempts made.
-        prompt_tokens: the endpoint's count over all attempts; None where it does not say.
-        completion_tokens: likewise.
+        record: the kept answer.
         cached: read from disk, at no cost now.
         length_difference: characters of the candidate's response less those of the baseline's.
     """
@@ -66,23 +77,9 @@ class Judgement:
     order: Order
     verdict: Verdict | None
     failure: Failure
-    answer: str
-    requests: int
-    prompt_tokens: int | None
-    completion_tokens: int | None
+    record: Record
     cached: bool
     length_difference: int
-
-
-class Record(Strict):
-    """A kept answer. An answer without a verdict is kept for people to read, and requested again."""
-
-    choice: Choice | None
-    text: str
-    rejected: bool
-    requests: int
-    prompt_tokens: int | None
-    completion_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -183,10 +180,7 @@ async def _judge(
         order=order,
         verdict=_verdict(record.choice, order) if record.choice else None,
         failure="" if record.choice else "rejected" if record.rejected else "no verdict",
-        answer=record.text,
-        requests=record.requests,
-        prompt_tokens=record.prompt_tokens,
-        completion_tokens=record.completion_tokens,
+        record=record,
         cached=kept is not None,
         length_difference=len(comparison.candidate) - len(comparison.baseline),
     )

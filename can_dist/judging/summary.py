@@ -66,7 +66,7 @@ def summarise(rows: Sequence[Judgement]) -> JudgeSummary:
     verdicts = [verdict for _, verdict in judged]
     score_N = np.array([SCORE[verdict] for verdict in verdicts])
     first = [(verdict == "win") == (row.order == "candidate first") for row, verdict in judged if verdict != "tie"]
-    spent = [row for row in rows if not row.cached]
+    spent = [row.record for row in rows if not row.cached]
     return JudgeSummary(
         num_prompts=len(set(prompts)),
         wins=verdicts.count("win"),
@@ -78,9 +78,9 @@ def summarise(rows: Sequence[Judgement]) -> JudgeSummary:
         flip_rate=flip_rate(rows),
         first_rate=float(np.mean(first)) if first else None,
         length_difference=float(np.mean([row.length_difference for row, _ in judged])),
-        requests=sum(row.requests for row in spent),
-        prompt_tokens=total([row.prompt_tokens for row in spent]),
-        completion_tokens=total([row.completion_tokens for row in spent]),
+        requests=sum(record.requests for record in spent),
+        prompt_tokens=total([record.prompt_tokens for record in spent]),
+        completion_tokens=total([record.completion_tokens for record in spent]),
     )
 
 

@@ -234,9 +234,6 @@ def _frontiers(methods: Sequence[Evaluated]) -> dict[str, Any]:
     return {}
 
 
-# ---------------------------------------------------------------------------------------------------------- the cost
-
-
 def cost_of(evaluation: Artifact) -> Cost:
     """Add up the cost of every artifact that a policy was made from, each once, without its evaluation.
 

@@ -19,10 +19,8 @@ from can_dist.stages.solve import load_solution
 from can_dist.tables.artifacts import MANIFEST, Artifact, atomic_directory, atomic_file, load_artifact
 from can_dist.training import ADAPTER, POLICY
 
-PAIRED = ("sigmoid", "regression")
-"""The losses whose examples are pairs."""
-STAGES = ("train", "merge", "evaluate")
-"""The stages whose artifacts are policies, or lead to one."""
+PAIRED = ("sigmoid", "regression")  # losses whose examples are pairs
+STAGES = ("train", "merge", "evaluate")  # whose artifacts are policies, or lead to one
 
 
 def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | None = None) -> Path:
@@ -180,9 +178,6 @@ def _first_line(error: Exception) -> str:
     token = os.environ.get("HF_TOKEN", "")
     line = str(error).strip().partition("\n")[0]
     return line.replace(token, "<HF_TOKEN>") if token else line
-
-
-# ----------------------------------------------------------------------------------------------------- preferences
 
 
 def export_preferences(path: Path, out: Path, *, split: str = "train") -> dict[str, int]:

@@ -37,12 +37,12 @@ def pictures(results: Mapping[str, Sequence[MethodResult]], record: Mapping[str,
             for safety, reward in zip(curve["safety"], curve["reward"], strict=True)
             if safety is not None and reward is not None
         ]
-        frontier = tuple(np.array(known, dtype=np.float64).reshape(-1, 2).T)
+        frontier_2G = np.array(known, dtype=np.float64).reshape(-1, 2).T
         label = f"Helpfulness gain against the gain of {name}: " + "; ".join(
             f"{result.name} {number(result.reward_gain, sign=True)} against {number(result.safety_gain, sign=True)}"
             for result in methods
         )
-        drawn[name] = comparison_svg(methods, (frontier[0], frontier[1]), label=label, prefix=f"compare{index}")
+        drawn[name] = comparison_svg(methods, frontier_2G, label=label, prefix=f"compare{index}")
     return drawn
 
 

@@ -137,9 +137,7 @@ class Artifact:
 
     def part(self, index: int) -> pa.Table:
         """One part of the table, checked."""
-        name = f"part-{index:05d}.arrow"
-        check_file(self.path, next(entry for entry in self.manifest["files"] if entry["file"] == name))
-        return read_part(self.path / name)
+        return read_part(self._checked(f"part-{index:05d}.arrow"))
 
     def input(self, name: str) -> Artifact:
         """Return one of the artifacts it was made from, which lie beside it."""
@@ -152,11 +150,14 @@ class Artifact:
 
     def read_json(self, name: str) -> Any:
         """Return one listed JSON file, checked."""
+        return json.loads(self._checked(name).read_text(encoding="utf-8"))
+
+    def _checked(self, name: str) -> Path:
         entry = next((entry for entry in self.manifest["files"] if entry["file"] == name), None)
         if entry is None:
             raise DataError(f"{self.path / MANIFEST}: does not list {name}. Delete {self.path} and run again.")
         check_file(self.path, entry)
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
+        return self.path / name
 
 
 def check_file(directory: Path, entry: Mapping[str, Any]) -> None:

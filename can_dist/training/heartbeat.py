@@ -27,8 +27,7 @@ from can_dist.tables.artifacts import write_json
 
 RANKS = "ranks"
 HANG = "HANG.json"
-TICK_S = 5.0
-"""Seconds between a rank's reports."""
+TICK_S = 5.0  # between a rank's reports
 OTHERS_S = 5.0
 """Grace before blameless ranks exit: a launcher kills all ranks when one exits, and the message must come first."""
 

@@ -7,19 +7,16 @@ appears under its name when it is complete, or not at all.
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from can_dist.errors import ConfigError, DataError
 from can_dist.tables.artifacts import atomic_directory, dotted, file_digest
-from can_dist.training.export import INDEX, check_shapes, read_tensor, write_shards
+from can_dist.training.export import INDEX, StoredTensor, check_shapes, stored_tensors, write_shards
 
 COPIED = ("config.json", "generation_config.json", "tokenizer*", "*.jinja", "special_tokens_map.json",
           "added_tokens.json", "vocab.*", "merges.txt", "*.model")  # fmt: skip
@@ -31,21 +28,6 @@ TOKENIZER_MAY_DIFFER = {"padding", "truncation", "version"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
 TOKENIZER_SETTINGS = ("chat_template", "bos_token", "eos_token", "add_bos_token", "add_eos_token")
 SHOWN = 5
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor as the header of its file describes it."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the tensor, by its shape and the width in the name of its dtype."""
-        bits = 8 if self.dtype == "BOOL" else int("".join(filter(str.isdigit, self.dtype.partition("_")[0])))
-        return math.prod(self.shape) * bits // 8
 
 
 def merge_policies(policy_a: Path, policy_b: Path, out: Path, q: float, max_shard_size_mb: int = 4000) -> Path:
@@ -109,7 +91,7 @@ def merged_tensor(a: torch.Tensor, b: torch.Tensor, q: float) -> torch.Tensor:
 
 
 def _merge_one(name: str, stored_a: StoredTensor, stored_b: StoredTensor, q: float) -> torch.Tensor:
-    a, b = read_tensor(stored_a.file, name), read_tensor(stored_b.file, name)
+    a, b = stored_a.read(), stored_b.read()
     if not a.dtype.is_floating_point:
         if not torch.equal(a, b):
             raise DataError(
@@ -125,20 +107,14 @@ def _merge_one(name: str, stored_a: StoredTensor, stored_b: StoredTensor, q: flo
 
 def _stored_tensors(policy: Path) -> dict[str, StoredTensor]:
     """Return every tensor of a policy by name, from the headers of its files; nothing is loaded."""
-    files = sorted(policy.glob("*.safetensors"))
+    tensors = stored_tensors(policy)
     if not (policy / "config.json").is_file():
         adapter = " It is an adapter: merge it into its base model first." * (policy / "adapter_config.json").is_file()
         raise DataError(f"{policy}: no config.json, so this is not a Hugging Face model directory.{adapter}")
-    if not files:
+    if not tensors:
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in policy.glob(pattern))
         state = f"only pickled weights ({pickled[0]}), which are not loaded" if pickled else "no weights"
         raise DataError(f"{policy}: {state}. Expected *.safetensors; save it with save_pretrained of transformers.")
-    tensors: dict[str, StoredTensor] = {}
-    for path in files:
-        for name, tensor in _header(path):
-            if name in tensors:
-                raise DataError(f"{policy}: {name} is in {tensors[name].file.name} and in {path.name}. Remove one.")
-            tensors[name] = tensor
     if (policy / INDEX).is_file():
         listed = _read_json(policy / INDEX).get("weight_map", {})
         if missing := sorted(set(listed) - set(tensors)):
@@ -147,16 +123,6 @@ def _stored_tensors(policy: Path) -> dict[str, StoredTensor]:
                 f"{listed[missing[0]]}. Copy the directory again."
             )
     return tensors
-
-
-def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                yield name, StoredTensor(path, tuple(part.get_shape()), str(part.get_dtype()))
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: not a readable safetensors file ({error}). Copy it again.") from None
 
 
 def _same_config(policy_a: Path, policy_b: Path) -> Any:
@@ -211,7 +177,7 @@ def _drop_tied_copies(policy: Path, tensors: dict[str, StoredTensor], tied: Mapp
             raise DataError(
                 f"{policy}: stores {copy} but not {name}, which it is tied to. Save it with save_pretrained."
             )
-        if not torch.equal(read_tensor(tensors[copy].file, copy), read_tensor(tensors[name].file, name)):
+        if not torch.equal(tensors[copy].read(), tensors[name].read()):
             raise DataError(f"{policy}: {copy} and {name} are tied by config.json and stored with different values.")
         del tensors[copy]
 

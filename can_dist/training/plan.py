@@ -47,11 +47,6 @@ class Plan:
     spare_bytes: int
     largest_tokens_per_pack: int
 
-    @property
-    def peak_bytes(self) -> int:
-        """Bytes at the highest: in a pass, or in the update."""
-        return max(self.pass_bytes, self.step_bytes)
-
 
 def rank_memory(settings: Config, memory: str | None) -> int:
     """Return the bytes of a rank: ``memory``, a GPU's, or the machine's free memory divided by its ranks.

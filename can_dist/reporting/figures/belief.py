@@ -30,10 +30,8 @@ from can_dist.reporting.figures.style import (
 )
 
 ROW_HEIGHT_IN = 0.34
-LINE = 0.085
-"""Height of a line of text as a share of the axis."""
-CLOSE = 0.34
-"""Share of the axis under which two labels over it would touch."""
+LINE = 0.085  # height of a line of text as a share of the axis
+CLOSE = 0.34  # share of the axis under which two labels over it would touch
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from can_dist.errors import DataError
-from can_dist.measuring.comparison import Ellipse, MethodResult, check_comparable, confidence_ellipse
+from can_dist.measuring.comparison import Ellipse, FloatArray, MethodResult, check_comparable, confidence_ellipse
 from can_dist.reporting.figures.style import (
     DASHED,
     DOTTED,
@@ -38,27 +34,20 @@ SHORT_NAME, NAME_WIDTH = 20, 46
 COLOURS = (POLICY, REFERENCE, INK)
 
 
-def comparison_svg(
-    results: Sequence[MethodResult], frontier: tuple[npt.ArrayLike, npt.ArrayLike], *, label: str, prefix: str
-) -> str:
+def comparison_svg(results: Sequence[MethodResult], frontier_2G: FloatArray, *, label: str, prefix: str) -> str:
     """Draw every method's gains with their joint 95 % confidence ellipse; the first method is the one that stands out.
 
     Args:
         results: the methods, on the same prompts; every margin among them is a line.
-        frontier: (safety gains, reward gains) that the dual predicts, in the order of the curve; may be empty.
+        frontier_2G: finite safety gains and reward gains that the dual predicts, along the curve; G may be 0.
         label: read out in place of the figure.
         prefix: makes the ids of this figure unlike those of others on the page.
 
     Raises:
-        DataError: methods that cannot be compared, or a frontier of different or non-finite lengths.
+        DataError: methods that cannot be compared.
     """
     check_comparable(results)
     margins = sorted({result.margin for result in results})
-    curve_2 = [np.asarray(values, dtype=np.float64) for values in frontier]
-    if curve_2[0].shape != curve_2[1].shape or curve_2[0].ndim != 1 or not np.isfinite(curve_2).all():
-        raise DataError(
-            f"frontier: {curve_2[0].shape} safety and {curve_2[1].shape} reward gains; expected as many finite ones."
-        )
     names = [textwrap.fill(result.name, NAME_WIDTH) for result in results]
     num_columns = 2 if max(map(len, names)) <= SHORT_NAME else 1
     num_rows = math.ceil((2 + sum(1 + name.count("\n") for name in names)) / num_columns)
@@ -72,9 +61,9 @@ def comparison_svg(
             entries.append(_draw_method(ax, name, confidence_ellipse(result), place))
         (cross,) = ax.plot([0.0], [0.0], "+", color=MUTED, markersize=11, markeredgewidth=1.8, label="reference")
         entries.append(cross)
-        if curve_2[0].size:
+        if frontier_2G.size:
             dots = {"color": MUTED, "linewidth": 1.6, "linestyle": DOTTED, "label": "predicted frontier"}
-            entries += ax.plot(*curve_2, zorder=1, **dots)
+            entries += ax.plot(*frontier_2G, zorder=1, **dots)
         ax.margins(0.1)
         few_ticks(ax)
         ax.set_xlabel("safety gain against the reference")

@@ -9,8 +9,7 @@ from typing import Any
 from can_dist.reporting.figures.style import DOTTED, GREY, LINES, MARKERS, SERIES, paper_figure, save_figure
 
 SIZE_IN = (6.4, 2.6)
-REACH = 1.96
-"""Standard errors of a 95 % interval."""
+REACH = 1.96  # standard errors of a 95 % interval
 
 
 def look_of(index: int) -> dict[str, Any]:

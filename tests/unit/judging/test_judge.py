@@ -99,7 +99,7 @@ def test_fair_judge_wins_in_both_orders(tmp_path: Path) -> None:
         rows = judge_pairs([*pairs(3), Comparison("t", "Q?", "Same.", "Same.")], spec_of(server), tmp_path)
     assert [(row.prompt_id, row.order) for row in rows[:2]] == [("p0", "candidate first"), ("p0", "baseline first")]
     assert [row.verdict for row in rows] == ["win"] * 6 + ["tie"] * 2
-    assert rows[0].answer == "One is better.\nVerdict: A"
+    assert rows[0].record.text == "One is better.\nVerdict: A"
     assert (rows[0].prompt_tokens, rows[0].completion_tokens, rows[0].requests) == (100, 7, 1)
     summary = summarise(rows)
     assert (summary.wins, summary.ties, summary.losses) == (6, 2, 0)

@@ -196,7 +196,7 @@ METHODS = [
     method("DPO-S", -0.4, 1.8, 400, 5),
 ]
 LAM = np.linspace(0, 3, 40)
-FRONTIER = (-0.3 + 2.1 * (1 - np.exp(-LAM)), 1.15 - 0.17 * LAM**2)
+FRONTIER = np.stack([-0.3 + 2.1 * (1 - np.exp(-LAM)), 1.15 - 0.17 * LAM**2])
 
 
 def draw(methods: list[MethodResult] = METHODS, frontier: Any = FRONTIER) -> str:
@@ -258,14 +258,14 @@ def test_methods_differ_without_colours() -> None:
 
 
 def test_hostile_name_stays_text() -> None:
-    svg = draw([method("<script>alert(1)</script> & $x^2$", 0.1, 0.2), method("b", 0.3, 0.4)], ([], []))
+    svg = draw([method("<script>alert(1)</script> & $x^2$", 0.1, 0.2), method("b", 0.3, 0.4)], np.empty((2, 0)))
     assert "<script>" not in svg
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; $x^2$" in svg
 
 
 def test_one_method_without_spread_can_be_drawn() -> None:
     constant = method_result("m", np.ones(5), np.ones(5), margin=0.5, verdict="met", kl=0.1, cost=COST)
-    assert "<svg" in draw([constant], ([], []))
+    assert "<svg" in draw([constant], np.empty((2, 0)))
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -284,10 +284,6 @@ def test_methods_that_cannot_be_compared_are_named() -> None:
     for methods in ([], [METHODS[0], METHODS[0]], [METHODS[0], method("short", 0, 0, 10)]):
         with pytest.raises(DataError, match=r"expected methods of different names, evaluated on the same prompts\."):
             comparison_table(methods)
-    with pytest.raises(
-        DataError, match=r"frontier: \(2,\) safety and \(1,\) reward gains; expected as many finite ones\."
-    ):
-        draw(frontier=([0.0, 1.0], [1.0]))
 
 
 def test_bad_scores_are_named() -> None:
@@ -297,7 +293,7 @@ def test_bad_scores_are_named() -> None:
         rank_methods({"a": [1, 2], "b": [1, 2, 3]})
     with pytest.raises(DataError, match=r"scores of 'b': nan at prompt 1; expected finite numbers\."):
         rank_methods({"a": [1, 2], "b": [1, np.nan]})
-    with pytest.raises(ConfigError, match=r"num_replicates = 1, confidence = 0\.95: expected at least 2, and between"):
+    with pytest.raises(ConfigError, match=r"num_replicates = 1: expected at least 2\."):
         rank_methods({"a": [1, 2], "b": [1, 2]}, num_replicates=1)
 
 
