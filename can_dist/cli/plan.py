@@ -45,11 +45,8 @@ def plan(
 def plan_text(estimate: Plan) -> str:
     """Return a plan as a table of GB (10⁹ bytes) per rank, and its verdict."""
     kind = "GPU" if estimate.on_gpu else "CPU"
-    trained = (
-        ""
-        if estimate.trained_elements == estimate.elements
-        else f", {estimate.trained_elements / 1e6:,.1f} M of them trained"
-    )
+    some = estimate.trained_elements < estimate.elements
+    trained = f", {estimate.trained_elements / 1e6:,.1f} M of them trained" if some else ""
     lines = [
         f"{estimate.model}: {estimate.elements / 1e9:,.3f} G parameters{trained}; {estimate.precision}, ZeRO-3 on "
         f"{estimate.num_ranks} {kind} rank{'s' * (estimate.num_ranks > 1)}, packs of {estimate.tokens:,} tokens",

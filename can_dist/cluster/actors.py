@@ -81,17 +81,10 @@ class ActorPool:
 
     def _start(self, index: int) -> Any:
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
-        return (
-            ray.remote(ShardWorker)
-            .options(
-                num_cpus=self.cluster.cpus_per_actor,
-                num_gpus=self.cluster.gpus_per_actor,
-                max_restarts=0,  # the ledger notices a dead actor at once and gives its shard to a new one
-                max_task_retries=0,
-                scheduling_strategy=strategy,
-            )
-            .remote()
-        )
+        resources = {"num_cpus": self.cluster.cpus_per_actor, "num_gpus": self.cluster.gpus_per_actor}
+        # no restarts by Ray: the ledger notices a dead actor at once and gives its shard to a new one
+        restarts = {"max_restarts": 0, "max_task_retries": 0}
+        return ray.remote(ShardWorker).options(**resources, **restarts, scheduling_strategy=strategy).remote()
 
     @property
     def num_actors(self) -> int:

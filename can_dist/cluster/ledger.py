@@ -17,14 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    GetTimeoutError,
-    NodeDiedError,
-    OutOfMemoryError,
-    RayActorError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
 from can_dist.cluster.actors import ActorPool, ShardJob, cause_of
 from can_dist.cluster.metrics import Ledger
@@ -37,7 +30,7 @@ MEDIANS = 10  # a shard hangs when it takes this many times the median of the fi
 
 MEMORY = re.compile(r"OOM kill reason: (?P<why>[^\n]+).*?actual memory used=(?P<used>[\d.]+ ?\w+)", re.DOTALL)
 MEMORY_KILL = "killed by Ray's memory monitor"
-LOST_ACTOR = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError)
+LOST_ACTOR = (RayActorError, OutOfMemoryError, WorkerCrashedError, ray.exceptions.NodeDiedError)
 """Exceptions that mean the actor is gone; a kill by the memory monitor may raise any of them."""
 POTENTIAL_CAUSES = " There are some potential root causes"  # Ray's list of guesses
 

@@ -18,11 +18,8 @@ def run_demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
     if not (world / "world.json").is_file():
         from can_dist.demo.world import build_demo_world
 
-        print(
-            "can-dist: making a small world: a corpus, a language model, a reward head, a safety head",
-            file=sys.stderr,
-            flush=True,
-        )
+        parts = "a corpus, a language model, a reward head, a safety head"
+        print(f"can-dist: making a small world: {parts}", file=sys.stderr, flush=True)
         shutil.rmtree(world, ignore_errors=True)  # half a world from an interrupted start
         build_demo_world(world)
     path = run_dir / "demo.yaml"

@@ -38,7 +38,6 @@ from can_dist.errors import EnvironmentProblem
 from can_dist.modeling.formatter import Formatter
 from can_dist.modeling.logprobs import ResponseModel, response_logp
 
-MAX_ANSWER_TOKENS = 20  # every answer of the grammar, with its end token, is shorter
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} "
     "{% elif m['role'] == 'assistant' %}ASSISTANT:{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
@@ -103,7 +102,8 @@ class Answer:
 def topics() -> list[Topic]:
     """Return all topics of ``topics.csv``, benign ones first."""
     lines = files("can_dist.demo").joinpath("topics.csv").read_text("utf-8").splitlines()
-    return [Topic(*words, risky=risky == "yes") for *words, risky in csv.reader(lines[1:])]
+    rows = csv.reader(lines[1:])
+    return [Topic(name, verb, thing, tool, risky == "yes") for name, verb, thing, tool, risky in rows]
 
 
 def questions(seed: int, num_prompts: int) -> tuple[list[Question], list[Question]]:

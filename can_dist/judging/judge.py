@@ -31,8 +31,7 @@ Failure = Literal["", "no verdict", "rejected"]
 ORDERS: tuple[Order, Order] = ("candidate first", "baseline first")
 BYTES_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4
-EARLY = 50
-"""Comparisons after which too many without a verdict stop the run, before the rest is paid for."""
+EARLY = 50  # comparisons after which too many without a verdict stop the run, before the rest is paid for
 
 
 @dataclass(frozen=True)
@@ -167,14 +166,12 @@ async def _judge(
     """Return one row, from disk or from the endpoint."""
     messages = _messages(comparison, order, spec)
     file = _file(cache, spec, messages)
-    kept = _read(file)
-    if kept is None:
+    record = kept = _read(file)
+    if record is None:
         async with slots:
             record = await _ask_for_verdict(client, spec, messages)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, record.model_dump())
-    else:
-        record = kept
     return Judgement(
         prompt_id=comparison.prompt_id,
         order=order,

@@ -23,13 +23,10 @@ from can_dist.errors import CanDistError
 NUM_FOLDS = 5
 NUM_LAM = 81
 NUM_MARGINS = 33
-NUM_MARGINS_JOINT = 17
-"""Fewer points for several constraints: each point then needs a search for a jointly feasible margin."""
+NUM_MARGINS_JOINT = 17  # fewer for several constraints: each then needs a search for a jointly feasible margin
 MOST_BINS = 28
-REACH = 0.95
-"""The frontier ends where the improvement has come this far from λ = 0 to the most attainable."""
-WIDEST_SMALL_K = 12.0
-"""Least end of the axis of effective sample sizes, so that the ten that are needed lie on it."""
+REACH = 0.95  # the frontier ends where the improvement has come this far from λ = 0 to the most attainable
+WIDEST_SMALL_K = 12.0  # least end of the axis of effective sample sizes, so that the ten that are needed lie on it
 
 
 def examine(table: ScoreTable, solution: DualSolution, *, reward_name: str = "reward") -> dict[str, Any]:

@@ -114,11 +114,9 @@ def _facts(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
         ]
         made_from += [("software", ", ".join(f"{name} {v}" for name, v in report["versions"].items()))]
     options = identity["train"]
+    training = f"{summary['num_steps']} steps, {summary['num_examples']} examples, {summary['num_tokens']} tokens"
     made_from += [
-        (
-            "training",
-            f"{summary['num_steps']} steps, {summary['num_examples']} examples, {summary['num_tokens']} tokens",
-        ),
+        ("training", training),
         ("learning rate", f"{options['learning_rate']:g}"),
         ("adapters", adapters_text(options.get("lora"))),
         ("text", "the tokenizer's chat template" if identity["template"] is None else repr(identity["template"])),

@@ -16,15 +16,7 @@ import numpy as np
 from can_dist.dual import DualSolution, ScoreTable
 from can_dist.dual.weights import COLLAPSED_ESS, TRUSTED_ESS
 from can_dist.measuring.examination import examine
-from can_dist.reporting.figures.belief import (
-    Curve,
-    Estimated,
-    dual_svg,
-    ess_svg,
-    frontier_svg,
-    largest_weight_svg,
-    stability_svg,
-)
+from can_dist.reporting.figures import belief as figures
 from can_dist.reporting.page import MISSING, decimals_of, interval_text, number, panel, percent, plain, render
 from can_dist.tables.artifacts import write_text
 
@@ -264,11 +256,11 @@ def _weight_panels(weights: Mapping[str, Any] | None, summary: Mapping[str, Any]
         return
     median = summary["ess"]["median"]
     label = f"Effective responses of a prompt: median {plain(median)}, {TRUSTED_ESS:g} needed"
-    svg = ess_svg(weights["ess_edges"], weights["ess_count"], median, TRUSTED_ESS, label=label, prefix="ess")
+    svg = figures.ess_svg(weights["ess_edges"], weights["ess_count"], median, TRUSTED_ESS, label=label, prefix="ess")
     yield panel("Effective sample size", svg)
     alone = percent(weights["share_one_response"])
     note = f"One response carries more than half of the weight in {alone} of the prompts."
-    svg = largest_weight_svg(weights["largest_weight"], weights["even_weight"], label=note, prefix="largest")
+    svg = figures.largest_weight_svg(weights["largest_weight"], weights["even_weight"], label=note, prefix="largest")
     yield panel("Largest weight", svg, note)
 
 
@@ -285,10 +277,10 @@ def _stability_panels(diagnosis: Mapping[str, Any], solution: Mapping[str, Any])
             half = Z_95 * (errors[estimator] or math.nan)
             shown = _lam_text(value, errors[estimator])
             is_used = estimator == used and not text.startswith("K/")
-            drawn.append(Estimated(f"{text}: {shown}", math.nan if value is None else value, half, is_used,
+            drawn.append(figures.Estimated(f"{text}: {shown}", math.nan if value is None else value, half, is_used,
                                    text.startswith("K/")))  # fmt: skip
         label = f"Multiplier of {name}: " + ", ".join(row.text for row in drawn)
-        svg = stability_svg(drawn, label=label, prefix=f"stable{index}")
+        svg = figures.stability_svg(drawn, label=label, prefix=f"stable{index}")
         yield panel(f"λ̂ of {name}", svg)
 
 
@@ -304,14 +296,16 @@ def _dual_panels(curves: Mapping[str, Any], solution: Mapping[str, Any]) -> Iter
         grid, value = np.array(curve["lam"]), np.array(curve["value"])
         texts = _margin_texts(curve["margins"])
         drawn = [
-            Curve(value - grid * (other - margin), least, f"b = {text}" if other == margin else text, other == margin)
+            figures.Curve(
+                value - grid * (other - margin), least, f"b = {text}" if other == margin else text, other == margin
+            )
             for other, least, text in zip(curve["margins"], curve["minima"], texts, strict=True)
         ]
         text = f"λ̂ = {plain(lam)}"
         label = f"Dual value against the multiplier of {name}, {text}" + (
             "" if math.isnan(half) else f", 95% interval {plain(interval[1])} to {plain(interval[2])}"
         )
-        svg = dual_svg(grid, drawn, interval, text, label=label, prefix=f"dual{index}")
+        svg = figures.dual_svg(grid, drawn, interval, text, label=label, prefix=f"dual{index}")
         yield panel(f"Dual along the λ of {name}", svg)
 
 
@@ -339,7 +333,7 @@ def _frontier_panels(frontiers: Mapping[str, Any], reward_name: str, weighted: b
         ):
             band = np.array([curve[key + end] for end in ("", "_low", "_high")], dtype=float)
             label = f"{title}: asked {target[1]}, attainable at most {most[1]}"
-            svg = frontier_svg(
+            svg = figures.frontier_svg(
                 margin, band, supported, target, most, quantity, label=label, prefix=f"frontier{index}{key[:2]}"
             )
             yield panel(title, svg)

@@ -86,16 +86,12 @@ def render_comparison(
 
 def _tails(method: Mapping[str, Any], name: str) -> dict[str, Any]:
     tails, refused = method["tails"][name], method["refusals"]
+    refusals = [share_text(refused["policy"])] if refused else []
     unsafe, worst, length = tails["unsafe"]["policy"], tails["worst"]["policy"], method["lengths"]["policy"]
     return {
         "name": method["name"],
         "border": plain(tails["border"]),
-        "cells": [
-            share_text(unsafe),
-            mean_text(worst),
-            *([share_text(refused["policy"])] if refused else []),
-            mean_text(length),
-        ],
+        "cells": [share_text(unsafe), mean_text(worst), *refusals, mean_text(length)],
     }
 
 

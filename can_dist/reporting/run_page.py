@@ -60,16 +60,11 @@ def write_report(report: Mapping[str, Any], path: Path) -> None:
 
 
 def render_report(report: Mapping[str, Any]) -> str:
-    """Return the page as text."""
-    return render("report.html.j2", _page(report))
-
-
-def _page(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the template's values; a number whose digits depend on other numbers is text already."""
+    """Return the page as text; a number whose digits depend on other numbers reaches the template as text."""
     constraints = [_compared(c, c.get("margin")) for c in report["constraints"]]
     reward = _compared(report["reward"], None)
     solution = report.get("solution") or {}
-    return {
+    values = {
         **dict.fromkeys(OPTIONAL),
         **report,
         "verdicts": [_verdict(c, report["num_test_prompts"]) for c in constraints],
@@ -87,6 +82,7 @@ def _page(report: Mapping[str, Any]) -> dict[str, Any]:
         "samples": [_sample(sample) for sample in report.get("samples") or []],
         "config": _config_rows(report.get("config") or {}),
     }
+    return render("report.html.j2", values)
 
 
 def _compared(row: Mapping[str, Any], margin: float | None) -> dict[str, Any]:

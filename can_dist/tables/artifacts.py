@@ -261,9 +261,7 @@ class StageDirectory:
             entries.append(json.loads(sidecar.read_text(encoding="utf-8")))
         if parts is not None:
             self._check_parts({int(entry["file"][5:10]) for entry in entries}, set(parts))
-        for name in sorted(files or []):
-            path = self.path / name
-            entries.append({"file": name, "bytes": path.stat().st_size, "sha256": file_digest(path)})
+        entries += [_entry(self.path / name, name) for name in sorted(files or [])]
         manifest = {
             "stage": self.stage,
             "format_version": FORMAT_VERSION,
@@ -294,13 +292,11 @@ def write_part(directory: Path, index: int, table: pa.Table) -> None:
     with atomic_file(path) as temporary:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
-        entry = {
-            "file": path.name,
-            "bytes": temporary.stat().st_size,
-            "sha256": file_digest(temporary),
-            "rows": table.num_rows,
-        }
-        write_json(path.with_suffix(".json"), entry)
+        write_json(path.with_suffix(".json"), {**_entry(temporary, path.name), "rows": table.num_rows})
+
+
+def _entry(file: Path, name: str) -> dict[str, Any]:
+    return {"file": name, "bytes": file.stat().st_size, "sha256": file_digest(file)}
 
 
 def open_stage(

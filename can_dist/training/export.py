@@ -24,8 +24,7 @@ from can_dist.tables.artifacts import write_json
 from can_dist.training import ADAPTER, CHECKPOINTS, checkpoints, ranks
 
 INDEX = "model.safetensors.index.json"
-WRAPPED = re.compile(r"(\.base_layer)+\.")
-"""The prefix of peft before the parameters of an adapted layer, once for each adapted parameter."""
+WRAPPED = re.compile(r"(\.base_layer)+\.")  # by peft, before the name of each adapted parameter of a layer
 
 
 def export_policy(engine: Any, tokenizer: Any, out: Path, max_shard_mb: int) -> None:

@@ -61,11 +61,11 @@ def merge_policies(policy_a: Path, policy_b: Path, out: Path, q: float, max_shar
     tied = _tied_copies(config)
     for policy, tensors in ((policy_a, tensors_a), (policy_b, tensors_b)):
         _drop_tied_copies(policy, tensors, tied)
-    _refuse_differences(
-        policy_a, policy_b, "tensors",
-        {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors_a.items()},
-        {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors_b.items()},
-    )  # fmt: skip
+    kinds_a, kinds_b = (
+        {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
+        for tensors in (tensors_a, tensors_b)
+    )
+    _refuse_differences(policy_a, policy_b, "tensors", kinds_a, kinds_b)
     check_shapes(policy_a, config)
 
     sizes = {name: tensor.num_bytes for name, tensor in tensors_a.items()}

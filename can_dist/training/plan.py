@@ -89,13 +89,14 @@ def make_plan(settings: Config, memory_bytes: int) -> Plan:
     from can_dist.training.deepspeed_config import build_ds_config, read_ds_config
 
     train, num_ranks = settings.train, settings.cluster.num_workers
+    head_bytes = HEAD_BYTES_ON["cuda" if on_gpu else "cpu"]
     precision = settings.precision if settings.precision != "auto" else "bf16" if on_gpu else "fp32"
     ds_config = build_ds_config(read_ds_config(train.ds_config), train, precision)
     zero = m.Zero.of(ds_config, num_ranks=num_ranks, on_gpu=on_gpu, precision=precision)
-    sizes, vocabulary, here, other, line = _count_passes(settings, precision, on_gpu)
+    sizes, vocabulary, here, other, line = _count_passes(settings, precision, on_gpu, head_bytes)
     states = m.states(sizes, zero)
     step = m.peak_of_the_step(states, sizes, zero)
-    rows = max(1, HEAD_BYTES_ON["cuda" if on_gpu else "cpu"] // (m.FP32 * vocabulary))
+    rows = max(1, head_bytes // (m.FP32 * vocabulary))
     return Plan(
         model=settings.reference.model,
         precision=precision,
@@ -129,13 +130,12 @@ def make_plan(settings: Config, memory_bytes: int) -> Plan:
 
 
 def _count_passes(
-    settings: Config, precision: str, on_gpu: bool
+    settings: Config, precision: str, on_gpu: bool, head_bytes: int
 ) -> tuple[Parameters, int, Pass, Pass, tuple[Pass, Pass]]:
     """Return the sizes, the vocabulary, a pass as configured and with the other checkpointing, and two on a line."""
-    from can_dist.modeling.logprobs import HEAD_BYTES_ON
     from can_dist.training.activations import Shell
 
-    train, head_bytes = settings.train, HEAD_BYTES_ON["cuda" if on_gpu else "cpu"]
+    train = settings.train
     opposite = train.model_copy(update={"activation_checkpointing": not train.activation_checkpointing})
     shell, other = (Shell(settings.reference, options, precision, head_bytes) for options in (train, opposite))
 

@@ -22,8 +22,7 @@ from can_dist.training.deepspeed_config import say_accelerator
 from can_dist.training.extensions import check_build_directories
 
 Value = TypeVar("Value")
-BACKSTOP_S = 60.0
-"""Seconds that collectives give up later than the heartbeat, whose message names the rank."""
+BACKSTOP_S = 60.0  # collectives give up later than the heartbeat, whose message names the rank
 _stop = threading.Event()
 
 
