@@ -152,10 +152,9 @@ def _next(run: Path, owner: Owner | None, stages: Sequence[Mapping[str, Any]], e
         return "none: it is running"
     if owner is not None and owner.alive is None:
         return f"look on {owner.host} whether process {owner.process} is there; if it is gone: {again}"
-    if ended and all(stage["state"] == "finished" for stage in stages):
-        done = any(stage["stage"] == "evaluate" for stage in stages)
-        return f"can-dist verify {run}" if done else again
-    return again
+    finished = ended and all(stage["state"] == "finished" for stage in stages)
+    done = finished and any(stage["stage"] == "evaluate" for stage in stages)
+    return f"can-dist verify {run}" if done else again
 
 
 def format_status(status: Mapping[str, Any]) -> str:

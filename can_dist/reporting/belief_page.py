@@ -296,9 +296,7 @@ def _dual_panels(curves: Mapping[str, Any], solution: Mapping[str, Any]) -> Iter
         grid, value = np.array(curve["lam"]), np.array(curve["value"])
         texts = _margin_texts(curve["margins"])
         drawn = [
-            figures.Curve(
-                value - grid * (other - margin), least, f"b = {text}" if other == margin else text, other == margin
-            )
+            figures.Curve(value - grid * (other - margin), least, "b = " * (other == margin) + text, other == margin)
             for other, least, text in zip(curve["margins"], curve["minima"], texts, strict=True)
         ]
         text = f"λ̂ = {plain(lam)}"

@@ -256,12 +256,9 @@ def _digest(path: Path) -> str:
 
 def _damage(path: Path, committed: Mapping[str, str]) -> str:
     """Return the faults of a checkpoint's files, the same on all ranks, or ''."""
-    digests = _digests(path)
-    wrong = [f"{name} is missing" for name in committed if name not in digests]
-    wrong += [f"{name} was not committed" for name in digests if name not in committed]
-    wrong += [
-        f"{name} changed since it was committed"
-        for name, digest in digests.items()
-        if committed.get(name, digest) != digest
-    ]
+    now = _digests(path)
+    wrong = [f"{name} is missing" for name in committed if name not in now]
+    wrong += [f"{name} was not committed" for name in now if name not in committed]
+    changed = [name for name, digest in now.items() if committed.get(name, digest) != digest]
+    wrong += [f"{name} changed since it was committed" for name in changed]
     return "; ".join(wrong[:5])

@@ -69,10 +69,9 @@ def merge_policies(policy_a: Path, policy_b: Path, out: Path, q: float, max_shar
     check_shapes(policy_a, config)
 
     sizes = {name: tensor.num_bytes for name, tensor in tensors_a.items()}
+    max_bytes = max_shard_size_mb * 10**6
     with atomic_directory(out) as built:
-        write_shards(
-            built, sizes, max_shard_size_mb * 10**6, lambda name: _merge_one(name, tensors_a[name], tensors_b[name], q)
-        )
+        write_shards(built, sizes, max_bytes, lambda name: _merge_one(tensors_a[name], tensors_b[name], q))
         for pattern in COPIED:
             for path in filter(Path.is_file, policy_a.glob(pattern)):
                 shutil.copyfile(path, built / path.name)
@@ -90,8 +89,8 @@ def merged_tensor(a: torch.Tensor, b: torch.Tensor, q: float) -> torch.Tensor:
     return (q * a.to(wide) + (1.0 - q) * b.to(wide)).to(a.dtype)
 
 
-def _merge_one(name: str, stored_a: StoredTensor, stored_b: StoredTensor, q: float) -> torch.Tensor:
-    a, b = stored_a.read(), stored_b.read()
+def _merge_one(stored_a: StoredTensor, stored_b: StoredTensor, q: float) -> torch.Tensor:
+    name, a, b = stored_a.name, stored_a.read(), stored_b.read()
     if not a.dtype.is_floating_point:
         if not torch.equal(a, b):
             raise DataError(
