@@ -99,14 +99,8 @@ def check_model(spec: Model) -> str:
         check_scorer_opens(spec)
     Formatter(tokenizer, spec.template)
     rows = architecture.get_text_config().vocab_size
-    return (
-        f"{spec.model}: {architecture.model_type}, {len(tokenizer)} tokens for {rows} embeddings, {template_of(spec)}"
-    )
-
-
-def template_of(spec: Model) -> str:
-    """Say where the text convention comes from."""
-    return "plain template" if spec.template is not None else "chat template"
+    template = "plain template" if spec.template is not None else "chat template"
+    return f"{spec.model}: {architecture.model_type}, {len(tokenizer)} tokens for {rows} embeddings, {template}"
 
 
 def needed_bytes(config: Config) -> int | None:

@@ -23,8 +23,7 @@ COPIED = ("config.json", "generation_config.json", "tokenizer*", "*.jinja", "spe
 """The other files of a policy; they are copied from the first policy."""
 
 CONFIG_MAY_DIFFER = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
-TOKENIZER_MAY_DIFFER = {"padding", "truncation", "version"}
-"""Keys that using a tokenizer writes to its file; the tokens of a text do not depend on them."""
+TOKENIZER_MAY_DIFFER = {"padding", "truncation", "version"}  # written by using it; no text's tokens depend on them
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
 TOKENIZER_SETTINGS = ("chat_template", "bos_token", "eos_token", "add_bos_token", "add_eos_token")
 SHOWN = 5
