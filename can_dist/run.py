@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from can_dist.config import Config, Constraint, DataSource, Human, LogRatio, Model, Scorer, Step
+from can_dist.config import Config, DataSource, Human, LogRatio, Model, Scorer, Step
+from can_dist.config.sections import Constraint
 from can_dist.errors import ConfigError, DataError
 from can_dist.scoring.log_ratio import given_ratio
 from can_dist.scoring.protocol import LogProb, PolicyRatio, ScorerSpec

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from can_dist.config import Config, dump_yaml
 from can_dist.console import interruptible
 from can_dist.errors import DataError, EnvironmentProblem
-from can_dist.tables.artifacts import Artifact, StageDirectory, open_stage, write_text
+from can_dist.tables.artifacts import Artifact, StageDirectory, find_finished, open_stage, write_text
 
 if TYPE_CHECKING:
     from can_dist.cluster.actors import ActorPool, ShardJob
@@ -77,6 +77,12 @@ class Workspace:
         if place.reason:
             self.say(f"{stage} ({label}): {place.reason}", event="changed", stage=stage, label=label)
         return place
+
+    def finished(
+        self, stage: str, label: str, identity: Mapping[str, Any], inputs: Mapping[str, Artifact]
+    ) -> Artifact | None:
+        """Return a stage's artifact where it is finished; nothing is opened."""
+        return find_finished(self.directory, stage, label, identity, inputs)
 
     @contextlib.contextmanager
     def timed(self, stage: str, label: str, **counts: Any) -> Iterator[None]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
@@ -16,7 +16,8 @@ from can_dist.config import Config
 from can_dist.doctor.finding import Finding, error, note, ok, warning
 from can_dist.training.extensions import VARIABLE, build_directories, describe, stale_locks, unsafe_reason
 
-FLASH_ATTENTION = "flash_attn"
+if TYPE_CHECKING:
+    from can_dist.modeling.attention import Attention
 
 
 def check_environment(config: Config | None) -> list[Finding]:
@@ -26,7 +27,7 @@ def check_environment(config: Config | None) -> list[Finding]:
         *packages(declared(), installed_version),
         *gpus(config),
         communication(),
-        attention(importlib.util.find_spec(FLASH_ATTENTION) is not None, attention_kind()),
+        attention(attention_here()),
         *extensions(),
     ]
 
@@ -73,11 +74,14 @@ def gpus(config: Config | None) -> list[Finding]:
     """List the GPUs that torch sees, and compare with what the configuration asks of this machine."""
     import torch
 
+    from can_dist.modeling.precision import OLDEST_BF16
+
     names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     per_process = max(config.cluster.gpus_per_actor, config.cluster.gpus_per_worker) if config else 0
     if names:
         shown = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in names)
-        return [ok("GPUs", f"{shown}; CUDA {torch.version.cuda}, bf16")]
+        precision = "bf16" if torch.cuda.get_device_capability() >= OLDEST_BF16 else "fp32: too old for bf16"
+        return [ok("GPUs", f"{shown}; CUDA {torch.version.cuda}, {precision}")]
     state = f"none that torch {torch.__version__} can use; models run in fp32 on CPU"
     if shutil.which("nvidia-smi"):
         remedy = "Install a torch that is built for the CUDA version that nvidia-smi shows."
@@ -106,23 +110,27 @@ def communication() -> Finding:
     return ok("communication", f"{shown}; ranks use {needed}")
 
 
-def attention(has_flash: bool, kind: str) -> Finding:
-    """Report the attention of scoring and training (``kind``, of ``segments.backend``), and that of sampling."""
-    flash = "is installed" if has_flash else "is not installed"
-    state = f"flash-attn {flash}; scoring and training use {kind}, sampling torch's sdpa (transformers' default)"
-    if kind == "varlen_attn":
+def attention(chosen: Attention) -> Finding:
+    """Report the attention of scoring and training, with its reason, and that of sampling."""
+    from can_dist.modeling.attention import HEAD_STEP, SDPA, VARLEN, WIDEST_HEAD
+
+    reach = "" if chosen.kind == SDPA else f", for heads of a multiple of {HEAD_STEP} up to {WIDEST_HEAD} numbers"
+    state = f"scoring and training: {chosen}{reach}; sampling: torch's sdpa (transformers' default)"
+    if chosen.remedy:
+        return warning("attention", state, f"{chosen.remedy[0].upper()}{chosen.remedy[1:]}.")
+    if chosen.kind == VARLEN:
         return note("attention", state, "To score and train by flash-attn: pip install 'can-dist[gpu]'.")
     return ok("attention", state)
 
 
-def attention_kind() -> str:
-    """Return the attention backend of segments on this machine, in the precision that ``auto`` means here."""
+def attention_here() -> Attention:
+    """Return the attention of packs on this machine, in the precision that ``auto`` means here."""
     import torch
 
-    from can_dist.modeling.segments import backend
+    from can_dist.modeling.attention import attention_for
 
     has_gpu = torch.cuda.is_available()
-    return backend("cuda" if has_gpu else "cpu", torch.bfloat16 if has_gpu else torch.float32)
+    return attention_for("cuda" if has_gpu else "cpu", torch.bfloat16 if has_gpu else torch.float32)
 
 
 def extensions() -> list[Finding]:

@@ -9,10 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from can_dist.config import Constraint, Model, identity
-from can_dist.measuring.gains import gains_table
-from can_dist.modeling.loading import model_digest, resolve_precision
-from can_dist.scoring.protocol import LogProb, ScorerSpec, scorer_identity
+from can_dist.config import Model
+from can_dist.config.base import identity
+from can_dist.config.sections import Constraint
+from can_dist.measuring.gains import (
+    gains_table,
+)
+from can_dist.modeling.formatter import text_identity
+from can_dist.modeling.loading import model_digest
+from can_dist.modeling.precision import resolve_precision
+from can_dist.scoring.kinds import scorer_identity
+from can_dist.scoring.protocol import LogProb, ScorerSpec
 from can_dist.stages.generate import generate
 from can_dist.stages.ingest import ingest_benign
 from can_dist.stages.report import PAGE, REPORT, Lineage, build_report, log_ratio, method_title
@@ -49,7 +56,7 @@ def evaluate(
         "responses_after": after,
         "scores_before": score(work, before, scorers, role="reference on test"),
         "scores_after": score(work, after, {**scorers, **logps}, role="policy on test"),
-        **_benign_responses(work, reference, policy),
+        **_benign_responses(work, lineage.prompts, reference, policy),
     }
     if lineage.solution is not None and lineage.train_scores is not None:
         inputs |= {"solution": lineage.solution, "train_scores": lineage.train_scores}
@@ -78,15 +85,15 @@ def evaluate(
         return stage.commit([REPORT, PAGE], info={name: report[name] for name in shown})
 
 
-def _benign_responses(work: Workspace, reference: Model, policy: Model) -> dict[str, Artifact]:
+def _benign_responses(work: Workspace, prompts: Artifact, reference: Model, policy: Model) -> dict[str, Artifact]:
     """Return both models' responses to the benign prompts; empty where the configuration has none."""
     source = work.config.evaluate.benign_prompts
     if source is None:
         return {}
-    prompts = ingest_benign(work, source)
+    benign = ingest_benign(work, source, prompts)
     return {
-        "benign_before": generate(work, reference, prompts, split="test", role="reference, benign prompts"),
-        "benign_after": generate(work, policy, prompts, split="test", role="policy, benign prompts"),
+        "benign_before": generate(work, reference, benign, split="test", role="reference, benign prompts"),
+        "benign_after": generate(work, policy, benign, split="test", role="policy, benign prompts"),
     }
 
 
@@ -97,7 +104,7 @@ def _basis(
     options, precision = work.config.generate, resolve_precision(work.config.precision)
     prompts = sorted(set(inputs["scores_before"].table.column("prompt_id").to_pylist()))
     return {
-        "reference": {"weights": model_digest(reference), "template": reference.template},
+        "reference": {"weights": model_digest(reference), **text_identity(reference)},
         "held_out_prompts": digest_of(prompts),
         "sampling": {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens")}
         | {"stop": list(options.stop)},

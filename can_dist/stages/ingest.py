@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from can_dist.config import DataSource, Model, Prompts
+from can_dist.config import DataSource, Model
+from can_dist.config.sections import Prompts
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling.loading import model_digest
-from can_dist.tables.artifacts import Artifact, file_digest, write_part
+from can_dist.stages.held_out import HeldOut
+from can_dist.tables.artifacts import Artifact, StageDirectory, file_digest, write_part
 from can_dist.tables.foreign.formats import PreferencesRead, PromptsRead, read_preferences, read_prompts
+from can_dist.tables.foreign.messages import prompt_id
 from can_dist.tables.schemas import GIVEN_RESPONSES, PROMPTS
 from can_dist.workspace import Workspace
 
@@ -26,23 +30,37 @@ SHARD_ROWS = 512
 UNLABELLED = {"better": -1, "safer": -1, "safe": -1}
 
 
+READING = 2
+"""Rules of reading. Since 2 a system column and Alpaca's input are carried, and ids make no two prompts of one.
+
+Data that the rules before read alike keep the identity they had; any other has ``reading`` in its identity.
+"""
+
+Read = TypeVar("Read", PromptsRead, PreferencesRead)
+
+
 def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
-    """Read the prompts and split them, by prompt, into ``train`` and ``test``.
+    """Read the prompts and split them, by conversation, into ``train`` and ``test``.
 
-    Which prompts are held out follows from the seed and the prompt's id alone, so adding prompts moves none of the
-    others' roles at random.
+    A conversation is one prompt, whatever ids it has; the first one counts. Which prompts are held out follows from the
+    seed and that id alone, so adding prompts moves none of the others' roles at random.
 
-    Raises
-    ------
-    DataError
-        When the source cannot be read, or holds too few prompts for ``num_test`` and one for training.
+    Args:
+        work: the run.
+        prompts: the source, and how many prompts are held out and trained on.
+
+    Returns:
+        The ``prompts`` table (schema ``PROMPTS``).
+
+    Raises:
+        DataError: the source cannot be read, or holds too few prompts for ``num_test`` and one for training.
     """
-    what = {"source": source_identity(prompts), "num_train": prompts.num_train, "num_test": prompts.num_test}
-    stage = work.open("prompts", "prompts", {**what, "seed": work.config.seed}, {})
-    if stage.finished:
-        return stage.finished
-    read = read_prompts(prompts.source, split=prompts.split, subset=prompts.subset, revision=prompts.revision)
-    work.say(read.announcement)
+    identity = {"source": source_identity(prompts), "num_train": prompts.num_train, "num_test": prompts.num_test}
+    stage, read = _open(
+        work, ("prompts", "prompts"), {**identity, "seed": work.config.seed}, {}, lambda: _read(prompts, read_prompts)
+    )
+    if read is None:
+        return _finished(stage)
     table = read.table
     if table.num_rows <= prompts.num_test:
         raise DataError(
@@ -59,25 +77,76 @@ def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
     kept = table.filter(pc.is_valid(table.column("split"))).cast(PROMPTS)
     write_part(stage.path, 0, kept.combine_chunks())
     counts = {**read.counts, "train": len(train), "test": len(test)}
-    return stage.commit(info=_found(read) | {"counts": counts})
+    return stage.commit(info=_info(read) | {"counts": counts})
 
 
-def ingest_benign(work: Workspace, source: DataSource) -> Artifact:
-    """Read prompts that deserve no refusal; all of them are held out, none is trained on.
+def ingest_benign(work: Workspace, source: DataSource, prompts: Artifact) -> Artifact:
+    """Read prompts that deserve no refusal, all of them as ``test``.
 
-    Raises
-    ------
-    DataError
-        When the source cannot be read.
+    Args:
+        work: the run.
+        source: the benign prompts.
+        prompts: the run's prompts; benign ones that say what a training prompt says are told of.
+
+    Raises:
+        DataError: the source cannot be read.
     """
-    stage = work.open("prompts", "benign prompts", {"source": source_identity(source)}, {})
+    identity = {"source": source_identity(source)}
+    stage, read = _open(work, ("prompts", "benign prompts"), identity, {}, lambda: _read(source, read_prompts))
+    if read is None:
+        artifact = _finished(stage)
+    else:
+        splits = pa.array(["test"] * read.table.num_rows, pa.string())
+        write_part(stage.path, 0, read.table.append_column("split", splits).cast(PROMPTS).combine_chunks())
+        artifact = stage.commit(info=_info(read))
+    trained_on = {prompt_id(row["messages"]) for row in prompts.table.to_pylist() if row["split"] == "train"}
+    contents = [prompt_id(messages) for messages in artifact.table.column("messages").to_pylist()]
+    if both := sum(content in trained_on for content in contents):
+        work.say(f"{source.source}: {both} of {len(contents)} benign prompts are trained on too, so not held out")
+    return artifact
+
+
+def _read(source: DataSource, reader: Callable[..., Read]) -> Read:
+    return reader(source.source, split=source.split, subset=source.subset, revision=source.revision)
+
+
+def _open(
+    work: Workspace,
+    name: tuple[str, str],
+    identity: Mapping[str, Any],
+    inputs: Mapping[str, Artifact],
+    read: Callable[[], Read],
+) -> tuple[StageDirectory, Read | None]:
+    """Open the stage of a data set.
+
+    Args:
+        work: the run.
+        name: stage and label.
+        identity: what decided the result under the first rules of reading.
+        inputs: of the stage.
+        read: reads the data set.
+
+    Returns:
+        The stage, and the data set as read, or None where the stage is finished.
+    """
+    under_rules = {**identity, "reading": READING}
+    if work.finished(*name, under_rules, inputs):
+        return work.open(*name, under_rules, inputs), None
+    before = work.finished(*name, identity, inputs)
+    if before and before.info.get("reading") == READING:
+        return work.open(*name, identity, inputs), None
+    data = read()
+    stage = work.open(*name, under_rules if data.carried else identity, inputs)
     if stage.finished:
-        return stage.finished
-    read = read_prompts(source.source, split=source.split, subset=source.subset, revision=source.revision)
-    work.say(read.announcement)
-    splits = pa.array(["test"] * read.table.num_rows, pa.string())
-    write_part(stage.path, 0, read.table.append_column("split", splits).cast(PROMPTS).combine_chunks())
-    return stage.commit(info=_found(read))
+        return stage, None
+    work.say(data.announcement)
+    return stage, data
+
+
+def _finished(stage: StageDirectory) -> Artifact:
+    artifact = stage.finished
+    assert artifact is not None
+    return artifact
 
 
 def ingest_pairs(
@@ -85,38 +154,86 @@ def ingest_pairs(
 ) -> Artifact:
     """Read a preference data set's own response pairs and labels, tokenised as the reference would.
 
-    The table has the schema ``GIVEN_RESPONSES``. Responses ``<prompt_id>/<row>a`` and ``.../<row>b`` are a pair. With
-    ``mismatched`` each of them is followed by a response to another prompt put in its place, ``.../<row>a-other``,
-    which KTO needs: its baseline is the mean log-ratio of responses that do not belong to the prompt. Pairs of
-    held-out prompts, and those longer than the reference's context, are left out and counted.
+    Responses ``<prompt_id>/<row>a`` and ``.../<row>b`` are a pair. With ``mismatched`` each of them is followed by a
+    response to another prompt put in its place, ``.../<row>a-other``, which KTO needs: its baseline is the mean
+    log-ratio of responses that do not belong to the prompt. Pairs of held-out prompts, which are known by what they
+    say, whatever their ids, and those longer than the reference's context, are left out and counted.
 
-    Raises
-    ------
-    DataError
-        When the source cannot be read, ``mismatched`` is asked of pairs of one prompt only, or every pair is too long.
+    Args:
+        work: the run.
+        source: the preference data set.
+        reference: the model whose tokens the responses become.
+        prompts: the run's prompts, of which some are held out.
+        mismatched: whether responses to other prompts are wanted.
+
+    Returns:
+        The table ``pairs`` (schema ``GIVEN_RESPONSES``).
+
+    Raises:
+        DataError: the source cannot be read, ``mismatched`` is wanted of pairs of one prompt only, or every pair is too
+            long.
     """
-    from can_dist.modeling.formatter import Formatter, convention
-    from can_dist.modeling.loading import context_length, load_model_config, load_tokenizer
+    from can_dist.modeling.formatter import TOKENISATION, convention, text_identity
 
-    what = {
+    identity = {
         "source": source_identity(source),
         "reference": model_digest(reference),
-        "template": reference.template,
+        **text_identity(reference),
+        "tokenisation": TOKENISATION,
         "mismatched": mismatched,
     }
-    stage = work.open("pairs", "given pairs", what, {"prompts": prompts})
-    if stage.finished:
-        return stage.finished
-    read = read_preferences(source.source, split=source.split, subset=source.subset, revision=source.revision)
-    work.say(read.announcement)
-    splits = prompts.table.filter(pc.equal(prompts.table.column("split"), "test"))
-    held_out = set(splits.column("prompt_id").to_pylist())
-    pairs = [(n, pair) for n, pair in enumerate(read.table.to_pylist()) if pair["prompt_id"] not in held_out]
-    others = _pairs_of_other_prompts([pair for _, pair in pairs], source.source) if mismatched else []
-    formatter = Formatter(load_tokenizer(reference), reference.template)
+    held_out = HeldOut.of(prompts)
+    stage, read = _open(
+        work,
+        ("pairs", "given pairs"),
+        identity,
+        {"prompts": prompts},
+        lambda: held_out.marked(_read(source, read_preferences)),
+    )
+    if read is None:
+        return _finished(stage)
+    pairs = [(n, pair) for n, pair in enumerate(read.table.to_pylist()) if not held_out.says(pair["messages"])]
+    num_held_out = read.table.num_rows - len(pairs)
+    held_out.tell_alike(work, source.source, [pair for _, pair in pairs])
+    rows, left_out = _given_rows(reference, pairs, source.source, mismatched)
+    _tell_left_out(work, source.source, left_out.too_long, len(pairs), f"longer than {left_out.context}")
+    _tell_left_out(
+        work, source.source, left_out.unread, len(pairs), f"with another text in the tokens of {reference.model}"
+    )
+    for part, first in enumerate(range(0, len(rows), SHARD_ROWS)):
+        write_part(stage.path, part, pa.Table.from_pylist(rows[first : first + SHARD_ROWS], schema=GIVEN_RESPONSES))
+    info = _info(read) | {
+        "counts": {**read.counts, "held_out": num_held_out, "too_long": len(left_out.too_long)}
+        | ({"unread": len(left_out.unread)} if left_out.unread else {}),
+        "mismatched": mismatched,
+        "names_criteria": read.names_criteria,
+        "text": convention(reference),
+    }
+    return stage.commit(info=info)
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """Numbers of the pairs that are left out: too long for the reference's context, or another text in its tokens."""
+
+    too_long: list[str]
+    unread: list[str]
+    context: str
+
+
+def _given_rows(
+    reference: Model, pairs: Sequence[tuple[int, dict[str, Any]]], source: str, mismatched: bool
+) -> tuple[list[dict[str, Any]], _LeftOut]:
+    """Return the rows of numbered pairs, tokenised, and the pairs that are left out."""
+    from can_dist.modeling.formatter import open_formatter
+    from can_dist.modeling.loading import context_length, load_model_config
+
+    others = _pairs_of_other_prompts([pair for _, pair in pairs], source) if mismatched else []
+    formatter = open_formatter(reference)
     context = context_length(load_model_config(reference, "model"))
     rows: list[dict[str, Any]] = []
     too_long: list[str] = []
+    unread: list[str] = []
     for index, (number, pair) in enumerate(pairs):
         given: list[dict[str, Any]] = []
         for side in "ab":
@@ -126,57 +243,62 @@ def ingest_pairs(
                 text = others[index][f"response_{side}"]
                 given.append(_given_response(formatter, pair, f"{response_id}-other", text, UNLABELLED))
         longest = len(formatter.prompt_ids(pair["messages"])) + max(row["num_tokens"] for row in given)
-        if longest > context:
+        others_read = [formatter.read_back(row["token_ids"], row["text"]) for row in given]
+        if wrong := [text for text in others_read if text is not None]:
+            unread.append(f"row {number} (reads back as {wrong[0][:40]!r})")
+        elif longest > context:
             too_long.append(f"row {number} ({longest} tokens)")
         else:
             rows += given
-    _tell_too_long(work, source.source, too_long, len(pairs), f"{reference.model}'s context of {context}")
-    for part, first in enumerate(range(0, len(rows), SHARD_ROWS)):
-        write_part(stage.path, part, pa.Table.from_pylist(rows[first : first + SHARD_ROWS], schema=GIVEN_RESPONSES))
-    info = _found(read) | {
-        "counts": {**read.counts, "held_out": read.table.num_rows - len(pairs), "too_long": len(too_long)},
-        "mismatched": mismatched,
-        "names_criteria": read.names_criteria,
-        "text": convention(reference),
-    }
-    return stage.commit(info=info)
+    return rows, _LeftOut(too_long, unread, f"{reference.model}'s context of {context} tokens")
 
 
-def _found(read: PromptsRead | PreferencesRead) -> dict[str, Any]:
+def _info(read: PromptsRead | PreferencesRead) -> dict[str, Any]:
     """What a manifest says about a data set: its format, its counts, and what was set aside for which reason."""
+    carried = {"carried": read.carried} if read.carried else {}
     return {
         "format": read.format,
         "counts": read.counts,
         "reasons": read.reasons,
         "set_aside": list(read.set_aside),
+        "reading": READING,
+        **carried,
     }
 
 
-def check_criteria(asked: Sequence[tuple[Artifact, str]], where: str, do: str) -> None:
-    """Raise ``DataError`` when two criteria are to be learned from one data set that does not tell them apart.
+def check_criteria(lessons: Sequence[tuple[Artifact, str]], method: str, remedy: str) -> None:
+    """Refuse to learn two criteria from one data set that does not tell them apart.
 
-    ``asked`` holds (pairs of ``ingest_pairs``, criterion). Chosen and rejected responses have one criterion without a
-    name: learned as 'helpful' and as 'safe' it would be learned twice.
+    Chosen and rejected responses have one criterion without a name: learned as 'helpful' and as 'safe' it would be
+    learned twice.
+
+    Args:
+        lessons: pairs of ``ingest_pairs``, and the criterion to be learned from them.
+        method: that learns them, for the message.
+        remedy: what the user can do.
+
+    Raises:
+        DataError: two criteria are learned from chosen and rejected responses of one data set.
     """
     seen: dict[str, tuple[str, Artifact]] = {}
-    for pairs, criterion in asked:
+    for pairs, criterion in lessons:
         source = json.dumps(pairs.manifest["identity"]["source"], sort_keys=True)
         before, _ = seen.setdefault(source, (criterion, pairs))
         if before != criterion and not pairs.info["names_criteria"]:
             raise DataError(
-                f"{pairs.path}: the data set says which response was chosen, not by what criterion, and {where} would "
-                f"learn the same labels as '{before}' and as '{criterion}'. {do}"
+                f"{pairs.path}: the data set says which response was chosen, not by what criterion, and {method} would "
+                f"learn the same labels as '{before}' and as '{criterion}'. {remedy}"
             )
 
 
-def _tell_too_long(work: Workspace, source: str, too_long: Sequence[str], of: int, limit: str) -> None:
-    """Say which pairs are left out: cutting them would change what people judged."""
-    if not too_long:
+def _tell_left_out(work: Workspace, source: str, pairs: Sequence[str], total: int, reason: str) -> None:
+    """Say which pairs are left out, and why: cutting or rewriting them would change what people judged."""
+    if not pairs:
         return
-    what = f"{source}: {len(too_long)} of {of} pair(s) longer than {limit} tokens: {', '.join(too_long[:5])}"
-    if len(too_long) == of:
-        raise DataError(f"{what}. None is left; use a reference with a longer context.")
-    work.say(f"{what}; left out")
+    counted = f"{source}: {len(pairs)} of {total} pair(s) {reason}: {', '.join(pairs[:5])}"
+    if len(pairs) == total:
+        raise DataError(f"{counted}. None is left; use a reference with a longer context, or that reads these texts.")
+    work.say(f"{counted}; left out")
 
 
 def _labels(pair: dict[str, Any], side: str) -> dict[str, int]:
@@ -194,7 +316,7 @@ def _given_response(
         "prompt_id": pair["prompt_id"],
         "response_id": response_id,
         "messages": pair["messages"],
-        "text": text,
+        "text": text.strip(),
         "token_ids": tokens,
         "num_tokens": len(tokens),
         "finish_reason": "given",

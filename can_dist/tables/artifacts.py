@@ -318,6 +318,15 @@ def open_stage(
     return StageDirectory(path, stage, whole, inputs, reason)
 
 
+def find_finished(
+    run: Path, stage: str, label: str, identity: Mapping[str, Any], inputs: Mapping[str, Artifact]
+) -> Artifact | None:
+    """Return the artifact that :func:`open_stage` would find finished, or None; nothing is created."""
+    whole = {"stage": stage, "label": label, "format_version": FORMAT_VERSION, **identity}
+    path = run / f"{stage}-{_key(whole, {name: artifact.digest for name, artifact in inputs.items()})}"
+    return load_artifact(path) if (path / MANIFEST).is_file() else None
+
+
 def _key(identity: Mapping[str, Any], input_digests: Mapping[str, str]) -> str:
     return digest_of({"identity": identity, "inputs": input_digests})[:16]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import re
 import shutil
 from collections.abc import Callable
@@ -15,15 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.modeling.quantized import num_bytes, whole_weight
+from can_dist.modeling.stored import INDEX, stored_tensors
 from can_dist.tables.artifacts import write_json
 from can_dist.training import ADAPTER, CHECKPOINTS, checkpoints, ranks
 
-INDEX = "model.safetensors.index.json"
 WRAPPED = re.compile(r"(\.base_layer)+\.")  # by peft, before the name of each adapted parameter of a layer
 
 
@@ -161,50 +159,7 @@ def copy_in_shards(policy: Path, out: Path, max_shard_bytes: int) -> None:
     """Write the weights of the directory ``policy`` into ``out`` in files of another size, one file in memory."""
     tensors = stored_tensors(policy)
     sizes = {name: tensor.num_bytes for name, tensor in tensors.items()}
-    write_shards(out, sizes, max_shard_bytes, lambda name: tensors[name].read())
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor as the header of its file describes it."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the tensor, by its shape and the width in the name of its dtype."""
-        bits = 8 if self.dtype == "BOOL" else int("".join(filter(str.isdigit, self.dtype.partition("_")[0])))
-        return math.prod(self.shape) * bits // 8
-
-    def read(self) -> torch.Tensor:
-        """Read the tensor; the file is closed again, so that its mapped pages are given back with the tensor."""
-        with safe_open(self.file, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(self.name)
-        return tensor
-
-
-def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of a directory by name, from the headers of its files; nothing is loaded.
-
-    Raises:
-        DataError: a file is not readable, or a tensor is in two files.
-    """
-    tensors: dict[str, StoredTensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                stored = [StoredTensor(path, n, tuple(h.get_shape()), str(h.get_dtype())) for n, h in headers.items()]
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{path}: not a readable safetensors file ({error}). Copy it again.") from None
-        for tensor in stored:
-            if other := tensors.get(tensor.name):
-                raise DataError(f"{directory}: {tensor.name} is in {other.file.name} and in {path.name}. Remove one.")
-            tensors[tensor.name] = tensor
-    return tensors
+    write_shards(out, sizes, max_shard_bytes, lambda name: tensors[name].read(name))
 
 
 def write_shards(

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from can_dist.errors import ConfigError, DataError
+from can_dist.modeling.stored import StoredTensor, read_json, stored_tensors
 from can_dist.tables.artifacts import atomic_directory, dotted, file_digest
-from can_dist.training.export import INDEX, StoredTensor, check_shapes, stored_tensors, write_shards
+from can_dist.training.export import check_shapes, write_shards
 
 COPIED = ("config.json", "generation_config.json", "tokenizer*", "*.jinja", "special_tokens_map.json",
           "added_tokens.json", "vocab.*", "merges.txt", "*.model")  # fmt: skip
@@ -54,7 +55,7 @@ def merge_policies(policy_a: Path, policy_b: Path, out: Path, q: float, max_shar
     if out.exists() or not out.parent.is_dir():
         state = "already exists" if out.exists() else "has no parent directory"
         raise ConfigError(f"out = {out}: {state}. Give a new directory inside an existing one.")
-    tensors_a, tensors_b = _stored_tensors(policy_a), _stored_tensors(policy_b)
+    tensors_a, tensors_b = stored_tensors(policy_a), stored_tensors(policy_b)
     config = _same_config(policy_a, policy_b)
     _refuse_differences(policy_a, policy_b, "tokenizer", _tokenizer(policy_a), _tokenizer(policy_b))
     tied = _tied_copies(config)
@@ -70,7 +71,7 @@ def merge_policies(policy_a: Path, policy_b: Path, out: Path, q: float, max_shar
     sizes = {name: tensor.num_bytes for name, tensor in tensors_a.items()}
     max_bytes = max_shard_size_mb * 10**6
     with atomic_directory(out) as built:
-        write_shards(built, sizes, max_bytes, lambda name: _merge_one(tensors_a[name], tensors_b[name], q))
+        write_shards(built, sizes, max_bytes, lambda name: _merge_one(name, tensors_a[name], tensors_b[name], q))
         for pattern in COPIED:
             for path in filter(Path.is_file, policy_a.glob(pattern)):
                 shutil.copyfile(path, built / path.name)
@@ -88,8 +89,8 @@ def merged_tensor(a: torch.Tensor, b: torch.Tensor, q: float) -> torch.Tensor:
     return (q * a.to(wide) + (1.0 - q) * b.to(wide)).to(a.dtype)
 
 
-def _merge_one(stored_a: StoredTensor, stored_b: StoredTensor, q: float) -> torch.Tensor:
-    name, a, b = stored_a.name, stored_a.read(), stored_b.read()
+def _merge_one(name: str, stored_a: StoredTensor, stored_b: StoredTensor, q: float) -> torch.Tensor:
+    a, b = stored_a.read(name), stored_b.read(name)
     if not a.dtype.is_floating_point:
         if not torch.equal(a, b):
             raise DataError(
@@ -103,31 +104,11 @@ def _merge_one(stored_a: StoredTensor, stored_b: StoredTensor, q: float) -> torc
     return merged.clone() if merged is a or merged is b else merged  # the inputs' pages belong to their file
 
 
-def _stored_tensors(policy: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of a policy by name, from the headers of its files; nothing is loaded."""
-    tensors = stored_tensors(policy)
-    if not (policy / "config.json").is_file():
-        adapter = " It is an adapter: merge it into its base model first." * (policy / "adapter_config.json").is_file()
-        raise DataError(f"{policy}: no config.json, so this is not a Hugging Face model directory.{adapter}")
-    if not tensors:
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in policy.glob(pattern))
-        state = f"only pickled weights ({pickled[0]}), which are not loaded" if pickled else "no weights"
-        raise DataError(f"{policy}: {state}. Expected *.safetensors; save it with save_pretrained of transformers.")
-    if (policy / INDEX).is_file():
-        listed = _read_json(policy / INDEX).get("weight_map", {})
-        if missing := sorted(set(listed) - set(tensors)):
-            raise DataError(
-                f"{policy}: {len(missing)} tensors of the index are missing, the first is {missing[0]} in "
-                f"{listed[missing[0]]}. Copy the directory again."
-            )
-    return tensors
-
-
 def _same_config(policy_a: Path, policy_b: Path) -> Any:
     """Return the configuration of both, which must describe one architecture."""
     from transformers import AutoConfig
 
-    config_a, config_b = (_flat(_read_json(p / "config.json"), CONFIG_MAY_DIFFER) for p in (policy_a, policy_b))
+    config_a, config_b = (_flat(read_json(p / "config.json"), CONFIG_MAY_DIFFER) for p in (policy_a, policy_b))
     _refuse_differences(policy_a, policy_b, "config.json", config_a, config_b)
     if any(key.startswith("quantization_config") for key in config_a):
         raise DataError(f"{policy_a}: quantised weights have no weighted mean. Give policies in bf16, fp16 or fp32.")
@@ -143,12 +124,12 @@ def _tokenizer(policy: Path) -> dict[str, str]:
     for name in TOKENIZER_FILES:
         path = policy / name
         if path.suffix == ".json" and path.is_file():
-            parts |= {f"{name}: {k}": v for k, v in _flat(_read_json(path), TOKENIZER_MAY_DIFFER).items()}
+            parts |= {f"{name}: {k}": v for k, v in _flat(read_json(path), TOKENIZER_MAY_DIFFER).items()}
         elif path.is_file():
             parts[name] = f"sha256 {file_digest(path)}"
     settings = policy / "tokenizer_config.json"
     if settings.is_file():
-        content = _read_json(settings)
+        content = read_json(settings)
         parts |= {f"tokenizer_config.json: {key}": json.dumps(content.get(key)) for key in TOKENIZER_SETTINGS}
     return parts
 
@@ -175,7 +156,7 @@ def _drop_tied_copies(policy: Path, tensors: dict[str, StoredTensor], tied: Mapp
             raise DataError(
                 f"{policy}: stores {copy} but not {name}, which it is tied to. Save it with save_pretrained."
             )
-        if not torch.equal(tensors[copy].read(), tensors[name].read()):
+        if not torch.equal(tensors[copy].read(copy), tensors[name].read(name)):
             raise DataError(f"{policy}: {copy} and {name} are tied by config.json and stored with different values.")
         del tensors[copy]
 
@@ -202,13 +183,3 @@ def _flat(content: Mapping[str, Any], without: set[str]) -> dict[str, str]:
     """Return dotted keys with their values as JSON, less some of the first level."""
     kept = dotted({key: value for key, value in content.items() if key not in without})
     return {key: json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in kept.items()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}). Copy it again.") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__}, expected an object. Copy it again.")
-    return content

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+import ray
 import torch
 from scipy import stats
 from tiny import make_tiny_classifier, make_tiny_lm

@@ -16,6 +16,18 @@ from can_dist.errors import DataError
 from can_dist.tables.foreign.formats import read_preferences, read_prompts
 
 USER = {"role": "user", "content": "Hi?"}
+ANSWER = {"role": "assistant", "content": "Hello."}
+OTHER = {"role": "assistant", "content": "Go away."}
+PKU = {
+    "prompt": "Hi?",
+    "response_0": "Hello.",
+    "response_1": "Go away.",
+    "better_response_id": 1,
+    "safer_response_id": 0,
+    "is_response_0_safe": True,
+    "is_response_1_safe": False,
+}
+HH = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi?\n\nAssistant: Go away."}
 
 
 def write(path: Path, rows: list[Any]) -> str:

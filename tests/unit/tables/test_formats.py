@@ -8,24 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from foreign_rows import USER, data, refusal, write
+from foreign_rows import ANSWER, HH, OTHER, PKU, USER, data, refusal, write
 
 from can_dist.errors import ConfigError
 from can_dist.tables.foreign.formats import PREFERENCES_READ, prompt_id, read_preferences, read_prompts
-
-ANSWER = {"role": "assistant", "content": "Hello."}
-OTHER = {"role": "assistant", "content": "Go away."}
-PKU = {
-    "prompt": "Hi?",
-    "response_0": "Hello.",
-    "response_1": "Go away.",
-    "better_response_id": 1,
-    "safer_response_id": 0,
-    "is_response_0_safe": True,
-    "is_response_1_safe": False,
-}
-HH = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi?\n\nAssistant: Go away."}
-
 
 # ---------------------------------------------------------------------------------------------- formats: prompts
 
@@ -71,7 +57,8 @@ def test_dialogue_text_becomes_turns(tmp_path: Path) -> None:
 def test_own_prompt_ids_are_used_and_checked(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "prompt_id": 7}, {"prompt": "b", "prompt_id": "x"}, {"prompt": "a", "prompt_id": "y"}]
     read = read_prompts(write(tmp_path / "a.jsonl", rows))
-    assert read.table.column("prompt_id").to_pylist() == ["7", "x", "y"]
+    assert read.table.column("prompt_id").to_pylist() == ["7", "x"]  # of two ids of a conversation the first
+    assert "1 repeated rows merged, 1 of them under another prompt_id" in read.announcement
     assert read.counts["same_messages"] == 1
     message = refusal(write(tmp_path / "b.jsonl", [*rows, rows[0], *[rows[1]] * 9]))
     assert "10 row(s) repeat an id: '7' at" in message

@@ -75,7 +75,7 @@ def refusal(source: str | Path, **kwargs: Any) -> str:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.parquet", "a.arrow", "a.feather"])
 def test_every_kind_of_file_gives_the_same_table(tmp_path: Path, name: str) -> None:
-    rows = [{"prompt": text, "n": i} for i, text in enumerate(["one", "zwei — ü", "2024-01-01", "x\u2028y", "one"])]
+    rows = [{"prompt": text, "id": i} for i, text in enumerate(["one", "zwei — ü", "2024-01-01", "x\u2028y", "one"])]
     read = read_prompts(write(tmp_path / name, rows))
     assert read.table.schema == PROMPTS_READ
     assert texts(read) == ["one", "zwei — ü", "2024-01-01", "x\u2028y"]
@@ -83,7 +83,7 @@ def test_every_kind_of_file_gives_the_same_table(tmp_path: Path, name: str) -> N
     assert read.format == "prompt"
     assert read.announcement == (
         f"{name}: TRL prompt-only (found prompt): 5 rows, 4 distinct prompts, 1 repeated rows merged; "
-        "ignored columns: n"
+        "ignored columns: id"
     )
     assert [path.name for path in tmp_path.iterdir()] == [name]  # nothing is written beside the source
 
