@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ MANIFEST = "MANIFEST.json"
 STAGE = "STAGE.json"
 PART = re.compile(r"part-(\d{5})\.arrow")
 DIRECTORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # beside the artifact, never above it
-FILE_ENTRY = {"file": str, "bytes": int, "sha256": str}
+MANIFEST_ENTRY, FILE_ENTRY = {"stage": str, "identity": dict, "info": dict}, {"file": str, "bytes": int, "sha256": str}
 
 
 def canonical_json(value: Any) -> str:
@@ -167,8 +168,7 @@ def check_file(directory: Path, entry: Mapping[str, Any]) -> None:
         raise DataError(f"{directory / MANIFEST}: lists {entry['file']!r}, which lies outside the artifact.")
     if not path.is_file():
         raise DataError(f"{path}: listed in the manifest, but missing. Delete {directory} and run again.")
-    size = path.stat().st_size
-    if size != entry["bytes"]:
+    if (size := path.stat().st_size) != entry["bytes"]:
         raise DataError(f"{path}: {size} bytes, the manifest says {entry['bytes']}. Delete {directory} and run again.")
     if file_digest(path) != entry["sha256"]:
         raise DataError(f"{path}: the content changed since it was committed. Delete {directory} and run again.")
@@ -191,14 +191,11 @@ def load_artifact(directory: Path) -> Artifact:
     content = path.read_bytes()
     try:
         manifest = json.loads(content)
-        well_formed = isinstance(manifest["stage"], str) and all(
-            isinstance(entry[key], kind) for entry in manifest["files"] for key, kind in FILE_ENTRY.items()
-        )
-        well_formed &= all(
-            isinstance(entry[key], str) for entry in manifest["inputs"].values() for key in ("artifact", "digest")
-        )
-        well_formed &= all(DIRECTORY.fullmatch(entry["artifact"]) for entry in manifest["inputs"].values())
-        well_formed &= isinstance(manifest["identity"], dict) and isinstance(manifest["info"], dict)
+        files, inputs = manifest["files"], manifest["inputs"].values()
+        well_formed = all(isinstance(manifest[key], kind) for key, kind in MANIFEST_ENTRY.items())
+        well_formed &= all(isinstance(entry[key], kind) for entry in files for key, kind in FILE_ENTRY.items())
+        well_formed &= all(isinstance(entry[key], str) for entry in inputs for key in ("artifact", "digest"))
+        well_formed &= all(DIRECTORY.fullmatch(entry["artifact"]) for entry in inputs)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         well_formed = False
     if not well_formed:
@@ -335,7 +332,7 @@ def _why_not_reused(
     run: Path, stage: str, label: str, identity: Mapping[str, Any], inputs: Mapping[str, Artifact]
 ) -> str:
     """Name what changed against the most similar finished artifact of the same stage and label, or ''."""
-    best: tuple[int, str] | None = None
+    candidates = []
     for manifest in sorted(run.glob(f"{stage}-*/{MANIFEST}")):
         try:
             other = load_artifact(manifest.parent)
@@ -350,18 +347,14 @@ def _why_not_reused(
             if before != artifact.digest:
                 changes.append(f"its input {name} changed" if before else f"{name} is a new input")
         changes += [f"{name} is no longer an input" for name in other.manifest["inputs"] if name not in inputs]
-        if best is None or len(changes) < best[0]:
-            best = (len(changes), f"{other.path.name} is not reused: {'; '.join(changes[:4])}")
-    return best[1] if best else ""
+        candidates.append((len(changes), f"{other.path.name} is not reused: {'; '.join(changes[:4])}"))
+    return min(candidates, key=itemgetter(0), default=(0, ""))[1]
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     old, new = flatten(before), flatten(after)
-    return [
-        f"{key} was {old.get(key, 'absent')}, is {new.get(key, 'absent')}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [f"{key} was {old.get(key, 'absent')}, is {new.get(key, 'absent')}" for key in changed]
 
 
 def dotted(value: Any, prefix: str = "") -> dict[str, Any]:
