@@ -50,7 +50,7 @@ def test_long_tmpdir_gets_a_private_directory_of_the_users_own(long: Path) -> No
     assert session_directory() == str(directory)  # again, now that it is there
     [finding] = check_ray(Cluster())
     assert finding.severity is Severity.OK
-    assert f"its sessions lie in {directory}" in finding.found
+    assert f"its sessions lie in {directory}" in finding.state
 
 
 def test_directory_that_others_can_enter_or_own_is_refused(long: Path) -> None:
@@ -79,7 +79,7 @@ def test_local_ray_starts_under_a_long_tmpdir(tmp_path: Path) -> None:
     directory = tmp_path / ("slurm_jobdir_1355700_of_a_user" * 3)
     directory.mkdir()
     code = (
-        "from can_dist.cluster import connect; from can_dist.config import Cluster; connect(Cluster());"
+        "from can_dist.cluster.connection import connect; from can_dist.config import Cluster; connect(Cluster());"
         "import ray; print(ray.get(ray.remote(lambda: 3).remote()))"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
