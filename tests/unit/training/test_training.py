@@ -486,6 +486,7 @@ def test_exported_tensors_must_be_those_of_the_architecture(
 ) -> None:
     tensors = load_file(reference / "model.safetensors")
     save_file(tensors, tmp_path / "model.safetensors")
+    AutoConfig.from_pretrained(reference).save_pretrained(tmp_path)
     check_shapes(tmp_path, AutoConfig.from_pretrained(reference))
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
