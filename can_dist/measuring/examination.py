@@ -7,39 +7,25 @@ in words.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from can_dist.dual import (
-    Diagnosis,
-    DualSolution,
-    Margin,
-    ScoreTable,
-    cross_fit,
-    diagnose,
-    evaluate,
-    frontier_table,
-)
+from can_dist.dual import Diagnosis, DualSolution, Margin, ScoreTable, cross_fit, diagnose, evaluate, frontier_table
 from can_dist.dual.objective import tilt
+from can_dist.dual.table import FloatArray
 from can_dist.errors import CanDistError
-
-FloatArray = npt.NDArray[np.float64]
 
 NUM_FOLDS = 5
 NUM_LAM = 81
 NUM_MARGINS = 33
-NUM_MARGINS_JOINT = 17
-"""Fewer points for several constraints: each point then needs a search for a jointly feasible margin."""
+NUM_MARGINS_JOINT = 17  # fewer for several constraints: each then needs a search for a jointly feasible margin
 MOST_BINS = 28
-REACH = 0.95
-"""The frontier ends where the improvement has come this far from λ = 0 to the most attainable."""
-WIDEST_SMALL_K = 12.0
-"""Least end of the axis of effective sample sizes, so that the ten that are needed lie on it."""
+REACH = 0.95  # the frontier ends where the improvement has come this far from λ = 0 to the most attainable
+WIDEST_SMALL_K = 12.0  # least end of the axis of effective sample sizes, so that the ten that are needed lie on it
 
 
 def examine(table: ScoreTable, solution: DualSolution, *, reward_name: str = "reward") -> dict[str, Any]:
@@ -74,7 +60,7 @@ def examine(table: ScoreTable, solution: DualSolution, *, reward_name: str = "re
         "dual_curves": {name: _dual_curve(table, solution, axis, name) for axis, name in axes} if known else {},
         "frontier": {name: _frontier(table, solution, axis, name) for axis, name in axes} if trade_off else {},
     }
-    safe: dict[str, Any] = _json_safe(record)
+    safe: dict[str, Any] = json.loads(json.dumps(record), parse_constant=lambda _: None)  # NaN and ±∞ become null
     return safe
 
 
@@ -241,13 +227,3 @@ def _frontier(table: ScoreTable, solution: DualSolution, axis: int, name: str) -
     keys |= {f"lam{suffix}": f"lam.{name}{suffix}" for suffix in ends} | {"ess": "ess"}
     columns: dict[str, Any] = {short: [row[key] for row in rows] for short, key in keys.items()}
     return {"margin": grid.tolist(), **columns, "asked": target, "attainable": most}
-
-
-def _json_safe(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _json_safe(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_json_safe(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value

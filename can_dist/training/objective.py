@@ -1,4 +1,4 @@
-"""The loss of a pack: log-ratios by one forward pass, the loss that the preferences are for, and its metrics."""
+"""The loss of a pack: log-ratios by one forward pass, the loss that the labels belong to, and its metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from can_dist.training.batches import Batch
 from can_dist.training.losses import agreement, example_losses
 
-# of the policy, and the loss that the reference has on the same examples, which is where training starts
+# of the policy; reference_loss is the reference's on the same examples, where training starts
 METRIC_NAMES = ("loss", "reference_loss", "accuracy", "margin", "kl_ref_policy")
 
 

@@ -201,7 +201,7 @@ class TestPage:
         score = np.random.default_rng(2).normal(size=(120, 2))
         table = ScoreTable.build(score[:, 0], score[:, 1], np.repeat([HOSTILE, "b", "c", "d", "e"], 24))
         solution = solve_table(table, beta=1.0, constraints=[Margin('"><img onerror=x>', 0.4)])
-        write_diagnostics(table, solution, tmp_path / "page.html", reward_name=HOSTILE, title=HOSTILE)
+        write_diagnostics(table, solution, tmp_path / "page.html", reward_name=HOSTILE)
         page = Page((tmp_path / "page.html").read_text("utf-8"))
         assert not {"script", "img"} & set(page.tags)
         assert page.text.count(HOSTILE) >= 3
