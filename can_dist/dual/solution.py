@@ -105,7 +105,7 @@ class Delivered(TypedDict):
 
 
 class Judgement(TypedDict):
-    """What a table can vouch for (:class:`~can_dist.dual.belief.trust.Trust`), by constraint; ``objection``: why it cannot.
+    """What a table can vouch for (``dual.belief.trust``), by constraint; ``objection``: why it cannot.
 
     ``lam_error`` is relative to λ; ``delivered`` is the improvement, or the mean where ``level`` (a threshold).
     """
