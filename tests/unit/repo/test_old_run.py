@@ -117,7 +117,10 @@ def world(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def continue_run(folder: Path, config: Config) -> None:
-    """Run the methods up to their training (evaluations are made anew since their intervals changed); a stage that is not there raises, with what made it another one."""
+    """Run the methods up to their training; a stage that is not there raises, with what made it another one.
+
+    Evaluations are made anew since their intervals changed.
+    """
     for method in METHODS:
         try:
             run_method(folder / "run", for_method(config, method), "train", only_stage=NO_STAGE, measured_by=config)
