@@ -148,7 +148,7 @@ def hall(value_RP: FloatArray, _: np.random.Generator) -> FloatArray:
     return np.stack([mean_R - se_R * hall_inverse(side * reach, skew_R, count) for side in (1, -1)], axis=1)
 
 
-def outer(value_RP: FloatArray, generator: np.random.Generator) -> FloatArray:
+def outer(value_RP: FloatArray, generator: np.random.Generator) -> FloatArray:  # noqa: ARG001
     """Return the outer ends of Student's and Hall's intervals: :func:`can_dist.dual.mean_interval` of every row."""
     intervals = [mean_interval(value_P, 1 - ALPHA) for value_P in value_RP]
     return np.array([(interval.low, interval.high) for interval in intervals])

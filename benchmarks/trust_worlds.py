@@ -83,7 +83,7 @@ class Scales:
     with one response.
     """
 
-    draw: Callable[[np.random.Generator, int], FloatArray] = lambda generator, count: np.ones(count)
+    draw: Callable[[np.random.Generator, int], FloatArray] = lambda generator, count: np.ones(count)  # noqa: ARG005
     nodes: tuple[FloatArray, FloatArray] = field(default=(np.ones(1), np.ones(1)))
     single: float = 0.0
 

@@ -237,7 +237,8 @@ def _jackknife_lam(
 
     def slope(lam_J: FloatArray) -> FloatArray:
         moments = prompt_moments(table, lam_J, beta)
-        return jackknife_moments(table, lam_J, beta, moments).gain_PJ.mean(axis=0) - margin_J
+        slack_J: FloatArray = jackknife_moments(table, lam_J, beta, moments).gain_PJ.mean(axis=0) - margin_J
+        return slack_J
 
     lam, none = start_J, np.full(start_J.size, math.nan)
     unit_J = np.maximum(np.abs(start_J), max(table.within_sd(table.reward_N), beta) / spread_J)

@@ -67,4 +67,4 @@ def _hall_reach(deviation_P: FloatArray, variance: float, target: float) -> floa
     slope = skewness / (3 * math.sqrt(count))
     if abs(slope) < 1e-6:
         return target
-    return (float(np.cbrt(1 + 3 * slope * (target - slope / 2))) - 1) / slope
+    return float((np.cbrt(1 + 3 * slope * (target - slope / 2)) - 1) / slope)

@@ -237,4 +237,5 @@ def _tail_mean(weight_RN: FloatArray, value_N: FloatArray, alpha: float) -> Floa
     mass_R = alpha * weight_RN.sum(axis=1)
     before_RN = np.cumsum(weight_RN, axis=1) - weight_RN
     taken_RN = np.clip(mass_R[:, None] - before_RN, 0.0, weight_RN)
-    return (taken_RN @ value_N) / mass_R
+    mean_R: FloatArray = (taken_RN @ value_N) / mass_R
+    return mean_R

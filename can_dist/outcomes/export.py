@@ -148,7 +148,7 @@ def push(directory: Path, repository: str) -> str:
             public.
     """
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     if huggingface_hub.get_token() is None:
         raise EnvironmentProblem("--push: no login for the hub is found. Run 'hf auth login', or set HF_TOKEN.")

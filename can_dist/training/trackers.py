@@ -60,7 +60,7 @@ def open_trackers(
     return [opened[name](directory, first, project, settings) for name in names]
 
 
-def _tensorboard(directory: Path, first: int, project: str, settings: Mapping[str, Any]) -> Tracker:
+def _tensorboard(directory: Path, first: int, project: str, settings: Mapping[str, Any]) -> Tracker:  # noqa: ARG001
     from tensorboardX import SummaryWriter
 
     # the suffix tells apart files that were begun in the same second
@@ -75,7 +75,7 @@ def _tensorboard(directory: Path, first: int, project: str, settings: Mapping[st
     return Tracker(log, writer.close)
 
 
-def _wandb(directory: Path, first: int, project: str, settings: Mapping[str, Any]) -> Tracker:
+def _wandb(directory: Path, first: int, project: str, settings: Mapping[str, Any]) -> Tracker:  # noqa: ARG001
     import wandb
 
     run = wandb.init(
@@ -114,7 +114,7 @@ def _mlflow(directory: Path, first: int, project: str, settings: Mapping[str, An
     return Tracker(log, mlflow.end_run)
 
 
-def _trackio(directory: Path, first: int, project: str, settings: Mapping[str, Any]) -> Tracker:
+def _trackio(directory: Path, first: int, project: str, settings: Mapping[str, Any]) -> Tracker:  # noqa: ARG001
     import trackio
 
     run = trackio.init(project=project, name=directory.name, config=dict(settings), resume="allow")

@@ -139,7 +139,8 @@ def _legend_above(ax: Any) -> None:
 def _finite(values: Sequence[float]) -> np.ndarray:
     """Return the finite values; a JSON null counts as missing."""
     array = np.asarray(values, dtype=float)
-    return array[np.isfinite(array)]
+    finite: np.ndarray = array[np.isfinite(array)]
+    return finite
 
 
 def _finite_pairs(pairs: Any) -> tuple[np.ndarray, np.ndarray]:
