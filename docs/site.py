@@ -99,8 +99,7 @@ def notebook_page(path: Path) -> str:
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
-        for output in cell.get("outputs", []):
-            parts.append(_shown(output))
+        parts += [_shown(output) for output in cell.get("outputs", [])]
     return "\n\n".join(part for part in parts if part)
 
 
