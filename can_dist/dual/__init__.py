@@ -3,16 +3,20 @@
 NumPy and SciPy only.
 """
 
+from can_dist.dual.basis import Mixture, check_mixing, mix
 from can_dist.dual.choice import Choice, choose
 from can_dist.dual.columns import Block, ColumnScores, Pass, PassResult, run_pass
 from can_dist.dual.diagnosis import Diagnosis, diagnose
+from can_dist.dual.estimate import PolicyEstimate, estimate_policy
 from can_dist.dual.estimators import ESTIMATORS
 from can_dist.dual.feasibility import Feasibility, check_feasibility
+from can_dist.dual.feedback import steer
 from can_dist.dual.frontier import Frontier, FrontierPoint, frontier_table
 from can_dist.dual.objective import Evaluation, PartialSums, dual_curve, evaluate, partial_sums
 from can_dist.dual.predict import Prediction, predict
 from can_dist.dual.solution import DualSolution, Margin, Status
 from can_dist.dual.solve import solve_dual, solve_table
+from can_dist.dual.strength import Demand, RayPoint, Strength, at_strength, choose_strength, demands
 from can_dist.dual.table import ScoreTable
 from can_dist.dual.uncertainty import Bootstrap, CrossFit, Interval, bootstrap, cross_fit, lam_interval
 
@@ -23,6 +27,7 @@ __all__ = [
     "Choice",
     "ColumnScores",
     "CrossFit",
+    "Demand",
     "Diagnosis",
     "DualSolution",
     "Evaluation",
@@ -31,24 +36,35 @@ __all__ = [
     "FrontierPoint",
     "Interval",
     "Margin",
+    "Mixture",
     "PartialSums",
     "Pass",
     "PassResult",
+    "PolicyEstimate",
     "Prediction",
+    "RayPoint",
     "ScoreTable",
     "Status",
+    "Strength",
+    "at_strength",
     "bootstrap",
     "check_feasibility",
+    "check_mixing",
     "choose",
+    "choose_strength",
     "cross_fit",
+    "demands",
     "diagnose",
     "dual_curve",
+    "estimate_policy",
     "evaluate",
     "frontier_table",
     "lam_interval",
+    "mix",
     "partial_sums",
     "predict",
     "run_pass",
     "solve_dual",
     "solve_table",
+    "steer",
 ]

@@ -254,7 +254,25 @@ def _solve_replicate(table: ScoreTable, solution: DualSolution, count_P: FloatAr
     ).lam_vector
 
 
-def _interval(value_P: FloatArray, confidence: float) -> Interval:
-    mean, se = float(value_P.mean()), float(value_P.std(ddof=1) / math.sqrt(value_P.size))
-    half = float(t.ppf(0.5 + confidence / 2, value_P.size - 1)) * se
+def interval_of(mean: float, influence_P: FloatArray, confidence: float) -> Interval:
+    """Return the t-interval of a statistic over prompts: ``mean`` ± t·SE, P − 1 degrees of freedom.
+
+    Args:
+        mean: the statistic.
+        influence_P: what each prompt adds to it, up to a constant: the prompt's value where the statistic is a mean,
+            the linearised value (delta method) where it is a ratio of means.
+        confidence: of the interval.
+
+    Returns:
+        NaN for what does not exist: the error of a single prompt.
+    """
+    num_prompts = influence_P.size
+    if num_prompts < 2:
+        return Interval(mean, math.nan, math.nan, math.nan)
+    se = float(influence_P.std(ddof=1) / math.sqrt(num_prompts))
+    half = float(t.ppf(0.5 + confidence / 2, num_prompts - 1)) * se
     return Interval(mean, se, mean - half, mean + half)
+
+
+def _interval(value_P: FloatArray, confidence: float) -> Interval:
+    return interval_of(float(value_P.mean()), value_P, confidence)
