@@ -60,12 +60,12 @@ class PolicyWorld:
         return table, [column[rows] for column in (self.log_ref_PM, *columns)]
 
 
-def make_world(seed: int, num_prompts: int = 2000, num_constraints: int = 1, num_support: int = 32) -> PolicyWorld:
-    """Scores of unit scale, skewed and correlated, with a level of their own for each prompt."""
+def make_world(seed: int, num_prompts: int = 2000, num_constraints: int = 1, *, skewed: bool = False) -> PolicyWorld:
+    """Scores of unit scale, correlated, with a level of their own for each prompt; ``skewed``: a Gumbel reward."""
     generator = np.random.default_rng(seed)
-    shape = (num_prompts, num_support)
+    shape = (num_prompts, 32)
     log_ref_PM = np.log(softmax(1.5 * generator.normal(size=shape), axis=1))
-    reward_PM = generator.gumbel(size=shape) / 1.28
+    reward_PM = generator.gumbel(size=shape) / 1.28 if skewed else generator.normal(size=shape)
     utility_JPM = generator.normal(size=(num_constraints, *shape)) - 0.4 * reward_PM
     level_P = generator.normal(size=(num_prompts, 1))
     return PolicyWorld(log_ref_PM, reward_PM + level_P, utility_JPM + 2 * level_P)

@@ -226,6 +226,8 @@ def _range(estimate: PolicyEstimate, demand: Demand, quantile: float, confidence
         # what is asked is a loss at most: the reference keeps to it, and a policy that loses does up to some strength
         return 0.0, math.inf if cautious >= 0 else (margin + quantile * demand.error) / cautious
     _check_direction(estimate, demand, mean, quantile, confidence)
+    if quantile * demand.error == 0.0:
+        return margin / cautious, math.inf
     square = cautious * (mean + quantile * gain.se)
     spread = (gain.se * margin) ** 2 + (mean * demand.error) ** 2 - (quantile * gain.se * demand.error) ** 2
     return (mean * margin + quantile * math.sqrt(max(spread, 0.0))) / square, math.inf

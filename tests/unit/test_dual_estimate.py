@@ -245,9 +245,8 @@ class TestArguments:
             PolicyEstimate.from_dict({name: value for name, value in found.to_dict().items() if name != "kl"})
 
 
-def simulated(num_tables: int) -> dict[str, np.ndarray]:
-    """Estimates of one policy from tables of 128 × 8, as (estimate − truth)/SE, and the covariances alone."""
-    world = make_world(7)
+def coverage(world: PolicyWorld, num_tables: int) -> dict[str, float]:
+    """How often the 95 % intervals of tables of 128 × 8 cover, and (asserted) that no mean is off by over 3 %."""
     policy = policy_of(world, 0.45)
     target = world.reward_PM + 0.7 * world.utility_JPM[0]
     ratio = policy - world.log_ref_PM
@@ -259,35 +258,38 @@ def simulated(num_tables: int) -> dict[str, np.ndarray]:
         "length": cross / variance,
         "direction": cross / math.sqrt(variance * world.covariance(ratio, ratio)),
     }
-    errors: dict[str, list[float]] = {}
+    means: dict[str, list[float]] = {name: [] for name in truth}
+    covered: dict[str, list[bool]] = {name: [] for name in truth}
     for seed in range(num_tables):
         found = sampled_estimate(world, seed, policy)
         assert found.estimator == "average"
         intervals = {"g": found.improvement["g"], "r": found.reward_improvement, "kl": found.kl}
         intervals |= {"length": found.length, "direction": found.direction}
         for name, interval in intervals.items():
-            errors.setdefault(name, []).append((interval.mean - truth[name]) / interval.se)
-            errors.setdefault(f"{name} covered", []).append(interval.low <= truth[name] <= interval.high)
-            errors.setdefault(f"{name} bias", []).append(interval.mean / truth[name] - 1)
-    return {name: np.array(values) for name, values in errors.items()}
-
-
-def check_simulation(errors: dict[str, np.ndarray], low: float) -> None:
-    for name in ("g", "r", "kl", "length", "direction"):
-        bias, covered = errors[f"{name} bias"], errors[f"{name} covered"].mean()
-        error = bias.std() / math.sqrt(bias.size)
-        print(f"{name}: bias {bias.mean():+.4f} ± {error:.4f}, covered {covered:.3f}")
-        assert abs(bias.mean()) < 4 * error + 0.02, name
-        assert low <= covered <= 0.98, name
+            means[name].append(interval.mean / truth[name] - 1)
+            covered[name].append(interval.low <= truth[name] <= interval.high)
+    for name, values in means.items():
+        print(name, np.mean(values), np.std(values) / math.sqrt(num_tables), np.mean(covered[name]))
+        assert abs(np.mean(values)) < 0.03 + 3 * np.std(values) / math.sqrt(num_tables), name
+    return {name: float(np.mean(hits)) for name, hits in covered.items()}
 
 
 def test_little_bias_and_honest_intervals() -> None:
-    check_simulation(simulated(400), 0.91)
+    for name, share in coverage(make_world(7), 400).items():
+        assert 0.91 <= share <= 0.98, name
 
 
 @pytest.mark.slow
 def test_little_bias_and_honest_intervals_on_many_tables() -> None:
-    check_simulation(simulated(5000), 0.93)
+    for name, share in coverage(make_world(7), 5000).items():
+        assert 0.93 <= share <= 0.97, name
+
+
+@pytest.mark.slow
+def test_intervals_of_a_skewed_reward_cover_less() -> None:
+    """Skewness 3 over prompts: 128 of them are few for a t-interval (docs/dual.md says so)."""
+    for name, share in coverage(make_world(7, skewed=True), 3000).items():
+        assert 0.91 <= share <= 0.97, name
 
 
 def test_the_covariance_is_unbiased_from_two_responses_on() -> None:
