@@ -42,7 +42,7 @@ class PolicyWorld:
         num_prompts, num_support = self.log_ref_PM.shape
         order = np.random.default_rng(0).permutation(num_prompts * num_support)
         prompt = np.repeat(np.arange(num_prompts), num_support)[order]
-        utility_NJ = self.utility_JPM.reshape(len(self.utility_JPM), -1).T[order]
+        utility_NJ = self.utility_JPM.reshape(-1, order.size).T[order]
         table = ScoreTable.build(self.reward_PM.ravel()[order], utility_NJ, prompt, self.log_ref_PM.ravel()[order])
         return table, [column.ravel()[order] for column in (self.log_ref_PM, *columns)]
 

@@ -19,6 +19,7 @@ from can_dist.dual.solve import solve_dual, solve_table
 from can_dist.dual.strength import Demand, RayPoint, Strength, at_strength, choose_strength, demands
 from can_dist.dual.table import ScoreTable
 from can_dist.dual.uncertainty import Bootstrap, CrossFit, Interval, bootstrap, cross_fit, lam_interval
+from can_dist.dual.verdict import verdict
 
 __all__ = [
     "ESTIMATORS",
@@ -67,4 +68,5 @@ __all__ = [
     "solve_dual",
     "solve_table",
     "steer",
+    "verdict",
 ]

@@ -171,8 +171,6 @@ def _multipliers(sigma_II: FloatArray, cross_IC: FloatArray, asked: Sequence[Dem
     """Return μ: argmin ½ μᵀAμ + ⟨Vᵀa₀ − b, μ⟩ over μ ≥ 0, A = VᵀΣ⁻¹V/β and a₀ = Σ⁻¹v_r/β (the mixture's dual)."""
     reach_JJ = cross_IC[:, 1:].T @ np.linalg.solve(sigma_II, cross_IC[:, 1:]) / beta
     names = [demand.name for demand in asked]
-    if not names:
-        return np.zeros(0)
     check_regular(reach_JJ, names, MAX_CONDITION, f"{len(sigma_II)} policies cannot meet their margins separately")
     free_J = cross_IC[:, 1:].T @ np.linalg.solve(sigma_II, cross_IC[:, 0]) / beta
     margin_J = np.array([demand.margin for demand in asked])

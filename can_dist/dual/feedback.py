@@ -78,6 +78,8 @@ def check_regular(matrix_II: FloatArray, names: Sequence[str], limit: float, con
     Raises:
         NumericalError: a row without variance, or rows that are combinations of each other.
     """
+    if not names:
+        return
     variance_I = np.diag(matrix_II)
     flat = [name for name, variance in zip(names, variance_I, strict=True) if not variance > 0]
     if flat:

@@ -245,7 +245,7 @@ def _as_trained(
     gain, alpha = estimate.improvement[limiting], ranges[limiting][1]
     if alpha == 0.0:
         raise InfeasibleConstraint(
-            f"{limiting}: the policy gains {_plus_minus(gain)} where no loss is allowed, so no strength above 0 keeps "
+            f"{limiting}: the policy gains {plus_minus(gain)} where no loss is allowed, so no strength above 0 keeps "
             "to it: its direction is wrong.\n  Do one of: train on more prompts or longer; look for a scorer whose "
             f"sign is turned; allow a loss (constraints.{limiting})."
         )
@@ -276,7 +276,7 @@ def _check_direction(
 ) -> None:
     """Refuse to divide by a gain that goes the wrong way, or that may as well be zero."""
     gain = estimate.improvement[demand.name]
-    facts = f"{demand.name}: the policy gains {_plus_minus(gain)} where {demand.margin:+.3g} is asked"
+    facts = f"{demand.name}: the policy gains {plus_minus(gain)} where {demand.margin:+.3g} is asked"
     direction = "" if math.isnan(estimate.direction.mean) else f" (direction {estimate.direction.mean:.2f})"
     if mean <= 0:
         raise InfeasibleConstraint(
@@ -313,7 +313,7 @@ def _check_together(
             continue
         gain, kind = _times(estimate.improvement[demand.name], alpha), "exactly" if demand.equal else "at least"
         raise InfeasibleConstraint(
-            f"{cause} brings {demand.name} to {_plus_minus(gain)} where {kind} {demand.margin:+.3g} is asked: one "
+            f"{cause} brings {demand.name} to {plus_minus(gain)} where {kind} {demand.margin:+.3g} is asked: one "
             "strength cannot meet both.\n  Do one of: steer lambda in the training (train.feedback: validation); "
             f"change constraints.{demand.name}."
         )
@@ -325,7 +325,7 @@ def _check_bounds(
     if limiting is None:
         return  # the policy as it was trained; nothing is stretched
     gain, kl = estimate.improvement[limiting], estimate.kl
-    cause = f"{limiting} needs strength {alpha:.3g} (gain {_plus_minus(gain)} at strength 1)"
+    cause = f"{limiting} needs strength {alpha:.3g} (gain {plus_minus(gain)} at strength 1)"
     remedy = f"lower constraints.{limiting}.margin (or threshold); train longer or on more prompts"
     if alpha > max_strength:
         raise InfeasibleConstraint(
@@ -358,5 +358,6 @@ def _width_notes(estimate: PolicyEstimate, asked: Sequence[Demand]) -> tuple[str
     return tuple(notes)
 
 
-def _plus_minus(value: Interval) -> str:
+def plus_minus(value: Interval) -> str:
+    """Return a mean and the half-width of its interval as text."""
     return f"{value.mean:+.3g} ± {value.high - value.mean:.2g}"
