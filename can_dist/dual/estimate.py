@@ -308,10 +308,14 @@ def _length_and_direction(
 def _shares(table: ScoreTable, log_ratio_N: FloatArray) -> FloatArray:
     """Return the weights p w, normalised within each prompt; no weight overflows."""
     log_share_N = log_ratio_N + table.log_weight_N
-    share_N = np.exp(log_share_N - table.spread(table.max_rows(log_share_N)))
-    return share_N / table.spread(table.sum_rows(share_N))
+    table.apply_rows(np.subtract, log_share_N, table.max_rows(log_share_N))
+    share_N = np.exp(log_share_N)
+    table.apply_rows(np.divide, share_N, table.sum_rows(share_N))
+    return share_N
 
 
 def centred(table: ScoreTable, value_N: FloatArray) -> FloatArray:
     """Subtract the reference mean of each prompt: (N,) to (N,)."""
-    return value_N - table.spread(table.sum_rows(np.exp(table.log_weight_N) * value_N))
+    deviation_N = value_N.copy()
+    table.apply_rows(np.subtract, deviation_N, table.sum_rows(np.exp(table.log_weight_N) * value_N))
+    return deviation_N

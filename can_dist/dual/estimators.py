@@ -143,8 +143,8 @@ def jackknife_mean(table: ScoreTable, weight_N: FloatArray, value_N: FloatArray)
     """Return Σ_k w_k h_k of each prompt without its bias of order 1/K, for weights that sum to 1; shape (P,)."""
     mean_P = table.sum_rows(weight_N * value_N)
     odds_N = weight_N / np.maximum(1.0 - weight_N, _LEAST_REST)
-    deviation_N = value_N - table.spread(mean_P)
-    factor_P = (table.num_responses_P - 1) / table.num_responses_P
+    deviation_N: FloatArray = value_N - table.spread(mean_P)
+    factor_P: FloatArray = (table.num_responses_P - 1) / table.num_responses_P
     return mean_P + factor_P * table.sum_rows(odds_N * deviation_N)
 
 

@@ -128,6 +128,18 @@ class TestEstimators:
             assert first[i] == pytest.approx(np.cov(ratio_N[rows], table.utility_JN[0, rows])[0, 1], abs=1e-12)
             assert ess[i] == pytest.approx(weight.sum() ** 2 / (weight**2).sum(), abs=1e-12)
 
+    def test_kl_and_its_error(self) -> None:
+        table, ratio_N = self.ragged()
+        ratio_N = 0.3 * ratio_N
+        base_N = np.full(ratio_N.size, -20.0)
+        caller_N = np.empty(ratio_N.size)
+        caller_N[table.order_N] = base_N + ratio_N
+        found = estimate_policy(table, base_N, caller_N, lam={"g": 0.7}, beta=1.0)
+        rows = [ratio_N[table.row_prompt_N == i] for i in range(table.num_prompts)]
+        kl_P = np.array([np.mean(np.exp(ratio) * ratio - np.exp(ratio) + 1) for ratio in rows])
+        assert found.kl.mean == pytest.approx(kl_P.mean(), abs=1e-12)
+        assert found.kl.se == pytest.approx(kl_P.std(ddof=1) / math.sqrt(12), abs=1e-12)
+
     def test_length_and_its_errors_against_leaving_prompts_out(self) -> None:
         """The delta method against the jackknife over prompts, which needs no derivative."""
         world = make_world(3)

@@ -115,7 +115,7 @@ class TestRule:
 
     def test_equalities(self) -> None:
         assert choose_strength(estimate(0.8), [Demand("a", 0.4, equal=True)]).alpha == pytest.approx(0.5)
-        assert choose_strength(estimate(-0.2), [Demand("a", -0.4, equal=True)]).alpha == pytest.approx(2.0)
+        assert choose_strength(estimate(-0.2), [Demand("a", -0.4, equal=True)]).needed == pytest.approx({"a": 2.0})
         sure = choose_strength(estimate(0.8), [Demand("a", 0.4, equal=True)], confidence=0.95)
         assert sure.alpha == pytest.approx(0.5)
         both = [Demand("a", 0.5), Demand("b", 0.0, equal=True)]
