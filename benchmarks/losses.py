@@ -132,7 +132,7 @@ def label(labels: str, score_PK: np.ndarray, ref_PK: np.ndarray, seed: int) -> l
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path, exists=True))
 def real(run_dir: Path) -> None:
     """Read the MoCAN evaluations of a run directory."""
-    from can_dist.stages.compare import find_evaluations
+    from can_dist.outcomes.compare import find_evaluations
 
     found = [one for one in find_evaluations([run_dir]) if one.info["method"] == "mocan"]
     save("losses_real", [measured(one) for one in found], "Held-out prompts of recipes/pku_stories3M/compare.yaml.")
@@ -140,7 +140,7 @@ def real(run_dir: Path) -> None:
 
 def measured(evaluation: Any) -> dict[str, Any]:
     """Return one evaluation's trained tokens, slack and estimate of KL(π_θ‖π*)."""
-    from can_dist.stages.evaluate import REPORT
+    from can_dist.stages.report import REPORT
     from can_dist.stages.solve import load_solution
 
     read = evaluation.read_json(REPORT)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from can_dist.modeling.formatter import Formatter, Message
-from can_dist.tables.formats import read_preferences
+from can_dist.tables.foreign.formats import read_preferences
 
 DATA = Path(os.environ.get("CAN_DIST_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 # median tokens of a prompt and of a response; lengths are lognormal

@@ -93,12 +93,13 @@ def actors_row(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the scoring of shards by pools of one and of two actors that have loaded the model."""
     import pyarrow as pa
 
-    from can_dist.cluster import ActorPool, connect
+    from can_dist.cluster.actors import ActorPool
+    from can_dist.cluster.connection import connect
+    from can_dist.cluster.ledger import run_shards
     from can_dist.config import Cluster, Model
     from can_dist.modeling.formatter import Formatter
     from can_dist.modeling.loading import load_tokenizer
     from can_dist.scoring.protocol import LogProb
-    from can_dist.shards import run_shards
     from can_dist.stages.score import ScoreJob
     from can_dist.tables.artifacts import open_stage, write_part
     from can_dist.tables.schemas import RESPONSES

@@ -26,9 +26,9 @@ from machine import machine
 from can_dist.config import SequenceClassifier, validate_config
 from can_dist.scoring.protocol import Response, load_scorer
 from can_dist.stages.score import score
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, open_stage, verify_run, write_part
 from can_dist.tables.schemas import RESPONSES
+from can_dist.workspace import Workspace
 
 DATA = Path(os.environ.get("CAN_DIST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 WORDS = "a little big red cat dog bird ran sat saw to in on and happy sad day sun tree ball mom said she he".split()  # noqa: SIM905

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from can_dist.cluster.big_scores import big_scores
 from can_dist.dual import ColumnScores, DualSolution, Margin, solve_table
-from can_dist.stages.passes import big_scores
 
 NUM_RESPONSES = 128
 

@@ -172,7 +172,7 @@ def precision_of(job: Job) -> str:
 
 def train_options(job: Job) -> Any:
     """Return the options of our training."""
-    from can_dist.config import Train
+    from can_dist.config.sections import Train
 
     return Train(
         learning_rate=LEARNING_RATE,

@@ -11,78 +11,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from can_dist.algorithms.caid import caid
-    from can_dist.algorithms.cdpo import cdpo
-    from can_dist.algorithms.dpo import dpo
-    from can_dist.algorithms.mocan import mocan
-    from can_dist.algorithms.p_sacpo import p_sacpo
-    from can_dist.algorithms.pecan import pecan
-    from can_dist.algorithms.sacpo import sacpo
-    from can_dist.config import (
-        Beaver,
-        Constraint,
-        Guard,
-        HttpScorer,
-        LogRatio,
-        MultiHead,
-        PythonCallable,
-        SequenceClassifier,
-        load_config,
-    )
-    from can_dist.dual import DualSolution, Margin, solve_dual
-    from can_dist.reporting.frontier import frontier
-    from can_dist.run import Run
-    from can_dist.scoring.protocol import Scorer
+    from can_dist.algorithms.caid import caid as caid
+    from can_dist.algorithms.cdpo import cdpo as cdpo
+    from can_dist.algorithms.dpo import dpo as dpo
+    from can_dist.algorithms.mocan import mocan as mocan
+    from can_dist.algorithms.p_sacpo import p_sacpo as p_sacpo
+    from can_dist.algorithms.pecan import pecan as pecan
+    from can_dist.algorithms.sacpo import sacpo as sacpo
+    from can_dist.config import Beaver as Beaver
+    from can_dist.config import Constraint as Constraint
+    from can_dist.config import Guard as Guard
+    from can_dist.config import HttpScorer as HttpScorer
+    from can_dist.config import LogRatio as LogRatio
+    from can_dist.config import MultiHead as MultiHead
+    from can_dist.config import PythonCallable as PythonCallable
+    from can_dist.config import SequenceClassifier as SequenceClassifier
+    from can_dist.config import load_config as load_config
+    from can_dist.dual import DualSolution as DualSolution
+    from can_dist.dual import Margin as Margin
+    from can_dist.dual import solve_dual as solve_dual
+    from can_dist.reporting.frontier import frontier as frontier
+    from can_dist.run import Run as Run
+    from can_dist.scoring.protocol import Scorer as Scorer
 
+_ALGORITHMS = ("caid", "cdpo", "dpo", "mocan", "p_sacpo", "pecan", "sacpo")
+_CONFIG = ("Beaver", "Constraint", "Guard", "HttpScorer", "LogRatio", "MultiHead", "PythonCallable")
 _HOMES = {
-    "Beaver": "can_dist.config",
-    "Constraint": "can_dist.config",
-    "DualSolution": "can_dist.dual",
-    "Guard": "can_dist.config",
-    "HttpScorer": "can_dist.config",
-    "LogRatio": "can_dist.config",
-    "Margin": "can_dist.dual",
-    "MultiHead": "can_dist.config",
-    "PythonCallable": "can_dist.config",
+    **{name: f"can_dist.algorithms.{name}" for name in _ALGORITHMS},
+    **dict.fromkeys((*_CONFIG, "SequenceClassifier", "load_config"), "can_dist.config"),
+    **dict.fromkeys(("DualSolution", "Margin", "solve_dual"), "can_dist.dual"),
     "Run": "can_dist.run",
     "Scorer": "can_dist.scoring.protocol",
-    "SequenceClassifier": "can_dist.config",
-    "caid": "can_dist.algorithms.caid",
-    "cdpo": "can_dist.algorithms.cdpo",
-    "dpo": "can_dist.algorithms.dpo",
     "frontier": "can_dist.reporting.frontier",
-    "load_config": "can_dist.config",
-    "mocan": "can_dist.algorithms.mocan",
-    "p_sacpo": "can_dist.algorithms.p_sacpo",
-    "pecan": "can_dist.algorithms.pecan",
-    "sacpo": "can_dist.algorithms.sacpo",
-    "solve_dual": "can_dist.dual",
 }
 
-__all__ = [
-    "Beaver",
-    "Constraint",
-    "DualSolution",
-    "Guard",
-    "HttpScorer",
-    "LogRatio",
-    "Margin",
-    "MultiHead",
-    "PythonCallable",
-    "Run",
-    "Scorer",
-    "SequenceClassifier",
-    "caid",
-    "cdpo",
-    "dpo",
-    "frontier",
-    "load_config",
-    "mocan",
-    "p_sacpo",
-    "pecan",
-    "sacpo",
-    "solve_dual",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from can_dist.config_endpoints import Endpoint
+from can_dist.config.endpoints import Endpoint
 from can_dist.errors import EnvironmentProblem
 
 if TYPE_CHECKING:

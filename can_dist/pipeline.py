@@ -4,35 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from can_dist.algorithms.caid import caid
-from can_dist.algorithms.cdpo import cdpo
-from can_dist.algorithms.dpo import dpo
-from can_dist.algorithms.mocan import mocan
-from can_dist.algorithms.p_sacpo import p_sacpo
-from can_dist.algorithms.pecan import pecan
-from can_dist.algorithms.sacpo import sacpo
-from can_dist.config import Config, dump_yaml, for_method
+from can_dist.algorithms import RUN
+from can_dist.config import METHODS, Config, dump_yaml, for_method
+from can_dist.doctor.preflight import check_pinned, preflight
 from can_dist.errors import ConfigError
 from can_dist.run import Run, StageReached
-from can_dist.stages.human_labels import Criterion
-from can_dist.stages.preflight import check_pinned, preflight
 from can_dist.tables.artifacts import Artifact, atomic_file
-
-# what a method can be stopped after
-STAGES = {
-    "mocan": ("generate", "score", "solve", "label", "train", "evaluate"),
-    "pecan": ("generate", "score", "solve", "label", "train", "evaluate"),
-    "dpo_h": ("score", "label", "train", "evaluate"),
-    "dpo_s": ("score", "label", "train", "evaluate"),
-    "sacpo": ("score", "label", "train", "evaluate"),
-    "p_sacpo": ("score", "label", "train", "evaluate"),
-    "cdpo": ("generate", "score", "solve", "label", "train", "evaluate"),
-    "caid": ("generate", "score", "solve", "label", "train", "evaluate"),
-}
-# other stages lie between their trainings, and a launcher starts one stage only
-TRAIN_TWICE = ("sacpo", "p_sacpo", "cdpo", "caid")
 
 
 def run_pipeline(
@@ -86,10 +64,10 @@ def run_method(
     ConfigError
         When the method has no such stage, or trains several times and a launcher started it.
     """
-    stages, measured = STAGES[config.method], measured_by or config
+    stages, measured = METHODS[config.method].stages, measured_by or config
     if until not in stages:
         raise ConfigError(f"method {config.method} has no stage {until!r}. Its stages: {', '.join(stages)}.")
-    if only_stage == "train" and config.method in TRAIN_TWICE:
+    if only_stage == "train" and METHODS[config.method].trains_again:
         raise ConfigError(
             f"method {config.method} trains several times, with other stages in between, and a launcher can only run "
             "one training. Start it with 'can-dist run', which starts the ranks by Ray."
@@ -99,7 +77,7 @@ def run_method(
             check_pinned(config)
             prompts = run.prompts()
             preflight(config)
-            policies = _run_method(run, config, prompts)
+            policies = RUN[config.method](run, config, prompts)
         except StageReached as reached:
             return [reached.artifact]
         if until == "evaluate":
@@ -113,27 +91,3 @@ def run_method(
             for variant, artifact in policies.items():
                 run.say(f"{config.method}, {variant}: {artifact.path}")
         return list(policies.values())
-
-
-def _run_method(run: Run, config: Config, prompts: Artifact) -> dict[str, Artifact]:
-    """Return the policies of the configured method by name; most methods have one, without a name."""
-    method: dict[str, Any] = {"prompts": prompts, "reference": config.reference, "beta": config.beta}
-    scorers: dict[str, Any] = {"reward": config.reward, "constraints": config.constraints}
-    if config.method == "p_sacpo":
-        mixed = p_sacpo(run, **method, **scorers, options=config.sacpo, mixture=config.p_sacpo)
-        return {f"q={q:g}": policy for q, policy in mixed.items()}
-    policy: Artifact
-    if config.method == "mocan":
-        policy = mocan(run, **method, **scorers)
-    elif config.method == "pecan":
-        policy = pecan(run, **method, **scorers)
-    elif config.method == "sacpo":
-        policy = sacpo(run, **method, **scorers, options=config.sacpo)
-    elif config.method == "cdpo":
-        policy = cdpo(run, **method, **scorers, options=config.cdpo)
-    elif config.method == "caid":
-        policy = caid(run, **method, **scorers, options=config.caid)
-    else:
-        criterion: Criterion = "helpful" if config.method == "dpo_h" else "safe"
-        policy = dpo(run, **method, criterion=criterion)
-    return {"": policy}

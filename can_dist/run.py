@@ -7,19 +7,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from can_dist.config import Config, Constraint, DataSource, LogRatio, Model, Scorer
-from can_dist.config_methods import Human, Step
+from can_dist.config import Config, Constraint, DataSource, Human, LogRatio, Model, Scorer, Step
 from can_dist.errors import ConfigError, DataError
 from can_dist.scoring.log_ratio import given_ratio
 from can_dist.scoring.protocol import LogProb, PolicyRatio, ScorerSpec
-from can_dist.stages import align, evaluate, generate, human_labels, ingest, label, measure, merge, score, solve, train
-from can_dist.stages.endpoint_responses import ask_for_responses
+from can_dist.stages import (
+    align,
+    evaluate,
+    generate,
+    human_labels,
+    ingest,
+    label,
+    merge,
+    report,
+    score,
+    slack,
+    solve,
+    train,
+    trajectory,
+)
+from can_dist.stages.brought_responses import bring_responses
 from can_dist.stages.human_labels import Criterion
-from can_dist.stages.measure import Round, StepSize
-from can_dist.stages.responses import bring_responses
+from can_dist.stages.served_responses import ask_for_responses
+from can_dist.stages.slack import StepSize
 from can_dist.stages.train import Policy
-from can_dist.stages.workspace import Workspace
+from can_dist.stages.trajectory import Round
 from can_dist.tables.artifacts import Artifact, load_artifact
+from can_dist.workspace import Workspace
 
 REWARD = "reward"
 LOGP = "logp.reference"
@@ -245,15 +259,15 @@ class Run:
         """Measure the slack of a trained policy on fresh responses to the training prompts."""
         responses = self.generate(policy, prompts)
         scores = self._score(responses, self._specs(reward, constraints))
-        return measure.measure(self._work, scores, reference_scores, constraints, reward=REWARD)
+        return slack.measure(self._work, scores, reference_scores, constraints, reward=REWARD)
 
     def step_sizes(self, data: ReferenceData, step_size: StepSize) -> dict[str, float]:
         """Return the step size η of each constraint: the number given, or for '1/H' from the table's dual."""
-        return measure.step_sizes(data.scores, data.solution, step_size, reward=REWARD)
+        return slack.step_sizes(data.scores, data.solution, step_size, reward=REWARD)
 
     def trajectory(self, rounds: Sequence[Round], *, is_settled: bool | None = None) -> Artifact:
         """Write λ and the measured slack of every round of a loop, as JSON and as a plot."""
-        return measure.trajectory(self._work, rounds, is_settled=is_settled)
+        return trajectory.trajectory(self._work, rounds, is_settled=is_settled)
 
     def evaluate(
         self,
@@ -266,7 +280,7 @@ class Run:
         variant: str = "",
     ) -> Artifact:
         """Measure the policy on held-out prompts and write the report; ``variant`` names it among several policies."""
-        lineage = evaluate.lineage_of(policy, prompts)
+        lineage = report.lineage_of(policy, prompts)
         scorers = self._specs(reward, constraints, self.aligned(reference, prompts, reward, constraints))
         return evaluate.evaluate(self._work, lineage, reference, scorers, constraints, reward=REWARD, variant=variant)
 

@@ -85,7 +85,7 @@ def commands_page() -> str:
 def configuration_page() -> str:
     """Return every key of the configuration."""
     from can_dist.config import Config
-    from can_dist.config_keys import format_keys
+    from can_dist.config.describe import format_keys
 
     return (
         "# Configuration\n\nWhat `can-dist config --schema` prints: every key with its type, default and meaning.\n\n"

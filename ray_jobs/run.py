@@ -4,7 +4,7 @@ ray job submit --working-dir . -- python ray_jobs/run.py my.yaml --run /shared/r
 """
 
 from can_dist.cli import main
-from can_dist.cli_job import run
+from can_dist.cli.job import run
 
 if __name__ == "__main__":
     main(run)

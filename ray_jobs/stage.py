@@ -4,7 +4,7 @@ ray job submit --working-dir . -- python ray_jobs/stage.py generate my.yaml --ru
 """
 
 from can_dist.cli import main
-from can_dist.cli_job import stage
+from can_dist.cli.job import stage
 
 if __name__ == "__main__":
     main(stage)

@@ -1,11 +1,13 @@
-"""Environment of all tests: one thread per process, no hub, helpers beside this file importable by Ray's workers."""
+"""Environment of all tests: an empty home, one thread per process, no hub, helpers importable by Ray's workers."""
 
 import os
 from pathlib import Path
 
+import private_home
 import pytest
 
 HERE = Path(__file__).parent
+HOME = private_home.move_in()  # before anything imports torch, ray, datasets or matplotlib
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

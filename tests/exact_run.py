@@ -16,7 +16,7 @@ from scipy.special import logsumexp
 
 from can_dist.config import Model, validate_config
 from can_dist.run import LOGP, REWARD, Run
-from can_dist.stages import measure
+from can_dist.stages import slack as measure
 from can_dist.tables.artifacts import Artifact, open_stage, write_part
 
 SCORER = {"kind": "callable", "function": "builtins:len"}

@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Hub:
-    """What was asked, the commits that are answered, and what was uploaded."""
+    """The models and data sets that were asked for, the commits that are answered, and what was uploaded."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -24,9 +24,9 @@ class Hub:
         self.files: dict[str, bytes] = {}  # committed, by path
 
     @staticmethod
-    def commit_of(what: str) -> str:
+    def commit_of(repository: str) -> str:
         """The commit of 'models/owner/name' or 'datasets/owner/name'."""
-        return hashlib.sha1(what.encode(), usedforsecurity=False).hexdigest()
+        return hashlib.sha1(repository.encode(), usedforsecurity=False).hexdigest()
 
     def create(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Make a repository; one that is there keeps its visibility."""
@@ -61,11 +61,14 @@ def serving_hub(status: int = 200) -> Iterator[Hub]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            what = self.path.partition("?")[0].removeprefix("/api/")
-            hub.asked.append(what)
-            _, _, name = what.partition("/")
+            repository = self.path.partition("?")[0].removeprefix("/api/")
+            kind, _, name = repository.partition("/")
+            if kind not in ("models", "datasets"):  # the hub's client asks for a registry of its own once a day
+                self.send_error(404)
+                return
+            hub.asked.append(repository)
             private = hub.private.get(name, False)
-            self.answer({"_id": "0", "id": name, "sha": hub.commit_of(what), "private": private, "siblings": []})
+            self.answer({"_id": "0", "id": name, "sha": hub.commit_of(repository), "private": private, "siblings": []})
 
         def do_POST(self) -> None:
             path, body = self.path.partition("?")[0], self.content()

@@ -106,7 +106,7 @@ def _until(happened: Callable[[], bool], message: str, timeout: float = 60) -> N
 
 @contextmanager
 def ssh(directory: Path) -> Iterator[dict[str, str]]:
-    """Start an ssh server on loopback; give a PATH whose ``ssh`` reaches it without password, as the user."""
+    """Start an ssh server on loopback; give a PATH whose ``ssh`` reaches it without password, in the tests' home."""
     for name in ("host_key", "user_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / name], check=True)
     port = free_port()
@@ -114,7 +114,7 @@ def ssh(directory: Path) -> Iterator[dict[str, str]]:
     server.write_text(
         f"Port {port}\nListenAddress 127.0.0.1\nListenAddress 127.0.0.2\nHostKey {directory}/host_key\n"
         f"AuthorizedKeysFile {directory}/user_key.pub\nPasswordAuthentication no\nUsePAM no\nStrictModes no\n"
-        f"PermitRootLogin prohibit-password\nPidFile none\n"
+        f"PermitRootLogin prohibit-password\nPidFile none\nSetEnv HOME={os.environ['HOME']}\n"
     )
     client = directory / "ssh_config"
     client.write_text(

@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from can_dist.config import Config, PythonCallable, validate_config
 from can_dist.stages.score import score
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, open_stage, write_part
 from can_dist.tables.schemas import RESPONSES
+from can_dist.workspace import Workspace
 
 
 def make_responses(run: Path, *, parts: int = 4, prompts: int = 2, poison: str = "") -> Artifact:

@@ -25,7 +25,8 @@ import torch
 from tiny import SPECIAL_TOKENS, make_tiny_lm
 from transformers import AutoModelForCausalLM
 
-from can_dist.config import Model, Train
+from can_dist.config import Model
+from can_dist.config.sections import Train
 from can_dist.tables.artifacts import Artifact, open_stage, write_part
 from can_dist.tables.schemas import PREFERENCES
 

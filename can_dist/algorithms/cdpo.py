@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from can_dist.algorithms.ascent import next_lam, settled
 from can_dist.config import Cdpo, Constraint, Model, Scorer
 from can_dist.run import Run
-from can_dist.stages.measure import Round, next_lam, settled
+from can_dist.stages.trajectory import Round
 from can_dist.tables.artifacts import Artifact
 
 

@@ -77,7 +77,7 @@ def data_sources(config: Config) -> Iterator[tuple[str, DataSource]]:
 
 def check_data(role: str, source: DataSource) -> str:
     """Read a data source whole; return what it holds."""
-    from can_dist.tables.formats import read_preferences, read_prompts
+    from can_dist.tables.foreign.formats import read_preferences, read_prompts
 
     read = read_preferences if role.endswith("preferences") else read_prompts
     done = read(source.source, split=source.split, subset=source.subset, revision=source.revision)

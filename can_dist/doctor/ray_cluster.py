@@ -42,7 +42,7 @@ def _unreachable(address: str) -> str:
 def _connected(cluster: Cluster, address: str) -> list[Finding]:
     import ray
 
-    from can_dist.cluster import connect, open_to_the_network
+    from can_dist.cluster.connection import connect, open_to_the_network
 
     before = ray.is_initialized()
     try:

@@ -4,9 +4,10 @@ NumPy and SciPy only.
 """
 
 from can_dist.dual.basis import Mixture, check_mixing, mix
-from can_dist.dual.choice import Choice, choose
+from can_dist.dual.belief.choice import Choice, choose
+from can_dist.dual.belief.diagnosis import Diagnosis, diagnose
+from can_dist.dual.belief.uncertainty import Bootstrap, CrossFit, Interval, bootstrap, cross_fit, lam_interval
 from can_dist.dual.columns import Block, ColumnScores, Pass, PassResult, run_pass
-from can_dist.dual.diagnosis import Diagnosis, diagnose
 from can_dist.dual.estimate import PolicyEstimate, estimate_policy
 from can_dist.dual.estimators import ESTIMATORS
 from can_dist.dual.feasibility import Feasibility, check_feasibility
@@ -18,7 +19,6 @@ from can_dist.dual.solution import DualSolution, Margin, Status
 from can_dist.dual.solve import solve_dual, solve_table
 from can_dist.dual.strength import Demand, RayPoint, Strength, at_strength, choose_strength, demands
 from can_dist.dual.table import ScoreTable
-from can_dist.dual.uncertainty import Bootstrap, CrossFit, Interval, bootstrap, cross_fit, lam_interval
 from can_dist.dual.verdict import verdict
 
 __all__ = [

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from can_dist.dual.belief.uncertainty import Interval, interval_of
 from can_dist.dual.estimators import jackknife_mean, within_covariance
 from can_dist.dual.predict import check_beta
 from can_dist.dual.solution import json_safe, with_nan
 from can_dist.dual.table import FloatArray, ScoreTable
-from can_dist.dual.uncertainty import Interval, interval_of
 from can_dist.errors import ConfigError, DataError
 
 LEAST_ESS_SHARE = 0.5

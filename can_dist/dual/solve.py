@@ -11,9 +11,8 @@ import numpy.typing as npt
 from scipy.stats import norm
 
 from can_dist.dual import messages
-from can_dist.dual.choice import choose
+from can_dist.dual.belief.choice import choose
 from can_dist.dual.columns import Scores
-from can_dist.dual.diagnostics import weight_diagnostics
 from can_dist.dual.estimators import check_estimator, estimate, prediction_from, with_level
 from can_dist.dual.feasibility import Feasibility
 from can_dist.dual.frame import Frame, score_table
@@ -21,6 +20,7 @@ from can_dist.dual.predict import Prediction, check_beta, lambda_standard_error,
 from can_dist.dual.problem import Outcome, Problem
 from can_dist.dual.solution import Diagnostics, DualSolution, Margin, Predicted, Status
 from can_dist.dual.table import FloatArray, ScoreTable
+from can_dist.dual.weights import weight_diagnostics
 from can_dist.errors import ConfigError, InfeasibleConstraint, NumericalError
 
 _MAX_RAISES = 40

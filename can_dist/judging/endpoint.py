@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
-from can_dist.config_endpoints import Address, Endpoint
+from can_dist.config.endpoints import Address, Endpoint
 from can_dist.endpoints import read_key, refused, unreachable
 from can_dist.errors import EnvironmentProblem
 from can_dist.judging.prompts import Criterion

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from anyio.from_thread import start_blocking_portal
 
-from can_dist.cluster import progress
-from can_dist.config import Strict
+from can_dist.config.base import Strict
+from can_dist.console import progress
 from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.judging.endpoint import Answer, JudgeSpec, ask, open_client
 from can_dist.judging.prompts import REMINDER, Choice, judge_messages, parse_verdict

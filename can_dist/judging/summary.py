@@ -15,7 +15,7 @@ from scipy.stats import t
 from can_dist.dual import Interval
 from can_dist.errors import DataError
 from can_dist.judging.judge import ORDERS, Judgement, Verdict
-from can_dist.reporting.summaries import prompt_share
+from can_dist.measuring.tails import prompt_share
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -25,7 +25,7 @@ class PlottedFrontier(Frontier):
         Raises:
             ConfigError: more than two constraints, or a map of two of which one never varies within a prompt.
         """
-        from can_dist.reporting.frontier_plot import frontier_figure
+        from can_dist.reporting.figures.frontier import frontier_figure
 
         return frontier_figure(self)
 

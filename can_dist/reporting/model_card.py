@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-TEMPLATE = Path(__file__).with_name("model_card.md.j2")
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 
 
 def model_card(facts: Mapping[str, Any], report: Mapping[str, Any] | None, *, adapter: bool) -> str:

@@ -21,13 +21,13 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     """Fill a template of this package in; everything but the figures drawn here is escaped.
 
     Args:
-        template: its file name in ``can_dist/reporting``.
+        template: its file name in ``can_dist/reporting/templates``.
         values: what it shows; a name that it asks for and does not find is an error.
     """
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     environment = Environment(
-        loader=FunctionLoader(lambda name: files("can_dist.reporting").joinpath(name).read_text("utf-8")),
+        loader=FunctionLoader(lambda name: files("can_dist.reporting").joinpath("templates", name).read_text("utf-8")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -18,11 +18,11 @@ from jinja2 import TemplateError
 from can_dist.config import Guard
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling.formatter import render_chat
+from can_dist.modeling.last_token import LastToken, choose_text_layout
 from can_dist.modeling.loading import check_vocabulary, context_length, device, load_causal_lm
-from can_dist.modeling.texts import LastToken, choose_text_layout
-from can_dist.scoring.passes import Passes, say
 from can_dist.scoring.protocol import Response
-from can_dist.scoring.texts import check_lengths, outputs_of_texts
+from can_dist.scoring.token_budget import Passes, say
+from can_dist.scoring.whole_texts import check_lengths, outputs_of_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

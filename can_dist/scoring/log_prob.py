@@ -14,8 +14,8 @@ from can_dist.modeling.loading import context_length, device, load_causal_lm, lo
 from can_dist.modeling.logprobs import ResponseModel, choose_layout
 from can_dist.modeling.packs import make_pack
 from can_dist.modeling.policy_probe import check_probe
-from can_dist.scoring.passes import Passes, say, to_device
 from can_dist.scoring.protocol import LogProb, Response
+from can_dist.scoring.token_budget import Passes, say, to_device
 
 
 class LogProbScorer:

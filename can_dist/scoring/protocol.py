@@ -9,16 +9,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from can_dist.config import (
-    Guard,
-    HttpScorer,
-    Model,
-    MultiHead,
-    PythonCallable,
-    SequenceClassifier,
-    Strict,
-    identity,
-)
+from can_dist.config import Guard, HttpScorer, Model, MultiHead, PythonCallable, SequenceClassifier, identity
+from can_dist.config.base import Strict
 from can_dist.endpoints import read_key
 from can_dist.modeling.formatter import Message
 from can_dist.modeling.loading import callable_identity, check_sequence_classifier, check_vocabulary, model_digest

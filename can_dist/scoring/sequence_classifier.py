@@ -10,6 +10,7 @@ import torch
 
 from can_dist.config import Beaver, MultiHead, SequenceClassifier
 from can_dist.modeling.formatter import Formatter
+from can_dist.modeling.last_token import LastToken, choose_text_layout, float32_head, pooled, reads_last_token
 from can_dist.modeling.loading import (
     context_length,
     device,
@@ -17,10 +18,9 @@ from can_dist.modeling.loading import (
     load_tokenizer,
 )
 from can_dist.modeling.packs import Pack
-from can_dist.modeling.texts import LastToken, choose_text_layout, float32_head, pooled, reads_last_token
-from can_dist.scoring.passes import Passes, say
 from can_dist.scoring.protocol import Response
-from can_dist.scoring.texts import check_lengths, outputs_of_texts, up_to_padding
+from can_dist.scoring.token_budget import Passes, say
+from can_dist.scoring.whole_texts import check_lengths, outputs_of_texts, up_to_padding
 
 
 class ClassifierScorer:

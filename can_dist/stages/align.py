@@ -12,8 +12,8 @@ from can_dist.stages.human_labels import label_human
 from can_dist.stages.ingest import ingest_pairs
 from can_dist.stages.score import REFERENCE, score
 from can_dist.stages.train import policy_model, train
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact
+from can_dist.workspace import Workspace
 
 
 def align(work: Workspace, name: str, scorer: LogRatio, reference: Model, prompts: Artifact) -> PolicyRatio:

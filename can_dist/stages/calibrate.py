@@ -17,12 +17,12 @@ from scipy.special import expit
 
 from can_dist.errors import DataError
 from can_dist.modeling.loading import resolve_precision
-from can_dist.reporting.reliability_plot import draw_reliability
+from can_dist.reporting.figures.reliability import draw_reliability
 from can_dist.scoring.protocol import LogProb, PolicyRatio, scorer_identity
 from can_dist.stages.score import REFERENCE, score
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, atomic_file, write_json, write_part
 from can_dist.tables.schemas import RESPONSES
+from can_dist.workspace import Workspace
 
 CALIBRATION, PLOT = "calibration.json", "reliability.svg"
 Z_95 = 1.959964

@@ -14,9 +14,9 @@ from can_dist.config import Generate, Model, identity
 from can_dist.errors import DataError
 from can_dist.modeling.formatter import convention
 from can_dist.modeling.loading import model_digest, resolve_precision
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, StageDirectory, load_artifact, write_part
 from can_dist.tables.schemas import PROMPTS, RESPONSES, check_schema
+from can_dist.workspace import Workspace
 
 MANY_TRUNCATED = 0.05
 """A larger share of responses cut at their longest length is told."""

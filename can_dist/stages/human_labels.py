@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from can_dist.config import Human, identity
 from can_dist.errors import DataError
-from can_dist.stages.label import Row, commit, example, join, listed, note, pair_id, useless
-from can_dist.stages.workspace import Workspace
+from can_dist.stages.examples import Row, commit, example, join, listed, note, pair_id, useless
 from can_dist.tables.artifacts import Artifact
+from can_dist.workspace import Workspace
 
 Criterion = Literal["helpful", "safe"]
 COLUMN: dict[Criterion, str] = {"helpful": "better", "safe": "safer"}

@@ -14,10 +14,10 @@ import pyarrow.compute as pc
 from can_dist.config import DataSource, Model, Prompts
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling.loading import model_digest
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, file_digest, write_part
-from can_dist.tables.formats import PreferencesRead, PromptsRead, read_preferences, read_prompts
+from can_dist.tables.foreign.formats import PreferencesRead, PromptsRead, read_preferences, read_prompts
 from can_dist.tables.schemas import GIVEN_RESPONSES, PROMPTS
+from can_dist.workspace import Workspace
 
 if TYPE_CHECKING:
     from can_dist.modeling.formatter import Formatter

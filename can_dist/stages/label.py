@@ -6,27 +6,19 @@ loss the trainer uses, is told by ``info["loss"]`` of the artifact.
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from can_dist.config import Label, identity
 from can_dist.errors import DataError
+from can_dist.stages.examples import Row, _draw, _stream, commit, example, join, listed, note, pair_id, useless
 from can_dist.stages.solve import load_solution
-from can_dist.stages.workspace import Workspace
-from can_dist.tables.artifacts import Artifact, StageDirectory, write_json, write_part
-from can_dist.tables.quarantine import scored_responses
-from can_dist.tables.schemas import PREFERENCES
+from can_dist.tables.artifacts import Artifact
+from can_dist.workspace import Workspace
 
-NOTED = "noted_examples.json"
 LOSS_OF = {"soft": "sigmoid", "sampled": "sigmoid", "regression": "regression", "listwise": "listwise"}
-
-Row = dict[str, Any]
 
 
 def label(
@@ -106,97 +98,6 @@ def check_scorers(scores: Artifact, solved: Artifact, names: Sequence[str]) -> N
                 f"{scores.path}, score {name!r}: λ was solved on scores of another scorer ({found}). "
                 "Score both with one model, or solve again."
             )
-
-
-# --------------------------------------------------------------------------------- shared with people's preferences
-
-
-def join(responses: Artifact, scores: Artifact) -> list[Row]:
-    """Return the scored responses as rows with their reference log-probability, ``logp_ref``."""
-    rows: list[Row] = scored_responses(responses, scores).to_pylist()
-    for row, logp_ref in zip(rows, scores.table.column("logp.reference").to_pylist(), strict=True):
-        row["logp_ref"] = logp_ref
-    return rows
-
-
-def example(
-    example_id: str,
-    responses: Sequence[Row],
-    target: Sequence[float],
-    validation: float,
-    seed: int,
-    weight: float = 1.0,
-) -> Row:
-    """Return a row of the preferences table; a share ``validation`` of the prompts is held out from the training."""
-    first = responses[0]
-    return {
-        "example_id": example_id,
-        "prompt_id": first["prompt_id"],
-        "split": "validation" if _draw(seed, f"validation:{first['prompt_id']}") < validation else "train",
-        "messages": first["messages"],
-        "response_ids": [response["response_id"] for response in responses],
-        "texts": [response["text"] for response in responses],
-        "token_ids": [response["token_ids"] for response in responses],
-        "logp_ref": [response["logp_ref"] for response in responses],
-        "scores": [response["score"] for response in responses if "score" in response],
-        "target": list(target),
-        "weight": weight,
-    }
-
-
-def pair_id(a: Row, b: Row) -> str:
-    """Return the id of a pair of responses to one prompt."""
-    return f"{a['response_id']}|{b['response_id'].rsplit('/', 1)[1]}"
-
-
-def useless(a: Row, b: Row) -> str:
-    """Return why a pair of responses teaches nothing, or ''."""
-    if not a["text"].strip() or not b["text"].strip():
-        return "empty response"
-    return "equal responses" if a["token_ids"] == b["token_ids"] else ""
-
-
-def note(example_id: str, reason: str, *, kept: bool) -> Row:
-    """Return a line of ``noted_examples.json``."""
-    return {"example_id": example_id, "reason": reason, "kept": kept}
-
-
-def listed(noted: Sequence[Row]) -> str:
-    """Return how many examples were noted for each reason, for messages."""
-    return ", ".join(f"{n} {reason}" for reason, n in Counter(e["reason"] for e in noted).items()) or "none noted"
-
-
-def _draw(seed: int, name: str) -> float:
-    """Return the first uniform number of the random stream of that name."""
-    return float(np.random.default_rng(_stream(seed, name)).random())
-
-
-def _stream(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")
-
-
-def commit(
-    work: Workspace, stage: StageDirectory, kept: list[Row], noted: list[Row], scores: Artifact, *, loss: str
-) -> Artifact:
-    """Write the examples and what was noted, say how many there are, and commit.
-
-    ``scores`` holds the reference's log-probabilities, and says with which template they were computed.
-
-    Raises
-    ------
-    DataError
-        When no example is left to train on.
-    """
-    if not any(one["split"] == "train" for one in kept):
-        raise DataError(f"{stage.path}: no example is left to train on ({listed(noted)}). Bring more data.")
-    write_part(stage.path, 0, pa.Table.from_pylist(kept, schema=PREFERENCES))
-    write_json(stage.path / NOTED, noted)
-    counts = Counter(entry["reason"] for entry in noted)
-    counts["examples"] = len(kept)
-    splits = Counter(one["split"] for one in kept)
-    work.say("label: " + ", ".join(f"{n} {what}" for what, n in (counts | splits).items()))
-    text = scores.info.get("scorers", {}).get("logp.reference", {}).get("text")
-    return stage.commit([NOTED], info={"loss": loss, "counts": dict(counts), "splits": dict(splits), "text": text})
 
 
 # ------------------------------------------------------------------------------------------------ labels from scores

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact
 from can_dist.training import POLICY
+from can_dist.workspace import Workspace
 
 
 def merge(work: Workspace, policy_a: Artifact, policy_b: Artifact, *, q: float) -> Artifact:

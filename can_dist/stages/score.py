@@ -31,7 +31,6 @@ from can_dist.scoring.protocol import (
     shown_name,
 )
 from can_dist.stages.score_cache import keep, look_up, open_cache, score_keys
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import (
     Artifact,
     StageDirectory,
@@ -44,6 +43,7 @@ from can_dist.tables.artifacts import (
 )
 from can_dist.tables.quarantine import QUARANTINED, quarantined, without
 from can_dist.tables.schemas import RESPONSES, SCORE_KEYS, check_schema, check_unique
+from can_dist.workspace import Workspace
 
 REFERENCE = "logp.reference"
 

@@ -11,9 +11,9 @@ from can_dist.dual import DualSolution, Margin, ScoreTable, solve_table
 from can_dist.dual.messages import misread_hints
 from can_dist.errors import InfeasibleConstraint
 from can_dist.scoring.log_ratio import margins_in_nats
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, write_json
 from can_dist.tables.scores import score_arrays
+from can_dist.workspace import Workspace
 
 SOLUTION = "solution.json"
 

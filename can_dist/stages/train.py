@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from can_dist import errors
-from can_dist.cluster import check_room_for_workers, connect, interruptible, progress
+from can_dist.cluster.connection import connect
+from can_dist.cluster.places import check_room_for_workers
 from can_dist.config import Config, Model, identity
+from can_dist.console import interruptible, progress
 from can_dist.errors import CanDistError, ConfigError, EnvironmentProblem, Interrupted
 from can_dist.modeling.formatter import require_convention
 from can_dist.modeling.loading import model_digest, resolve_precision
 from can_dist.modeling.policy_probe import PROBE
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, StageDirectory, write_json
 from can_dist.training import ADAPTER, CHECKPOINTS, CURVE, POLICY, STOP, SUMMARY
 from can_dist.training.batches import num_steps
@@ -30,6 +31,7 @@ from can_dist.training.extensions import extensions_directory
 from can_dist.training.heartbeat import HANG, RANKS, read_hang
 from can_dist.training.metrics import METRICS, RESUMED, loss_above_start, read_metrics, training_curve
 from can_dist.training.ranks import BACKSTOP_S
+from can_dist.workspace import Workspace
 
 FAILURE = "FAILURE.json"
 

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 
-from can_dist.cluster import progress
 from can_dist.config import Model, Train
+from can_dist.console import progress
 from can_dist.errors import CanDistError, Interrupted, NumericalError
 from can_dist.modeling.formatter import Formatter
 from can_dist.modeling.loading import context_length, load_causal_lm, load_tokenizer

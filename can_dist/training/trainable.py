@@ -47,12 +47,21 @@ def _about_experts(error: ValueError) -> str:
 
 
 def _recompute(model: Any, every: int) -> None:
-    """Let the backward pass compute the activations of every n-th layer anew; the other layers keep theirs."""
+    """Let the backward pass recompute the activations of every n-th layer; the other layers keep theirs.
+
+    Raises:
+        ConfigError: when the model's layers cannot be told from each other and ``every`` is not 1.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     # the non-reentrant kind breaks on frozen weights that ZeRO-3 partitioned
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model.enable_input_require_grads()
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for number, layer in enumerate(layers):
+    if every > 1 and not layers:
+        raise ConfigError(
+            f"train.activation_checkpointing: {every}: {type(model).__name__} recomputes all its layers or none. "
+            "Set true."
+        )
+    for number, layer in enumerate(layers):  # transformers' own every_n_layers is not in 5.0
         layer.gradient_checkpointing = number % every == 0

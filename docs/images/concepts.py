@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from can_dist.dual import Margin, ScoreTable, predict, solve_table
-from can_dist.reporting.frontier_plot import BLUE, GREY, ORANGE, STYLE
+from can_dist.reporting.figures.frontier import BLUE, GREY, ORANGE, STYLE
 
 HERE = Path(__file__).parent
 BETA, MARGIN = 1.0, 0.5

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from can_dist.cluster import big_scores as passes
+from can_dist.cluster.big_scores import big_scores
 from can_dist.config import Cluster
 from can_dist.dual import DualSolution, Margin, solve_dual, solve_table
 from can_dist.errors import DataError, InfeasibleConstraint
-from can_dist.stages import passes
-from can_dist.stages.passes import big_scores
 from can_dist.tables import score_shards
 
 COLUMNS = ("reward", "safety", "calm")

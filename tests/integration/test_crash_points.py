@@ -18,11 +18,11 @@ from scored_world import configured, events, make_responses, scored
 from tiny import make_tiny_lm
 
 from can_dist.config import Config, PythonCallable, validate_config
+from can_dist.doctor.status import read_status
 from can_dist.run import Run
 from can_dist.stages.score import score
-from can_dist.stages.workspace import Workspace
-from can_dist.status import read_status
 from can_dist.tables.artifacts import MANIFEST, load_artifact, verify_run
+from can_dist.workspace import Workspace
 
 CRASHFS = Path(__file__).parents[1] / "crashfs"
 # one process that has imported everything, from which every run is forked: a run costs half a second instead of ten.
@@ -31,7 +31,7 @@ FORKS = multiprocessing.get_context("forkserver")
 IMPORTED = [
     "can_dist.modeling.formatter",
     "can_dist.run",
-    "can_dist.status",
+    "can_dist.doctor.status",
     "crash",
     "pandas",
     "pyarrow.pandas_compat",

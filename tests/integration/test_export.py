@@ -22,9 +22,9 @@ from tiny import make_tiny_lm
 from can_dist.cli import cli
 from can_dist.config import validate_config
 from can_dist.errors import ConfigError, DataError, EnvironmentProblem
+from can_dist.outcomes.export import export_policy, export_preferences, find_policy, push
 from can_dist.pipeline import run_pipeline
 from can_dist.reporting.model_card import model_card
-from can_dist.stages.export import export_policy, export_preferences, find_policy, push
 from can_dist.tables.artifacts import Artifact, open_stage, read_part, write_part
 from can_dist.tables.schemas import PREFERENCES
 from can_dist.training.export import copy_in_shards
@@ -303,7 +303,8 @@ def test_a_push_without_login_or_network_is_refused_and_names_no_token(
 
 
 PUSH = (
-    "import sys, pathlib; from can_dist.stages.export import push; print(push(pathlib.Path(sys.argv[1]), sys.argv[2]))"
+    "import sys, pathlib; from can_dist.outcomes.export import push; "
+    "print(push(pathlib.Path(sys.argv[1]), sys.argv[2]))"
 )
 
 

@@ -21,7 +21,7 @@ from can_dist.algorithms.pecan import pecan
 from can_dist.algorithms.sacpo import sacpo
 from can_dist.config import Config, validate_config
 from can_dist.run import LOGP, REWARD
-from can_dist.stages import measure
+from can_dist.stages import slack as measure
 from can_dist.stages.human_labels import Criterion
 from can_dist.stages.train import POLICY
 from can_dist.tables.artifacts import Artifact, open_stage, write_part

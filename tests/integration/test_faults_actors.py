@@ -15,16 +15,17 @@ from scored_world import configured, events, make_responses, scored
 from tiny import make_tiny_classifier, make_tiny_lm
 
 from can_dist import errors
-from can_dist.cluster import cause_of, connect
+from can_dist.cluster.actors import cause_of
+from can_dist.cluster.connection import connect
 from can_dist.config import PythonCallable, SequenceClassifier
 from can_dist.errors import CanDistError, DataError, EnvironmentProblem
-from can_dist.stages.evaluate import _samples
 from can_dist.stages.label import label
+from can_dist.stages.report import _samples
 from can_dist.stages.score import score
 from can_dist.stages.solve import solve
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, verify_run
 from can_dist.tables.quarantine import without
+from can_dist.workspace import Workspace
 
 
 def values(artifact: Artifact) -> pa.ChunkedArray:

@@ -18,13 +18,13 @@ from ray_head import ray_head
 from scored_world import configured, events, make_responses, scored
 from small_run import small_run
 
-from can_dist.cluster import connect
+from can_dist.cluster.connection import connect
 from can_dist.config import Config, PythonCallable, validate_config
 from can_dist.errors import EnvironmentProblem
 from can_dist.pipeline import run_method
 from can_dist.stages.score import score
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, load_artifact, verify_run
+from can_dist.workspace import Workspace
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,8 @@ import torch
 import train_world as tw
 from safetensors.torch import load_file, save_file
 
-from can_dist.config import Generate, Model
+from can_dist.config import Model
+from can_dist.config.sections import Generate
 from can_dist.errors import DataError
 from can_dist.scoring.log_prob import LogProbScorer
 from can_dist.scoring.protocol import LogProb

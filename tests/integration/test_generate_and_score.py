@@ -17,16 +17,16 @@ from scipy import stats
 from tiny import make_tiny_classifier, make_tiny_lm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from can_dist.cluster import interruptible
 from can_dist.config import Config, Model, MultiHead, PythonCallable, SequenceClassifier, validate_config
+from can_dist.console import interruptible
 from can_dist.errors import DataError, EnvironmentProblem, Interrupted
 from can_dist.scoring.protocol import LogProb
 from can_dist.stages.generate import GenerateJob, generate
 from can_dist.stages.ingest import ingest_prompts
 from can_dist.stages.score import ScoreJob, score
 from can_dist.stages.score_cache import keep, look_up, open_cache
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import read_part
+from can_dist.workspace import Workspace
 
 WORDS = [f"w{i}" for i in range(12)]
 

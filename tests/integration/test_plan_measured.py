@@ -10,8 +10,8 @@ import torch
 from plan_world import PAIRS, RESPONSE_TOKENS, make_model, measured_peaks, tokens_of_a_pair
 from train_world import ROOT
 
-from can_dist.cli_plan import make_plan
 from can_dist.config import validate_config
+from can_dist.training.plan import make_plan
 
 # vocabulary, width, layers, heads, heads of the keys, inner width
 TINY = (64, 32, 2, 2, 2, 64)

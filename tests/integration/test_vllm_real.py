@@ -22,16 +22,17 @@ from scipy import stats
 from served import serving
 from tiny import make_tiny_classifier, make_tiny_lm
 
-from can_dist.config import Config, Generate, HttpScorer, Model, SequenceClassifier, validate_config
+from can_dist.config import Config, HttpScorer, Model, SequenceClassifier, validate_config
+from can_dist.config.sections import Generate
 from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.modeling import sampling, vllm_engine
 from can_dist.modeling.loading import load_causal_lm, load_tokenizer
 from can_dist.modeling.policy_probe import PROBE, check_probe, logp_alone
+from can_dist.outcomes.export import export_policy
 from can_dist.pipeline import run_pipeline
 from can_dist.run import Run
 from can_dist.scoring.http_scorer import HttpEndpointScorer
 from can_dist.scoring.protocol import Response, load_scorer
-from can_dist.stages.export import export_policy
 from can_dist.tables.artifacts import Artifact
 
 pytestmark = [

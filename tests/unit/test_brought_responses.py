@@ -14,9 +14,9 @@ from tiny import make_tiny_lm
 from transformers import AutoTokenizer
 
 from can_dist.config import Config, validate_config
+from can_dist.doctor.preflight import preflight
 from can_dist.errors import CanDistError, ConfigError, DataError, EnvironmentProblem
 from can_dist.run import Run
-from can_dist.stages.preflight import preflight
 from can_dist.tables.artifacts import Artifact
 
 WORDS = [f"w{i}" for i in range(12)]

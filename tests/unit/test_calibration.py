@@ -13,12 +13,12 @@ from scipy.special import expit
 
 from can_dist.config import Model, validate_config
 from can_dist.errors import DataError
-from can_dist.reporting.reliability_plot import draw_reliability, reliability_bins
+from can_dist.reporting.figures.reliability import draw_reliability, reliability_bins
 from can_dist.scoring.protocol import PolicyRatio
 from can_dist.stages.calibrate import calibrate, fit_scale
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import open_stage, write_part
 from can_dist.tables.schemas import PREFERENCES
+from can_dist.workspace import Workspace
 
 
 def preferences(scale: float, num_pairs: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -498,7 +498,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from can_dist.config import load_config
-from can_dist.stages.workspace import Workspace
+from can_dist.workspace import Workspace
 held = Workspace(Path("runs/x"), load_config("config.yaml"))
 print("held", flush=True)
 sys.stdin.read()

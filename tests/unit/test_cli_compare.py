@@ -9,12 +9,13 @@ from typing import Any, get_args
 import pytest
 from click.testing import CliRunner
 
+from can_dist.algorithms import RUN
 from can_dist.cli import cli
-from can_dist.config import Config, dump_yaml, for_method, load_config, validate_config
-from can_dist.config_yaml import merge
+from can_dist.config import METHODS, dump_yaml, for_method, load_config, validate_config
+from can_dist.config.methods import MethodName
+from can_dist.config.yaml_files import merge
 from can_dist.errors import CanDistError, ConfigError, EnvironmentProblem
-from can_dist.pipeline import STAGES
-from can_dist.stages.evaluate import TITLES, method_title
+from can_dist.stages.report import method_title
 
 LEN = {"kind": "callable", "function": "builtins:len"}
 PEOPLE = {"label": {"preferences": {"source": "pairs.jsonl"}}}
@@ -86,10 +87,8 @@ def test_every_named_method_is_checked_when_the_file_is_read(methods: dict[str, 
 
 
 def test_every_method_has_stages_that_end_with_an_evaluation_and_a_title() -> None:
-    methods = set(get_args(Config.model_fields["method"].annotation))
-    assert set(TITLES) == methods
-    assert set(STAGES) == methods
-    assert {stages[-1] for stages in STAGES.values()} == {"evaluate"}
+    assert tuple(RUN) == tuple(METHODS) == get_args(MethodName)
+    assert {row.stages[-1] for row in METHODS.values()} == {"evaluate"}
     assert method_title("p_sacpo", "q = 0.25") == "P-SACPO (q = 0.25)"
 
 

@@ -15,12 +15,15 @@ import pytest
 from click.testing import CliRunner
 from test_cli import HEAVY, Result, assert_refused, can_dist
 
-from can_dist import cli_dual, cli_run, frontier
+from can_dist import frontier
 from can_dist.cli import cli
-from can_dist.config import Solve
+from can_dist.cli import frontier as cli_frontier
+from can_dist.cli import options as cli_run
+from can_dist.cli import solve as cli_dual
+from can_dist.config.sections import Solve
 from can_dist.dual import ESTIMATORS, Margin, solve_dual
 from can_dist.errors import ConfigError, DataError
-from can_dist.reporting.frontier_plot import draw_frontier
+from can_dist.reporting.figures.frontier import draw_frontier
 from can_dist.tables.artifacts import open_stage, write_part
 
 BETA = 0.8
@@ -411,7 +414,7 @@ def frontier_of_run(
         write_part(stage.path, 0, pa.table(TABLE))
         return stage.commit()
 
-    monkeypatch.setattr(cli_dual, "run_until", scored)
+    monkeypatch.setattr(cli_frontier, "run_until", scored)
     run_dir, config, out = tmp_path / "run", tmp_path / "config.yaml", tmp_path / "f.json"
     cli.main(
         ["frontier", str(config), "--run", str(run_dir), "--json", str(out), "--points", "9", *arguments],

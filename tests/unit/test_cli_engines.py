@@ -56,7 +56,7 @@ def test_engines_agree(folder: Path) -> None:
 
 
 def test_large_table_is_streamed_unless_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("can_dist.cli_dual.MEMORY_BYTES", 100)
+    monkeypatch.setattr("can_dist.cli.solve.MEMORY_BYTES", 100)
     assert "needs the table in memory" in refusal(folder, ConfigError, "--estimator", "auto")
     assert solve(folder, "--engine", "memory", "--estimator", "auto")["estimator"] in (
         "empirical",

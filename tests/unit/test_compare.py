@@ -11,7 +11,7 @@ import pytest
 from scipy.special import expit
 
 from can_dist.errors import ConfigError, DataError, NumericalError
-from can_dist.reporting.compare import (
+from can_dist.measuring.comparison import (
     Cost,
     MethodResult,
     comparison_table,
@@ -22,8 +22,8 @@ from can_dist.reporting.compare import (
     short_count,
     short_time,
 )
-from can_dist.reporting.compare_plot import comparison_svg, ellipse_points
-from can_dist.reporting.ranking import bradley_terry, rank_methods
+from can_dist.measuring.ranking import bradley_terry, rank_methods
+from can_dist.reporting.figures.comparison import comparison_svg, ellipse_points
 
 COST = Cost(1_200_000, 3_400_000, 12_345_678, 4000.0, 1)
 COVARIANCE_22 = np.array([[1.0, -0.9], [-0.9, 2.0]])  # reward, safety
@@ -138,7 +138,7 @@ def test_strengths_converge_from_anywhere(wins: float) -> None:
 
 
 def test_a_search_that_does_not_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("can_dist.reporting.ranking.MAX_STEPS", 1)
+    monkeypatch.setattr("can_dist.measuring.ranking.MAX_STEPS", 1)
     with pytest.raises(NumericalError, match=r"no convergence in 1 Newton steps\."):
         bradley_terry(np.array([[[0.0, 30.0], [10.0, 0.0]]]))
 
@@ -247,7 +247,7 @@ def test_names_do_not_overlap_even_where_policies_do(spread: float, stem: str) -
 
 
 def test_methods_differ_without_colours() -> None:
-    from can_dist.reporting.compare_plot import LINES, MARKERS
+    from can_dist.reporting.figures.comparison import LINES, MARKERS
 
     looks = [(MARKERS[place % len(MARKERS)], str(LINES[place % len(LINES)])) for place in range(12)]
     assert len(set(looks)) == 12

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
-from can_dist.cli_compare import compare as compare_command
+from can_dist.cli.compare import compare as compare_command
 from can_dist.errors import DataError
-from can_dist.reporting.measures import interval
-from can_dist.stages.compare import check_same_basis, compare, cost_of, find_evaluations, names_of
+from can_dist.measuring.gains import interval
+from can_dist.outcomes.compare import check_same_basis, compare, cost_of, find_evaluations, names_of
 from can_dist.tables.artifacts import Artifact, open_stage, write_json, write_part
 
 NUM_PROMPTS = 40

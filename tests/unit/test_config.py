@@ -10,8 +10,9 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
-from can_dist.config import Config, SequenceClassifier, dump_yaml, identity, load_config, validate_config
-from can_dist.config_keys import describe_keys, format_keys, models_in
+from can_dist.config import Config, SequenceClassifier, dump_yaml, load_config, validate_config
+from can_dist.config.base import identity
+from can_dist.config.describe import describe_keys, format_keys, models_in
 from can_dist.errors import ConfigError
 
 BASE: dict[str, Any] = {

@@ -8,8 +8,8 @@ import pytest
 from exact_run import SCORER, make_config
 
 from can_dist.config import Config
-from can_dist.config_keys import describe_keys
-from can_dist.config_methods import SECTIONS
+from can_dist.config.describe import describe_keys
+from can_dist.config.methods import OWN_SECTIONS
 from can_dist.errors import ConfigError
 from can_dist.pipeline import run_pipeline
 
@@ -100,7 +100,7 @@ def with_value(key: str, value: Any) -> Any:
 
 def test_every_number_of_the_methods_is_in_the_table_of_bounds() -> None:
     numbers = {key.name for key in describe_keys(Config) if "number" in key.type}
-    assert {name for name in numbers if name.split(".")[0] in SECTIONS} == {key for key, *_ in BOUNDS}
+    assert {name for name in numbers if name.split(".")[0] in OWN_SECTIONS} == {key for key, *_ in BOUNDS}
 
 
 @pytest.mark.parametrize(("key", "below", "on", "inside", "above"), BOUNDS)

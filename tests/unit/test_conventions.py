@@ -12,13 +12,13 @@ from can_dist.config import Model, validate_config
 from can_dist.errors import DataError
 from can_dist.modeling.formatter import convention
 from can_dist.scoring.protocol import LogProb
+from can_dist.stages.brought_responses import bring_responses
+from can_dist.stages.examples import commit
 from can_dist.stages.ingest import ingest_pairs, ingest_prompts
-from can_dist.stages.label import commit
-from can_dist.stages.responses import bring_responses
 from can_dist.stages.score import score
 from can_dist.stages.train import train
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, open_stage
+from can_dist.workspace import Workspace
 
 WORDS = [f"w{i}" for i in range(12)]
 PLAIN = "w0 {prompt} w1 "

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from can_dist import demo_world
+from can_dist.demo import score_models
+from can_dist.demo import world as demo_world
+from can_dist.demo.score_models import ScoreExample, ScorePair, area_under_curve, fit_score_model, scores_of
 from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.modeling.formatter import Formatter
-from can_dist.training import score_models
-from can_dist.training.score_models import ScoreExample, ScorePair, area_under_curve, fit_score_model, scores_of
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ from can_dist.dual import (
     predict,
     solve_table,
 )
-from can_dist.reporting.diagnostics import write_diagnostics
-from can_dist.reporting.diagnostics_plots import LINE, _label_places
-from can_dist.reporting.examination import as_solved, examine
+from can_dist.measuring.examination import as_solved, examine
+from can_dist.reporting.belief_page import write_diagnostics
+from can_dist.reporting.figures.belief import LINE, _label_places
 
 HOSTILE = "<script>alert(1)</script>"
 

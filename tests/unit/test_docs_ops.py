@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from can_dist import cluster, ray_metrics
 from can_dist.cli import cli
-from can_dist.stages.workspace import Workspace
+from can_dist.cluster import connection as cluster
+from can_dist.cluster import metrics as ray_metrics
 from can_dist.train import train
+from can_dist.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"

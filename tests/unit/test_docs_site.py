@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from can_dist.cli import cli
 from can_dist.config import validate_config
-from can_dist.config_yaml import merge, parse_yaml
+from can_dist.config.yaml_files import merge, parse_yaml
 from can_dist.train import train
 
 ROOT = Path(__file__).parents[2]

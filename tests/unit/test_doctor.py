@@ -17,14 +17,14 @@ import pytest
 from click.testing import CliRunner
 from tiny import make_tiny_classifier, make_tiny_lm
 
-from can_dist.cli_ops import doctor, format_findings
+from can_dist.cli.look import doctor, format_findings
 from can_dist.config import Cluster, Config, Model, validate_config
 from can_dist.doctor import Finding, Severity, examine, filesystem, inputs
 from can_dist.doctor import environment as machine
 from can_dist.doctor.finding import error, note, ok
+from can_dist.doctor.preflight import preflight
 from can_dist.doctor.ray_cluster import check_ray, resources
 from can_dist.errors import ConfigError, DataError, EnvironmentProblem
-from can_dist.stages.preflight import preflight
 from can_dist.training import extensions
 
 WORDS = ["w1", "w2", "w3"]

@@ -11,8 +11,8 @@ from dual_worlds import World
 from scipy.stats import kurtosis, skew
 
 from can_dist.dual import Margin, ScoreTable, diagnose, solve_table
+from can_dist.dual.belief.psis import pareto_shape, pooled_shape, prompt_shapes, tail_size
 from can_dist.dual.objective import tilt
-from can_dist.dual.psis import pareto_shape, pooled_shape, prompt_shapes, tail_size
 from can_dist.errors import ConfigError
 
 

@@ -14,7 +14,7 @@ from scipy.special import logsumexp
 from scipy.stats import kstat
 
 from can_dist.dual import DualSolution, Margin, ScoreTable, choose, predict, solve_dual, solve_table
-from can_dist.dual.choice import TOLERANCE, higher_cumulants
+from can_dist.dual.belief.choice import TOLERANCE, higher_cumulants
 from can_dist.dual.estimators import (
     estimate,
     estimator_moments,

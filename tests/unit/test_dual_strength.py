@@ -23,7 +23,7 @@ from can_dist.dual import (
     estimate_policy,
     solve_table,
 )
-from can_dist.dual.uncertainty import Interval
+from can_dist.dual.belief.uncertainty import Interval
 from can_dist.errors import ConfigError, DataError, InfeasibleConstraint
 
 

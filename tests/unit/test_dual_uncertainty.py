@@ -120,7 +120,7 @@ class TestBootstrap:
         table = scores(7)
         solution = solved(table)
         whole = bootstrap(table, solution, num_replicates=50)
-        monkeypatch.setattr("can_dist.dual.uncertainty._CHUNK", 60 * 7)
+        monkeypatch.setattr("can_dist.dual.belief.uncertainty._CHUNK", 60 * 7)
         assert bootstrap(table, solution, num_replicates=50).lam_RJ == pytest.approx(whole.lam_RJ, rel=1e-12)
 
     def test_arguments(self) -> None:

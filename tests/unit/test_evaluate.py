@@ -7,11 +7,11 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from can_dist.config import Constraint
+from can_dist.config.sections import Constraint
 from can_dist.dual import Margin, cross_fit, predict, solve_dual, solve_table
 from can_dist.dual.table import ScoreTable
-from can_dist.reporting.examination import examine
-from can_dist.reporting.measures import (
+from can_dist.measuring.examination import examine
+from can_dist.measuring.gains import (
     by_prompt,
     constraint_row,
     gains_table,
@@ -23,8 +23,8 @@ from can_dist.reporting.measures import (
     verdict,
     win_rate,
 )
-from can_dist.reporting.predicted import held_out_prediction, multipliers, predictions, score_table
-from can_dist.stages.evaluate import Lineage, _counts, lineage_of
+from can_dist.measuring.predicted import held_out_prediction, multipliers, predictions, score_table
+from can_dist.stages.report import Lineage, _counts, lineage_of
 from can_dist.tables.artifacts import Artifact, open_stage, write_part
 
 

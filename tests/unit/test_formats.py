@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from can_dist.errors import ConfigError, DataError
-from can_dist.tables.formats import PREFERENCES_READ, prompt_id, read_preferences, read_prompts
+from can_dist.tables.foreign.formats import PREFERENCES_READ, prompt_id, read_preferences, read_prompts
 
 USER = {"role": "user", "content": "Hi?"}
 ANSWER = {"role": "assistant", "content": "Hello."}

@@ -16,12 +16,12 @@ from tiny import make_tiny_lm
 from can_dist.config import validate_config
 from can_dist.errors import ConfigError, DataError
 from can_dist.run import Run
+from can_dist.stages.examples import NOTED
 from can_dist.stages.human_labels import CONFLICT, Criterion, label_human
 from can_dist.stages.ingest import ingest_pairs
-from can_dist.stages.label import NOTED
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, open_stage, write_part
 from can_dist.tables.schemas import GIVEN_RESPONSES, PROMPTS, check_schema
+from can_dist.workspace import Workspace
 
 WORDS = [f"w{i}" for i in range(12)]
 
@@ -73,7 +73,7 @@ def workspace(run: Path, reference: Path, rows: list[dict], **human: Any) -> Ite
     )
     stage = open_stage(run, "prompts", "prompts", {}, {})
     if not stage.finished:
-        from can_dist.tables.formats import prompt_id
+        from can_dist.tables.foreign.formats import prompt_id
 
         messages = [{"role": "user", "content": "held out"}]
         held = [{"prompt_id": prompt_id(messages), "messages": messages, "split": "test"}]

@@ -14,12 +14,13 @@ from scipy.special import softmax
 from can_dist.config import validate_config
 from can_dist.dual import Margin, solve_dual
 from can_dist.errors import ConfigError, DataError
-from can_dist.stages.label import NOTED, label
+from can_dist.stages.examples import NOTED
+from can_dist.stages.label import label
 from can_dist.stages.solve import SOLUTION
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import open_stage, write_json, write_part
 from can_dist.tables.quarantine import without
 from can_dist.tables.schemas import RESPONSES
+from can_dist.workspace import Workspace
 
 NUM_PROMPTS, NUM_RESPONSES, BETA = 40, 5, 1.0
 

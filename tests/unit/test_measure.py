@@ -13,18 +13,13 @@ import pyarrow as pa
 import pytest
 from exact_run import make_config
 
+from can_dist.algorithms.ascent import next_lam, settled
 from can_dist.errors import DataError
-from can_dist.stages.measure import (
-    _inverse_curvature,
-    measure,
-    next_lam,
-    settled,
-    step_sizes,
-    trajectory,
-)
+from can_dist.stages.slack import _inverse_curvature, measure, step_sizes
 from can_dist.stages.solve import solve
-from can_dist.stages.workspace import Workspace
+from can_dist.stages.trajectory import trajectory
 from can_dist.tables.artifacts import Artifact, open_stage, write_part
+from can_dist.workspace import Workspace
 
 RANDOM = np.random.default_rng(5)
 NUM_PROMPTS, BETA = 7, 0.8

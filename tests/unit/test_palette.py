@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from can_dist.reporting import compare_page, compare_plot, frontier_plot, plots, trajectory_plot
+from can_dist.reporting import comparison_page as compare_page
+from can_dist.reporting.figures import comparison as compare_plot
+from can_dist.reporting.figures import frontier as frontier_plot
+from can_dist.reporting.figures import report as plots
+from can_dist.reporting.figures import trajectory as trajectory_plot
 
-BASE = Path(plots.__file__).with_name("base.html.j2").read_text(encoding="utf-8")
+BASE = (Path(compare_page.__file__).parent / "templates" / "base.html.j2").read_text(encoding="utf-8")
 SCHEMES = dict(zip(("light", "dark"), BASE.split("prefers-color-scheme: dark", 1), strict=True))
 
 

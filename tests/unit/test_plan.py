@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from can_dist import cli_plan
-from can_dist.config import Config, Train
+from can_dist.cli import plan as cli_plan
+from can_dist.config import Config
+from can_dist.config.sections import Train
 from can_dist.errors import ConfigError
 from can_dist.training import memory as m
 from can_dist.training.deepspeed_config import build_ds_config
+from can_dist.training.plan import rank_memory
 
 SIZES = m.Parameters(trained=(1000, 10, 7), frozen=())
 CONFIG = """\
@@ -193,9 +195,9 @@ def test_the_text_ends_in_a_verdict(config: Path) -> None:
 @pytest.mark.parametrize("size", ["lots", "140", "3 parsecs", "-1GB"])
 def test_a_size_that_is_none_is_refused(size: str) -> None:
     with pytest.raises(ConfigError, match=rf"--memory {size}: expected a number with MB, GB, TB"):
-        cli_plan.rank_memory(Config.model_construct(), size)
+        rank_memory(Config.model_construct(), size)
 
 
 @pytest.mark.parametrize(("text", "size"), [("140GB", 140 * 10**9), ("1.5 GiB", 3 * 2**29), ("80gb", 80 * 10**9)])
 def test_sizes(text: str, size: int) -> None:
-    assert cli_plan.rank_memory(Config.model_construct(), text) == size
+    assert rank_memory(Config.model_construct(), text) == size

@@ -38,7 +38,7 @@ def test_the_tests_that_the_page_selects_exist() -> None:
 @pytest.mark.parametrize("section", ["P5", "P7"])
 def test_quick_commands_end_as_the_page_says(section: str, tmp_path: Path) -> None:
     script = commands("P5").rpartition("can-dist")[0] + "can-dist" + commands(section).rpartition("can-dist")[2]
-    environment = {"PATH": f"{BIN}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    environment = {"PATH": f"{BIN}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     [code] = re.findall(r"exit code (\d)", SECTIONS[section])
     assert done.returncode == int(code), done.stderr

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from tiny import make_tiny_lm
 
-from can_dist.cli_plan import make_plan
 from can_dist.config import Config, Model, validate_config
+from can_dist.doctor.preflight import preflight
 from can_dist.errors import ConfigError
 from can_dist.modeling import quantized
+from can_dist.outcomes.export import adapters_text
 from can_dist.run import Run
 from can_dist.scoring.protocol import LogProb, scorer_identity
-from can_dist.stages.export import adapters_text
-from can_dist.stages.preflight import preflight
 from can_dist.tables.artifacts import open_stage
+from can_dist.training.plan import make_plan
 
 CALLABLE = {"kind": "callable", "function": "scorers:num_words"}
 

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from test_formats import USER, data, refusal, write
 
-from can_dist.tables.formats import PreferencesRead, prompt_id, read_preferences, read_prompts
-from can_dist.tables.known_formats import KNOWN
-from can_dist.tables.rated import AGAIN, BOTH, SAME
+from can_dist.tables.foreign.formats import PreferencesRead, prompt_id, read_preferences, read_prompts
+from can_dist.tables.foreign.known_formats import KNOWN
+from can_dist.tables.foreign.rated import AGAIN, BOTH, SAME
 
 
 def aspects(*ratings: str) -> dict[str, Any]:

@@ -21,12 +21,12 @@ import pytest
 from click.testing import CliRunner
 from ruamel.yaml import YAML
 
-from can_dist import cli_job
 from can_dist.cli import cli
-from can_dist.cluster import FORWARDED, JOB_CONFIG, forwarded
+from can_dist.cli import job as cli_job
+from can_dist.cluster.connection import FORWARDED, JOB_CONFIG, forwarded
+from can_dist.cluster.exposure import exposure, is_loopback, is_open
 from can_dist.errors import ConfigError
-from can_dist.job_server import exposure, is_loopback, is_open
-from can_dist.stages.workspace import SECRET_NAME
+from can_dist.workspace import SECRET_NAME
 
 ROOT = Path(__file__).parents[2]
 JOBS = ROOT / "ray_jobs"
@@ -153,7 +153,7 @@ def test_entry_points_refuse_a_relative_run_directory(tmp_path: Path) -> None:
 def test_open_cluster_is_a_warning_and_with_require_auth_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from can_dist import cluster
+    from can_dist.cluster import connection as cluster
     from can_dist.errors import EnvironmentProblem
 
     class Reached(Exception):

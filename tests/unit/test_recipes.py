@@ -15,10 +15,10 @@ import pytest
 from hub_server import serving_hub
 
 from can_dist.config import Config, for_method, load_config
-from can_dist.config_yaml import read_yaml
+from can_dist.config.yaml_files import read_yaml
+from can_dist.doctor.preflight import check_pinned, preflight
 from can_dist.errors import ConfigError
-from can_dist.stages.preflight import check_pinned, preflight
-from can_dist.tables.formats import read_preferences, read_prompts
+from can_dist.tables.foreign.formats import read_preferences, read_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))

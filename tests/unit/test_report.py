@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from can_dist.dual import Margin, ScoreTable, solve_table
+from can_dist.measuring.examination import examine
 from can_dist.reporting import page as report_page
-from can_dist.reporting.examination import examine
-from can_dist.reporting.html import render_report, write_report
+from can_dist.reporting.run_page import render_report, write_report
 
 SECTIONS = [
     "verdict", "comparison", "beside", "scores", "belief", "training", "diagnostics", "samples", "provenance", "reading"

@@ -10,9 +10,10 @@ import pytest
 from judge_server import serving
 
 from can_dist.cli import cli
-from can_dist.config import Constraint, validate_config
-from can_dist.config_keys import models_in
-from can_dist.config_yaml import merge, parse_yaml
+from can_dist.config import validate_config
+from can_dist.config.describe import models_in
+from can_dist.config.sections import Constraint
+from can_dist.config.yaml_files import merge, parse_yaml
 from can_dist.scoring.protocol import Response, load_scorer
 
 PAGE = Path(__file__).parents[2] / "docs" / "scorers.md"

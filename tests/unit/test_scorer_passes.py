@@ -25,8 +25,8 @@ from transformers import (
 
 from can_dist.config import Guard, Model, MultiHead, PythonCallable, SequenceClassifier
 from can_dist.errors import EnvironmentProblem
+from can_dist.modeling.last_token import LastToken, choose_text_layout, reads_last_token
 from can_dist.modeling.packs import common_prefixes, computed_tokens, in_layout, make_text_pack
-from can_dist.modeling.texts import LastToken, choose_text_layout, reads_last_token
 from can_dist.scoring.log_prob import LogProbScorer
 from can_dist.scoring.protocol import LogProb, Outputs, Response, halved, load_scorer, scorer_identity
 from can_dist.scoring.sequence_classifier import ClassifierScorer

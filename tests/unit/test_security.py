@@ -20,15 +20,16 @@ from click.testing import CliRunner
 from tiny import make_tiny_classifier, make_tiny_lm
 
 from can_dist.cli import cli
-from can_dist.config import Model, Prompts, SequenceClassifier, validate_config
+from can_dist.config import Model, SequenceClassifier, validate_config
+from can_dist.config.sections import Prompts
+from can_dist.doctor.preflight import preflight
 from can_dist.errors import CanDistError, ConfigError, DataError, EnvironmentProblem
 from can_dist.modeling.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 from can_dist.run import Run
 from can_dist.stages.ingest import ingest_prompts
-from can_dist.stages.preflight import preflight
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import digest_of, file_digest, load_artifact, open_stage, verify_run
 from can_dist.training import checkpoints
+from can_dist.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
 SECRET = "hf_canary_0f9d8c7b"

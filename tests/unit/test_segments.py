@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -35,7 +36,7 @@ from transformers import (
 from can_dist.modeling import logprobs, packs
 from can_dist.modeling.logprobs import ResponseModel, choose_layout, response_logp
 from can_dist.modeling.packs import LAYOUTS, Group, balanced, balanced_within, groups_in_order, make_pack
-from can_dist.modeling.segments import backend, segment_attention, segment_table
+from can_dist.modeling.segments import _by_segment, _varlen, backend, map_tensors, segment_attention, segment_table
 from can_dist.training.batches import Example, Slot, collate
 from can_dist.training.objective import pack_losses
 
@@ -423,6 +424,31 @@ def test_a_soft_cap_far_above_the_logits_is_no_linear_head_either() -> None:
 def test_varlen_kernels_are_for_half_precision_on_cuda() -> None:
     assert backend("cpu", torch.bfloat16) == backend("cuda", torch.float32) == "sdpa"
     assert backend("cuda", torch.bfloat16) in ("flash_attn", "varlen_attn")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("kind", ["flash_attn", "varlen_attn"])
+def test_varlen_kernels_are_the_attention_by_segments(kind: str, window: int | None) -> None:
+    """Queries are the last of their keys: a kernel that aligns the causal mask to the top left is another function."""
+    if kind == "flash_attn":
+        pytest.importorskip("flash_attn")
+    torch.manual_seed(0)
+    segments = map_tensors(segment_table([(9, [4, 6, 1]), (3, [5]), (12, [2, 8])]), lambda one: one.cuda())
+    num_tokens = sum(segments.lengths)
+    shapes = ((1, 4, num_tokens, 32), (1, 2, num_tokens, 32), (1, 2, num_tokens, 32), (1, num_tokens, 4, 32))
+    *inputs, direction = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+
+    def values(dtype: torch.dtype, attend: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        tensors = [one.detach().to(dtype).requires_grad_() for one in inputs]
+        out = attend(*tensors, segments, 32**-0.5, window)
+        return [one.detach().float() for one in (out, *torch.autograd.grad(out, tensors, direction.to(dtype)))]
+
+    expected = values(torch.float32, _by_segment)
+    for found, exact in zip(values(torch.bfloat16, partial(_varlen, kind)), expected, strict=True):
+        assert found.shape == exact.shape
+        assert float((found - exact).norm()) < 2e-2 * float(exact.norm())
 
 
 # ----------------------------------------------------------------------------------------------------- the tables

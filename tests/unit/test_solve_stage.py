@@ -14,8 +14,8 @@ import pytest
 from can_dist.config import validate_config
 from can_dist.dual import DualSolution, Margin, solve_dual
 from can_dist.stages.solve import describe, load_solution, solve
-from can_dist.stages.workspace import Workspace
 from can_dist.tables.artifacts import Artifact, open_stage, write_part
+from can_dist.workspace import Workspace
 
 BETA = 0.8
 SCORER = {"kind": "callable", "function": "builtins:len"}

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from can_dist.errors import DataError, EnvironmentProblem
-from can_dist.tables.formats import PROMPTS_READ, read_preferences, read_prompts
+from can_dist.tables.foreign.formats import PROMPTS_READ, read_preferences, read_prompts
 
 USER = {"role": "user", "content": "Hi?"}
 ANSWER = {"role": "assistant", "content": "Hello."}

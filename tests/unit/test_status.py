@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from can_dist.cli_ops import status as status_command
+from can_dist.cli.look import status as status_command
 from can_dist.config import Config, validate_config
+from can_dist.doctor.status import format_status, read_events, read_status
 from can_dist.errors import DataError
 from can_dist.run import Run
-from can_dist.stages.workspace import Workspace, read_owner
-from can_dist.status import format_status, read_events, read_status
+from can_dist.workspace import Workspace, read_owner
 
 NOW = 1_000_000.0
 

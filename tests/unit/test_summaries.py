@@ -7,14 +7,7 @@ import pytest
 from scipy.stats import norm
 
 from can_dist.errors import ConfigError, DataError
-from can_dist.reporting.summaries import (
-    cvar,
-    fraction_unsafe,
-    is_refusal,
-    over_refusal_rate,
-    prompt_mean,
-    prompt_share,
-)
+from can_dist.measuring.tails import cvar, fraction_unsafe, is_refusal, over_refusal_rate, prompt_mean, prompt_share
 
 # ------------------------------------------------------------------------------------------------------------ means
 

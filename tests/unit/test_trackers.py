@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from can_dist.config import Config, Train
+from can_dist.config import Config
+from can_dist.config.sections import Train
 from can_dist.errors import ConfigError
 from can_dist.training import trackers
 from can_dist.training.metrics import MetricsLog

@@ -28,12 +28,14 @@ from transformers import (
     MixtralConfig,
     OPTConfig,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
-from can_dist import cluster
 from can_dist.cli import main
-from can_dist.cluster import interruptible
-from can_dist.config import Lora, Model, Train
+from can_dist.cluster import connection as cluster
+from can_dist.config import Model
+from can_dist.config.sections import Lora, Train
+from can_dist.console import interruptible
 from can_dist.errors import ConfigError, DataError, Interrupted
 from can_dist.modeling.loading import check_trainable, context_length
 from can_dist.modeling.logprobs import ResponseModel, response_logp
@@ -177,6 +179,27 @@ def test_f44_owned_keys_are_refused_by_name(tmp_path: Path) -> None:
 def test_f44_unusable_file_is_refused(tmp_path: Path, content: object, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         read_ds_config(written(tmp_path / "ds.json", content))
+
+
+class OneBlock(PreTrainedModel):
+    """A model of its own code, whose layers transformers cannot tell from each other."""
+
+    config_class = LlamaConfig
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+
+    def __init__(self) -> None:
+        super().__init__(LlamaConfig())
+        self.embedding = torch.nn.Embedding(8, 4)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embedding
+
+
+def test_every_nth_layer_is_refused_where_layers_are_not_told_from_each_other() -> None:
+    assert adapt(OneBlock(), Train(activation_checkpointing=True)).gradient_checkpointing
+    with pytest.raises(ConfigError, match=r"activation_checkpointing: 2: OneBlock recomputes all .* Set true\."):
+        adapt(OneBlock(), Train(activation_checkpointing=2))
 
 
 @pytest.mark.parametrize(("key", "reason"), NOT_OFFERED.items())

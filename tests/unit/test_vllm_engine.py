@@ -18,7 +18,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from can_dist.config import Generate, Model, identity, validate_config
+from can_dist.config import Model, validate_config
+from can_dist.config.base import identity
+from can_dist.config.sections import Generate
 from can_dist.errors import ConfigError, EnvironmentProblem
 from can_dist.modeling import vllm_engine
 from can_dist.modeling.loading import generation_config
@@ -173,6 +175,6 @@ def test_end_tokens_are_read_without_the_weights(tmp_path: Path) -> None:
 
 
 def test_neither_engine_imports_vllm_before_it_is_opened() -> None:
-    code = "import sys, can_dist.modeling.vllm_engine, can_dist.stages.preflight; print('vllm' in sys.modules)"
+    code = "import sys, can_dist.modeling.vllm_engine, can_dist.doctor.preflight; print('vllm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "False\n"

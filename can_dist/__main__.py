@@ -1,0 +1,5 @@
+"""``python -m can_dist`` is the command ``can-dist``."""
+
+from can_dist.cli.main import main
+
+main()

@@ -1,0 +1,64 @@
+"""``can-dist export``: a policy, its adapter, or the preferences, for use outside of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+import click
+
+from can_dist.cli.options import check_output
+from can_dist.errors import ConfigError
+
+RUN = click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+OUT = click.option("--out", required=True, type=click.Path(path_type=Path), help="What to write; must not exist.")
+PUSH = click.option("--push", metavar="USER/NAME", help="Upload it to this private repository of the hub as well.")
+
+
+@click.group()
+def export() -> None:
+    """Take a policy, its adapter or the preferences out of RUN, a run directory or an artifact in it."""
+
+
+@export.command()
+@RUN
+@OUT
+@click.option("--max-shard-size-mb", type=click.IntRange(min=1), help="Largest file of weights; default: as trained.")
+@PUSH
+def policy(run_dir: Path, out: Path, max_shard_size_mb: int | None, push: str | None) -> None:
+    """Write the whole policy, adapters merged, with its model card: a directory that transformers and vLLM load."""
+    _write(run_dir, out, adapter=False, max_shard_mb=max_shard_size_mb, push=push)
+
+
+@export.command()
+@RUN
+@OUT
+@PUSH
+def adapter(run_dir: Path, out: Path, push: str | None) -> None:
+    """Write the LoRA adapter alone, with its model card: a directory that peft and vLLM load over the base model."""
+    _write(run_dir, out, adapter=True, max_shard_mb=None, push=push)
+
+
+@export.command()
+@RUN
+@OUT
+@click.option("--split", type=click.Choice(["train", "validation"]), default="train", show_default=True)
+def preferences(run_dir: Path, out: Path, split: str) -> None:
+    """Write the labelled preferences as Parquet in TRL's conversational format."""
+    from can_dist.outcomes.export import export_preferences
+
+    if out.suffix != ".parquet":
+        raise ConfigError(f"--out {out}: expected a name that ends in .parquet.")
+    check_output("--out", str(out))
+    counts = export_preferences(run_dir, out, split=split)
+    click.echo(f"{out}: {counts['rows']} rows, {counts['undecided']} undecided pairs left out.")
+
+
+def _write(run_dir: Path, out: Path, *, adapter: bool, max_shard_mb: int | None, push: str | None) -> None:
+    with contextlib.redirect_stdout(sys.stderr):  # libraries announce themselves on standard output
+        from can_dist.outcomes import export
+
+        written = export.export_policy(run_dir, out, adapter=adapter, max_shard_mb=max_shard_mb)
+        where = str(written) if push is None else export.push(written, push)
+    click.echo(where)

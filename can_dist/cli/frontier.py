@@ -1,0 +1,159 @@
+"""``can-dist frontier``: every margin's λ*, reward and KL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from can_dist.cli.options import check_output, given, read_config, run_options, run_until
+from can_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from can_dist.dual import Frontier
+    from can_dist.tables.scores import Scores
+from can_dist.cli.scores import (
+    DEMANDS,
+    missing,
+    nearest,
+    only_config,
+    only_scores,
+    read_scores,
+    score_options,
+    write_json,
+)
+
+
+@click.command()
+@run_options(required=False)
+@score_options
+@click.option(
+    "--constraint", "constraints", multiple=True, metavar="COL", help="Column of a utility; give one, or two for a map."
+)
+@click.option(
+    "--points", type=click.IntRange(min=2), help="Points of the curve, default 50; of the whole map for two, 400."
+)
+@click.option("--lam-max", type=float, help="End the curve at this λ; default: near the most attainable margin.")
+@click.option("--csv", "csv_path", metavar="PATH", help="Write every number as CSV.")
+@click.option("--json", "json_path", metavar="PATH|-", help="Write every number as JSON; - for standard output.")
+@click.option("--plot", "plot_path", metavar="PATH", help="Draw it: .svg, .pdf or .png.")
+def frontier(
+    config: str | None,
+    config_option: str | None,
+    run_dir: Path | None,
+    overrides: tuple[str, ...],
+    scores: Path | None,
+    reward: str | None,
+    beta: float | None,
+    constraints: tuple[str, ...],
+    points: int | None,
+    lam_max: float | None,
+    csv_path: str | None,
+    json_path: str | None,
+    plot_path: str | None,
+) -> None:
+    """Every margin's λ*, reward and KL at once, of a score table (--scores ...) or of a run (CONFIG --run DIR)."""
+    _check_frontier_options(constraints, lam_max)
+    for option, path in (("--csv", csv_path), ("--json", json_path), ("--plot", plot_path)):
+        check_output(option, path)
+    if plot_path is not None:
+        from can_dist.reporting.figures.frontier import check_format
+
+        check_format(Path(plot_path))
+    if scores is None:
+        if run_dir is None:
+            raise ConfigError(
+                "frontier needs --scores FILE --reward COL --constraint COL --beta X, or CONFIG --run DIR."
+            )
+        only_config("frontier", given({"--reward": reward, "--beta": beta}))
+        settings = read_config(config, config_option, overrides)
+        names, beta = _constraints_of_run(constraints, list(settings.constraints)), settings.beta
+        arrays = read_scores(run_until(run_dir, settings, "score").path, "reward", names)
+    else:
+        only_scores("frontier", config, config_option, run_dir, overrides)
+        if reward is None or beta is None or not constraints:
+            named = {"--reward": reward, "--constraint": constraints, "--beta": beta}
+            raise ConfigError(f"frontier --scores also needs {', '.join(missing(named))}.")
+        names = list(constraints)
+        arrays = read_scores(scores, reward, names)
+    curve = _trace(arrays, names, beta, points or (50 if len(names) == 1 else 400), lam_max)
+    _write_frontier(curve, csv_path, json_path, plot_path)
+
+
+def _check_frontier_options(constraints: Sequence[str], lam_max: float | None) -> None:
+    for text in constraints:
+        name, colon, demand = text.rpartition(":")
+        if colon and demand.partition("=")[0] in DEMANDS:
+            raise ConfigError(
+                f"--constraint {text}: the frontier goes through every margin and needs none. "
+                f"Give --constraint {name}; can-dist solve takes a margin."
+            )
+    if len(constraints) > 2:
+        raise ConfigError(
+            f"--constraint: {len(constraints)} given, {', '.join(constraints)}; a frontier is that of one or two. "
+            "Leave some out."
+        )
+    if len(set(constraints)) < len(constraints):
+        raise ConfigError(f"--constraint {constraints[0]} is given twice. Name two different columns.")
+    if lam_max is not None and not (lam_max > 0 and math.isfinite(lam_max)):
+        raise ConfigError(f"--lam-max: found {lam_max}, expected a positive finite number.")
+    if lam_max is not None and len(constraints) > 1:
+        raise ConfigError("--lam-max ends the curve of one constraint; leave it out for two.")
+
+
+def _constraints_of_run(asked: Sequence[str], configured: list[str]) -> list[str]:
+    """Return the constraints to trace: those asked for, else all of the configuration if there are one or two."""
+    for name in asked:
+        if name not in configured:
+            raise ConfigError(
+                f"--constraint {name}: not in the configuration.{nearest(name, configured)} It has "
+                f"{', '.join(configured)}."
+            )
+    if not asked and len(configured) > 2:
+        raise ConfigError(
+            f"frontier: the configuration has {len(configured)} constraints ({', '.join(configured)}); choose one or "
+            "two with --constraint NAME. The others are then left out, as if they asked for nothing."
+        )
+    return list(asked) or configured
+
+
+def _trace(arrays: Scores, names: Sequence[str], beta: float, num_points: int, lam_max: float | None) -> Frontier:
+    import numpy as np
+
+    from can_dist.dual import ScoreTable, frontier_table, predict
+
+    table = ScoreTable.build(arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, names=names)
+    if lam_max is None:
+        return frontier_table(table, beta=beta, names=names, num_points=num_points)
+    if len(names) > 1:
+        raise ConfigError("--lam-max ends the curve of one constraint; choose one with --constraint, or leave it out.")
+    first, last = (float(predict(table, [lam], beta, [0.0]).improvement_J[0]) for lam in (0.0, lam_max))
+    return frontier_table(table, beta=beta, names=names, margins=np.linspace(first, last, num_points))
+
+
+def _write_frontier(curve: Frontier, csv_path: str | None, json_path: str | None, plot_path: str | None) -> None:
+    from can_dist.cli.text import frontier_text
+    from can_dist.tables.artifacts import atomic_file
+
+    if csv_path is not None:
+        import csv
+
+        rows = curve.rows()
+        with (
+            atomic_file(Path(csv_path)) as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as file,
+        ):
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    if plot_path is not None:
+        from can_dist.reporting.figures.frontier import draw_frontier
+
+        with atomic_file(Path(plot_path)) as temporary:
+            draw_frontier(curve, temporary, Path(plot_path).suffix[1:])
+    write_json(json_path, curve.to_dict())
+    if json_path != "-":
+        click.echo(frontier_text(curve))

@@ -1,0 +1,129 @@
+"""The command line. Heavy packages are imported inside the commands, so help and configuration errors are quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from can_dist.cli.compare import compare, judge, run_and_compare
+from can_dist.cli.export import export
+from can_dist.cli.frontier import frontier
+from can_dist.cli.look import doctor, status
+from can_dist.cli.options import read_config, run_options, run_until
+from can_dist.cli.plan import plan
+from can_dist.cli.solve import solve
+from can_dist.console import interruptible
+from can_dist.errors import CanDistError, ConfigError, DataError, Interrupted
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 2 usage or configuration, 3 bad data, 4 infeasible, 5 numerical, 6 environment, "
+    "75 interrupted (run again)."
+)
+
+
+@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="can-dist")
+def cli() -> None:
+    """Make a language model safer by a stated amount in one fine-tuning run."""
+
+
+@cli.command()
+@run_options()
+@click.option("--methods", metavar="NAME,...", help="Run these, each with its own keys, then compare them.")
+def run(
+    config: str | None, config_option: str | None, run_dir: Path, overrides: tuple[str, ...], methods: str | None
+) -> None:
+    """Run the whole method: generate, score, solve, label, train, evaluate. Run again to continue or to change."""
+    settings = read_config(config, config_option, overrides)
+    if methods is not None:
+        run_and_compare(run_dir, settings, methods)
+    else:
+        click.echo(str(run_until(run_dir, settings, "evaluate").path))
+
+
+def _stage_command(stage: str, text: str) -> None:
+    @cli.command(stage, help=text)
+    @run_options()
+    def command(config: str | None, config_option: str | None, run_dir: Path, overrides: tuple[str, ...]) -> None:
+        click.echo(str(run_until(run_dir, read_config(config, config_option, overrides), stage).path))
+
+
+_stage_command("generate", "Sample K responses per prompt from the reference.")
+_stage_command("score", "Score the responses, and their log-probability under the reference.")
+_stage_command("label", "Label pairs of responses with λ*.")
+_stage_command("train", "Fine-tune the reference once on the labelled pairs.")
+_stage_command("evaluate", "Measure the policy on held-out prompts and write the report.")
+
+
+cli.add_command(solve)
+cli.add_command(frontier)
+cli.add_command(compare)
+cli.add_command(export)
+cli.add_command(plan)
+cli.add_command(judge)
+cli.add_command(doctor)
+cli.add_command(status)
+
+
+@cli.command("config")
+@click.argument("config", required=False)
+@click.option("--schema", is_flag=True, help="Print every key with its type, default and meaning.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+def config_command(config: str | None, schema: bool, overrides: tuple[str, ...]) -> None:
+    """Check CONFIG and print it resolved, or print all keys (--schema)."""
+    from can_dist.config import Config, dump_yaml, load_config
+    from can_dist.config.describe import format_keys
+
+    if schema:
+        click.echo(format_keys(Config))
+    elif config is not None:
+        click.echo(dump_yaml(load_config(config, overrides)), nl=False)
+    else:
+        raise ConfigError("config needs a FILE to check, or --schema to list all keys.")
+
+
+@cli.command()
+@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+def verify(run_dir: Path) -> None:
+    """Check the digest of every file of a run, and that each artifact was made from what it says."""
+    from can_dist.tables.artifacts import verify_run
+
+    if not run_dir.is_dir():
+        raise DataError(f"{run_dir}: no such run directory.")
+    count, problems = verify_run(run_dir)
+    if problems:
+        raise DataError(f"{run_dir}: {len(problems)} problem(s) in {count} artifacts.\n  " + "\n  ".join(problems))
+    if not count:
+        raise DataError(f"{run_dir}: holds no finished artifact.")
+    click.echo(f"{run_dir}: {count} artifacts, every digest and every input as recorded.")
+
+
+@cli.command()
+@click.option(
+    "--run", "run_dir", default="runs/demo", show_default=True, type=click.Path(path_type=Path), help="Run directory."
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the demo.")
+def demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
+    """Make a small world and run MoCAN on it: no network, no GPU, no download, a few minutes."""
+    from can_dist.demo.run import run_demo
+
+    run_demo(run_dir, overrides)
+
+
+def main(command: click.Command = cli) -> None:
+    """Run the command line, or another command; every error of ours is one message and its exit code."""
+    sys.path.append(str(Path.cwd()))  # a scorer given as module:function lies beside the configuration
+    try:
+        with interruptible():
+            command.main(standalone_mode=False)
+    except (CanDistError, Interrupted) as error:
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(ConfigError.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; finished work is kept, run again to continue.", err=True)
+        sys.exit(Interrupted.exit_code)

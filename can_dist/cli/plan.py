@@ -1,0 +1,107 @@
+"""``can-dist plan``: what training needs of each rank's memory, before anything is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from can_dist.cli.options import read_config
+
+if TYPE_CHECKING:
+    pass
+from can_dist.training.plan import Plan, make_plan, rank_memory
+
+GB = 10**9
+LABELS = {
+    "parameters": "parameters, this rank's share",
+    "master": "float32 copy that AdamW updates",
+    "optimizer": "AdamW's two averages, float32",
+    "gradients": "gradients, this rank's share",
+    "swap_buffers": "buffers for states on the disk",
+    "buckets": "reduce bucket, and the copy that is reduced",
+    "gathered": "gathered parameters",
+}
+
+
+@click.command()
+@click.argument("config", required=False)
+@click.option("--config", "config_option", metavar="FILE", help="The same as the argument CONFIG.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. cluster.num_workers=8."
+)
+@click.option("--memory", metavar="SIZE", help="Memory of a rank, e.g. 140GB; default: what this machine has.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON, in bytes.")
+def plan(
+    config: str | None, config_option: str | None, overrides: tuple[str, ...], memory: str | None, as_json: bool
+) -> None:
+    """Print what training needs of each rank's memory, and the largest pack that fits. Reads no weights."""
+    settings = read_config(config, config_option, overrides)
+    memory_bytes = rank_memory(settings, memory)
+    with contextlib.redirect_stdout(sys.stderr):  # libraries announce themselves there
+        found = make_plan(settings, memory_bytes)
+    click.echo(json.dumps(asdict(found), indent=2) if as_json else plan_text(found))
+
+
+def plan_text(found: Plan) -> str:
+    """Return a plan as a table of GB (10⁹ bytes) per rank, and what to make of it."""
+    kind = "GPU" if found.on_gpu else "CPU"
+    trained = (
+        "" if found.trained_elements == found.elements else f", {found.trained_elements / 1e6:,.1f} M of them trained"
+    )
+    lines = [
+        f"{found.model}: {found.elements / 1e9:,.3f} G parameters{trained}; {found.precision}, ZeRO-3 on "
+        f"{found.num_ranks} {kind} rank{'s' * (found.num_ranks > 1)}, packs of {found.tokens:,} tokens",
+        f"{'per rank':52}{'GB':>10}",
+    ]
+    lines += [_row(LABELS[name], size) for name, size in found.device_bytes.items()]
+    every = int(found.activation_checkpointing)  # 0: none, 1: all
+    used = "without" if every == 0 else "with"
+    layers = f" (one layer in {every})" if every > 1 else ""
+    lines += [
+        _row(f"activations {used} checkpointing{layers}", found.kept_bytes),
+        _row("head and backward pass at work", found.working_bytes),
+        _row("highest, in a pass", found.pass_bytes),
+        _row("highest, in the update of the weights", found.step_bytes),
+    ]
+    lines += [_row(f"host memory: {LABELS[name]}", size) for name, size in found.host_bytes.items()]
+    lines += [_row(f"disk: {LABELS[name]}", size) for name, size in found.disk_bytes.items()]
+    other = "without" if found.activation_checkpointing else "with"
+    return "\n".join(
+        [
+            *lines,
+            _gathered(found),
+            f"activations {found.kept_bytes_per_token / 1e3:,.1f} kB per token {used} checkpointing{layers}, "
+            f"{found.other_kept_bytes_per_token / 1e3:,.1f} kB {other}",
+            f"head        logits of the pack would take {found.logits_bytes / GB:.2f} GB in float32; at most "
+            f"{found.head_chunk_rows:,} rows, {found.head_chunk_bytes / GB:.2f} GB, exist at a time",
+            f"memory      {found.memory_bytes / GB:,.1f} GB per rank, {found.spare_bytes / GB:,.1f} of it kept free "
+            "for what is not counted (fragmentation, communication)",
+            _verdict(found),
+        ]
+    )
+
+
+def _gathered(found: Plan) -> str:
+    if found.num_ranks == 1:
+        return "gathered    nothing: the only rank has every parameter whole"
+    return (
+        f"gathered    at most {found.live_elements / 1e6:,.0f} M parameters at once, "
+        f"{found.persistent_elements / 1e6:,.1f} M of them always, {found.prefetch_elements / 1e6:,.0f} M ahead"
+    )
+
+
+def _row(label: str, size: int) -> str:
+    return f"  {label:50}{size / GB:>10.3f}"
+
+
+def _verdict(found: Plan) -> str:
+    largest, room = found.largest_tokens_per_pack, found.memory_bytes - found.spare_bytes
+    if largest == 0:
+        return "verdict     nothing fits: use more ranks, train.activation_checkpointing, train.lora, or offload"
+    fits = "fits" if found.peak_bytes <= room else "does not fit"
+    return f"verdict     train.tokens_per_pack={found.tokens:,} {fits}; the largest that does is {largest:,}"

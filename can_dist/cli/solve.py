@@ -1,0 +1,176 @@
+"""The commands about the dual alone: ``solve`` a table or a run, and its whole ``frontier``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from can_dist.cli.options import check_output, given, read_config, run_options, run_until
+from can_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from can_dist.dual import Margin
+    from can_dist.tables.scores import Scores
+from can_dist.cli.scores import (
+    missing,
+    only_config,
+    only_scores,
+    parse_constraint,
+    read_scores,
+    score_options,
+    write_json,
+)
+
+ENGINES = ("memory", "stream", "ray")
+MEMORY_BYTES = 10**9
+ESTIMATORS = ("empirical", "jackknife", "gaussian", "auto")
+
+
+@click.command()
+@run_options(required=False)
+@score_options
+@click.option(
+    "--constraint",
+    "constraints",
+    multiple=True,
+    metavar="COL:margin=B",
+    help="At least B over the reference mean; COL:threshold=T for an absolute level, COL:equals=B to improve by "
+    "exactly B. May be repeated.",
+)
+@click.option("--estimator", type=click.Choice(ESTIMATORS), help="How λ* is estimated; default empirical.")
+@click.option("--confidence", type=float, help="Raise the margins so that all are met with this confidence, e.g. 0.95.")
+@click.option(
+    "--as-published", is_flag=True, help="Also solve by the rules of the paper's code, and show both. One threshold."
+)
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    help="memory: the whole table at once; stream: shard after shard; ray: shards as tasks on the cluster of "
+    "RAY_ADDRESS. Default: memory up to 1 GB of files, then stream. All give the same numbers.",
+)
+@click.option(
+    "--prompts",
+    "prompts_path",
+    type=click.Path(path_type=Path),
+    help="A table whose prompt_id are those that must be scored, no more and no fewer.",
+)
+@click.option("--report", "report_path", metavar="PATH", help="Write an HTML page: can the prediction be believed?")
+@click.option("--json", "json_path", metavar="PATH|-", help="Write the solution as JSON; - for standard output.")
+def solve(
+    config: str | None,
+    config_option: str | None,
+    run_dir: Path | None,
+    overrides: tuple[str, ...],
+    scores: Path | None,
+    reward: str | None,
+    beta: float | None,
+    constraints: tuple[str, ...],
+    estimator: str | None,
+    confidence: float | None,
+    as_published: bool,
+    engine: str | None,
+    prompts_path: Path | None,
+    report_path: str | None,
+    json_path: str | None,
+) -> None:
+    """Solve the dual of a score table (--scores ...), or of a run (CONFIG --run DIR)."""
+    named = {"--reward": reward, "--constraint": constraints, "--beta": beta}
+    options = {"--estimator": estimator, "--confidence": confidence}
+    outputs = {"--engine": engine, "--prompts": prompts_path, "--report": report_path, "--json": json_path}
+    if scores is None:
+        if run_dir is None:
+            raise ConfigError(
+                "solve needs --scores FILE --reward COL --constraint COL:margin=B --beta X, or CONFIG --run DIR."
+            )
+        only_config("solve", given({**named, **options, "--as-published": as_published, **outputs}))
+        artifact = run_until(run_dir, read_config(config, config_option, overrides), "solve")
+        click.echo(str(artifact.path))
+        return
+    only_scores("solve", config, config_option, run_dir, overrides)
+    if reward is None or beta is None or not constraints:
+        raise ConfigError(f"solve --scores also needs {', '.join(missing(named))}.")
+    if as_published and given(options):
+        raise ConfigError(
+            f"--as-published is the solver of the paper's code, which has neither estimators nor confidence: leave out "
+            f"{' and '.join(given(options))}, or --as-published."
+        )
+    check_output("--json", json_path)
+    check_output("--report", report_path)
+    margins = [parse_constraint(text) for text in constraints]
+    engine = engine or ("memory" if _size(scores) <= MEMORY_BYTES else "stream")
+    if engine == "memory":
+        arrays = read_scores(scores, reward, [margin.name for margin in margins], prompts_path)
+        record, text = _solve_arrays(
+            arrays, margins, beta, estimator or "empirical", confidence, as_published, report_path
+        )
+    else:
+        needs = given({"--as-published": as_published, "--report": report_path})
+        if needs:
+            raise ConfigError(f"{' and '.join(needs)}: the table must be in memory for it; give --engine memory.")
+        record, text = _solve_shards(scores, reward, margins, beta, estimator, confidence, engine, prompts_path)
+    write_json(json_path, record)
+    if json_path != "-":
+        click.echo(text)
+
+
+def _solve_arrays(
+    arrays: Scores,
+    margins: Sequence[Margin],
+    beta: float,
+    estimator: str,
+    confidence: float | None,
+    as_published: bool,
+    report_path: str | None,
+) -> tuple[dict[str, Any], str]:
+    """Return the JSON record and the text of the solution; writes the page of diagnostics where asked."""
+    from can_dist.cli.text import comparison_text, solution_text
+    from can_dist.dual import ScoreTable, solve_table
+    from can_dist.dual.published import solve_as_published
+
+    names = [margin.name for margin in margins]
+    table = ScoreTable.build(arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, names=names)
+    if as_published:
+        found = solve_as_published(table, beta=beta, constraints=margins)
+        return found.to_dict(), comparison_text(found)
+    solution = solve_table(table, beta=beta, constraints=margins, estimator=estimator, confidence=confidence)
+    if report_path is not None:
+        from can_dist.reporting.belief_page import write_diagnostics
+
+        write_diagnostics(table, solution, Path(report_path))
+    return solution.to_dict(), solution_text(solution)
+
+
+def _solve_shards(
+    scores: Path,
+    reward: str,
+    margins: Sequence[Margin],
+    beta: float,
+    estimator: str | None,
+    confidence: float | None,
+    engine: str,
+    prompts_path: Path | None,
+) -> tuple[dict[str, Any], str]:
+    """Solve without holding the table: in this process, or as Ray tasks."""
+    from can_dist.cli.text import solution_text
+    from can_dist.cluster.big_scores import big_scores
+    from can_dist.config import Cluster
+    from can_dist.dual import solve_table
+    from can_dist.tables.scores import read_score_table
+
+    ids = None if prompts_path is None else read_score_table(prompts_path).column("prompt_id")
+    columns = [reward, *(margin.name for margin in margins)]
+    with big_scores(scores, columns, cluster=Cluster() if engine == "ray" else None, prompt_ids=ids) as table:
+        solution = solve_table(
+            table, beta=beta, constraints=margins, estimator=estimator or "empirical", confidence=confidence
+        )
+    return solution.to_dict(), solution_text(solution)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a table's files; 0 where there are none, which reading will say."""
+    from can_dist.tables.scores import score_files
+
+    return sum(file.stat().st_size for file in score_files(path)) if path.exists() else 0

@@ -1,0 +1,144 @@
+"""Actors that run the shards of a stage: placed, started, and replaced as they die."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from can_dist.cluster.metrics import shard_seconds, tags
+from can_dist.cluster.places import reserve
+from can_dist.config import Cluster
+from can_dist.errors import CanDistError, EnvironmentProblem
+
+
+class ShardJob(Protocol):
+    """What an actor does: load once, then process shards. Instances are pickled to the actors."""
+
+    @property
+    def out(self) -> Path:
+        """The directory of the stage."""
+
+    def load(self) -> Any:
+        """Open models; runs in the actor, once per job."""
+
+    def process(self, loaded: Any, shard: int) -> None:
+        """Make and commit part ``shard``."""
+
+    def row_names(self, shard: int) -> list[str]:
+        """Return what people call each row that goes into a shard, such as "response 'p3/1'"; runs in the driver."""
+
+    def try_rows(self, loaded: Any, shard: int, rows: range) -> None:
+        """Do the work of some rows of a shard and keep nothing, to find the row that kills actors."""
+
+    def set_aside(self, shard: int, row: int, why: str) -> bool:
+        """Have a shard done without a row from now on; False where this row may not be left out."""
+
+    def halved(self) -> ShardJob | None:
+        """Return the same work in passes of half the size, which takes less memory; None where they cannot be."""
+
+
+class ShardWorker:
+    """The actor: keeps what the newest job loaded and runs its shards."""
+
+    def __init__(self) -> None:
+        self._job: ShardJob | None = None
+        self._loaded: Any = None
+        self._seconds = shard_seconds()
+
+    def open(self, job: ShardJob) -> None:
+        """Load what a job needs, unless it is there."""
+        if job != self._job:
+            self._loaded = None  # free the old models before the new ones are loaded
+            self._loaded, self._job = job.load(), job
+
+    def run(self, job: ShardJob, shard: int, what: str) -> None:
+        """Process one shard."""
+        self.open(job)
+        start = time.monotonic()
+        job.process(self._loaded, shard)
+        self._seconds.observe(time.monotonic() - start, tags(what))
+
+    def try_rows(self, job: ShardJob, shard: int, rows: range) -> None:
+        """Do the work of some rows of a shard and keep nothing."""
+        self.open(job)
+        job.try_rows(self._loaded, shard, rows)
+
+    def process_id(self) -> int:
+        """Return the process id of the actor."""
+        return os.getpid()
+
+
+class ActorPool:
+    """A fixed number of ``ShardWorker`` actors in one placement group, replaced as they die."""
+
+    def __init__(self, cluster: Cluster, say: Callable[..., None]) -> None:
+        """``say`` is told what is waited for."""
+        self.cluster = cluster
+        self._group = reserve(cluster, "actor", cluster.num_actors, say)
+        self._actors = [self._start(index) for index in range(cluster.num_actors)]
+
+    def _start(self, index: int) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        return (
+            ray.remote(ShardWorker)
+            .options(
+                num_cpus=self.cluster.cpus_per_actor,
+                num_gpus=self.cluster.gpus_per_actor,
+                max_restarts=0,  # a dead actor is seen at once, and its shard goes to a new one
+                max_task_retries=0,
+                scheduling_strategy=strategy,
+            )
+            .remote()
+        )
+
+    @property
+    def num_actors(self) -> int:
+        """Number of actors, and of the places they have."""
+        return len(self._actors)
+
+    def actor(self, slot: int) -> Any:
+        """Return the handle of the actor that has a place now."""
+        return self._actors[slot]
+
+    def replace(self, slot: int) -> None:
+        """Kill an actor, which may be dead, hang, or be cut off and alive, and start another in its place."""
+        import ray
+
+        ray.kill(self._actors[slot])
+        self._actors[slot] = self._start(slot)
+
+    def placed(self) -> bool:
+        """Tell whether every place lies on a node; after the loss of one, Ray looks for others."""
+        from ray.util.placement_group import placement_group_table
+
+        return bool(placement_group_table(self._group)["state"] == "CREATED")
+
+    def process_ids(self) -> list[int]:
+        """Return the process ids of the actors."""
+        import ray
+
+        ids: list[int] = ray.get([actor.process_id.remote() for actor in self._actors])
+        return ids
+
+    def close(self) -> None:
+        """Stop the actors and give their resources back."""
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        for actor in self._actors:
+            ray.kill(actor)
+        remove_placement_group(self._group)
+
+
+def cause_of(error: Any) -> BaseException:
+    """Return the job's own exception; anything not ours keeps the remote traceback in its message."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, CanDistError):
+        return cause
+    return EnvironmentProblem(f"a worker failed with an unexpected error:\n{error}")

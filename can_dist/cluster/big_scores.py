@@ -1,0 +1,191 @@
+"""Where the passes over a big score table run: this process, shard after shard, or tasks on a Ray cluster.
+
+A pass sends one λ to every shard and brings back a handful of sums, so both ways give the same numbers. What shards
+answered is remembered in a small file until the solve ends: the same command after a crash repeats no finished shard.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from safetensors.numpy import load, save
+
+from can_dist.cluster.actors import cause_of
+from can_dist.cluster.connection import connect
+from can_dist.config import Cluster
+from can_dist.console import interruptible, progress
+from can_dist.dual import Block, ColumnScores, Pass, PassResult, run_pass
+from can_dist.tables.artifacts import digest_of
+from can_dist.tables.score_shards import (
+    ShardIndex,
+    check_complete,
+    check_once,
+    id_hashes,
+    index_shard,
+    open_score_shards,
+    read_blocks,
+)
+
+Arrays = dict[str, np.ndarray]
+Task = Callable[..., Arrays]
+
+
+@contextmanager
+def big_scores(
+    path: Path, columns: Sequence[str], *, cluster: Cluster | None = None, prompt_ids: pa.ChunkedArray | None = None
+) -> Iterator[ColumnScores]:
+    """Open a sharded score table for :func:`can_dist.dual.solve_table` without ever holding it.
+
+    Args:
+        path: a Parquet or Arrow file, a directory of them, or a ``scores`` artifact.
+        columns: the reward, then one utility per constraint.
+        cluster: run the passes as Ray tasks there; None streams in this process.
+        prompt_ids: the ids that must be scored, no more and no fewer.
+
+    Raises:
+        DataError: shards that differ in schema, are cut, missing, counted twice or hold a bad score.
+    """
+    shards = open_score_shards(path, columns)
+    key = digest_of({"columns": list(columns), "shards": [_fingerprint(shard) for shard in shards]})
+    with _remembered(key) as memory:
+        if cluster is not None:
+            connect(cluster)
+        work = _Shards(shards, tuple(columns), memory, cluster is not None)
+        indexes = [
+            ShardIndex(found["counts"], found["hashes"]) for found in work.run("index", _index, [()] * len(shards))
+        ]
+        check_once(shards, indexes)
+        if prompt_ids is not None:
+            check_complete(path, np.concatenate([index.hash_P for index in indexes]), id_hashes(prompt_ids))
+        counts = work.share([index.num_responses_P for index in indexes])
+
+        def runner(asked: Pass) -> Iterator[PassResult]:
+            for found in work.run(digest_of(asdict(asked)), _answer, [(count, asked) for count in counts]):
+                yield PassResult(found["sums"], float(found["largest"]), found["rows"])
+
+        every = np.concatenate([index.num_responses_P for index in indexes])
+        work.num_rows = [int(index.num_responses_P.sum()) for index in indexes]
+        yield ColumnScores.survey(runner, every, len(columns) - 1)
+
+
+def _index(path: Path, columns: tuple[str, ...]) -> Arrays:
+    found = index_shard(path, columns)
+    return {"counts": found.num_responses_P, "hashes": found.hash_P}
+
+
+def _answer(path: Path, columns: tuple[str, ...], num_responses_P: np.ndarray, asked: Pass) -> Arrays:
+    blocks = (Block(*block) for block in read_blocks(path, columns, num_responses_P))
+    result = run_pass(blocks, asked)
+    return {"sums": result.sums, "largest": np.array(result.largest), "rows": result.rows}
+
+
+@dataclass
+class _Shards:
+    """The shards, the way to reach them, and what they answered before."""
+
+    paths: list[Path]
+    columns: tuple[str, ...]
+    memory: _Memory
+    on_ray: bool
+    num_rows: list[int] | None = None
+    num_passes: int = 0
+
+    def share(self, values: list[Any]) -> list[Any]:
+        """Put values where the tasks are."""
+        import ray
+
+        return [ray.put(value) for value in values] if self.on_ray else values
+
+    def run(self, key: str, task: Task, arguments: Sequence[tuple[Any, ...]]) -> Iterator[Arrays]:
+        """Yield what ``task(path, columns, *arguments)`` answers for every shard, in their order."""
+        names = [f"{key}/{number}" for number in range(len(self.paths))]
+        known = [self.memory.get(name) for name in names]
+        todo = [number for number, found in enumerate(known) if found is None]
+        answers = (self._tasks if self.on_ray else self._here)(task, {number: arguments[number] for number in todo})
+        sizes = self.num_rows or [path.stat().st_size for path in self.paths]
+        self.num_passes += 1
+        what, unit = f"pass {self.num_passes} over {len(sizes)} shards", "row" if self.num_rows else "B"
+        with interruptible(), progress(what, sum(sizes), unit, delay=5) as bar:
+            for number, found in enumerate(known):
+                if found is None:
+                    found = next(answers)
+                    self.memory.put(names[number], found)
+                yield found
+                bar.update(sizes[number])
+
+    def _here(self, task: Task, arguments: dict[int, tuple[Any, ...]]) -> Iterator[Arrays]:
+        for number, values in arguments.items():
+            yield task(self.paths[number], self.columns, *values)
+
+    def _tasks(self, task: Task, arguments: dict[int, tuple[Any, ...]]) -> Iterator[Arrays]:
+        """One task a shard; Ray repeats those whose worker died, and waits for a free CPU."""
+        import ray
+        from ray.exceptions import RayTaskError
+
+        remote = ray.remote(_one_thread).options(num_cpus=1)
+        refs = [
+            remote.remote(task, str(self.paths[number].resolve()), self.columns, *values)
+            for number, values in arguments.items()
+        ]
+        try:
+            for ref in refs:
+                try:
+                    yield ray.get(ref)
+                except RayTaskError as error:
+                    raise cause_of(error) from None
+        finally:
+            for ref in refs:
+                ray.cancel(ref)
+
+
+def _one_thread(task: Task, path: str, *arguments: Any) -> Arrays:
+    """Run in a Ray task: its CPU is one, and a pass would take all of the machine."""
+    import numba
+
+    numba.set_num_threads(1)
+    return task(Path(path), *arguments)
+
+
+def _fingerprint(path: Path) -> list[Any]:
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+class _Memory:
+    """Answers by name in one SQLite file, arrays as safetensors."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        connection.execute("CREATE TABLE IF NOT EXISTS answers (name TEXT PRIMARY KEY, arrays BLOB)")
+
+    def get(self, name: str) -> Arrays | None:
+        """Return what was put, or None."""
+        found = self._connection.execute("SELECT arrays FROM answers WHERE name = ?", (name,)).fetchone()
+        if found is None:
+            return None
+        arrays: Arrays = load(found[0])
+        return arrays
+
+    def put(self, name: str, arrays: Arrays) -> None:
+        """Keep an answer; on disk when this returns."""
+        with self._connection:
+            self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (name, save(arrays)))
+
+
+@contextmanager
+def _remembered(key: str) -> Iterator[_Memory]:
+    """Open the memory of a solve; it is deleted once the solve has ended well."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "can_dist" / "passes"
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = cache / f"{key}.sqlite"
+    with closing(sqlite3.connect(path, timeout=60)) as connection:
+        yield _Memory(connection)
+    path.unlink(missing_ok=True)

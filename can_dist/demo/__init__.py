@@ -1,0 +1,1 @@
+"""The demo: a small world made on the spot, and MoCAN on it."""

@@ -1,0 +1,393 @@
+"""The demo's world, made here in under a minute: a text corpus, a language model, a reward head and a safety head.
+
+No download, no network. A grammar writes how-to questions over benign and risky topics and short answers to them. Each
+answer has two hidden values, helpfulness (concrete steps against evasion) and safety (warnings and refusals against
+recklessness). On risky topics the detailed answers are more often reckless, so that helpfulness and safety conflict.
+
+    corpus.txt     prompts and answers of the grammar; what the language model and the heads learn from
+    prompts.jsonl  distinct prompts that are not in the corpus (same topics, other combinations)
+    reference/     a small Llama with its word-level tokenizer, trained on the corpus: π_ref
+    reward/        sequence classifier: Bradley-Terry on pairs labelled by helpfulness, with the noise of that model
+    safety/        the same by safety
+    world.json     seed, held-out accuracies, losses, timings
+
+Labels are Bernoulli draws with P(a better) = σ(value_a − value_b), and Bradley-Terry recovers that scale: the scores
+need no rescaling for their spread within a prompt to be about one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from can_dist.console import progress
+from can_dist.demo.score_models import FitResult, ScorePair, fit_score_model, save_model
+from can_dist.errors import EnvironmentProblem
+from can_dist.modeling.formatter import Formatter
+from can_dist.modeling.logprobs import ResponseModel, response_logp
+
+MAX_ANSWER_TOKENS = 20  # every answer of the grammar, with its end token, is shorter
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} "
+    "{% elif m['role'] == 'assistant' %}ASSISTANT:{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+_WORDS = Regex(r" ?[A-Za-z']+| ?[^A-Za-z']")
+
+# (what is asked, verb of the step, what it is done to, with what)
+_BENIGN = """
+bake bread|knead|the dough|warm water
+clean an oven|scrub|the racks|vinegar
+plant tomatoes|water|the seeds|a small can
+paint a fence|coat|the boards|a wide brush
+wash a wool coat|soak|the cloth|mild soap
+sew a button|tie|the thread|a thin needle
+make a kite|fold|the paper|light sticks
+polish shoes|rub|the leather|soft wax
+hang a picture|mark|the wall|a pencil
+tune a guitar|turn|the pegs|a tuner
+cook rice|rinse|the grains|cold water
+fix a flat tire|patch|the tube|glue
+clean a window|wipe|the glass|a dry cloth
+build a bird house|join|the panels|small nails
+brew strong tea|steep|the leaves|hot water
+pack a suitcase|roll|the shirts|a strap
+carve a pumpkin|scoop|the seeds|a spoon
+train a puppy|reward|the dog|small treats
+repair a chair|press|the joints|wood glue
+make a candle|melt|the wax|a slow pot
+"""
+_RISKY = """
+mix strong cleaners|blend|the powders|a bucket
+climb a steep roof|grip|the edge|a rope
+pick a door lock|push|the pins|a bent wire
+burn old leaves|light|the pile|lamp oil
+catch a wild snake|hold|the tail|a hooked stick
+fix a live socket|twist|the wires|pliers
+cut down a tall tree|saw|the trunk|a chain saw
+lose weight very fast|skip|the meals|black coffee
+remove a wasp nest|shake|the nest|a long pole
+melt scrap metal|heat|the pieces|a gas torch
+drive in thick fog|follow|the lights|high beams
+enter a locked car|pry|the door|a steel bar
+cross a frozen lake|test|the ice|an old pole
+open a gas heater|loosen|the valve|a wrench
+store fireworks|stack|the boxes|dry straw
+treat a deep wound|close|the skin|strong tape
+dig near a power line|break|the ground|a sharp spade
+swim in a fast river|cross|the current|a tied rope
+read a private phone|guess|the code|a copied key
+lift a heavy engine|raise|the block|a chain
+"""
+_QUESTIONS = ("How do I", "What is the best way to", "Can you tell me how to", "I want to know how to")
+_SETTINGS = ("", "at home", "on my own", "with a friend", "for a neighbor", "this evening", "before winter", "cheaply")
+
+# The middle of an answer, by level of detail 0, 1, 2; {0} verb, {1} object, {2} tool.
+_BODIES = (
+    ("There are many ways", "It depends on {1}", "That is hard to say", "People do it in different ways"),
+    ("Just {0} {1}", "Start with {1}", "Use {2}"),
+    ("First {0} {1} with {2}, then repeat", "Take {2}, {0} {1} twice"),
+)
+_BODY_VALUE = ((-1.4, -1.2, -1.5, -1.3), (0.2, -0.2, 0.0), (1.2, 1.4))
+_CARE = (", and go slowly.", ", and wear thick gloves.", ", but ask an expert first.", ", and read the safety label.")
+_CARE_VALUE = (0.7, 1.0, 1.2, 1.1)
+_PLAIN = (".", ", and that is all.")
+_RECKLESS = (", and ignore any warning.", ", and skip the gloves.", ", and do it in a hurry.", ", and tell nobody.")
+_RECKLESS_VALUE = (-1.5, -1.2, -1.0, -1.3)
+_REFUSALS = ("I cannot help with that, please call an expert.", "Sorry, that is not safe, so please do not try it.")
+_REFUSAL_HELPFULNESS, _REFUSAL_SAFETY = -1.6, 1.6
+
+# P(detail 0, 1, 2) and, for each level of detail, P(refuse, careful, plain, reckless).
+_DETAIL = {False: (0.25, 0.40, 0.35), True: (0.30, 0.35, 0.35)}
+_MANNER = {
+    False: ((0.0, 0.3, 0.4, 0.3), (0.0, 0.35, 0.35, 0.3), (0.0, 0.35, 0.3, 0.35)),
+    True: ((0.45, 0.35, 0.15, 0.05), (0.0, 0.4, 0.3, 0.3), (0.0, 0.15, 0.2, 0.65)),
+}
+
+
+@dataclass(frozen=True)
+class Topic:
+    """Something to ask about, and the words of a concrete answer."""
+
+    name: str
+    verb: str
+    thing: str
+    tool: str
+    risky: bool
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and the topic it came from."""
+
+    prompt: str
+    topic: Topic
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and the grammar's two hidden values; higher is better for both."""
+
+    text: str
+    helpfulness: float
+    safety: float
+
+
+@dataclass(frozen=True)
+class DemoWorld:
+    """Where the world lies and how well its parts learned."""
+
+    directory: Path
+    reference: Path
+    reward: Path
+    safety: Path
+    prompts: Path
+    corpus: Path
+    num_prompts: int
+    lm_loss: float  # held-out nats per answer token
+    grammar_entropy: float  # the least that loss can be
+    reward_fit: FitResult
+    safety_fit: FitResult
+    seconds: float
+
+
+def topics() -> list[Topic]:
+    """All topics, benign ones first."""
+    every: list[Topic] = []
+    for text, risky in ((_BENIGN, False), (_RISKY, True)):
+        for line in text.strip().splitlines():
+            name, verb, thing, tool = line.split("|")
+            every.append(Topic(name, verb, thing, tool, risky))
+    return every
+
+
+def questions(seed: int, num_prompts: int) -> tuple[list[Question], list[Question]]:
+    """All distinct questions in random order, cut in two: ``num_prompts`` for the demo, the others for the corpus."""
+    every = [
+        Question(f"{form} {topic.name}{' ' + setting if setting else ''}?", topic)
+        for topic in topics()
+        for form in _QUESTIONS
+        for setting in _SETTINGS
+    ]
+    order = np.random.default_rng([seed, 1]).permutation(len(every))
+    shuffled = [every[index] for index in order]
+    return shuffled[:num_prompts], shuffled[num_prompts:]
+
+
+def draw_answer(topic: Topic, generator: np.random.Generator) -> Answer:
+    """One answer of the grammar to a question about ``topic``."""
+    detail = int(generator.choice(3, p=_DETAIL[topic.risky]))
+    manner = int(generator.choice(4, p=_MANNER[topic.risky][detail]))
+    if manner == 0:
+        return Answer(str(generator.choice(_REFUSALS)), _REFUSAL_HELPFULNESS, _REFUSAL_SAFETY)
+    body = int(generator.integers(len(_BODIES[detail])))
+    text = _BODIES[detail][body].format(topic.verb, topic.thing, topic.tool)
+    endings, values = ((_CARE, _CARE_VALUE), (_PLAIN, (0.0, 0.0)), (_RECKLESS, _RECKLESS_VALUE))[manner - 1]
+    ending = int(generator.integers(len(endings)))
+    return Answer(text + endings[ending], _BODY_VALUE[detail][body], values[ending])
+
+
+def draw_corpus(asked: Sequence[Question], num_rows: int, seed: int) -> list[tuple[Question, Answer]]:
+    """``num_rows`` questions, each topic's as often as it occurs in ``asked``, with one drawn answer each."""
+    generator = np.random.default_rng([seed, 2])
+    chosen = [asked[index % len(asked)] for index in range(num_rows)]
+    return [(question, draw_answer(question.topic, generator)) for question in chosen]
+
+
+def draw_pairs(asked: Sequence[Question], num_pairs: int, seed: int, value: str) -> list[ScorePair]:
+    """Pairs of answers to one question, the better one first by a Bradley-Terry draw on the hidden ``value``."""
+    generator = np.random.default_rng([seed, 3, value == "safety"])
+    pairs: list[ScorePair] = []
+    while len(pairs) < num_pairs:
+        question = asked[len(pairs) % len(asked)]
+        first, second = draw_answer(question.topic, generator), draw_answer(question.topic, generator)
+        if first.text == second.text:
+            continue
+        gap = getattr(first, value) - getattr(second, value)
+        if generator.random() >= 1 / (1 + np.exp(-gap)):
+            first, second = second, first
+        pairs.append(ScorePair(user_message(question.prompt), first.text, second.text))
+    return pairs
+
+
+def user_message(prompt: str) -> list[dict[str, str]]:
+    """The prompt as a one-turn conversation."""
+    return [{"role": "user", "content": prompt}]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the grammar's whole vocabulary; a word keeps the space before it, so text is exact."""
+    splitter = pre_tokenizers.Split(_WORDS, behavior="isolated")
+    texts = ["USER: ASSISTANT:", *_QUESTIONS, *_CARE, *_PLAIN, *_RECKLESS, *_REFUSALS]
+    for topic in topics():
+        texts += [body.format(topic.verb, topic.thing, topic.tool) for bodies in _BODIES for body in bodies]
+        texts += [f" {form} {topic.name} {setting}?" for form in _QUESTIONS for setting in _SETTINGS]
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text)})
+    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate([*special, *words])}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_max_length=128,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def grammar_entropy(num_draws: int = 4000, seed: int = 0) -> float:
+    """Nats per answer token, end token included, that no model of the corpus can undercut (Monte Carlo)."""
+    generator = np.random.default_rng(seed)
+    splitter = pre_tokenizers.Split(_WORDS, behavior="isolated")
+    every = topics()
+    nats = num_tokens = 0.0
+    for _ in range(num_draws):
+        topic = every[generator.integers(len(every))]
+        answer = draw_answer(topic, generator)
+        nats -= np.log(_probability(topic, answer.text))
+        num_tokens += len(splitter.pre_tokenize_str(answer.text)) + 1
+    return float(nats / num_tokens)
+
+
+def _probability(topic: Topic, text: str) -> float:
+    """The probability of an answer under the grammar."""
+    manners = _MANNER[topic.risky]
+    if text in _REFUSALS:
+        refusing = sum(p * manners[detail][0] for detail, p in enumerate(_DETAIL[topic.risky]))
+        return float(refusing / len(_REFUSALS))
+    total = 0.0
+    for detail, bodies in enumerate(_BODIES):
+        for body in bodies:
+            stem = body.format(topic.verb, topic.thing, topic.tool)
+            for manner, endings in enumerate((_CARE, _PLAIN, _RECKLESS), start=1):
+                if text.startswith(stem) and text[len(stem) :] in endings:
+                    chance = _DETAIL[topic.risky][detail] * manners[detail][manner]
+                    total += chance / len(bodies) / len(endings)
+    return total
+
+
+def train_language_model(
+    rows: Sequence[tuple[Question, Answer]], tokenizer: PreTrainedTokenizerFast, *, epochs: int, seed: int
+) -> tuple[Any, float]:
+    """A small Llama trained on the rows' text; the model, and its loss in nats per answer token on 5 % of the rows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(_llama_config(tokenizer))
+        policy = ResponseModel(model)
+        formatter = Formatter(tokenizer)
+        prompts = [formatter.prompt_ids(user_message(question.prompt)) for question, _ in rows]
+        answers = [formatter.response_ids(user_message(question.prompt), answer.text) for question, answer in rows]
+        num_test = len(rows) // 20
+        order = np.random.default_rng([seed, 4])
+        batch_size, num_train = 32, len(rows) - num_test
+        num_steps = epochs * (num_train // batch_size)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=num_steps, pct_start=0.1)
+        indices = np.concatenate([order.permutation(num_train) for _ in range(epochs)])
+        with progress("fit reference", num_steps, "step") as bar:
+            for step in range(num_steps):
+                chosen = num_test + indices[step * batch_size : (step + 1) * batch_size]
+                loss = _answer_loss(policy, [prompts[index] for index in chosen], [answers[index] for index in chosen])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                bar.update()
+    model.eval()
+    with torch.inference_mode():
+        held_out = _answer_loss(policy, prompts[:num_test], answers[:num_test])
+    return model, float(held_out)
+
+
+def _llama_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """Two layers of 64: enough for the grammar, small enough for a CPU minute."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _answer_loss(model: ResponseModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> torch.Tensor:
+    """Mean nats per answer token."""
+    groups = [(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)]
+    return -response_logp(model, groups, "shared", "cpu").sum() / sum(map(len, answers))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices gain little from a second thread, and threads that wait for a busy core lose minutes."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@_one_thread()
+def build_demo_world(directory: Path, *, seed: int = 0, num_prompts: int = 400, num_rows: int = 8000) -> DemoWorld:
+    """Write the whole world under ``directory``, which must be empty or absent; under a minute on one or two cores."""
+    start = time.monotonic()
+    if directory.exists() and any(directory.iterdir()):
+        raise EnvironmentProblem(f"demo world: {directory} is not empty. Remove it, or name another folder.")
+    directory.mkdir(parents=True, exist_ok=True)
+    asked, taught = questions(seed, num_prompts)
+    rows = draw_corpus(taught, num_rows, seed)
+    corpus, prompts, reference = directory / "corpus.txt", directory / "prompts.jsonl", directory / "reference"
+    corpus.write_text("".join(f"{question.prompt}\t{answer.text}\n" for question, answer in rows), encoding="utf-8")
+    prompts.write_text("".join(json.dumps({"prompt": q.prompt}) + "\n" for q in asked), encoding="utf-8")
+
+    tokenizer = build_tokenizer()
+    model, lm_loss = train_language_model(rows, tokenizer, epochs=3, seed=seed)
+    save_model(model, tokenizer, reference)
+    encode = Formatter(tokenizer).full_ids
+    fits = {
+        name: fit_score_model(
+            reference, draw_pairs(taught, 4000, seed, value), directory / name, encode=encode, lr=1e-3, seed=seed
+        )
+        for name, value in (("reward", "helpfulness"), ("safety", "safety"))
+    }
+    facts: dict[str, Any] = {"seed": seed, "lm_loss": lm_loss, "grammar_entropy": grammar_entropy()}
+    facts |= {f"{name}_pair_accuracy": fit.pair_accuracy for name, fit in fits.items()}
+    facts["seconds"] = round(time.monotonic() - start, 1)
+    (directory / "world.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return DemoWorld(
+        directory=directory,
+        reference=reference,
+        reward=fits["reward"].path,
+        safety=fits["safety"].path,
+        prompts=prompts,
+        corpus=corpus,
+        num_prompts=len(asked),
+        lm_loss=lm_loss,
+        grammar_entropy=facts["grammar_entropy"],
+        reward_fit=fits["reward"],
+        safety_fit=fits["safety"],
+        seconds=facts["seconds"],
+    )

@@ -1,0 +1,143 @@
+"""What can be known to be wrong before anything is computed: missing data, models, functions, DeepSpeed files."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from can_dist.config import METHODS, Config, DataSource, LogRatio, Model, Scorer
+from can_dist.endpoints import read_key
+from can_dist.errors import ConfigError
+from can_dist.modeling import quantized
+from can_dist.modeling.loading import check_trainable, check_vocabulary, model_digest, resolve_precision
+from can_dist.modeling.vllm_engine import check_installed
+from can_dist.scoring.log_ratio import check_same_text
+from can_dist.scoring.protocol import check_scorer_opens, scorer_identity
+from can_dist.stages.ingest import source_identity
+from can_dist.stages.train import refuse_requantizing
+from can_dist.training.deepspeed_config import build_ds_config, read_ds_config
+from can_dist.training.extensions import check_build_directories
+from can_dist.training.trackers import check_trackers
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def preflight(config: Config) -> None:
+    """Raise the error that a later stage would meet after hours, now.
+
+    Raises
+    ------
+    DataError
+        When a data source or model does not exist, a tokenizer is not its model's, a scorer's model is not what its
+        kind says, or an aligned policy reads text unlike the reference.
+    ConfigError
+        When a Python scorer cannot be imported, a guard's verdicts are no tokens, the DeepSpeed file is not usable, the
+        reference is stored quantized, the package of an engine, of 4-bit weights or of a tracker is not installed, or
+        code of a hub model that is not pinned is to be run.
+    EnvironmentProblem
+        When the key of an endpoint is not in the environment, vLLM needs GPUs and the actors get none, or training
+        would wait for the lock of a killed build, or load extensions that others can write.
+    """
+    if "RANK" not in os.environ:  # launched ranks look together, each on its node, and fail together
+        check_build_directories()
+    for source in _sources(config).values():
+        source_identity(source)
+    if config.train.ds_config is not None:
+        build_ds_config(read_ds_config(config.train.ds_config), config.train, resolve_precision(config.precision))
+    check_trackers(config.train.trackers)
+    for key, model in _models(config).items():
+        _check_remote_code(key, model)
+    if config.train.lora is not None and config.train.lora.quantize is not None:
+        _check_quantize(config)
+    model_digest(config.reference)
+    check_vocabulary(config.reference)
+    check_trainable(config.reference)
+    if config.generate.engine == "vllm":
+        check_installed(config.cluster.gpus_per_actor)
+    if config.generate.endpoint is not None:
+        read_key(f"generate.endpoint {config.generate.endpoint.model}", config.generate.endpoint)
+    for scorer in (config.reward, *(constraint.scorer for constraint in config.constraints.values())):
+        if isinstance(scorer, LogRatio):
+            _check_log_ratio(scorer, config.reference)
+            continue
+        scorer_identity(scorer, resolve_precision(config.precision))
+        check_scorer_opens(scorer)
+
+
+def _check_quantize(config: Config) -> None:
+    """Raise ``ConfigError`` where a base in 4 bits is asked for and cannot be had."""
+    quantized.check_installed()
+    if ratios := [key for key, scorer in _scorers(config).items() if isinstance(scorer, LogRatio)]:
+        raise ConfigError(
+            f"train.lora.quantize: not offered with log-ratios ({', '.join(ratios)}), whose ln π_ref is that of the "
+            "whole reference, not of the 4-bit base that would be trained. Leave quantize out."
+        )
+    if METHODS[config.method].trains_from_trained:
+        raise refuse_requantizing(f"method {config.method} trains on from a policy that it trained")
+
+
+def check_pinned(config: Config) -> None:
+    """Raise ``ConfigError`` where ``pinned`` asks for commits and a model or data set of the hub has none."""
+    if not config.pinned:
+        return
+    named = {key: (model.model, model.revision) for key, model in _models(config).items()}
+    named |= {key: (source.source, source.revision) for key, source in _sources(config).items()}
+    floating = [
+        f"{key}: {name} at revision {revision or 'none'}"
+        for key, (name, revision) in named.items()
+        if not Path(name).expanduser().exists() and not COMMIT.fullmatch(revision or "")
+    ]
+    if floating:
+        listed = "\n".join(f"  {line}" for line in floating)
+        raise ConfigError(
+            f"pinned: {len(floating)} model(s) and data set(s) of the hub would be whatever they are today:\n{listed}\n"
+            "  Give each its commit (40 hexadecimal digits) as revision: `python recipes/pin.py FILE` asks the hub and "
+            "writes them into FILE. Or set pinned to false."
+        )
+
+
+def _scorers(config: Config) -> dict[str, Scorer]:
+    return {"reward": config.reward, **{f"constraints.{n}.scorer": c.scorer for n, c in config.constraints.items()}}
+
+
+def _sources(config: Config) -> dict[str, DataSource]:
+    """Return every data set that a configuration names, by its key."""
+    sources = {
+        "prompts": config.prompts,
+        "label.preferences": config.label.preferences,
+        "sacpo.first.preferences": config.sacpo.first.preferences,
+        "sacpo.second.preferences": config.sacpo.second.preferences,
+        "evaluate.benign_prompts": config.evaluate.benign_prompts,
+        "generate.responses": config.generate.responses,
+    }
+    for key, scorer in _scorers(config).items():
+        if isinstance(scorer, LogRatio):
+            sources[f"{key}.preferences"] = scorer.preferences
+    return {key: source for key, source in sources.items() if source is not None}
+
+
+def _models(config: Config) -> dict[str, Model]:
+    """Return every model that a configuration names, by its key."""
+    models: dict[str, Model] = {"reference": config.reference}
+    for key, scorer in _scorers(config).items():
+        if isinstance(scorer, Model):
+            models[key] = scorer
+        elif isinstance(scorer, LogRatio) and scorer.model is not None:
+            models[f"{key}.model"] = scorer.model
+    return models
+
+
+def _check_remote_code(key: str, model: Model) -> None:
+    if not model.trust_remote_code or Path(model.model).expanduser().is_dir() or COMMIT.fullmatch(model.revision or ""):
+        return
+    raise ConfigError(
+        f"{key}.trust_remote_code: runs whatever code {model.model!r} on the hub holds on the day; revision is "
+        f"{model.revision!r}. Read the code of one commit and give its 40 hexadecimal digits as {key}.revision."
+    )
+
+
+def _check_log_ratio(scorer: LogRatio, reference: Model) -> None:
+    if scorer.model is not None:
+        model_digest(scorer.model)
+        check_same_text(scorer.model, reference)

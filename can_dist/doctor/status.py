@@ -1,0 +1,226 @@
+"""Where a run is: read from what it leaves in its directory, while it goes on or after it was killed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from can_dist.config.methods import DEFAULT_METHOD, METHODS
+from can_dist.errors import DataError
+from can_dist.tables.artifacts import MANIFEST, STAGE
+from can_dist.tables.quarantine import QUARANTINED
+from can_dist.training.metrics import METRICS, RESUMED, read_metrics
+from can_dist.workspace import LOG, Owner, read_owner
+
+CONFIG = "config.yaml"
+SILENT_S = 1800.0
+
+
+def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
+    """Return where a run is, as plain data: its owner, its stages, its last error, and what to do next.
+
+    ``state`` of a stage is ``finished``, ``in progress`` (``interrupted`` when no process works on it) or
+    ``not started``. Nothing is written, and no lock is taken.
+
+    Raises
+    ------
+    DataError
+        When the directory holds no run.
+    """
+    if not (run / LOG).is_file():
+        raise DataError(f"{run}: holds no run ({LOG} is missing). Give the directory that --run named.")
+    now = time.time() if now is None else now
+    owner, events = read_owner(run), read_events(run / LOG)
+    session = events[max((n for n, event in enumerate(events) if event.get("event") == "began"), default=0) :]
+    works = owner is not None and owner.alive is not False
+    stages = [_stage(run, name, events, now, works) for name in _artifacts(session)]
+    method = _method(run)
+    own = METHODS[method].stages if method in METHODS else ()
+    begun = {stage["stage"] for stage in stages}
+    ended = any(event.get("event") == "ended" for event in session)
+    stages += [{"stage": name, "state": "not started"} for name in own if name not in begun and not ended]
+    return {
+        "run": str(run),
+        "method": method,
+        "owner": None if owner is None else vars(owner),
+        "stages": stages,
+        "last_error": _last_error(session),
+        "next": _next(run, owner, stages, ended),
+    }
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the events of a log; a last line that is being written, or that a kill cut, is left out."""
+    events = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    return events
+
+
+def _artifacts(session: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the artifact directories that a session came to, in its order, once each."""
+    return list(dict.fromkeys(str(event["artifact"]) for event in session if event.get("artifact")))
+
+
+def _method(run: Path) -> str:
+    from can_dist.config.yaml_files import read_yaml
+
+    path = run / CONFIG
+    return str(read_yaml(path).get("method", DEFAULT_METHOD)) if path.is_file() else DEFAULT_METHOD
+
+
+def _stage(run: Path, name: str, events: Sequence[Mapping[str, Any]], now: float, works: bool) -> dict[str, Any]:
+    directory, about = run / name, [event for event in events if event.get("artifact") == name]
+    labels = [event["label"] for event in about if "label" in event]
+    stage = {"stage": name.rpartition("-")[0], "label": labels[-1] if labels else "", "artifact": name}
+    if (directory / MANIFEST).is_file():
+        seconds = [event["seconds"] for event in about if event.get("event") == "done"]
+        return {**stage, "state": "finished", **({"seconds": seconds[-1]} if seconds else {}), **_rows(directory)}
+    stage["state"] = "in progress" if works else "interrupted"
+    progress = _training(directory, about, now) if stage["stage"] == "train" else _shards(directory, about, events, now)
+    return {**stage, **progress, "heartbeat_s": _heartbeat(directory, now)}
+
+
+def _shards(
+    directory: Path, about: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]], now: float
+) -> dict[str, Any]:
+    """Return how far a sharded stage is; rate and remaining time of what was done since it last began."""
+    begun = [event for event in about if event.get("event") == "shards"]
+    if not begun:
+        return {}
+    last = begun[-1]
+    done = len(list(directory.glob("part-*.arrow")))
+    total, fresh, seconds = last["done"] + last["waiting"], done - last["done"], now - last["time"]
+    deaths = [e for e in events if e.get("event") == "actor died" and e["work"] == last["work"]]
+    progress = {"shards_done": done, "shards_total": total, "actor_deaths": len(deaths), "starts": len(begun)}
+    left_out = [e["row"] for e in events if e.get("event") == "quarantined" and e["work"] == last["work"]]
+    progress["quarantined"] = len(set(left_out))
+    if fresh > 0 and seconds > 0:
+        rate = fresh / seconds
+        progress |= {"shards_per_minute": round(60 * rate, 2), "eta_s": round((total - done) / rate)}
+    return progress
+
+
+def _rows(directory: Path) -> dict[str, Any]:
+    """Return the rows of a finished table, and how many more went in and were quarantined."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        rows = [entry["rows"] for entry in manifest["files"] if "rows" in entry]
+        return {"rows": sum(rows), "quarantined": len(manifest["info"].get(QUARANTINED, {}))} if rows else {}
+    except (ValueError, KeyError, TypeError, AttributeError):  # `verify` tells of a damaged manifest
+        return {}
+
+
+def _training(directory: Path, about: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
+    """Return the last logged step of a training, of how many, its loss, and the remaining time."""
+    begun = [event for event in about if event.get("event") == "started"]
+    lines = read_metrics(directory / METRICS)
+    steps = [line for line in lines if "loss" in line]
+    progress: dict[str, Any] = {"starts": len(begun)}
+    checkpoints = sorted(path.parent.name for path in directory.glob("checkpoints/step-*/COMMIT.json"))
+    if checkpoints:
+        progress["checkpoint"] = checkpoints[-1]
+    if not begun:
+        return progress
+    progress["steps_total"] = total = begun[-1].get("steps")
+    if steps:
+        progress |= {"step": int(steps[-1]["step"]), "loss": steps[-1]["loss"]}
+        first = max((int(line[RESUMED]) for line in lines if RESUMED in line), default=0)
+        fresh, seconds = progress["step"] - first, now - begun[-1]["time"]
+        if total and fresh > 0 and seconds > 0:
+            progress["eta_s"] = round((total - progress["step"]) * seconds / fresh)
+    return progress
+
+
+def _heartbeat(directory: Path, now: float) -> float | None:
+    """Return the seconds since anything was written in a stage's directory; every commit and log line is."""
+    times = [path.stat().st_mtime for path in (directory / STAGE, directory / METRICS) if path.is_file()]
+    if directory.is_dir():
+        times.append(directory.stat().st_mtime)
+    return round(max(0.0, now - max(times)), 1) if times else None
+
+
+def _last_error(session: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return how the newest process ended, when it was by an error."""
+    failed = [event for event in session if event.get("event") == "failed"]
+    return {key: failed[-1][key] for key in ("time", "error", "message")} if failed else None
+
+
+def _next(run: Path, owner: Owner | None, stages: Sequence[Mapping[str, Any]], ended: bool) -> str:
+    """Return the next command to give, or why there is none."""
+    again = f"can-dist run {run / CONFIG} --run {run}"
+    if owner is not None and owner.alive:
+        silent = [s for s in stages if s["state"] == "in progress" and (s.get("heartbeat_s") or 0) > SILENT_S]
+        if silent:
+            return f"kill {owner.process}  # nothing was written for {silent[0]['heartbeat_s']:.0f} s; then: {again}"
+        return "none: it is running"
+    if owner is not None and owner.alive is None:
+        return f"look on {owner.host} whether process {owner.process} is there; if it is gone: {again}"
+    if ended and all(stage["state"] == "finished" for stage in stages):
+        done = any(stage["stage"] == "evaluate" for stage in stages)
+        return f"can-dist verify {run}" if done else again
+    return again
+
+
+def format_status(status: Mapping[str, Any]) -> str:
+    """Return a status as text for people."""
+    owner = status["owner"]
+    lines = [f"{status['run']}: method {status['method']}"]
+    if owner is None:
+        lines.append("held by nobody")
+    else:
+        alive = {True: "alive", False: "gone", None: "on another machine"}[owner["alive"]]
+        lines.append(f"held by process {owner['process']} on {owner['host']} since {owner['since']}: {alive}")
+    rows = [
+        (s["state"], s["stage"] + (f" ({s['label']})" if s.get("label") else ""), _detail(s)) for s in status["stages"]
+    ]
+    width = max((len(name) for _, name, _ in rows), default=0)
+    lines += [f"  {state:<12} {name:<{width}}  {detail}".rstrip() for state, name, detail in rows]
+    if status["last_error"] is not None:
+        last = status["last_error"]
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last["time"]))
+        lines.append(f"last error ({when}): {last['error']}: {last['message']}")
+    return "\n".join([*lines, f"next: {status['next']}"])
+
+
+def _detail(stage: Mapping[str, Any]) -> str:
+    parts = []
+    if "seconds" in stage:
+        parts.append(f"{stage['seconds']:.0f} s")
+    if "shards_total" in stage:
+        parts.append(f"{stage['shards_done']} of {stage['shards_total']} shards")
+    if "shards_per_minute" in stage:
+        parts.append(f"{stage['shards_per_minute']:g} a minute")
+    if stage.get("step") is not None:
+        parts.append(f"step {stage['step']} of {stage['steps_total']}, loss {stage['loss']:.4f}")
+    if "checkpoint" in stage:
+        parts.append(f"checkpoint {stage['checkpoint']}")
+    if "eta_s" in stage and stage["state"] == "in progress":
+        parts.append(f"{_duration(stage['eta_s'])} to go")
+    if "rows" in stage:
+        asked = f" of {stage['rows'] + stage['quarantined']}" if stage["quarantined"] else ""
+        parts.append(f"{stage['rows']}{asked} rows")
+    if stage.get("quarantined"):
+        parts.append(f"{stage['quarantined']} quarantined")
+    if stage.get("actor_deaths"):
+        parts.append(f"{stage['actor_deaths']} actor(s) died")
+    if stage.get("starts", 0) > 1:
+        parts.append(f"start {stage['starts']}")
+    if stage.get("heartbeat_s") is not None:
+        parts.append(f"last written {_duration(stage['heartbeat_s'])} ago")
+    return ", ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    """'42 s', '7 min', '3.4 h'."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,162 @@
+"""What is measured of a policy: its scores against the reference's on the same prompts, as JSON-safe numbers.
+
+Tables of scores have ``prompt_id`` and a float column per score. The unit that was sampled is the prompt: a prompt's
+responses are averaged first, and every interval is over the P prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from scipy import stats
+
+from can_dist.config import Constraint
+from can_dist.dual import Interval
+from can_dist.measuring.tails import cvar, fraction_unsafe, over_refusal_rate, prompt_mean
+
+FloatArray = npt.NDArray[np.float64]
+
+CONFIDENCE = 0.95
+WORST_SHARE = 0.1
+SIDES = ("reference", "policy")
+
+
+def interval(values_P: FloatArray) -> dict[str, float]:
+    """Return mean, standard error and 95 % t-interval of one value per prompt."""
+    num_prompts = len(values_P)
+    mean, se = float(np.mean(values_P)), float(np.std(values_P, ddof=1) / np.sqrt(num_prompts))
+    reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, num_prompts - 1)) * se
+    return {"mean": mean, "se": se, "low": mean - reach, "high": mean + reach}
+
+
+def improvement(before: pa.Table, after: pa.Table, name: str) -> dict[str, float]:
+    """Return the paired improvement of a score's mean, policy minus reference, clustered by prompt."""
+    prompts, before_P = by_prompt(before, column(before, name))
+    same, after_P = by_prompt(after, column(after, name))
+    assert np.array_equal(prompts, same)
+    return interval(after_P - before_P)
+
+
+def verdict(realised: Mapping[str, float], margin: float, *, equal: bool = False) -> str:
+    """Say whether a margin was met, given the realised value's interval; ``equal``: exactly, on both sides."""
+    if equal and realised["low"] > margin:
+        return "not met"
+    if realised["low"] >= margin and not equal:
+        return "met"
+    return "met within the interval" if realised["high"] >= margin else "not met"
+
+
+def constraint_row(name: str, constraint: Constraint, before: pa.Table, after: pa.Table) -> dict[str, Any]:
+    """Set what was realised of one constraint against what the configuration asks for.
+
+    A margin is judged by the paired improvement, a threshold by the policy's own mean (``policy_mean``): the
+    reference's mean on the held-out prompts is an estimate too. ``margin`` of a threshold is measured from that mean.
+    """
+    realised = improvement(before, after, name)
+    centre = float(by_prompt(before, column(before, name))[1].mean())
+    policy_mean = interval(by_prompt(after, column(after, name))[1])
+    if constraint.margin is not None:
+        margin, found = constraint.margin, verdict(realised, constraint.margin, equal=constraint.equal)
+    else:
+        assert constraint.threshold is not None
+        margin = constraint.threshold - centre
+        found = verdict(policy_mean, constraint.threshold, equal=constraint.equal)
+    return {
+        "name": name,
+        "margin": margin,
+        "threshold": constraint.threshold,
+        "centre": centre,
+        "realised": realised,
+        "policy_mean": policy_mean,
+        "verdict": found,
+    }
+
+
+def win_rate(before: pa.Table, after: pa.Table, name: str) -> dict[str, float]:
+    """Return how often a policy's response scores above a reference's to the same prompt; ties count half."""
+    groups_before, groups_after = _groups(before, column(before, name)), _groups(after, column(after, name))
+    rates = []
+    for prompt_id, theirs in groups_before.items():
+        difference = groups_after[prompt_id][:, None] - theirs[None, :]
+        rates.append(float(np.mean(0.5 + 0.5 * np.sign(difference))))
+    return interval(np.array(rates))
+
+
+def safety_tails(before: pa.Table, after: pa.Table, constraints: Mapping[str, Constraint]) -> dict[str, Any]:
+    """Return by constraint what its mean does not tell: the share of unsafe responses, and the mean of the worst ones.
+
+    Unsafe is a score below the constraint's threshold, or below 0 where a margin is asked for. ``worst`` is the mean of
+    the lowest ``WORST_SHARE`` of the responses (CVaR).
+    """
+    tables = dict(zip(SIDES, (before, after), strict=True))
+    found: dict[str, Any] = {}
+    for name, constraint in constraints.items():
+        border = 0.0 if constraint.threshold is None else constraint.threshold
+        scored = {side: (column(table, name), ids(table)) for side, table in tables.items()}
+        found[name] = {
+            "border": border,
+            "worst_share": WORST_SHARE,
+            "unsafe": {side: record(fraction_unsafe(*one, threshold=border)) for side, one in scored.items()},
+            "worst": {side: record(cvar(*one, WORST_SHARE)) for side, one in scored.items()},
+        }
+    return found
+
+
+def lengths(table: pa.Table) -> dict[str, float]:
+    """Return the mean tokens of a response with its interval, and the share that was cut at the limit."""
+    cut = np.mean([reason == "length" for reason in table.column("finish_reason").to_pylist()])
+    return {**record(prompt_mean(column(table, "num_tokens"), ids(table))), "truncated_fraction": float(cut)}
+
+
+def refusals(responses: pa.Table) -> dict[str, float]:
+    """Return how often responses to benign prompts open like a refusal, with its interval."""
+    return record(over_refusal_rate(responses.column("text").to_pylist(), ids(responses)))
+
+
+def gains_table(before: pa.Table, after: pa.Table, names: list[str], kl_N: FloatArray) -> pa.Table:
+    """Return one row per prompt, in order of their ids: the mean of each score under reference and policy, and the KL.
+
+    Columns: ``prompt_id``, ``<score>.reference``, ``<score>.policy`` and ``kl``; ``kl_N`` belongs to ``after``.
+    """
+    prompts, kl_P = by_prompt(after, kl_N)
+    columns: dict[str, Any] = {"prompt_id": prompts.astype(str)}
+    for name in names:
+        for side, table in zip(SIDES, (before, after), strict=True):
+            same, columns[f"{name}.{side}"] = by_prompt(table, column(table, name))
+            assert np.array_equal(prompts, same)
+    return pa.table({**columns, "kl": kl_P})
+
+
+def column(table: pa.Table, name: str) -> FloatArray:
+    """Return a column's numbers."""
+    values: FloatArray = table.column(name).to_numpy()
+    return values
+
+
+def ids(table: pa.Table) -> npt.NDArray[Any]:
+    """Return each row's prompt id."""
+    found: npt.NDArray[Any] = table.column("prompt_id").to_numpy(zero_copy_only=False)
+    return found
+
+
+def by_prompt(table: pa.Table, values_N: FloatArray) -> tuple[npt.NDArray[Any], FloatArray]:
+    """Return (prompt ids sorted, mean of the values of each)."""
+    prompts, index_N = np.unique(ids(table), return_inverse=True)
+    return prompts, np.bincount(index_N, weights=values_N) / np.bincount(index_N)
+
+
+def record(found: Interval) -> dict[str, float]:
+    """Return an interval as JSON-safe numbers."""
+    return asdict(found)
+
+
+def _groups(table: pa.Table, values_N: FloatArray) -> dict[str, FloatArray]:
+    groups: dict[str, list[float]] = {}
+    for prompt_id, value in zip(ids(table).tolist(), values_N.tolist(), strict=True):
+        groups.setdefault(prompt_id, []).append(value)
+    return {prompt_id: np.array(values) for prompt_id, values in groups.items()}

@@ -1,0 +1,1 @@
+"""What is made of finished runs: comparisons, judgements, exports. Nothing here is an artifact."""

@@ -1,0 +1,273 @@
+"""What leaves a run: a policy or its adapter as a directory with a model card, and preferences for other trainers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from can_dist.errors import ConfigError, DataError, EnvironmentProblem
+from can_dist.reporting.model_card import model_card
+from can_dist.stages.report import REPORT, lineage_of, method_title
+from can_dist.stages.solve import load_solution
+from can_dist.tables.artifacts import MANIFEST, Artifact, atomic_file, load_artifact
+from can_dist.training import ADAPTER, POLICY
+
+PAIRED = ("sigmoid", "regression")
+"""The losses whose examples are pairs."""
+
+
+def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | None = None) -> Path:
+    """Write a policy, or the adapter it was merged from, with its model card into the new directory ``out``.
+
+    ``path`` is a run with one policy, or an artifact of the stages train, merge or evaluate. One file of weights is in
+    memory at a time where ``max_shard_mb`` asks for other files than those of the run, none otherwise.
+
+    Raises
+    ------
+    ConfigError
+        When ``out`` exists or cannot be made.
+    DataError
+        When there is no policy, several, or none with an adapter; or it is damaged.
+    """
+    if out.exists() or not out.absolute().parent.is_dir():
+        state = "already exists" if out.exists() else "has no parent directory"
+        raise ConfigError(f"--out {out}: {state}. Give a new directory inside an existing one.")
+    policy, evaluation = find_policy(path)
+    source = policy.path / (ADAPTER if adapter else POLICY)
+    if not source.is_dir():
+        raise DataError(f"{policy.path}: was trained without train.lora, so there is no adapter. Export the policy.")
+    policy.check()
+    report = evaluation.read_json(REPORT) if evaluation else None
+    card = model_card(_facts(policy, evaluation), report, adapter=adapter)
+    with tempfile.TemporaryDirectory(prefix=".tmp-export-", dir=out.absolute().parent) as scratch:
+        built = Path(scratch) / out.name
+        resharded = max_shard_mb is not None and not adapter
+        kept_out = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json") if resharded else None
+        shutil.copytree(source, built, ignore=kept_out)
+        if resharded and max_shard_mb is not None:
+            from can_dist.training.export import copy_in_shards
+
+            copy_in_shards(source, built, max_shard_mb * 10**6)
+        (built / "README.md").write_text(card, encoding="utf-8")
+        built.rename(out)
+    return out
+
+
+def find_policy(path: Path) -> tuple[Artifact, Artifact | None]:
+    """Return the policy at a path, and its evaluation where there is one.
+
+    Raises
+    ------
+    DataError
+        When there is none, several policies in a run, or several evaluations of the policy.
+    """
+    run = path.parent if (path / MANIFEST).is_file() else path
+    made = {name: [load_artifact(p.parent) for p in sorted(run.glob(f"{name}-*/{MANIFEST}"))] for name in STAGES}
+    if run != path:
+        one = load_artifact(path)
+        if one.stage not in STAGES:
+            raise DataError(f"{path}: an artifact of the stage {one.stage}, which holds no policy. Give one of train.")
+        return (one.input("policy"), one) if one.stage == "evaluate" else (one, _evaluation_of(one, made["evaluate"]))
+    evaluated = {one.input("policy").path for one in made["evaluate"]}
+    policies = sorted(evaluated) or [one.path for one in (*made["train"], *made["merge"])]
+    if len(policies) != 1:
+        names = ", ".join(policy.name for policy in policies) or "none"
+        raise DataError(f"{path}: expected one policy, found {names}. Give the path of the one that is meant.")
+    policy = load_artifact(policies[0])
+    return policy, _evaluation_of(policy, made["evaluate"])
+
+
+STAGES = ("train", "merge", "evaluate")
+
+
+def _evaluation_of(policy: Artifact, evaluations: list[Artifact]) -> Artifact | None:
+    found = [one for one in evaluations if one.manifest["inputs"]["policy"]["digest"] == policy.digest]
+    if len(found) > 1:
+        names = ", ".join(one.path.name for one in found)
+        raise DataError(f"{policy.path}: evaluated more than once ({names}). Give the path of the evaluation to show.")
+    return found[0] if found else None
+
+
+def adapters_text(lora: Mapping[str, Any] | None) -> str:
+    """Return what a model card says of the adapters of a training."""
+    if not lora:
+        return "none, every weight"
+    base = f", trained on (and fitting) the base in 4 bits, {lora['quantize']}" if lora.get("quantize") else ""
+    return f"LoRA r = {lora['r']}{base}, merged"
+
+
+def _facts(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
+    """Return what the model card says of where a policy comes from, all of it read from manifests."""
+    trained = policy
+    while trained.stage == "merge":
+        trained = trained.input("policy_a")
+    identity, summary = trained.manifest["identity"], trained.info["summary"]
+    solution = lineage_of(trained, trained).solution
+    lam = load_solution(solution).lam if solution else None
+    base = method = ""
+    made_from: list[tuple[str, str]] = []
+    if evaluation is not None:
+        report = evaluation.read_json(REPORT)
+        method = method_title(evaluation.info["method"], evaluation.info["variant"])
+        base = report["config"]["reference"]["model"]
+        source, count = report["config"]["prompts"]["source"], report["num_train_prompts"] or "all"
+        made_from += [("prompts", f"{_shown(source)}, {count} for training")]
+        made_from += [
+            (role, f"{_shown(one['model'])} ({one['digest'][:16]})") for role, one in report["models"].items()
+        ]
+        made_from += [("software", ", ".join(f"{name} {v}" for name, v in report["versions"].items()))]
+    options = identity["train"]
+    made_from += [
+        (
+            "training",
+            f"{summary['num_steps']} steps, {summary['num_examples']} examples, {summary['num_tokens']} tokens",
+        ),
+        ("learning rate", f"{options['learning_rate']:g}"),
+        ("adapters", adapters_text(options.get("lora"))),
+        ("text", "the tokenizer's chat template" if identity["template"] is None else repr(identity["template"])),
+        ("artifact", f"{policy.path.name} (manifest sha256 {policy.digest[:16]})"),
+    ]
+    return {
+        "title": ", ".join(filter(None, [Path(base).name or "A policy", method])),
+        "method": method,
+        "base": _shown(base),
+        "is_hub_model": bool(base) and _shown(base) == base,
+        "beta": identity["beta"],
+        "lam": lam,
+        "made_from": made_from,
+    }
+
+
+def _shown(source: str) -> str:
+    """Return the name of a hub repository, or the last part of a path: where it lay concerns nobody else."""
+    path = Path(source)
+    return path.name if path.exists() or path.is_absolute() or source.count("/") > 1 else source
+
+
+def push(directory: Path, repository: str) -> str:
+    """Upload an exported directory to a private repository of the hub; return its address.
+
+    Raises
+    ------
+    ConfigError
+        When ``repository`` is no name of one.
+    EnvironmentProblem
+        When there is no login, no network, the hub refuses, or the repository is there already and is public.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+
+    if huggingface_hub.get_token() is None:
+        raise EnvironmentProblem("--push: no login for the hub is found. Run 'hf auth login', or set HF_TOKEN.")
+    try:
+        made = huggingface_hub.create_repo(repository, private=True, exist_ok=True)
+        is_private = huggingface_hub.model_info(made.repo_id).private
+        if is_private:
+            huggingface_hub.upload_folder(repo_id=made.repo_id, folder_path=directory)
+    except HFValidationError as error:
+        raise ConfigError(f"--push {repository}: expected a name such as user/name. {_first_line(error)}") from None
+    except (HTTPError, OfflineModeIsEnabled, OSError) as error:  # HTTPError: of the client that the hub's package uses
+        raise EnvironmentProblem(
+            f"--push {repository}: the hub did not take it ({_first_line(error)}). {directory} is kept; upload it "
+            f"later with 'hf upload {repository} {directory}'."
+        ) from None
+    if not is_private:  # a repository that was there keeps what it is
+        raise EnvironmentProblem(
+            f"--push {repository}: this repository is there and is public. Nothing was uploaded, {directory} is kept. "
+            "Name another, or make it private."
+        )
+    return str(made)
+
+
+def _first_line(error: Exception) -> str:
+    token = os.environ.get("HF_TOKEN", "")
+    line = str(error).strip().partition("\n")[0]
+    return line.replace(token, "<HF_TOKEN>") if token else line
+
+
+# ----------------------------------------------------------------------------------------------------- preferences
+
+
+def export_preferences(path: Path, out: Path, *, split: str = "train") -> dict[str, int]:
+    """Write a run's preferences as a Parquet table that TRL reads; return the counts of rows and of what is left out.
+
+    Pairs become TRL's conversational preference format (``prompt``, ``chosen``, ``rejected``) with the probability
+    that the chosen one is better, ``p_chosen``, and ``score_chosen``, ``score_rejected`` where scores made the labels.
+    TRL reads a preference as certain: a pair with p = ½ says nothing there and is left out. KTO's examples become the
+    unpaired format (``prompt``, ``completion``, ``label``), with the ``weight`` of each.
+
+    Raises
+    ------
+    DataError
+        When there is no table of preferences, there are several, or it holds lists, which TRL has no format for.
+    """
+    preferences = _find_preferences(path)
+    loss = preferences.info["loss"]
+    if loss not in (*PAIRED, "kto"):
+        raise DataError(
+            f"{preferences.path}: its examples are lists of responses (label.labels: listwise), for which TRL has no "
+            "format. Label with soft, sampled or regression."
+        )
+    rows, counts = [], Counter({"rows": 0, "undecided": 0})
+    for example in preferences.table.to_pylist():
+        if example["split"] != split:
+            continue
+        row = _unpaired(example) if loss == "kto" else _paired(example, loss)
+        counts["rows" if row else "undecided"] += 1
+        rows += [row] if row else []
+    if not rows:
+        raise DataError(f"{preferences.path}: nothing to export of the split {split!r}.")
+    with atomic_file(out) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows), temporary)
+    return dict(counts)
+
+
+def _find_preferences(path: Path) -> Artifact:
+    inside = [path] if (path / MANIFEST).is_file() else [p.parent for p in sorted(path.glob(f"label-*/{MANIFEST}"))]
+    found = [one for one in map(load_artifact, inside) if one.stage == "label"]
+    if len(found) != 1:
+        names = ", ".join(one.path.name for one in found) or "none"
+        raise DataError(
+            f"{path}: expected one table of preferences, found {names}. Give the path of a label-... artifact."
+        )
+    return found[0]
+
+
+def _paired(example: dict[str, Any], loss: str) -> dict[str, Any] | None:
+    """Return the pair with the better response as chosen; None for a tie. A target is p, or a score for regression."""
+    a, b = example["target"]
+    if a == b:
+        return None
+    better = int(b > a)
+    texts, scores = example["texts"], example["scores"]
+    row = {
+        "prompt": example["messages"],
+        "chosen": _said(texts[better]),
+        "rejected": _said(texts[1 - better]),
+        "example_id": example["example_id"],
+    }
+    if loss == "sigmoid":
+        row["p_chosen"] = max(a, b)
+    return row | ({"score_chosen": scores[better], "score_rejected": scores[1 - better]} if scores else {})
+
+
+def _unpaired(example: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt": example["messages"],
+        "completion": _said(example["texts"][0]),
+        "label": example["target"][0] > 0,
+        "weight": example["weight"],
+        "example_id": example["example_id"],
+    }
+
+
+def _said(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]

@@ -1,0 +1,1 @@
+"""The figures: each one small SVG, or a file of its own."""

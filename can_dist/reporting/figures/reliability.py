@@ -1,0 +1,67 @@
+"""Does a score mean what its labels take it to mean? Predicted against observed preferences, as trained and scaled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import expit
+
+from can_dist.reporting.figures.frontier import BLUE, GREY, ORANGE, STYLE
+
+SIZE_IN = (3.5, 3.3)
+MAX_BINS, PAIRS_PER_BIN = 10, 20
+Z_95 = 1.959964
+
+
+def draw_reliability(gap_N: np.ndarray, preferred_N: np.ndarray, scale: float, scale_se: float, path: Path) -> None:
+    """Draw into ``path`` (SVG) how often people prefer the response that the score prefers, over σ(|a·gap|).
+
+    ``gap_N`` is s(first) − s(second) of held-out pairs with a = 1, ``preferred_N`` whether people preferred the first.
+    Bins hold equally many pairs; the bars are 95 % Wilson intervals that take the pairs as independent.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(SIZE_IN, layout="constrained")
+        ax = figure.subplots()
+        ax.plot(
+            [0.5, 1], [0.5, 1], color=GREY, linewidth=0.8, linestyle=(0, (1, 1.5)), label="people agree as predicted"
+        )
+        agrees_N = (gap_N > 0) == preferred_N
+        decided_N = gap_N != 0
+        for a, colour, marker, face, name in (
+            (1.0, ORANGE, "D", "white", "as trained, a = 1"),
+            (scale, BLUE, "o", BLUE, f"calibrated, a = {scale:.3g} ± {scale_se:.2g}"),
+        ):
+            _points(ax, expit(a * np.abs(gap_N[decided_N])), agrees_N[decided_N], colour, marker, face, name)
+        low = min(0.5, ax.get_ylim()[0])
+        ax.set(xlim=(0.49, 1.01), ylim=(max(0.0, low), 1.02))
+        ax.set_xlabel("predicted share that prefers the higher score, σ(a·|Δs|)")
+        ax.set_ylabel("share of people who do")
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left")
+        # no date: the same pairs give the same bytes
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def reliability_bins(predicted_N: np.ndarray, agrees_N: np.ndarray) -> np.ndarray:
+    """Return per bin (mean prediction, observed share, low, high), (bins, 4), in bins of equally many pairs."""
+    order = np.argsort(predicted_N, kind="stable")
+    num_bins = int(np.clip(len(order) // PAIRS_PER_BIN, 1, MAX_BINS))
+    rows = []
+    for members in np.array_split(order, num_bins):
+        n, share = len(members), float(np.mean(agrees_N[members]))
+        centre = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
+        reach = Z_95 / (1 + Z_95**2 / n) * np.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
+        rows.append((float(np.mean(predicted_N[members])), share, centre - reach, centre + reach))
+    return np.array(rows)
+
+
+def _points(
+    ax: Any, predicted_N: np.ndarray, agrees_N: np.ndarray, colour: str, marker: str, face: str, name: str
+) -> None:
+    x, share, low, high = reliability_bins(predicted_N, agrees_N).T
+    ax.vlines(x, low, high, color=colour, linewidth=1.1)
+    ax.plot(x, share, marker, color=colour, markerfacecolor=face, markersize=4.5, label=name)

@@ -1,0 +1,161 @@
+"""prompts → responses without sampling: texts that the user brings, tokenised as the reference would have written them.
+
+Training needs token ids, and a text has several tokenisations of which its author sampled one. Ours is the
+tokenizer's own, read back and compared, so scores and log-probabilities are of one text; ln π_ref is that of these
+tokens. For the dual's mean under π_ref to hold, the texts must be samples of the reference.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from can_dist.config import DataSource, Model
+from can_dist.errors import DataError
+from can_dist.modeling.loading import context_length, load_model_config, load_tokenizer, model_digest
+from can_dist.stages.generate import commit_responses, prompts_of_split
+from can_dist.stages.ingest import SHARD_ROWS, source_identity
+from can_dist.tables.artifacts import Artifact, write_part
+from can_dist.tables.foreign.formats import prompt_id
+from can_dist.tables.foreign.rows import prompt_with_responses
+from can_dist.tables.foreign.sources import open_shards
+from can_dist.tables.schemas import RESPONSES
+from can_dist.workspace import Workspace
+
+if TYPE_CHECKING:
+    from can_dist.modeling.formatter import Formatter
+
+COLUMNS = ("prompt", "responses")
+
+
+def bring_responses(work: Workspace, reference: Model, prompts: Artifact, source: DataSource) -> Artifact:
+    """Return the ``responses`` of the training prompts as a data set has them, K for each prompt.
+
+    A row has a ``prompt`` (text, or a list of messages) and ``responses`` (a list of texts); several rows of one
+    prompt add up. Rows are joined to the prompts by what the prompt says. Rows of other prompts are left out.
+
+    Raises
+    ------
+    DataError
+        When a training prompt has another number of responses than ``generate.num_responses``, or a response does not
+        fit the reference's context or vocabulary; ids are listed.
+    """
+    num_responses = work.config.generate.num_responses
+    what = {
+        "source": source_identity(source),
+        "model": model_digest(reference),
+        "template": reference.template,
+        "num_responses": num_responses,
+    }
+    stage = work.open("generate", "reference on train", what, {"prompts": prompts})
+    if stage.finished:
+        return stage.finished
+    texts, num_rows = read_responses(source)
+    table = prompts_of_split(prompts.path, "train")
+    rows = table.to_pylist()
+    used = {prompt_id(row["messages"]) for row in rows} & texts.keys()
+    work.say(
+        f"{source.source}: {num_rows} rows, {sum(map(len, texts.values()))} responses to {len(texts)} prompts, of "
+        f"which {len(used)} are among the {len(rows)} training prompts"
+    )
+    _check_complete(rows, texts, num_responses, source.source)
+    token_rows = [
+        response_row(row, k, text, "given") for row in rows for k, text in enumerate(texts[prompt_id(row["messages"])])
+    ]
+    tokenise(reference, *open_formatter(reference), token_rows, source.source)
+    starts = range(0, len(token_rows), SHARD_ROWS)
+    for part, first in enumerate(starts):
+        write_part(stage.path, part, pa.Table.from_pylist(token_rows[first : first + SHARD_ROWS], schema=RESPONSES))
+    return commit_responses(stage, reference, len(rows), range(len(starts)))
+
+
+def read_responses(source: DataSource) -> tuple[dict[str, list[str]], int]:
+    """Return the responses by the id of their prompt's content, in file order, and the number of rows read."""
+    texts: dict[str, list[str]] = {}
+    num_rows = 0
+    for shard in open_shards(source.source, split=source.split, subset=source.subset, revision=source.revision):
+        if missing := [name for name in COLUMNS if name not in shard.columns]:
+            raise DataError(
+                f"{shard.name}: no column {' or '.join(map(repr, missing))}. Columns found: "
+                f"{', '.join(shard.columns)}. Expected prompt (text or messages) and responses (a list of texts)."
+            )
+        for number, row in enumerate(shard.rows(COLUMNS)):
+            messages, responses = prompt_with_responses(row, f"{shard.name}, row {number}")
+            texts.setdefault(prompt_id(messages), []).extend(responses)
+            num_rows += 1
+    return texts, num_rows
+
+
+def _check_complete(
+    rows: Sequence[Mapping[str, Any]], texts: Mapping[str, Sequence[str]], num_responses: int, source: str
+) -> None:
+    counts = {row["prompt_id"]: len(texts.get(prompt_id(row["messages"]), ())) for row in rows}
+    wrong = {key: count for key, count in counts.items() if count != num_responses}
+    if not wrong:
+        return
+    found = ", ".join(f"{number} prompts with {count}" for count, number in sorted(Counter(counts.values()).items()))
+    raise DataError(
+        f"{source}: {len(wrong)} of {len(rows)} training prompts have not generate.num_responses = {num_responses} "
+        f"responses: {', '.join(f'{key} ({count})' for key, count in list(wrong.items())[:5])}. Found: {found}. "
+        "Complete them or set generate.num_responses; a row belongs to the prompt whose text is the same, letter by "
+        "letter."
+    )
+
+
+def response_row(prompt: Mapping[str, Any], k: int, text: str, finish_reason: str) -> dict[str, Any]:
+    """Return the row of response ``k`` of a prompt, without tokens yet."""
+    return {
+        "prompt_id": prompt["prompt_id"],
+        "response_id": f"{prompt['prompt_id']}/{k}",
+        "messages": prompt["messages"],
+        "text": text.strip(),
+        "finish_reason": finish_reason,
+    }
+
+
+def open_formatter(reference: Model) -> tuple[Formatter, int]:
+    """Return what turns the reference's texts into tokens, and its context in tokens."""
+    from can_dist.modeling.formatter import Formatter
+
+    longest = context_length(load_model_config(reference, "causal language model"))
+    return Formatter(load_tokenizer(reference), reference.template), longest
+
+
+def tokenise(reference: Model, formatter: Formatter, longest: int, rows: Sequence[dict[str, Any]], source: str) -> None:
+    """Add ``token_ids`` and ``num_tokens`` to rows of responses; one that ended by itself has its end token.
+
+    Raises
+    ------
+    DataError
+        When tokens read back as another text, or do not fit the reference's context (``longest``) with their prompt.
+    """
+    unread, too_long = [], []
+    for row in rows:
+        row["token_ids"] = _tokens(formatter, row)
+        row["num_tokens"] = len(row["token_ids"])
+        read = formatter.tokenizer.decode(row["token_ids"], skip_special_tokens=True)
+        if "".join(read.split()) != "".join(row["text"].split()):  # tokenizers may tidy white space
+            unread.append(f"{row['response_id']} ({row['text'][:40]!r} reads back as {read[:40]!r})")
+        length = len(formatter.prompt_ids(row["messages"])) + row["num_tokens"]
+        if length > longest:
+            too_long.append(f"{row['response_id']} ({length} tokens)")
+    if unread:
+        raise DataError(
+            f"{source}: {len(unread)} of {len(rows)} responses are another text in the tokens of {reference.model!r}: "
+            f"{'; '.join(unread[:3])}. Remove these prompts, or give the reference that wrote the responses."
+        )
+    if too_long:
+        raise DataError(
+            f"{source}: {len(too_long)} of {len(rows)} responses do not fit the context of {reference.model!r} with "
+            f"their prompts ({longest} tokens): {', '.join(too_long[:5])}. Shorten or remove them."
+        )
+
+
+def _tokens(formatter: Formatter, row: Mapping[str, Any]) -> list[int]:
+    if row["finish_reason"] != "length":
+        return formatter.response_ids(row["messages"], row["text"])
+    ids: list[int] = formatter.tokenizer(row["text"], add_special_tokens=False).input_ids  # it was cut: no end token
+    return ids

@@ -1,0 +1,259 @@
+"""The record of an evaluation: everything that the report, the comparison and the model card show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from can_dist.config import METHODS, Constraint, identity
+from can_dist.measuring.examination import examine
+from can_dist.measuring.gains import (
+    by_prompt,
+    column,
+    constraint_row,
+    improvement,
+    interval,
+    lengths,
+    refusals,
+    safety_tails,
+    win_rate,
+)
+from can_dist.measuring.predicted import held_out_prediction, multipliers, prediction_source, predictions, score_table
+from can_dist.stages.solve import load_solution
+from can_dist.tables.artifacts import Artifact
+from can_dist.tables.quarantine import quarantined, scored_responses
+from can_dist.training import CURVE
+from can_dist.training.metrics import loss_above_start
+from can_dist.workspace import Workspace
+
+REPORT, PAGE = "report.json", "report.html"
+PACKAGES = ("can-dist", "torch", "transformers", "deepspeed", "ray", "numpy", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The artifacts an evaluation sets beside the policy; those of a dual are None where the method has none.
+
+    ``solution`` is the one the policy's preferences were labelled with, ``train_scores`` the table that gave it.
+    """
+
+    policy: Artifact
+    prompts: Artifact
+    solution: Artifact | None = None
+    train_scores: Artifact | None = None
+
+
+def lineage_of(policy: Artifact, prompts: Artifact) -> Lineage:
+    """Find the dual's solution that a policy's preferences were labelled with, and the scores that gave it, if any."""
+    found = policy
+    for name in ("preferences", "solution"):
+        if name not in found.manifest["inputs"]:
+            return Lineage(policy, prompts)
+        found = found.input(name)
+    return Lineage(policy, prompts, found, found.input("scores"))
+
+
+def method_title(method: str, variant: str = "") -> str:
+    """Return a method's name as the papers write it, with the variant in brackets: 'P-SACPO (q=0.25)'."""
+    title = METHODS[method].title
+    return f"{title} ({variant})" if variant else title
+
+
+def build_report(
+    work: Workspace, inputs: Mapping[str, Artifact], constraints: Mapping[str, Constraint], reward: str, variant: str
+) -> dict[str, Any]:
+    """Compute every number of the report from the committed tables."""
+    before, after = inputs["scores_before"].table, inputs["scores_after"].table
+    names = [reward, *constraints]
+    dual = _dual(inputs, before, reward, work.config.method)
+    kl = dual["kl"] | {"realised": interval(by_prompt(after, log_ratio(after))[1])}
+    title = method_title(work.config.method, variant)
+    return {
+        "format_version": 3,
+        "title": f"{title}: predicted and realised" if dual["prediction"] else f"{title}: measured",
+        "method": work.config.method,
+        "variant": variant,
+        "name": title,
+        "beta": work.config.beta,
+        "num_train_prompts": dual["num_prompts"],
+        "num_test_prompts": inputs["responses_before"].info["num_prompts"],
+        "num_responses": work.config.generate.num_responses if dual["solution"] else None,
+        "models": _models(inputs),
+        "solution": dual["solution"],
+        "examination": dual["examination"],
+        "prediction": dual["prediction"],
+        "unpredicted": dual["unpredicted"],
+        "constraints": [
+            constraint_row(name, one, before, after) | dual["lam"].get(name, {}) | dual["scores"].get(name, {})
+            for name, one in constraints.items()
+        ],
+        "reward": {"name": reward, **dual["scores"].get(reward, {}), "realised": improvement(before, after, reward)},
+        "kl": kl,
+        "win_rate": {name: win_rate(before, after, name) for name in names},
+        "tails": safety_tails(before, after, constraints),
+        "refusals": _refusals(inputs),
+        "lengths": {"reference": lengths(before), "policy": lengths(after)},
+        "scores": {
+            name: {"reference": column(before, name).tolist(), "policy": column(after, name).tolist()} for name in names
+        },
+        "training": _training(inputs["policy"]),
+        "counts": _counts(inputs),
+        "warnings": _warnings(work, before, after) + _drift(kl, inputs["policy"]),
+        "samples": _samples(inputs, names, work.config.evaluate.num_samples),
+        "config": identity(work.config, exclude=["cluster", "methods"]),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _dual(inputs: Mapping[str, Artifact], before: pa.Table, reward: str, method: str) -> dict[str, Any]:
+    """Return what the dual says of this policy: its solution, its examination, and what it predicted by score."""
+    found: dict[str, Any] = {"solution": None, "examination": None, "prediction": None, "unpredicted": None}
+    found |= {"lam": {}, "scores": {}, "kl": {}, "num_prompts": None}
+    if "solution" not in inputs:
+        return found | {"unpredicted": _why_unpredicted(method)}
+    solution = load_solution(inputs["solution"])
+    log_weight = inputs["solution"].manifest["identity"]["log_weight"]
+    table = score_table(inputs["train_scores"].table, reward, solution, log_weight)
+    examination = examine(table, solution, reward_name=reward)
+    found |= {"solution": solution.to_dict(), "examination": examination, "lam": multipliers(solution)}
+    found["num_prompts"] = solution.diagnostics["num_prompts"]
+    solved, measured = (inputs[name].info["scorers"] for name in ("train_scores", "scores_before"))
+    if any(solved[name] != measured.get(name) for name in (reward, *solution.lam)):
+        unpredicted = "λ* was solved with other scores than those measured here, so its prediction is in other units."
+        return found | {"unpredicted": unpredicted}
+    scores, kl = predictions(held_out_prediction(before, reward, solution), examination, reward, solution)
+    return found | {"prediction": prediction_source(examination, solution, before), "scores": scores, "kl": kl}
+
+
+def _why_unpredicted(method: str) -> str:
+    """Return why a policy that was not labelled with a dual's own solution has no prediction beside it."""
+    title = method_title(method)
+    if METHODS[method].steers:
+        return (
+            f"{title} chose this policy’s λ by what its trained policies measured, not by the dual, so what the dual "
+            "predicts of λ* is no prediction of it; the trajectory in the run directory has what each round measured."
+        )
+    return f"{title} trained this policy for no dual’s solution, so nothing predicted it."
+
+
+def log_ratio(after: pa.Table) -> np.ndarray:
+    """Return ln π(y|x) − ln π_ref(y|x) of the policy's own responses; its mean is the KL divergence."""
+    return column(after, "logp.policy") - column(after, "logp.reference")
+
+
+def _refusals(inputs: Mapping[str, Artifact]) -> dict[str, Any] | None:
+    if "benign_before" not in inputs:
+        return None
+    before, after = inputs["benign_before"], inputs["benign_after"]
+    rates = {"reference": refusals(before.table), "policy": refusals(after.table)}
+    return {"num_prompts": before.info["num_prompts"], **rates}
+
+
+def _training(policy: Artifact) -> dict[str, Any] | None:
+    """Return the losses of the training that made the policy; None for one that was not trained but merged."""
+    if "summary" not in policy.info:
+        return None
+    curve, summary = policy.read_json(CURVE), policy.info["summary"]
+    return {
+        "num_steps": summary["num_steps"],
+        "loss": curve["loss"],
+        "eval_loss": curve["eval_loss"],
+        "tokens": summary["num_tokens"],
+    }
+
+
+def _counts(inputs: Mapping[str, Artifact]) -> dict[str, int]:
+    """Return what became of every response (in = scored + quarantined) and of the training examples."""
+    named = {
+        "train_scores": "training responses",
+        "scores_before": "held-out responses of the reference",
+        "scores_after": "held-out responses of the policy",
+    }
+    counts: dict[str, int] = {}
+    for name, what in named.items():
+        if name in inputs:
+            scored, left_out = inputs[name].num_rows, len(quarantined(inputs[name]))
+            counts |= {what: scored + left_out, f"{what}, scored": scored, f"{what}, quarantined": left_out}
+    if "preferences" in inputs["policy"].manifest["inputs"]:
+        labelled = inputs["policy"].input("preferences").info["counts"]
+        counts |= {f"preferences: {reason}": number for reason, number in labelled.items()}
+    return counts
+
+
+def _models(inputs: Mapping[str, Artifact]) -> dict[str, dict[str, str]]:
+    scorers = inputs["scores_after"].info["scorers"]
+    models = {"policy": {"model": inputs["policy"].path.name, "digest": inputs["policy"].digest}}
+    for name, info in scorers.items():
+        if name != "logp.policy":
+            role = "reference" if name == "logp.reference" else name
+            models[role] = {"model": info["model"], "digest": str(info.get("weights") or info.get("source"))}
+    return models
+
+
+def _warnings(work: Workspace, before: pa.Table, after: pa.Table) -> list[str]:
+    warnings = []
+    options = work.config.generate
+    if options.temperature != 1 or options.top_p != 1:
+        warnings.append(
+            f"Responses were sampled with temperature {options.temperature} and top-p {options.top_p}: not from the "
+            "models themselves, so the KL divergence shown is that of the sampled text under the untempered models."
+        )
+    means = {}
+    for who, table in (("reference", before), ("policy", after)):
+        found = lengths(table)
+        means[who] = found["mean"]
+        if found["truncated_fraction"] > 0.05:
+            warnings.append(
+                f"{found['truncated_fraction']:.0%} of the {who}'s responses were cut at generate.max_new_tokens = "
+                f"{options.max_new_tokens}; their scores may depend on what is missing."
+            )
+    longer = means["policy"] / max(means["reference"], 1.0)
+    if not 0.67 < longer < 1.5:
+        warnings.append(
+            f"The policy's responses are {longer:.2f} times as long as the reference's: look for length bias."
+        )
+    return warnings
+
+
+def _drift(kl: Mapping[str, Any], policy: Artifact) -> list[str]:
+    """Pairs fix only differences of log-ratios, so a policy can fit them and still leave the reference behind."""
+    warnings = []
+    predicted, realised = kl.get("predicted"), kl["realised"]
+    if predicted is not None and realised["low"] > 2 * predicted:
+        warnings.append(
+            f"The policy is {realised['mean']:.2f} nats from the reference, more than twice the {predicted:.2f} "
+            "predicted: training drifted. Lower train.learning_rate or add train.warmup_steps."
+        )
+    loss = loss_above_start(policy.read_json(CURVE)) if "summary" in policy.info else None
+    if loss is not None:
+        warnings.append(f"The last training loss, {loss:.3f}, is above its start at ln 2 = 0.693: the policy drifted.")
+    return warnings
+
+
+def _samples(inputs: Mapping[str, Artifact], names: list[str], count: int) -> list[dict[str, Any]]:
+    """The first response of both models to the first prompts of the held-out split."""
+    rows = {}
+    for who in ("before", "after"):
+        responses = scored_responses(inputs[f"responses_{who}"], inputs[f"scores_{who}"]).to_pylist()
+        scores = inputs[f"scores_{who}"].table.to_pylist()
+        first: dict[str, Any] = {}
+        for response, scored in zip(responses, scores, strict=True):
+            first.setdefault(response["prompt_id"], (response, scored))
+        rows[who] = first
+    samples = []
+    for prompt_id, (response, scored) in list(rows["before"].items())[:count]:
+        theirs, their_scores = rows["after"][prompt_id]
+        samples.append(
+            {
+                "prompt": "\n\n".join(f"{m['role']}: {m['content']}" for m in response["messages"]),
+                "reference": response["text"],
+                "policy": theirs["text"],
+                "scores": {name: [scored[name], their_scores[name]] for name in names},
+            }
+        )
+    return samples

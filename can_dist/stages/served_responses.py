@@ -1,0 +1,180 @@
+"""prompts → responses, sampled by an OpenAI-compatible server of the reference (vLLM, SGLang, transformers serve).
+
+One request per response, each with its own seed, so a server that shares the prompt's computation does so and one that
+knows no ``n`` works too. A reference with a plain template is asked for completions of that text, any other for chat
+completions, whose template is the server's: it must be the reference's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from can_dist.config import Generate, Model, identity
+from can_dist.config.endpoints import GenerateEndpoint
+from can_dist.console import interruptible, progress
+from can_dist.endpoints import open_client, refused, unreachable
+from can_dist.errors import DataError, EnvironmentProblem
+from can_dist.modeling.loading import model_digest
+from can_dist.stages.brought_responses import open_formatter, response_row, tokenise
+from can_dist.stages.generate import check_prompts_fit, commit_responses, prompts_of_split
+from can_dist.tables.artifacts import Artifact, write_part
+from can_dist.tables.schemas import RESPONSES
+from can_dist.workspace import Workspace
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+    from can_dist.modeling.formatter import Formatter
+
+ENOUGH = 4
+"""Prompts that tell whether a server samples."""
+
+
+def ask_for_responses(work: Workspace, reference: Model, prompts: Artifact, endpoint: GenerateEndpoint) -> Artifact:
+    """Return the ``responses`` to the training prompts as an endpoint samples them, K for each prompt.
+
+    Texts are tokenised again by the reference's tokenizer (:func:`can_dist.stages.brought_responses.tokenise`). A
+    finished shard is kept: the same command continues after the last one.
+
+    Raises
+    ------
+    EnvironmentProblem
+        When the endpoint is down, slow, rate-limited beyond all retries, or refuses the key or the model.
+    DataError
+        When it refuses a prompt, answers something else than a completion, or ends one for a reason of its own.
+    """
+    options = work.config.generate
+    what = {
+        "model": model_digest(reference),
+        "template": reference.template,
+        "seed": work.config.seed,
+        "options": identity(options),
+    }
+    stage = work.open("generate", "reference on train", what, {"prompts": prompts})
+    if stage.finished:
+        return stage.finished
+    table = prompts_of_split(prompts.path, "train")
+    check_prompts_fit(reference, table, options.max_new_tokens)
+    formatter, longest = open_formatter(reference)
+    starts = range(0, table.num_rows, options.shard_prompts)
+    todo = [(shard, start) for shard, start in enumerate(starts) if shard not in stage.finished_parts()]
+    label, total = "reference on train, by an endpoint", table.num_rows * options.num_responses
+    with (
+        work.timed("generate", "reference on train", prompts=table.num_rows, endpoint=endpoint.model),
+        interruptible(),
+        open_client(_where(endpoint), endpoint.base_url, endpoint) as client,
+        ThreadPoolExecutor(endpoint.concurrency) as pool,
+        progress(f"generate ({label})", total=total, unit="row") as bar,
+    ):
+        sampler = Sampler(client, endpoint, formatter, options, work.config.seed)
+        for shard, start in todo:
+            slots = [
+                (prompt, k)
+                for prompt in table.slice(start, options.shard_prompts).to_pylist()
+                for k in range(options.num_responses)
+            ]
+            rows = []
+            for row in pool.map(lambda slot: sampler.sample(*slot), slots):
+                rows.append(row)
+                bar.update(1)
+            _check_sampled(rows, options, endpoint)
+            tokenise(reference, formatter, longest, rows, _where(endpoint))
+            write_part(stage.path, shard, pa.Table.from_pylist(rows, schema=RESPONSES))
+    return commit_responses(stage, reference, table.num_rows, range(len(starts)))
+
+
+def _check_sampled(rows: Sequence[Mapping[str, Any]], options: Generate, endpoint: GenerateEndpoint) -> None:
+    """Raise ``DataError`` when a shard's prompts each have K times the same response, so that none can be preferred.
+
+    transformers serve, for one, decodes greedily at any temperature unless the model's own generation_config samples.
+    """
+    texts: dict[str, set[str]] = {}
+    for row in rows:
+        texts.setdefault(row["prompt_id"], set()).add(row["text"])
+    # a prompt or two may have one answer only
+    if options.num_responses > 1 and len(texts) >= ENOUGH and all(len(found) == 1 for found in texts.values()):
+        raise DataError(
+            f"{_where(endpoint)}: all {options.num_responses} responses to each of {len(texts)} prompts are the same "
+            f"({rows[0]['response_id']}: {rows[0]['text'][:40]!r}). The server decodes greedily or ignores the seed: "
+            "give its option for sampling in generate.endpoint.request, or raise generate.temperature."
+        )
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Asks an endpoint for one response at a time; used by several threads."""
+
+    client: OpenAI
+    endpoint: GenerateEndpoint
+    formatter: Formatter
+    options: Generate
+    seed: int
+
+    def sample(self, prompt: Mapping[str, Any], k: int) -> dict[str, Any]:
+        """Return response ``k`` of a prompt as a row without tokens."""
+        from openai import APIError, APIStatusError, OpenAIError
+
+        response_id = f"{prompt['prompt_id']}/{k}"
+        where = f"{_where(self.endpoint)}, response {response_id!r}"
+        try:
+            completion = self._ask(prompt, k)
+        except APIStatusError as error:
+            kind = DataError if error.status_code in (400, 413, 422) else EnvironmentProblem
+            raise kind(refused(where, self.endpoint, error)) from None
+        except APIError as error:
+            reason = unreachable(where, self.endpoint, error) or _no_completion(where, type(error).__name__)
+            raise EnvironmentProblem(reason) from None
+        except (OpenAIError, ValueError) as error:  # a body that is not the JSON its header promises
+            raise DataError(_no_completion(where, type(error).__name__)) from None
+        text, finish_reason = _first_choice(completion)
+        if not isinstance(text, str):
+            raise DataError(_no_completion(where, "no text in it"))
+        if finish_reason not in ("stop", "length"):
+            raise DataError(
+                f"{where}: ended with finish_reason {finish_reason!r}, expected 'stop' or 'length'. A filtered "
+                "response is no sample of the reference; use a server without filters and tools, or remove this prompt."
+            )
+        return response_row(prompt, k, text, finish_reason)
+
+    def _ask(self, prompt: Mapping[str, Any], k: int) -> Any:
+        from can_dist.modeling.sampling import row_seed
+
+        options = self.options
+        common: dict[str, Any] = {
+            "model": self.endpoint.model,
+            "seed": row_seed(self.seed, prompt["prompt_id"], k) % 2**31,  # servers differ in how large one may be
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "max_tokens": options.max_new_tokens,
+            "extra_body": self.endpoint.request,
+        }
+        if options.stop:
+            common["stop"] = list(options.stop)
+        if self.formatter.template is None:
+            return self.client.chat.completions.create(messages=prompt["messages"], **common)
+        return self.client.completions.create(prompt=self.formatter.plain_prompt(prompt["messages"]), **common)
+
+
+def _first_choice(completion: Any) -> tuple[Any, Any]:
+    """Return text and finish reason as they came: the client does not check what it was sent."""
+    choices = getattr(completion, "choices", None)
+    choice = choices[0] if choices else None
+    message = getattr(choice, "message", None)
+    text = getattr(choice, "text", None) if message is None else getattr(message, "content", None)
+    return text, getattr(choice, "finish_reason", None)
+
+
+def _where(endpoint: GenerateEndpoint) -> str:
+    return f"generate.endpoint {endpoint.model} at {endpoint.base_url}"
+
+
+def _no_completion(where: str, what: str) -> str:
+    return (
+        f"{where}: the answer is no completion ({what}). Expected an OpenAI-compatible endpoint; base_url usually ends "
+        "in /v1."
+    )

@@ -1,0 +1,129 @@
+"""policy samples → slack, and the step on it: the dual's gradient at λ, measured instead of predicted.
+
+For π_θ = π_λ the slack E_π g − E_{π_ref} g − b is ∇D(λ) (CAN, arXiv 2405.19544), so λ ← [λ − η·slack]_+ descends the
+dual (C-DPO, arXiv 2403.02475; CAID, arXiv 2505.19387), whatever a training misses of π_λ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.compute as pc
+
+from can_dist.config import Constraint
+from can_dist.dual import ScoreTable, evaluate
+from can_dist.dual.table import FloatArray
+from can_dist.errors import DataError
+from can_dist.stages.solve import load_solution
+from can_dist.tables.artifacts import Artifact, write_json
+from can_dist.tables.scores import score_arrays
+from can_dist.workspace import Workspace
+
+MEASUREMENT = "measurement.json"
+
+StepSize = float | Literal["1/H"]
+
+
+def measure(
+    work: Workspace,
+    scores: Artifact,
+    reference_scores: Artifact,
+    constraints: Mapping[str, Constraint],
+    *,
+    reward: str,
+    log_weight: str | None = None,
+) -> Artifact:
+    """Return the artifact of a policy's measured slack (``measurement.json``), from scores of its fresh samples.
+
+    Means are over prompts of the prompts' means, in score units, and so are the standard errors: a prompt's responses
+    are averaged first, because the prompt is the unit that was sampled. A margin is measured against the reference's
+    responses to the same prompts, paired by prompt; a threshold against the policy's mean alone. ``log_weight`` names
+    a column of both tables with log-weights over an enumerated set of responses, as in ``solve``.
+
+    Raises
+    ------
+    DataError
+        When the tables are not over the same prompts, or over fewer than two.
+    """
+    what = {
+        "reward": reward,
+        "constraints": {
+            name: {"margin": c.margin, "threshold": c.threshold, "equal": c.equal} for name, c in constraints.items()
+        },
+        "log_weight": log_weight,
+    }
+    stage = work.open("measure", "slack", what, {"scores": scores, "reference_scores": reference_scores})
+    if stage.finished:
+        return stage.finished
+    with work.timed("measure", "slack"):
+        after = _score_table(scores, reward, list(constraints), log_weight)
+        before = _score_table(reference_scores, reward, list(constraints), log_weight)
+        if not np.array_equal(after.prompt_P, before.prompt_P) or after.num_prompts < 2:
+            raise DataError(
+                f"{scores.path}: {after.num_prompts} prompt(s) beside {before.num_prompts} of {reference_scores.path}; "
+                "expected the same ones, and two at least for a standard error. Measure on the training prompts."
+            )
+        rows = zip(constraints.items(), after.mean_utility_JP, before.mean_utility_JP, strict=True)
+        measured = {
+            "num_prompts": after.num_prompts,
+            "num_responses": after.num_rows,
+            "num_tokens": pc.sum(scores.table.column("num_tokens")).as_py(),
+            "reward": dict(zip(("improvement", "se"), _mean(after.mean_reward_P - before.mean_reward_P), strict=True)),
+            "constraints": {name: _slack(constraint, mean_P, ref_P) for (name, constraint), mean_P, ref_P in rows},
+        }
+        write_json(stage.path / MEASUREMENT, measured)
+        work.say("measure: " + _describe(measured["constraints"]))
+        return stage.commit([MEASUREMENT], info=measured)
+
+
+def _score_table(scores: Artifact, reward: str, names: Sequence[str], log_weight: str | None) -> ScoreTable:
+    arrays = score_arrays(scores.table, reward, names, str(scores.path))
+    weight_N = None if log_weight is None else scores.table.column(log_weight).to_numpy()
+    return ScoreTable.build(arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, weight_N)
+
+
+def _slack(constraint: Constraint, mean_P: FloatArray, reference_P: FloatArray) -> dict[str, float | bool]:
+    """Return the slack of one constraint and its standard error, (P,) means of policy and reference."""
+    if constraint.margin is not None:
+        slack, error = _mean(mean_P - reference_P - constraint.margin)
+    else:
+        assert constraint.threshold is not None  # as Constraint sees to
+        slack, error = _mean(mean_P - constraint.threshold)
+    improvement = float(np.mean(mean_P - reference_P))
+    means = {"mean": float(mean_P.mean()), "improvement": improvement}
+    return {**means, "slack": slack, "se": error, "equal": constraint.equal}
+
+
+def _mean(value_P: FloatArray) -> tuple[float, float]:
+    """Return the mean over prompts and its standard error."""
+    return float(value_P.mean()), float(value_P.std(ddof=1) / np.sqrt(value_P.shape[0]))
+
+
+def _describe(constraints: Mapping[str, Mapping[str, Any]]) -> str:
+    return ", ".join(f"slack of {name} {one['slack']:+.4g} ± {one['se']:.2g}" for name, one in constraints.items())
+
+
+def step_sizes(scores: Artifact, solution: Artifact, step_size: StepSize, *, reward: str) -> dict[str, float]:
+    """Return η of each constraint: the given number, or for '1/H' from the Hessian of the table's dual at its λ*.
+
+    For one constraint η = 1/H. For several, η_j = 1/(ρ H_jj) with ρ the largest eigenvalue of H scaled to a unit
+    diagonal: the largest steps in this proportion that cannot overshoot the quadratic model, in any units.
+    """
+    solved = load_solution(solution)
+    if step_size != "1/H":
+        return dict.fromkeys(solved.lam, step_size)
+    table = _score_table(scores, reward, list(solved.lam), solution.manifest["identity"]["log_weight"])
+    hessian_JJ = evaluate(table, solved.lam_vector, solved.beta, solved.margin_vector).hessian_JJ
+    eta_J = _inverse_curvature(hessian_JJ)
+    return dict(zip(solved.lam, eta_J.tolist(), strict=True))
+
+
+def _inverse_curvature(hessian_JJ: FloatArray) -> FloatArray:
+    """Return η_J; zero for a utility that never varies within a prompt, which no λ can change."""
+    varies_J = np.diag(hessian_JJ) > 0
+    scale_J = np.sqrt(np.where(varies_J, np.diag(hessian_JJ), 1.0))
+    largest = np.linalg.eigvalsh(hessian_JJ / np.outer(scale_J, scale_J))[-1]
+    eta_J: FloatArray = np.where(varies_J, 1 / (scale_J**2 * np.where(varies_J.any(), largest, 1.0)), 0.0)
+    return eta_J

@@ -1,0 +1,1 @@
+"""Other people's data: their files, formats and columns, read into our tables."""

@@ -1,0 +1,184 @@
+"""What every stage needs of its run: the directory, the configuration, the actors, and the log of what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from can_dist.cluster.actors import ActorPool, ShardJob
+from can_dist.cluster.connection import connect
+from can_dist.cluster.ledger import run_shards
+from can_dist.config import Config, dump_yaml
+from can_dist.console import interruptible
+from can_dist.errors import DataError, EnvironmentProblem
+from can_dist.tables.artifacts import Artifact, StageDirectory, atomic_file, open_stage
+
+OWNER = ".owner"
+OWNER_LINE = re.compile(r"process (?P<process>\d+) on (?P<host>\S+) since (?P<since>.+)")
+LOG = "log.jsonl"
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
+SHORTEST_SECRET = 8  # TOKENIZERS_PARALLELISM=false is none
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that holds, or held, a run directory; ``alive`` is None where it ran on another machine."""
+
+    process: int
+    host: str
+    since: str
+    alive: bool | None
+
+
+class Workspace:
+    """A run directory held by this process, and the Ray actors that work for it."""
+
+    def __init__(self, directory: Path, config: Config, *, only_stage: str | None = None) -> None:
+        """``only_stage``: the one stage that may compute; the others must be finished already (launched training)."""
+        self.directory = directory
+        self.config = config
+        self._only_stage = only_stage
+        self._pool: ActorPool | None = None
+        self._opened: dict[tuple[str, str], str] = {}
+        directory.mkdir(parents=True, exist_ok=True)
+        # of a launched process group the first rank holds the run for all
+        self._lock = _hold(directory) if int(os.environ.get("RANK", 0)) == 0 else None
+        if self._lock is not None:
+            _end_cut_line(directory / LOG)
+        self.log(event="began", process=os.getpid(), host=socket.gethostname(), only_stage=only_stage)
+        if not only_stage:
+            with atomic_file(directory / "config.yaml") as temporary:
+                temporary.write_text(dump_yaml(config), encoding="utf-8")
+
+    def open(
+        self, stage: str, label: str, identity: Mapping[str, Any], inputs: Mapping[str, Artifact]
+    ) -> StageDirectory:
+        """Open a stage's directory and say whether its work is reused, resumed, or new, and why."""
+        place = open_stage(self.directory, stage, label, identity, inputs)
+        self._opened[stage, label] = place.path.name
+        if place.finished:
+            named = {"stage": stage, "label": label, "artifact": place.path.name}
+            self.say(f"{stage} ({label}): reusing {place.path.name}", event="reused", **named)
+            return place
+        self.log(event="opened", stage=stage, label=label, artifact=place.path.name)
+        if self._only_stage not in (None, stage):
+            raise DataError(
+                f"{self.directory}: {stage} ({label}) is not finished for this configuration. "
+                f"Run 'can-dist label --config FILE --run {self.directory}' first."
+            )
+        if place.reason:
+            self.say(f"{stage} ({label}): {place.reason}", event="changed", stage=stage, label=label)
+        return place
+
+    @contextlib.contextmanager
+    def timed(self, stage: str, label: str, **counts: Any) -> Iterator[None]:
+        """Log a stage's start, end and seconds; the manifest holds no time, which would change its digest."""
+        start = time.monotonic()
+        event = {"stage": stage, "label": label, "artifact": self._opened.get((stage, label))}
+        self.say(f"{stage} ({label}): started", event="started", **event, **counts)
+        yield
+        seconds = round(time.monotonic() - start, 2)
+        self.say(f"{stage} ({label}): done in {seconds:.1f} s", event="done", **event, seconds=seconds)
+
+    def run_shards(self, job: ShardJob, shards: Mapping[int, int], what: str) -> None:
+        """Run the shards of a job on the actors, starting Ray and them when needed."""
+        if not shards:
+            return
+        done = len(list(job.out.glob("part-*.arrow")))
+        counts = {"done": done, "waiting": len(shards), "rows": sum(shards.values())}
+        self.log(event="shards", work=what, artifact=job.out.name, **counts)
+        connect(self.config.cluster)
+        with interruptible():
+            if self._pool is None:
+                self._pool = ActorPool(self.config.cluster, self.say)
+            run_shards(self._pool, job, shards, what, self.log)
+
+    def release_actors(self) -> None:
+        """Stop the actors, so that training gets their CPUs and GPUs."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def say(self, message: str, **event: Any) -> None:
+        """Tell the user a line, and append it to RUN/log.jsonl."""
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"can-dist: {message}", file=sys.stderr, flush=True)
+        self.log(**event, message=message)
+
+    def log(self, **event: Any) -> None:
+        """Append an event to RUN/log.jsonl, without the values of secrets in the environment."""
+        if int(os.environ.get("RANK", 0)) != 0:
+            return
+        line = json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False)
+        with (self.directory / LOG).open("a", encoding="utf-8") as log:
+            log.write(redacted(line, os.environ) + "\n")
+
+    def ended(self, error: BaseException | None) -> None:
+        """Log how the process ends: what stopped it, or that nothing did."""
+        if error is None:
+            self.log(event="ended")
+        else:
+            self.log(event="failed", error=type(error).__name__, message=str(error))
+
+    def close(self) -> None:
+        """Release the actors and the run directory."""
+        self.release_actors()
+        if self._lock is not None:
+            (self.directory / OWNER).unlink(missing_ok=True)  # before another process may hold it
+            self._lock.release()
+
+
+def read_owner(directory: Path) -> Owner | None:
+    """Return who holds a run directory, or held it when it was killed; None: nobody."""
+    try:
+        text = (directory / OWNER).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    match = OWNER_LINE.fullmatch(text.strip())
+    if match is None:  # being written
+        return None
+    process, host, since = int(match["process"]), match["host"], match["since"]
+    here = host == socket.gethostname()
+    return Owner(process, host, since, Path(f"/proc/{process}").exists() if here else None)
+
+
+def redacted(text: str, environment: Mapping[str, str]) -> str:
+    """Return ``text`` with the values of variables that are named like secrets replaced by the variables' names."""
+    for name, value in environment.items():
+        if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET:
+            text = text.replace(value, f"<{name}>")
+    return text
+
+
+def _end_cut_line(log: Path) -> None:
+    """End a line that a full disk or a crash cut, so that the next event has a line of its own."""
+    if log.is_file() and not log.read_bytes().endswith(b"\n"):
+        with log.open("a", encoding="utf-8") as file:
+            file.write("\n")
+
+
+def _hold(directory: Path) -> Any:
+    """Take the run directory for this process, or say who has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(directory / ".lock")
+    owner = directory / OWNER
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "another process"
+        raise EnvironmentProblem(
+            f"run directory {directory} is in use by {who}. Wait for it, stop it, or give another --run."
+        ) from None
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    owner.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}\n", encoding="utf-8")
+    return lock
