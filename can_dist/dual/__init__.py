@@ -17,7 +17,7 @@ from can_dist.dual.objective import Evaluation, PartialSums, dual_curve, evaluat
 from can_dist.dual.predict import Prediction, predict
 from can_dist.dual.solution import DualSolution, Margin, Status
 from can_dist.dual.solve import solve_dual, solve_table
-from can_dist.dual.strength import Demand, RayPoint, Strength, at_strength, choose_strength, demands
+from can_dist.dual.strength import Demand, RayPoint, Strength, at_strength, choose_strength, demands_of
 from can_dist.dual.table import ScoreTable
 from can_dist.dual.verdict import verdict
 
@@ -54,7 +54,7 @@ __all__ = [
     "choose",
     "choose_strength",
     "cross_fit",
-    "demands",
+    "demands_of",
     "diagnose",
     "dual_curve",
     "estimate_policy",

@@ -70,7 +70,7 @@ def mix(
     table: ScoreTable,
     log_prob_ref_N: npt.ArrayLike,
     log_prob_policy_N: Mapping[str, npt.ArrayLike],
-    asked: Sequence[Demand],
+    demands: Sequence[Demand],
     *,
     beta: float,
     confidence: float = 0.95,
@@ -81,7 +81,7 @@ def mix(
         table: scores of the reference's responses to P prompts that no policy was trained on.
         log_prob_ref_N: ln π_ref(y|x), nats, in the row order of the arrays that ``table`` was built from.
         log_prob_policy_N: ln π_i(y|x) of each policy by its name, likewise.
-        asked: one demand per utility of the table, in its order.
+        demands: one demand per utility of the table, in its order.
         beta: KL weight β > 0.
         confidence: of the intervals, at fixed coefficients.
 
@@ -92,10 +92,10 @@ def mix(
         InfeasibleConstraint: no policy of the basis moves a constraint.
     """
     check_beta(beta)
-    if len(asked) != table.num_constraints or not log_prob_policy_N:
+    if len(demands) != table.num_constraints or not log_prob_policy_N:
         raise ConfigError(
-            f"basis: {len(asked)} demands and {len(log_prob_policy_N)} policies for a table of {table.num_constraints} "
-            "utilities; give one demand per utility, and at least one policy."
+            f"basis: {len(demands)} demands and {len(log_prob_policy_N)} policies for a table of "
+            f"{table.num_constraints} utilities; give one demand per utility, and at least one policy."
         )
     ratios = [
         informative(table, aligned_log_ratio(table, log_prob_ref_N, column_N, name))
@@ -109,15 +109,15 @@ def mix(
     sigma, cross = covariance_PII.mean(axis=0), score_PIC.mean(axis=0)
     names = list(log_prob_policy_N)
     check_regular(sigma, names, MAX_CONDITION, "their mixture is not determined")
-    mu = _multipliers(sigma, cross, asked, beta)
+    mu = _multipliers(sigma, cross, demands, beta)
     a_I = np.linalg.solve(sigma, cross[:, 0] + cross[:, 1:] @ mu) / beta
     gain_PC = np.einsum("pic,i->pc", score_PIC, a_I)
     kl_P = np.einsum("pij,i,j->p", covariance_PII, a_I, a_I) / 2
     gains = [interval_of(float(gain_P.mean()), gain_P, confidence) for gain_P in gain_PC.T]
     return Mixture(
         coefficient=dict(zip(names, a_I.tolist(), strict=True)),
-        mu={demand.name: float(value) for demand, value in zip(asked, mu, strict=True)},
-        improvement={demand.name: gain for demand, gain in zip(asked, gains[1:], strict=True)},
+        mu={demand.name: float(value) for demand, value in zip(demands, mu, strict=True)},
+        improvement={demand.name: gain for demand, gain in zip(demands, gains[1:], strict=True)},
         reward_improvement=gains[0],
         kl=interval_of(float(kl_P.mean()), kl_P, confidence),
         num_prompts=kept.num_prompts,
@@ -167,11 +167,11 @@ def _covariances(table: ScoreTable, first_AN: FloatArray, second_BN: FloatArray)
     return np.moveaxis(np.array(rows), 2, 0)
 
 
-def _multipliers(sigma_II: FloatArray, cross_IC: FloatArray, asked: Sequence[Demand], beta: float) -> FloatArray:
+def _multipliers(sigma_II: FloatArray, cross_IC: FloatArray, demands: Sequence[Demand], beta: float) -> FloatArray:
     """Return μ: argmin ½ μᵀAμ + ⟨Vᵀa₀ − b, μ⟩ over μ ≥ 0, A = VᵀΣ⁻¹V/β and a₀ = Σ⁻¹v_r/β (the mixture's dual)."""
     reach_JJ = cross_IC[:, 1:].T @ np.linalg.solve(sigma_II, cross_IC[:, 1:]) / beta
-    names = [demand.name for demand in asked]
+    names = [demand.name for demand in demands]
     check_regular(reach_JJ, names, MAX_CONDITION, f"{len(sigma_II)} policies cannot meet their margins separately")
     free_J = cross_IC[:, 1:].T @ np.linalg.solve(sigma_II, cross_IC[:, 0]) / beta
-    margin_J = np.array([demand.margin for demand in asked])
-    return orthant_minimum(reach_JJ, free_J - margin_J, np.array([demand.equal for demand in asked]))
+    margin_J = np.array([demand.margin for demand in demands])
+    return orthant_minimum(reach_JJ, free_J - margin_J, np.array([demand.equal for demand in demands]))

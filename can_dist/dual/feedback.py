@@ -26,7 +26,7 @@ MAX_CONDITION = 1e8
 def steer(
     lam_J: npt.ArrayLike,
     gain_J: npt.ArrayLike,
-    asked: Sequence[Demand],
+    demands: Sequence[Demand],
     hessian_JJ: npt.ArrayLike,
     *,
     step: float = STEP,
@@ -40,7 +40,7 @@ def steer(
     Args:
         lam_J: λ of the training so far; λ_j ≥ 0 but for equalities, whose multipliers may have either sign.
         gain_J: Ĝ, estimated gain of each constraint, utility units.
-        asked: b of each constraint, in the same order.
+        demands: b of each constraint, in the same order.
         hessian_JJ: ∇²D at λ*, utility units squared per reward unit.
         step: share of the Newton step, above 0 and at most 1.
 
@@ -49,7 +49,7 @@ def steer(
         NumericalError: a number that is not finite, or utilities that H cannot tell apart.
     """
     lam, gain, hessian = (np.asarray(values, dtype=np.float64) for values in (lam_J, gain_J, hessian_JJ))
-    num_constraints = len(asked)
+    num_constraints = len(demands)
     shapes = (lam.shape, gain.shape, hessian.shape)
     if shapes != ((num_constraints,), (num_constraints,), (num_constraints, num_constraints)):
         raise ConfigError(f"feedback: lambda, gain and Hessian of shapes {shapes} for {num_constraints} demands.")
@@ -58,11 +58,11 @@ def steer(
     for name, values in (("lambda", lam), ("the estimated gain", gain), ("the Hessian", hessian)):
         if not np.isfinite(values).all():
             raise NumericalError(f"feedback: {name} is not finite: {values.tolist()}. Lower train.learning_rate.")
-    equal_J = np.array([demand.equal for demand in asked], dtype=np.bool_)
+    equal_J = np.array([demand.equal for demand in demands], dtype=np.bool_)
     if (lam[~equal_J] < 0).any():
         raise ConfigError(f"feedback: lambda = {lam.tolist()}, expected at least 0 for an inequality.")
-    check_regular(hessian, [demand.name for demand in asked], MAX_CONDITION, "lambda cannot be steered")
-    margin_J = np.array([demand.margin for demand in asked])
+    check_regular(hessian, [demand.name for demand in demands], MAX_CONDITION, "lambda cannot be steered")
+    margin_J = np.array([demand.margin for demand in demands])
     return orthant_minimum(hessian, -step * (margin_J - gain) - hessian @ lam, equal_J)
 
 

@@ -110,7 +110,7 @@ class Strength:
         return {name: json_safe(value) for name, value in record.items()}
 
 
-def demands(table: Scores, constraints: Sequence[Margin]) -> tuple[Demand, ...]:
+def demands_of(table: Scores, constraints: Sequence[Margin]) -> tuple[Demand, ...]:
     """Return what the constraints ask of a policy, as improvements.
 
     A threshold is turned into an improvement by the reference means of ``table``. Give the table that λ was solved
@@ -130,7 +130,7 @@ def at_strength(estimate: PolicyEstimate, alpha: float) -> RayPoint:
 
 def choose_strength(
     estimate: PolicyEstimate,
-    asked: Sequence[Demand],
+    demands: Sequence[Demand],
     *,
     confidence: float | None = None,
     max_strength: float = math.inf,
@@ -143,7 +143,7 @@ def choose_strength(
 
     Args:
         estimate: of the policy at α = 1, on prompts it was not trained on.
-        asked: one demand per constraint of the estimate, in its order.
+        demands: one demand per constraint of the estimate, in its order.
         confidence: joint confidence (Bonferroni over the inequalities) with which every demand is met; None: z = 0.
         max_strength: largest α.
         max_kl: largest predicted KL, nats.
@@ -153,22 +153,22 @@ def choose_strength(
         DataError: under ``MIN_PROMPTS`` prompts, or a gain that the table cannot tell from zero.
         InfeasibleConstraint: the direction is wrong, a bound is exceeded, or no one strength meets all demands.
     """
-    _check(estimate, asked, confidence, max_strength, max_kl)
-    quantile = _quantile(estimate, asked, confidence)
-    ranges = {demand.name: _range(estimate, demand, quantile, confidence) for demand in asked}
+    _check(estimate, demands, confidence, max_strength, max_kl)
+    quantile = _quantile(estimate, demands, confidence)
+    ranges = {demand.name: _range(estimate, demand, quantile, confidence) for demand in demands}
     needed = {name: low for name, (low, _) in ranges.items()}
-    binding = any(demand.equal or estimate.lam[demand.name] > 0 for demand in asked)
+    binding = any(demand.equal or estimate.lam[demand.name] > 0 for demand in demands)
     limiting = max(needed, key=lambda name: needed[name], default=None)
     if limiting is None or needed[limiting] == 0.0 or (needed[limiting] < 1.0 and not binding):
-        alpha, limiting = _as_trained(estimate, asked, ranges, strict=confidence is not None)
+        alpha, limiting = _as_trained(estimate, demands, ranges, strict=confidence is not None)
     else:
         alpha = needed[limiting]
-    _check_together(estimate, asked, alpha, limiting, ranges, strict=confidence is not None)
+    _check_together(estimate, demands, alpha, limiting, ranges, strict=confidence is not None)
     _check_bounds(estimate, alpha, limiting, max_strength, max_kl)
-    notes = _width_notes(estimate, asked) if estimate.num_prompts < ADVISED_PROMPTS else ()
+    notes = _width_notes(estimate, demands) if estimate.num_prompts < ADVISED_PROMPTS else ()
     return Strength(
         alpha=alpha,
-        alpha_se=_alpha_se(estimate, asked, alpha, limiting),
+        alpha_se=_alpha_se(estimate, demands, alpha, limiting),
         limiting=limiting,
         needed=needed,
         predicted=at_strength(estimate, alpha),
@@ -191,9 +191,9 @@ def _times(value: Interval, factor: float) -> Interval:
 
 
 def _check(
-    estimate: PolicyEstimate, asked: Sequence[Demand], confidence: float | None, max_strength: float, max_kl: float
+    estimate: PolicyEstimate, demands: Sequence[Demand], confidence: float | None, max_strength: float, max_kl: float
 ) -> None:
-    names = [demand.name for demand in asked]
+    names = [demand.name for demand in demands]
     if names != list(estimate.improvement):
         known = ", ".join(estimate.improvement)
         raise ConfigError(f"demands: found {', '.join(names) or 'none'}, expected those of the estimate: {known}.")
@@ -205,11 +205,11 @@ def _check(
     check_num_prompts(estimate.num_prompts)
 
 
-def _quantile(estimate: PolicyEstimate, asked: Sequence[Demand], confidence: float | None) -> float:
+def _quantile(estimate: PolicyEstimate, demands: Sequence[Demand], confidence: float | None) -> float:
     """Return z: Student's t over prompts, the chance of missing shared among the inequalities."""
     if confidence is None:
         return 0.0
-    num_inequalities = max(sum(not demand.equal for demand in asked), 1)
+    num_inequalities = max(sum(not demand.equal for demand in demands), 1)
     return float(t.ppf(1 - (1 - confidence) / num_inequalities, estimate.num_prompts - 1))
 
 
@@ -234,10 +234,10 @@ def _range(estimate: PolicyEstimate, demand: Demand, quantile: float, confidence
 
 
 def _as_trained(
-    estimate: PolicyEstimate, asked: Sequence[Demand], ranges: dict[str, tuple[float, float]], *, strict: bool
+    estimate: PolicyEstimate, demands: Sequence[Demand], ranges: dict[str, tuple[float, float]], *, strict: bool
 ) -> tuple[float, str | None]:
     """Return α = 1, or the largest α at which no loss is larger than what a demand allows, and which one."""
-    broken = [demand.name for demand in asked if _broken(estimate, demand, 1.0, ranges[demand.name][1], strict)]
+    broken = [demand.name for demand in demands if _broken(estimate, demand, 1.0, ranges[demand.name][1], strict)]
     broken = [name for name in broken if math.isfinite(ranges[name][1])]
     if not broken:
         return 1.0, None
@@ -262,9 +262,9 @@ def _broken(estimate: PolicyEstimate, demand: Demand, alpha: float, high: float,
     return alpha > high * (1 + 1e-12) and (strict or distance < -reach)
 
 
-def _alpha_se(estimate: PolicyEstimate, asked: Sequence[Demand], alpha: float, limiting: str | None) -> float:
+def _alpha_se(estimate: PolicyEstimate, demands: Sequence[Demand], alpha: float, limiting: str | None) -> float:
     """Return the standard error of α* = b/Ĝ from those of Ĝ and of b (delta method)."""
-    for demand in asked:
+    for demand in demands:
         if demand.name == limiting:
             gain = estimate.improvement[limiting]
             return math.hypot(alpha * gain.se, demand.error) / abs(gain.mean)
@@ -299,7 +299,7 @@ def _check_direction(
 
 def _check_together(
     estimate: PolicyEstimate,
-    asked: Sequence[Demand],
+    demands: Sequence[Demand],
     alpha: float,
     limiting: str | None,
     ranges: dict[str, tuple[float, float]],
@@ -308,7 +308,7 @@ def _check_together(
 ) -> None:
     """Refuse where the strength that meets one demand breaks another."""
     cause = "the policy as trained" if limiting is None else f"strength {alpha:.3g}, which {limiting} needs,"
-    for demand in asked:
+    for demand in demands:
         if demand.name == limiting or not _broken(estimate, demand, alpha, ranges[demand.name][1], strict):
             continue
         gain, kind = _times(estimate.improvement[demand.name], alpha), "exactly" if demand.equal else "at least"
@@ -338,10 +338,10 @@ def _check_bounds(
         )
 
 
-def _width_notes(estimate: PolicyEstimate, asked: Sequence[Demand]) -> tuple[str, ...]:
+def _width_notes(estimate: PolicyEstimate, demands: Sequence[Demand]) -> tuple[str, ...]:
     """Say what a small table costs: the range of the realised gain, which errs as Ĝ does."""
     notes = []
-    for demand in asked:
+    for demand in demands:
         gain = estimate.improvement[demand.name]
         if demand.margin <= 0 or gain.mean <= 0:
             continue

@@ -18,7 +18,7 @@ GOOD_DIRECTION = 0.9
 
 def verdict(
     estimate: PolicyEstimate,
-    asked: Sequence[Demand],
+    demands: Sequence[Demand],
     *,
     predicted_kl: float,
     max_strength: float = math.inf,
@@ -30,7 +30,7 @@ def verdict(
 
     Args:
         estimate: of the policy at strength 1.
-        asked: one demand per constraint of the estimate, in its order.
+        demands: one demand per constraint of the estimate, in its order.
         predicted_kl: KL of π_λ*, what the margins cost at best, nats.
         max_strength: largest α, as :func:`~can_dist.dual.strength.choose_strength` takes it.
         max_kl: largest predicted KL, likewise.
@@ -38,10 +38,10 @@ def verdict(
     Raises:
         ConfigError: demands or bounds that ``choose_strength`` refuses.
     """
-    missed = [demand for demand in asked if _distance(estimate, demand) < 0]
+    missed = [demand for demand in demands if _distance(estimate, demand) < 0]
     chosen: Strength | None = None
     try:
-        chosen = choose_strength(estimate, asked, max_strength=max_strength, max_kl=max_kl)
+        chosen = choose_strength(estimate, demands, max_strength=max_strength, max_kl=max_kl)
         remedy = (
             f"strength {chosen.alpha:.2g} would meet the margins at KL {chosen.predicted.kl.mean:.2g} "
             f"({predicted_kl:.2g} predicted)"
@@ -51,10 +51,10 @@ def verdict(
     if missed:
         worst = min(missed, key=lambda demand: _distance(estimate, demand))
         return f"Stopped short: {_way(estimate, worst)}, {_cause(estimate)}: {remedy}."
-    excess = next((demand for demand in asked if chosen is not None and demand.name == chosen.limiting), None)
+    excess = next((demand for demand in demands if chosen is not None and demand.name == chosen.limiting), None)
     if chosen is not None and chosen.alpha < 1 and excess and estimate.improvement[excess.name].low > excess.margin:
         return f"Went too far: {_way(estimate, excess)} at KL {estimate.kl.mean:.2g}: {remedy}."
-    gains = "; ".join(_way(estimate, demand) for demand in asked) or "no margin is asked for"
+    gains = "; ".join(_way(estimate, demand) for demand in demands) or "no margin is asked for"
     return f"Arrived: {gains}, at KL {estimate.kl.mean:.2g} ({predicted_kl:.2g} predicted)."
 
 

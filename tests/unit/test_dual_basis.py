@@ -25,17 +25,17 @@ def noisy_basis(world: PolicyWorld, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def mixed(world: PolicyWorld, basis: dict[str, np.ndarray], asked: list[Demand]) -> dict[str, float]:
+def mixed(world: PolicyWorld, basis: dict[str, np.ndarray], demands: list[Demand]) -> dict[str, float]:
     table, columns = world.enumerated(*basis.values())
-    found = mix(table, columns[0], dict(zip(basis, columns[1:], strict=True)), asked, beta=BETA)
-    assert found.num_prompts == table.num_prompts
-    assert list(found.improvement) == [demand.name for demand in asked]
-    return found.coefficient
+    result = mix(table, columns[0], dict(zip(basis, columns[1:], strict=True)), demands, beta=BETA)
+    assert result.num_prompts == table.num_prompts
+    assert list(result.improvement) == [demand.name for demand in demands]
+    return result.coefficient
 
 
 def covariances(world: PolicyWorld, basis: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     ratios = [policy - world.log_ref_PM for policy in basis.values()]
-    sigma = np.array([[world.covariance(one, other) for other in ratios] for one in ratios])
+    sigma = np.array([[world.covariance(first, second) for second in ratios] for first in ratios])
     reward = np.array([world.covariance(ratio, world.reward_PM) for ratio in ratios])
     utility = np.array([[world.covariance(ratio, g) for g in world.utility_JPM] for ratio in ratios])
     return sigma, reward, utility
@@ -48,13 +48,13 @@ class TestCoefficients:
         score = world.reward_PM + 0.7 * world.utility_JPM[0]
         basis = {"s": world.tilted(0.4 * score / BETA), "g": world.tilted(0.3 * world.utility_JPM[0] / BETA)}
         table, columns = world.enumerated(*basis.values())
-        found = mix(table, columns[0], dict(zip(basis, columns[1:], strict=True)), [Demand("a", 1.5)], beta=BETA)
-        assert found.coefficient["s"] == pytest.approx(1 / 0.4, abs=1e-10)
-        assert found.coefficient["g"] == pytest.approx((found.mu["a"] - 0.7) / 0.3, abs=1e-10)
-        assert found.improvement["a"].mean == pytest.approx(1.5, abs=1e-10)
-        target = (world.reward_PM + found.mu["a"] * world.utility_JPM[0]) / BETA
-        assert found.kl.mean == pytest.approx(world.covariance(target, target) / 2, abs=1e-10)
-        assert found.reward_improvement.mean == pytest.approx(world.covariance(target, world.reward_PM), abs=1e-10)
+        result = mix(table, columns[0], dict(zip(basis, columns[1:], strict=True)), [Demand("a", 1.5)], beta=BETA)
+        assert result.coefficient["s"] == pytest.approx(1 / 0.4, abs=1e-10)
+        assert result.coefficient["g"] == pytest.approx((result.mu["a"] - 0.7) / 0.3, abs=1e-10)
+        assert result.improvement["a"].mean == pytest.approx(1.5, abs=1e-10)
+        target = (world.reward_PM + result.mu["a"] * world.utility_JPM[0]) / BETA
+        assert result.kl.mean == pytest.approx(world.covariance(target, target) / 2, abs=1e-10)
+        assert result.reward_improvement.mean == pytest.approx(world.covariance(target, world.reward_PM), abs=1e-10)
 
     def test_the_closed_form_by_a_root(self) -> None:
         world = make_world(2, num_prompts=50)
@@ -66,11 +66,11 @@ class TestCoefficients:
 
         mu = brentq(lambda mu: coefficients(mu) @ utility[:, 0] - 0.9, -10, 10, xtol=1e-14)
         assert mu > 0
-        found = mixed(world, basis, [Demand("a", 0.9)])
-        assert list(found.values()) == pytest.approx(coefficients(mu), abs=1e-9)
+        result = mixed(world, basis, [Demand("a", 0.9)])
+        assert list(result.values()) == pytest.approx(coefficients(mu), abs=1e-9)
 
     @pytest.mark.parametrize(
-        "asked",
+        "demands",
         [
             [Demand("a", 0.4), Demand("b", 0.6)],
             [Demand("a", 0.4), Demand("b", -3.0)],  # the second does not bind
@@ -78,7 +78,7 @@ class TestCoefficients:
             [Demand("a", 0.4), Demand("b", -0.2, equal=True)],
         ],
     )
-    def test_several_constraints_by_constrained_search(self, asked: list[Demand]) -> None:
+    def test_several_constraints_by_constrained_search(self, demands: list[Demand]) -> None:
         world = make_world(3, num_prompts=50, num_constraints=2)
         basis = noisy_basis(world)
         sigma, reward, utility = covariances(world, basis)
@@ -88,7 +88,7 @@ class TestCoefficients:
                 "fun": lambda a, j=j, b=demand.margin: utility[:, j] @ a - b,
                 "jac": lambda a, j=j: utility[:, j],
             }
-            for j, demand in enumerate(asked)
+            for j, demand in enumerate(demands)
         ]
         best = minimize(
             lambda a: BETA / 2 * a @ sigma @ a - reward @ a,
@@ -99,7 +99,7 @@ class TestCoefficients:
             options={"ftol": 1e-14, "maxiter": 500},
         )
         assert best.success
-        assert list(mixed(world, basis, asked).values()) == pytest.approx(best.x, abs=1e-5)
+        assert list(mixed(world, basis, demands).values()) == pytest.approx(best.x, abs=1e-5)
 
     def test_one_policy_is_the_ray(self) -> None:
         world = make_world(4, num_prompts=50)
@@ -122,8 +122,8 @@ def test_the_mixture_beats_the_ray_and_one_scalar_meets_the_margin() -> None:
     world = make_world(5)
     basis = noisy_basis(world)
     table, columns = world.sampled(np.random.default_rng(0), 128, 8, *basis.values())
-    asked = [Demand("a", 0.5)]
-    found = mix(table, columns[0], dict(zip(basis, columns[1:], strict=True)), asked, beta=2.0)
+    demands = [Demand("a", 0.5)]
+    result = mix(table, columns[0], dict(zip(basis, columns[1:], strict=True)), demands, beta=2.0)
     ratios = {name: policy - world.log_ref_PM for name, policy in basis.items()}
 
     def realised(coefficient: dict[str, float]) -> np.ndarray:
@@ -137,11 +137,11 @@ def test_the_mixture_beats_the_ray_and_one_scalar_meets_the_margin() -> None:
         policy = at(size)
         return world.gain(policy, world.reward_PM) - 2.0 * world.kl(policy)
 
-    assert objective(found.coefficient) > objective({"s": 1.0}) + 0.02
-    dialled, (ref_N, policy_N) = world.sampled(np.random.default_rng(1), 500, 16, realised(found.coefficient))
-    again = estimate_policy(dialled, ref_N, policy_N, lam={"a": found.mu["a"]}, beta=2.0)
-    alpha = choose_strength(again, asked).alpha
-    assert world.gain(realised(found.scaled(alpha)), world.utility_JPM[0]) == pytest.approx(0.5, rel=0.15)
+    assert objective(result.coefficient) > objective({"s": 1.0}) + 0.02
+    dialled, (ref_N, policy_N) = world.sampled(np.random.default_rng(1), 500, 16, realised(result.coefficient))
+    again = estimate_policy(dialled, ref_N, policy_N, lam={"a": result.mu["a"]}, beta=2.0)
+    alpha = choose_strength(again, demands).alpha
+    assert world.gain(realised(result.scaled(alpha)), world.utility_JPM[0]) == pytest.approx(0.5, rel=0.15)
 
 
 class TestMixing:
@@ -216,7 +216,7 @@ class TestRefusals:
 
     def test_json(self) -> None:
         table, columns = self.world.enumerated(*noisy_basis(self.world).values())
-        found = mix(table, columns[0], {"s": columns[1], "g0": columns[2]}, [Demand("a", 0.5)], beta=BETA)
-        record = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-        assert record["coefficient"] == found.coefficient
-        assert record["improvement"]["a"]["mean"] == found.improvement["a"].mean
+        result = mix(table, columns[0], {"s": columns[1], "g0": columns[2]}, [Demand("a", 0.5)], beta=BETA)
+        record = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+        assert record["coefficient"] == result.coefficient
+        assert record["improvement"]["a"]["mean"] == result.improvement["a"].mean

@@ -43,18 +43,18 @@ class TestExact:
     def test_gains_kl_length_and_direction(self, size: float) -> None:
         world, policy = self.world, policy_of(self.world, size)
         table, (log_ref_N, log_policy_N) = world.enumerated(policy)
-        found = estimate_policy(table, log_ref_N, log_policy_N, lam={"a": 0.7, "b": 0.2}, beta=0.5)
-        assert found.estimator == "exact"
-        assert found.reward_improvement.mean == pytest.approx(world.gain(policy, world.reward_PM), abs=1e-10)
+        result = estimate_policy(table, log_ref_N, log_policy_N, lam={"a": 0.7, "b": 0.2}, beta=0.5)
+        assert result.estimator == "exact"
+        assert result.reward_improvement.mean == pytest.approx(world.gain(policy, world.reward_PM), abs=1e-10)
         for name, utility_PM in zip("ab", world.utility_JPM, strict=True):
-            assert found.improvement[name].mean == pytest.approx(world.gain(policy, utility_PM), abs=1e-10)
-        assert found.kl.mean == pytest.approx(world.kl(policy), abs=1e-10)
+            assert result.improvement[name].mean == pytest.approx(world.gain(policy, utility_PM), abs=1e-10)
+        assert result.kl.mean == pytest.approx(world.kl(policy), abs=1e-10)
         ratio = policy - world.log_ref_PM
         target = (world.reward_PM + 0.7 * world.utility_JPM[0] + 0.2 * world.utility_JPM[1]) / 0.5
         cross = world.covariance(ratio, target)
-        assert found.length.mean == pytest.approx(cross / world.covariance(target, target), abs=1e-10)
+        assert result.length.mean == pytest.approx(cross / world.covariance(target, target), abs=1e-10)
         spread = math.sqrt(world.covariance(ratio, ratio) * world.covariance(target, target))
-        assert found.direction.mean == pytest.approx(cross / spread, abs=1e-10)
+        assert result.direction.mean == pytest.approx(cross / spread, abs=1e-10)
 
     def test_the_optimal_policy_goes_all_the_way_and_meets_its_margins(self) -> None:
         table, (log_ref_N,) = self.world.enumerated()
@@ -63,14 +63,14 @@ class TestExact:
         score = self.world.reward_PM + np.tensordot(solution.lam_vector, self.world.utility_JPM, axes=1)
         policy = self.world.tilted(score / 0.5)
         table, (log_ref_N, log_policy_N) = self.world.enumerated(policy)
-        found = estimate_policy(table, log_ref_N, log_policy_N, lam=solution.lam, beta=0.5)
-        assert found.length.mean == pytest.approx(1.0, abs=1e-10)
-        assert found.direction.mean == pytest.approx(1.0, abs=1e-10)
+        result = estimate_policy(table, log_ref_N, log_policy_N, lam=solution.lam, beta=0.5)
+        assert result.length.mean == pytest.approx(1.0, abs=1e-10)
+        assert result.direction.mean == pytest.approx(1.0, abs=1e-10)
         predicted = predict(table, solution.lam_vector, 0.5, solution.margin_vector)
-        assert [gain.mean for gain in found.improvement.values()] == pytest.approx(predicted.improvement_J, abs=1e-10)
-        assert [gain.se for gain in found.improvement.values()] == pytest.approx(predicted.improvement_se_J, abs=1e-10)
-        assert found.improvement["a"].mean == pytest.approx(0.5, abs=1e-7)
-        assert found.kl.mean == pytest.approx(predicted.kl, abs=1e-10)
+        assert [gain.mean for gain in result.improvement.values()] == pytest.approx(predicted.improvement_J, abs=1e-10)
+        assert [gain.se for gain in result.improvement.values()] == pytest.approx(predicted.improvement_se_J, abs=1e-10)
+        assert result.improvement["a"].mean == pytest.approx(0.5, abs=1e-7)
+        assert result.kl.mean == pytest.approx(predicted.kl, abs=1e-10)
 
     def test_responses_listed_in_proportion(self) -> None:
         """A table of 8 rows with π_ref = (4, 2, 1, 1)/8: the sums, times K/(K−1) of what is taken as a sample."""
@@ -98,14 +98,14 @@ class TestEstimators:
 
     def test_covariance(self) -> None:
         table, ratio_N = self.ragged()
-        found = covariance_gain(table, ratio_N, table.utility_JN[0])
+        result = covariance_gain(table, ratio_N, table.utility_JN[0])
         for i in range(table.num_prompts):
             rows = table.row_prompt_N == i
-            assert found[i] == pytest.approx(np.cov(np.exp(ratio_N[rows]), table.utility_JN[0, rows])[0, 1], abs=1e-12)
+            assert result[i] == pytest.approx(np.cov(np.exp(ratio_N[rows]), table.utility_JN[0, rows])[0, 1], abs=1e-12)
 
     def test_jackknife_by_leaving_one_response_out(self) -> None:
         table, ratio_N = self.ragged()
-        found = self_normalised_gain(table, ratio_N, table.utility_JN[0])
+        result = self_normalised_gain(table, ratio_N, table.utility_JN[0])
         for i in range(table.num_prompts):
             weight = np.exp(ratio_N[table.row_prompt_N == i])
             value = (table.utility_JN[0] + table.spread(table.mean_utility_JP[0]))[table.row_prompt_N == i]
@@ -116,7 +116,7 @@ class TestEstimators:
             count = weight.size
             left_out = [statistic(np.delete(weight, k), np.delete(value, k)) for k in range(count)]
             brute = count * statistic(weight, value) - (count - 1) * np.mean(left_out)
-            assert found[i] == pytest.approx(brute, abs=1e-10)
+            assert result[i] == pytest.approx(brute, abs=1e-10)
 
     def test_first_order_and_effective_sample_size(self) -> None:
         table, ratio_N = self.ragged()
@@ -134,11 +134,11 @@ class TestEstimators:
         base_N = np.full(ratio_N.size, -20.0)
         caller_N = np.empty(ratio_N.size)
         caller_N[table.order_N] = base_N + ratio_N
-        found = estimate_policy(table, base_N, caller_N, lam={"g": 0.7}, beta=1.0)
+        result = estimate_policy(table, base_N, caller_N, lam={"g": 0.7}, beta=1.0)
         rows = [ratio_N[table.row_prompt_N == i] for i in range(table.num_prompts)]
         kl_P = np.array([np.mean(np.exp(ratio) * ratio - np.exp(ratio) + 1) for ratio in rows])
-        assert found.kl.mean == pytest.approx(kl_P.mean(), abs=1e-12)
-        assert found.kl.se == pytest.approx(kl_P.std(ddof=1) / math.sqrt(12), abs=1e-12)
+        assert result.kl.mean == pytest.approx(kl_P.mean(), abs=1e-12)
+        assert result.kl.se == pytest.approx(kl_P.std(ddof=1) / math.sqrt(12), abs=1e-12)
 
     def test_length_and_its_errors_against_leaving_prompts_out(self) -> None:
         """The delta method against the jackknife over prompts, which needs no derivative."""
@@ -162,27 +162,27 @@ class TestChoice:
     def test_a_policy_near_the_reference_is_averaged(self) -> None:
         world = make_world(1)
         table, (ref_N, policy_N) = world.sampled(np.random.default_rng(0), 64, 8, policy_of(world))
-        found = estimate_policy(table, ref_N, policy_N, lam={"g": 0.7}, beta=1.0)
+        result = estimate_policy(table, ref_N, policy_N, lam={"g": 0.7}, beta=1.0)
         pair = (
             covariance_gain(table, policy_N - ref_N, table.utility_JN[0]),
             self_normalised_gain(table, policy_N - ref_N, table.utility_JN[0]),
         )
-        assert found.estimator == "average"
-        assert found.improvement["g"].mean == pytest.approx(np.mean(pair), abs=1e-14)
-        assert found.sentence.startswith("Estimated from the policy's weights (median effective sample size ")
+        assert result.estimator == "average"
+        assert result.improvement["g"].mean == pytest.approx(np.mean(pair), abs=1e-14)
+        assert result.sentence.startswith("Estimated from the policy's weights (median effective sample size ")
 
     def test_a_far_policy_is_estimated_to_first_order_and_says_so(self) -> None:
         world = make_world(1)
         far = policy_of(world, size=2.5)
         table, (ref_N, policy_N) = world.sampled(np.random.default_rng(0), 64, 8, far)
-        found = estimate_policy(table, ref_N, policy_N, lam={"g": 0.7}, beta=1.0)
-        assert found.ess < 4
-        assert found.estimator == "first_order"
+        result = estimate_policy(table, ref_N, policy_N, lam={"g": 0.7}, beta=1.0)
+        assert result.ess < 4
+        assert result.estimator == "first_order"
         first_P = first_order_gain(table, policy_N - ref_N, table.utility_JN[0])
-        assert found.improvement["g"].mean == pytest.approx(first_P.mean(), abs=1e-14)
+        assert result.improvement["g"].mean == pytest.approx(first_P.mean(), abs=1e-14)
         variance = np.var((policy_N - ref_N).reshape(64, 8), axis=1, ddof=1).mean()
-        assert found.kl.mean == pytest.approx(variance / 2, rel=1e-12)
-        assert "to first order: the policy is too far from the reference for its weights" in found.sentence
+        assert result.kl.mean == pytest.approx(variance / 2, rel=1e-12)
+        assert "to first order: the policy is too far from the reference for its weights" in result.sentence
 
     def test_a_weight_that_overflows_is_not_used(self) -> None:
         world = make_world(1)
@@ -190,10 +190,10 @@ class TestChoice:
         ref_N = ref_N - 1000.0
         policy_N = policy_N - 1000.0
         policy_N[3] = -1.0
-        found = estimate_policy(table, ref_N, policy_N, lam={"g": 0.7}, beta=1.0)
-        assert found.estimator == "first_order"
-        assert "a log-ratio of 1e+03 nats" in found.sentence
-        assert math.isfinite(found.improvement["g"].mean)
+        result = estimate_policy(table, ref_N, policy_N, lam={"g": 0.7}, beta=1.0)
+        assert result.estimator == "first_order"
+        assert "a log-ratio of 1e+03 nats" in result.sentence
+        assert math.isfinite(result.improvement["g"].mean)
 
     def test_single_responses_are_counted_and_left_out(self) -> None:
         world = make_world(1)
@@ -204,20 +204,22 @@ class TestChoice:
             np.concatenate([np.ones(5), table.reward_N]), np.concatenate([np.ones(5), table.utility_JN[0]]), prompt
         )
         alone = np.full(5, -2.0)
-        found = estimate_policy(more, np.append(alone, ref_N), np.append(alone - 1, policy_N), lam={"g": 0.7}, beta=1.0)
-        assert (found.num_prompts, found.num_single_response_prompts) == (50, 5)
+        result = estimate_policy(
+            more, np.append(alone, ref_N), np.append(alone - 1, policy_N), lam={"g": 0.7}, beta=1.0
+        )
+        assert (result.num_prompts, result.num_single_response_prompts) == (50, 5)
         for name in ("reward_improvement", "kl", "length", "direction"):
-            ours, theirs = getattr(found, name), getattr(whole, name)
+            ours, theirs = getattr(result, name), getattr(whole, name)
             assert vars(ours) == pytest.approx(vars(theirs), abs=1e-12)
 
     def test_the_reference_itself(self) -> None:
         world = make_world(1)
         table, (ref_N,) = world.sampled(np.random.default_rng(0), 40, 8)
-        found = estimate_policy(table, ref_N, ref_N, lam={"g": 0.7}, beta=1.0)
-        assert (found.kl.mean, found.length.mean) == (0.0, 0.0)
-        assert found.ess == pytest.approx(8.0)
-        assert found.improvement["g"] == Interval(*[pytest.approx(0.0, abs=1e-15)] * 4)
-        assert math.isnan(found.direction.mean)
+        result = estimate_policy(table, ref_N, ref_N, lam={"g": 0.7}, beta=1.0)
+        assert (result.kl.mean, result.length.mean) == (0.0, 0.0)
+        assert result.ess == pytest.approx(8.0)
+        assert result.improvement["g"] == Interval(*[pytest.approx(0.0, abs=1e-15)] * 4)
+        assert math.isnan(result.direction.mean)
 
 
 class TestArguments:
@@ -247,14 +249,14 @@ class TestArguments:
 
     def test_one_prompt_has_no_error_and_json_says_null(self) -> None:
         table = ScoreTable.build([0.0, 1.0], [1.0, 0.0], [0, 0])
-        found = estimate_policy(table, [-1.0, -2.0], [-1.1, -1.8], lam={"g": 1.0}, beta=1.0)
-        text = json.dumps(found.to_dict(), allow_nan=False)
+        result = estimate_policy(table, [-1.0, -2.0], [-1.1, -1.8], lam={"g": 1.0}, beta=1.0)
+        text = json.dumps(result.to_dict(), allow_nan=False)
         again = PolicyEstimate.from_dict(json.loads(text))
         assert json.loads(text)["improvement"]["g"]["se"] is None
-        assert again.to_dict() == found.to_dict()
-        assert again.improvement["g"].mean == found.improvement["g"].mean
+        assert again.to_dict() == result.to_dict()
+        assert again.improvement["g"].mean == result.improvement["g"].mean
         with pytest.raises(DataError, match="fields missing: kl"):
-            PolicyEstimate.from_dict({name: value for name, value in found.to_dict().items() if name != "kl"})
+            PolicyEstimate.from_dict({name: value for name, value in result.to_dict().items() if name != "kl"})
 
 
 def coverage(world: PolicyWorld, num_tables: int) -> dict[str, float]:
@@ -273,10 +275,10 @@ def coverage(world: PolicyWorld, num_tables: int) -> dict[str, float]:
     means: dict[str, list[float]] = {name: [] for name in truth}
     covered: dict[str, list[bool]] = {name: [] for name in truth}
     for seed in range(num_tables):
-        found = sampled_estimate(world, seed, policy)
-        assert found.estimator == "average"
-        intervals = {"g": found.improvement["g"], "r": found.reward_improvement, "kl": found.kl}
-        intervals |= {"length": found.length, "direction": found.direction}
+        result = sampled_estimate(world, seed, policy)
+        assert result.estimator == "average"
+        intervals = {"g": result.improvement["g"], "r": result.reward_improvement, "kl": result.kl}
+        intervals |= {"length": result.length, "direction": result.direction}
         for name, interval in intervals.items():
             means[name].append(interval.mean / truth[name] - 1)
             covered[name].append(interval.low <= truth[name] <= interval.high)

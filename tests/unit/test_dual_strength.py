@@ -19,7 +19,7 @@ from can_dist.dual import (
     Strength,
     at_strength,
     choose_strength,
-    demands,
+    demands_of,
     estimate_policy,
     solve_table,
 )
@@ -56,34 +56,34 @@ def estimate(
 
 class TestRule:
     def test_the_largest_need_decides(self) -> None:
-        found = choose_strength(estimate(0.25, 0.4), [Demand("a", 0.5), Demand("b", 0.6)])
-        assert (found.alpha, found.limiting) == (2.0, "a")
-        assert found.needed == pytest.approx({"a": 2.0, "b": 1.5})
-        assert found.predicted.improvement["b"].mean == pytest.approx(0.8)
-        assert found.predicted.improvement["b"].se == pytest.approx(0.04)
-        assert found.predicted.reward_improvement.mean == pytest.approx(0.2)
-        assert found.predicted.kl.mean == pytest.approx(0.4)
-        assert found.alpha_se == pytest.approx(2.0 * 0.02 / 0.25)
-        assert found.notes == ()
+        result = choose_strength(estimate(0.25, 0.4), [Demand("a", 0.5), Demand("b", 0.6)])
+        assert (result.alpha, result.limiting) == (2.0, "a")
+        assert result.needed == pytest.approx({"a": 2.0, "b": 1.5})
+        assert result.predicted.improvement["b"].mean == pytest.approx(0.8)
+        assert result.predicted.improvement["b"].se == pytest.approx(0.04)
+        assert result.predicted.reward_improvement.mean == pytest.approx(0.2)
+        assert result.predicted.kl.mean == pytest.approx(0.4)
+        assert result.alpha_se == pytest.approx(2.0 * 0.02 / 0.25)
+        assert result.notes == ()
 
     def test_a_policy_that_overshoots_is_shrunk_where_a_constraint_binds(self) -> None:
         assert choose_strength(estimate(0.8), [Demand("a", 0.5)]).alpha == pytest.approx(0.625)
 
     def test_a_policy_stays_as_trained_where_none_binds(self) -> None:
         """λ = 0: the reward alone brings more than the margin, and shrinking would give reward away."""
-        found = choose_strength(estimate(0.8, lam=0.0), [Demand("a", 0.5)])
-        assert (found.alpha, found.limiting) == (1.0, None)
-        assert math.isnan(found.alpha_se)
+        result = choose_strength(estimate(0.8, lam=0.0), [Demand("a", 0.5)])
+        assert (result.alpha, result.limiting) == (1.0, None)
+        assert math.isnan(result.alpha_se)
         assert choose_strength(estimate(0.4, lam=0.0), [Demand("a", 0.5)]).alpha == pytest.approx(1.25)
 
     @pytest.mark.parametrize("margin", [0.0, -0.3])
     def test_a_margin_that_the_reference_meets_needs_no_strength(self, margin: float) -> None:
-        found = choose_strength(estimate(0.8), [Demand("a", margin)])
-        assert (found.alpha, found.limiting, found.needed) == (1.0, None, {"a": 0.0})
+        result = choose_strength(estimate(0.8), [Demand("a", margin)])
+        assert (result.alpha, result.limiting, result.needed) == (1.0, None, {"a": 0.0})
 
     def test_a_loss_larger_than_allowed_is_shrunk(self) -> None:
-        found = choose_strength(estimate(-0.4), [Demand("a", -0.3)])
-        assert (found.alpha, found.limiting) == (pytest.approx(0.75), "a")
+        result = choose_strength(estimate(-0.4), [Demand("a", -0.3)])
+        assert (result.alpha, result.limiting) == (pytest.approx(0.75), "a")
         assert choose_strength(estimate(-0.2), [Demand("a", -0.3)]).alpha == 1.0
         # within the interval of the gain nothing is known to be wrong; with a confidence everything must be
         assert choose_strength(estimate(-0.31), [Demand("a", -0.3)]).alpha == 1.0
@@ -91,27 +91,27 @@ class TestRule:
         assert sure.alpha == pytest.approx(0.3 / (0.31 + t.ppf(0.95, 199) * 0.02))
 
     def test_confidence(self) -> None:
-        found = choose_strength(estimate(0.25, 0.4), [Demand("a", 0.5), Demand("b", 0.6)], confidence=0.9)
+        result = choose_strength(estimate(0.25, 0.4), [Demand("a", 0.5), Demand("b", 0.6)], confidence=0.9)
         quantile = t.ppf(0.95, 199)
-        assert found.needed["a"] == pytest.approx(0.5 / (0.25 - quantile * 0.02), rel=1e-12)
-        assert found.needed["b"] == pytest.approx(0.6 / (0.4 - quantile * 0.02), rel=1e-12)
-        assert found.confidence == 0.9
+        assert result.needed["a"] == pytest.approx(0.5 / (0.25 - quantile * 0.02), rel=1e-12)
+        assert result.needed["b"] == pytest.approx(0.6 / (0.4 - quantile * 0.02), rel=1e-12)
+        assert result.confidence == 0.9
 
     def test_a_threshold_brings_the_error_of_the_reference_mean(self) -> None:
         """α Ĝ − z √(α² SE² + SE_b²) = b, by a bracketing root."""
-        found = choose_strength(estimate(0.25), [Demand("a", 0.5, error=0.05)], confidence=0.95)
+        result = choose_strength(estimate(0.25), [Demand("a", 0.5, error=0.05)], confidence=0.95)
         quantile = t.ppf(0.95, 199)
         root = brentq(lambda a: a * 0.25 - quantile * math.hypot(a * 0.02, 0.05) - 0.5, 1, 9, xtol=1e-14)
-        assert found.alpha == pytest.approx(root, rel=1e-12)
+        assert result.alpha == pytest.approx(root, rel=1e-12)
         plain = choose_strength(estimate(0.25), [Demand("a", 0.5, error=0.05)])
         assert plain.alpha == pytest.approx(2.0, rel=1e-14)
         assert plain.alpha_se == pytest.approx(math.hypot(2.0 * 0.02, 0.05) / 0.25)
 
     def test_a_threshold_just_met_by_the_reference_is_asked_for_with_confidence(self) -> None:
-        found = choose_strength(estimate(0.25), [Demand("a", -0.01, error=0.05)], confidence=0.95)
+        result = choose_strength(estimate(0.25), [Demand("a", -0.01, error=0.05)], confidence=0.95)
         quantile = t.ppf(0.95, 199)
         root = brentq(lambda a: a * 0.25 - quantile * math.hypot(a * 0.02, 0.05) + 0.01, 0, 9, xtol=1e-14)
-        assert found.alpha == pytest.approx(root, rel=1e-12)
+        assert result.alpha == pytest.approx(root, rel=1e-12)
 
     def test_equalities(self) -> None:
         assert choose_strength(estimate(0.8), [Demand("a", 0.4, equal=True)]).alpha == pytest.approx(0.5)
@@ -164,9 +164,9 @@ class TestRefusals:
             choose_strength(estimate(0.3, num_prompts=31), [Demand("a", 0.5)])
 
     def test_few_prompts_and_the_width_they_cost(self) -> None:
-        found = choose_strength(estimate(0.25, se=0.05, num_prompts=64), [Demand("a", 0.5), Demand("b", -1.0)][:1])
+        result = choose_strength(estimate(0.25, se=0.05, num_prompts=64), [Demand("a", 0.5), Demand("b", -1.0)][:1])
         reach, fewer = t.ppf(0.95, 63) * 0.2, t.ppf(0.95, 127) * 0.2 / math.sqrt(2)
-        assert found.notes == (
+        assert result.notes == (
             f"64 validation prompts leave the gain of a between {0.5 - 0.5 * reach:.3g} and {0.5 + 0.5 * reach:.3g} "
             f"(90%) where 0.5 is asked; 128 would leave it between {0.5 - 0.5 * fewer:.3g} and "
             f"{0.5 + 0.5 * fewer:.3g}.",
@@ -176,7 +176,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"asked": [Demand("b", 0.5)]}, "demands: found b, expected those of the estimate: a"),
+            ({"demands": [Demand("b", 0.5)]}, "demands: found b, expected those of the estimate: a"),
             ({"confidence": 0.4}, "strength.confidence = 0.4"),
             ({"confidence": 1.0}, "strength.confidence = 1.0"),
             ({"max_strength": 0.0}, "strength.max = 0.0"),
@@ -185,12 +185,12 @@ class TestRefusals:
     )
     def test_arguments(self, change: dict, message: str) -> None:
         with pytest.raises(ConfigError, match=message):
-            choose_strength(estimate(0.3), **({"asked": [Demand("a", 0.5)]} | change))
+            choose_strength(estimate(0.3), **({"demands": [Demand("a", 0.5)]} | change))
 
     def test_json(self) -> None:
-        for found in (choose_strength(estimate(0.3), [Demand("a", 0.5)]), choose_strength(estimate(), [])):
-            text = json.dumps(found.to_dict(), allow_nan=False)
-            assert json.loads(text)["predicted"]["kl"]["mean"] == pytest.approx(found.predicted.kl.mean)
+        for result in (choose_strength(estimate(0.3), [Demand("a", 0.5)]), choose_strength(estimate(), [])):
+            text = json.dumps(result.to_dict(), allow_nan=False)
+            assert json.loads(text)["predicted"]["kl"]["mean"] == pytest.approx(result.predicted.kl.mean)
         assert json.loads(text)["alpha_se"] is None
 
 
@@ -199,14 +199,14 @@ def test_demands_of_margins_thresholds_and_equalities() -> None:
     prompt = np.repeat(np.arange(50), 4)
     utility_NJ = generator.normal(size=(200, 3)) + generator.normal(size=(50, 3))[prompt]
     table = ScoreTable.build(generator.normal(size=200), utility_NJ, prompt)
-    asked = [Margin("a", 0.5), Margin("b", threshold=1.0), Margin("c", threshold=0.2, equal=True)]
-    found = demands(table, asked)
+    constraints = [Margin("a", 0.5), Margin("b", threshold=1.0), Margin("c", threshold=0.2, equal=True)]
+    result = demands_of(table, constraints)
     level_P3 = utility_NJ.reshape(50, 4, 3).mean(axis=1)
-    assert found[0] == Demand("a", 0.5)
-    for demand, level_P, threshold in zip(found[1:], level_P3.T[1:], (1.0, 0.2), strict=True):
+    assert result[0] == Demand("a", 0.5)
+    for demand, level_P, threshold in zip(result[1:], level_P3.T[1:], (1.0, 0.2), strict=True):
         assert demand.margin == pytest.approx(threshold - level_P.mean())
         assert demand.error == pytest.approx(level_P.std(ddof=1) / math.sqrt(50))
-    assert [demand.equal for demand in found] == [False, False, True]
+    assert [demand.equal for demand in result] == [False, False, True]
 
 
 class TestExactPolicies:
@@ -229,8 +229,8 @@ class TestExactPolicies:
         solution = solve_table(table, beta=0.5, constraints=margins)
         score = world.reward_PM + np.tensordot(solution.lam_vector, world.utility_JPM, axes=1)
         table, (log_ref_N, log_policy_N) = world.enumerated(world.tilted(score / 0.5))
-        found = estimate_policy(table, log_ref_N, log_policy_N, lam=solution.lam, beta=0.5)
-        assert choose_strength(found, demands(table, margins)).alpha == pytest.approx(1.0, abs=1e-6)
+        result = estimate_policy(table, log_ref_N, log_policy_N, lam=solution.lam, beta=0.5)
+        assert choose_strength(result, demands_of(table, margins)).alpha == pytest.approx(1.0, abs=1e-6)
 
 
 def gaussian_estimate(generator: np.random.Generator, num_prompts: int, size: float = 0.5) -> PolicyEstimate:
@@ -245,10 +245,10 @@ def gaussian_estimate(generator: np.random.Generator, num_prompts: int, size: fl
 
 def test_the_linear_law_where_it_holds_exactly() -> None:
     generator = np.random.default_rng(3)
-    found = gaussian_estimate(generator, 20_000)
-    assert found.estimator == "average"
-    assert found.improvement["a"].mean == pytest.approx(0.3, abs=4 * found.improvement["a"].se)
-    point = at_strength(found, 1.7)
+    result = gaussian_estimate(generator, 20_000)
+    assert result.estimator == "average"
+    assert result.improvement["a"].mean == pytest.approx(0.3, abs=4 * result.improvement["a"].se)
+    point = at_strength(result, 1.7)
     assert point.improvement["a"].mean == pytest.approx(1.7 * 0.3, abs=4 * point.improvement["a"].se)
     mean_square = 0.25 * (1 + 0.8**2 / 12)
     assert point.kl.mean == pytest.approx(1.7**2 * mean_square / 2, abs=4 * point.kl.se)
@@ -271,7 +271,7 @@ def test_the_linear_law_near_the_reference() -> None:
 
 def choices(num_tables: int, num_prompts: int, confidence: float | None) -> tuple[np.ndarray, list[Strength]]:
     """Realised over asked gain of strengths chosen on tables of their own, in the Gaussian world."""
-    found = []
+    result = []
     for seed in range(num_tables):
         try:
             chosen = choose_strength(
@@ -279,21 +279,21 @@ def choices(num_tables: int, num_prompts: int, confidence: float | None) -> tupl
             )
         except DataError:
             continue
-        found.append(chosen)
-    return np.array([0.3 * chosen.alpha / 0.5 for chosen in found]), found
+        result.append(chosen)
+    return np.array([0.3 * chosen.alpha / 0.5 for chosen in result]), result
 
 
 def check_choices(num_tables: int, tolerance: float) -> None:
     for num_prompts in (32, 64):
-        realised, found = choices(num_tables, num_prompts, None)
+        realised, result = choices(num_tables, num_prompts, None)
         inside = []
-        for ratio, chosen in zip(realised, found, strict=True):
+        for ratio, chosen in zip(realised, result, strict=True):
             low, high = (float(word) for word in chosen.notes[0].split("between ")[1].split(" (")[0].split(" and "))
             inside.append(low <= 0.5 * ratio <= high)
         assert np.mean(inside) == pytest.approx(0.9, abs=tolerance), num_prompts
         assert np.median(realised) == pytest.approx(1.0, abs=tolerance)
-    realised, found = choices(num_tables, 128, 0.95)
-    assert len(found) == num_tables
+    realised, result = choices(num_tables, 128, 0.95)
+    assert len(result) == num_tables
     assert 0.95 - tolerance <= np.mean(realised >= 1) <= 0.99  # 0.976: the gain's error is skewed to the safe side
 
 
