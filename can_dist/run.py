@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 from can_dist.config import Config, Constraint, DataSource, Human, LogRatio, Model, Scorer, Step
 from can_dist.errors import ConfigError, DataError
@@ -49,12 +50,16 @@ class StageReached(Exception):
 
 @dataclass(frozen=True)
 class ReferenceData:
-    """What is known before any training: scored samples of π_ref, the dual's solution, scored responses to compare."""
+    """What is known before any training: scored samples of π_ref, the dual's solution, scored responses to compare.
+
+    ``validation`` are scored samples for prompts that nothing is trained on, None where there are none.
+    """
 
     scores: Artifact
     solution: Artifact
     pairs: Artifact
     pair_scores: Artifact
+    validation: Artifact | None
 
     @property
     def lam(self) -> dict[str, float]:
@@ -102,19 +107,21 @@ class Run:
         """Read the configured prompts and hold some out."""
         return ingest.ingest_prompts(self._work, self.config.prompts)
 
-    def generate(self, policy: Policy, prompts: Artifact) -> Artifact:
-        """Sample K responses of the reference, or of a trained policy, per training prompt.
+    def generate(
+        self, policy: Policy, prompts: Artifact, *, split: Literal["train", "validation"] = "train"
+    ) -> Artifact:
+        """Sample K responses of the reference, or of a trained policy, per training or validation prompt.
 
         Those of the reference may be brought by the user (``generate.responses``), or sampled by an endpoint.
         """
         options = self.config.generate
         if isinstance(policy, Model) and options.responses is not None:
-            return self._sampled(bring_responses(self._work, policy, prompts, options.responses))
+            return self._sampled(bring_responses(self._work, policy, prompts, options.responses, split=split))
         if isinstance(policy, Model) and options.endpoint is not None:
-            return self._sampled(ask_for_responses(self._work, policy, prompts, options.endpoint))
+            return self._sampled(ask_for_responses(self._work, policy, prompts, options.endpoint, split=split))
         role = "reference" if isinstance(policy, Model) else "policy"
         model = train.policy_model(policy, self.config.reference)
-        return self._sampled(generate.generate(self._work, model, prompts, split="train", role=role))
+        return self._sampled(generate.generate(self._work, model, prompts, split=split, role=role))
 
     def aligned(
         self, reference: Model, prompts: Artifact, reward: Scorer, constraints: Mapping[str, Constraint]
@@ -141,6 +148,20 @@ class Run:
     ) -> Artifact:
         """Score responses with the reward, every constraint, and ln π_ref; ``aligned`` holds log-ratios by name."""
         return self._score(responses, {**self._specs(reward, constraints, aligned), LOGP: self._log_prob(reference)})
+
+    def validation(
+        self,
+        reference: Model,
+        prompts: Artifact,
+        reward: Scorer,
+        constraints: Mapping[str, Constraint],
+        aligned: Mapping[str, PolicyRatio] | None = None,
+    ) -> Artifact | None:
+        """Score samples of the reference for prompts that nothing is trained on; None without such prompts."""
+        if self.config.prompts.num_validation == 0:
+            return None
+        responses = self.generate(reference, prompts, split="validation")
+        return self.score(responses, reward, constraints, reference, aligned)
 
     def log_probs(self, responses: Artifact, policy: Policy) -> Artifact:
         """Score responses with ln π alone, of the reference or of a trained policy, for a training relative to it."""
@@ -182,9 +203,10 @@ class Run:
         responses = self.generate(reference, prompts)
         scores = self.score(responses, reward, constraints, reference)
         solution = self.solve(scores, constraints, beta)
+        validation = self.validation(reference, prompts, reward, constraints)
         pairs = self.pairs(reference, prompts, responses)
         pair_scores = scores if pairs is responses else self.score(pairs, reward, constraints, reference)
-        return ReferenceData(scores, solution, pairs, pair_scores)
+        return ReferenceData(scores, solution, pairs, pair_scores, validation)
 
     def human_pairs(self, reference: Model, prompts: Artifact, step: Step | None = None) -> Artifact:
         """Return the response pairs of the configured preference data set, or that of a step, with people's labels."""

@@ -50,7 +50,7 @@ def configure(reference: Path, margins: dict[str, float], train: dict, labels: s
     return validate_config(
         {
             "beta": BETA,
-            "prompts": {"source": "unused.jsonl"},
+            "prompts": {"source": "unused.jsonl", "num_validation": 0},
             "reference": {"model": str(reference), "template": "{prompt}"},
             "reward": {"kind": "callable", "function": "enumerable_world:reward"},
             "constraints": {

@@ -21,7 +21,7 @@ def small_run(folder: Path, prompt_end: str = "", **sections: Any) -> dict[str, 
     return {
         "seed": 1,
         "beta": 0.5,
-        "prompts": {"source": str(folder / "prompts.jsonl"), "num_test": 4},
+        "prompts": {"source": str(folder / "prompts.jsonl"), "num_test": 4, "num_validation": 0},
         "reference": {"model": str(folder / "lm")},
         "reward": {"kind": "callable", "function": "scorers:num_words"},
         "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.05}},

@@ -29,10 +29,13 @@ if TYPE_CHECKING:
     from can_dist.modeling.formatter import Formatter
 
 COLUMNS = ("prompt", "responses")
+SHOWN_SPLIT = {"train": "training", "validation": "validation"}
 
 
-def bring_responses(work: Workspace, reference: Model, prompts: Artifact, source: DataSource) -> Artifact:
-    """Return the ``responses`` of the training prompts as a data set has them, K for each prompt.
+def bring_responses(
+    work: Workspace, reference: Model, prompts: Artifact, source: DataSource, *, split: str = "train"
+) -> Artifact:
+    """Return the ``responses`` of the prompts of one split as a data set has them, K for each prompt.
 
     A row has a ``prompt`` (text, or a list of messages) and ``responses`` (a list of texts); several rows of one
     prompt add up. Rows are joined to the prompts by what the prompt says. Rows of other prompts are left out.
@@ -40,7 +43,7 @@ def bring_responses(work: Workspace, reference: Model, prompts: Artifact, source
     Raises
     ------
     DataError
-        When a training prompt has another number of responses than ``generate.num_responses``, or a response does not
+        When a prompt has another number of responses than ``generate.num_responses``, or a response does not
         fit the reference's context or vocabulary; ids are listed.
     """
     num_responses = work.config.generate.num_responses
@@ -50,18 +53,20 @@ def bring_responses(work: Workspace, reference: Model, prompts: Artifact, source
         "template": reference.template,
         "num_responses": num_responses,
     }
-    stage = work.open("generate", "reference on train", what, {"prompts": prompts})
+    if split != "train":
+        what["split"] = split
+    stage = work.open("generate", f"reference on {split}", what, {"prompts": prompts})
     if stage.finished:
         return stage.finished
     texts, num_rows = read_responses(source)
-    table = prompts_of_split(prompts.path, "train")
+    table = prompts_of_split(prompts.path, split)
     rows = table.to_pylist()
     used = {prompt_id(row["messages"]) for row in rows} & texts.keys()
     work.say(
         f"{source.source}: {num_rows} rows, {sum(map(len, texts.values()))} responses to {len(texts)} prompts, of "
-        f"which {len(used)} are among the {len(rows)} training prompts"
+        f"which {len(used)} are among the {len(rows)} {SHOWN_SPLIT[split]} prompts"
     )
-    _check_complete(rows, texts, num_responses, source.source)
+    _check_complete(rows, texts, num_responses, source.source, split)
     token_rows = [
         response_row(row, k, text, "given") for row in rows for k, text in enumerate(texts[prompt_id(row["messages"])])
     ]
@@ -90,7 +95,7 @@ def read_responses(source: DataSource) -> tuple[dict[str, list[str]], int]:
 
 
 def _check_complete(
-    rows: Sequence[Mapping[str, Any]], texts: Mapping[str, Sequence[str]], num_responses: int, source: str
+    rows: Sequence[Mapping[str, Any]], texts: Mapping[str, Sequence[str]], num_responses: int, source: str, split: str
 ) -> None:
     counts = {row["prompt_id"]: len(texts.get(prompt_id(row["messages"]), ())) for row in rows}
     wrong = {key: count for key, count in counts.items() if count != num_responses}
@@ -98,10 +103,10 @@ def _check_complete(
         return
     found = ", ".join(f"{number} prompts with {count}" for count, number in sorted(Counter(counts.values()).items()))
     raise DataError(
-        f"{source}: {len(wrong)} of {len(rows)} training prompts have not generate.num_responses = {num_responses} "
-        f"responses: {', '.join(f'{key} ({count})' for key, count in list(wrong.items())[:5])}. Found: {found}. "
-        "Complete them or set generate.num_responses; a row belongs to the prompt whose text is the same, letter by "
-        "letter."
+        f"{source}: {len(wrong)} of {len(rows)} {SHOWN_SPLIT[split]} prompts have not generate.num_responses = "
+        f"{num_responses} responses: {', '.join(f'{key} ({count})' for key, count in list(wrong.items())[:5])}. "
+        f"Found: {found}. Complete them or set generate.num_responses; a row belongs to the prompt whose text is the "
+        "same, letter by letter."
     )
 
 

@@ -15,7 +15,7 @@ from can_dist.config import DataSource, Model, Prompts
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling.loading import model_digest
 from can_dist.tables.artifacts import Artifact, file_digest, write_part
-from can_dist.tables.foreign.formats import PreferencesRead, PromptsRead, read_preferences, read_prompts
+from can_dist.tables.foreign.formats import PreferencesRead, PromptsRead, prompt_id, read_preferences, read_prompts
 from can_dist.tables.schemas import GIVEN_RESPONSES, PROMPTS
 from can_dist.workspace import Workspace
 
@@ -27,39 +27,59 @@ UNLABELLED = {"better": -1, "safer": -1, "safe": -1}
 
 
 def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
-    """Read the prompts and split them, by prompt, into ``train`` and ``test``.
+    """Read the prompts and split them, by prompt, into ``train``, ``test`` and ``validation``.
 
     Which prompts are held out follows from the seed and the prompt's id alone, so adding prompts moves none of the
-    others' roles at random.
+    others' roles at random. Prompts that say the same under several ids are one prompt to the validation: it takes
+    none that is in the test, and what it takes is in no training.
 
     Raises
     ------
     DataError
-        When the source cannot be read, or holds too few prompts for ``num_test`` and one for training.
+        When the source cannot be read, or holds too few prompts for those held out and one for training.
     """
     what = {"source": source_identity(prompts), "num_train": prompts.num_train, "num_test": prompts.num_test}
+    if prompts.num_validation:  # a run without keeps the names it had before there were any
+        what["num_validation"] = prompts.num_validation
     stage = work.open("prompts", "prompts", {**what, "seed": work.config.seed}, {})
     if stage.finished:
         return stage.finished
     read = read_prompts(prompts.source, split=prompts.split, subset=prompts.subset, revision=prompts.revision)
     work.say(read.announcement)
     table = read.table
-    if table.num_rows <= prompts.num_test:
-        raise DataError(
-            f"{prompts.source}: {table.num_rows} distinct prompts, of which prompts.num_test = {prompts.num_test} are "
-            "to be held out; none would be left to train on. Lower prompts.num_test or bring more prompts."
-        )
-    ids: list[str] = table.column("prompt_id").to_pylist()
-    order = sorted(ids, key=lambda prompt_id: hashlib.sha256(f"{work.config.seed}:{prompt_id}".encode()).digest())
-    test = set(order[: prompts.num_test])
-    last = None if prompts.num_train is None else prompts.num_test + prompts.num_train
-    train = set(order[prompts.num_test : last])
-    splits = ["test" if i in test else "train" if i in train else None for i in ids]
+    split_of = _splits(table, prompts, work.config.seed)
+    splits = [split_of.get(prompt_id) for prompt_id in table.column("prompt_id").to_pylist()]
     table = table.append_column("split", pa.array(splits, pa.string()))
     kept = table.filter(pc.is_valid(table.column("split"))).cast(PROMPTS)
     write_part(stage.path, 0, kept.combine_chunks())
-    counts = {**read.counts, "train": len(train), "test": len(test)}
+    names = ("train", "test", *(["validation"] if prompts.num_validation else []))
+    counts = {**read.counts, **{name: splits.count(name) for name in names}}
     return stage.commit(info=_found(read) | {"counts": counts})
+
+
+def _splits(table: pa.Table, prompts: Prompts, seed: int) -> dict[str, str]:
+    """Return the split of each prompt by its id; prompts that are not used are left out."""
+    content = dict(
+        zip(table.column("prompt_id").to_pylist(), map(prompt_id, table["messages"].to_pylist()), strict=True)
+    )
+    order = sorted(content, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    test, rest = order[: prompts.num_test], order[prompts.num_test :]
+    tested = {content[key] for key in test}
+    distinct = {content[key]: key for key in reversed(rest) if content[key] not in tested}  # the first id of each
+    candidates = [key for key in rest if distinct.get(content[key]) == key]
+    validation = candidates[: prompts.num_validation]
+    held_out = {content[key] for key in validation}
+    train = [key for key in rest if content[key] not in held_out]
+    if len(validation) < prompts.num_validation or not train:
+        also = f" and prompts.num_validation = {prompts.num_validation}" if prompts.num_validation else ""
+        lower = " or prompts.num_validation" if prompts.num_validation else ""
+        raise DataError(
+            f"{prompts.source}: {len(set(content.values()))} distinct prompts, of which prompts.num_test = "
+            f"{prompts.num_test}{also} are to be held out; none would be left to train on. "
+            f"Lower prompts.num_test{lower}, or bring more prompts."
+        )
+    roles = {"test": test, "validation": validation, "train": train[: prompts.num_train]}
+    return {key: split for split, keys in roles.items() for key in keys}
 
 
 def ingest_benign(work: Workspace, source: DataSource) -> Artifact:
@@ -109,9 +129,12 @@ def ingest_pairs(
         return stage.finished
     read = read_preferences(source.source, split=source.split, subset=source.subset, revision=source.revision)
     work.say(read.announcement)
-    splits = prompts.table.filter(pc.equal(prompts.table.column("split"), "test"))
-    held_out = set(splits.column("prompt_id").to_pylist())
-    pairs = [(n, pair) for n, pair in enumerate(read.table.to_pylist()) if pair["prompt_id"] not in held_out]
+    held_out = _held_out(prompts.table)
+    pairs = [
+        (number, pair)
+        for number, pair in enumerate(read.table.to_pylist())
+        if held_out.isdisjoint((pair["prompt_id"], prompt_id(pair["messages"])))
+    ]
     others = _pairs_of_other_prompts([pair for _, pair in pairs], source.source) if mismatched else []
     formatter = Formatter(load_tokenizer(reference), reference.template)
     context = context_length(load_model_config(reference, "model"))
@@ -167,6 +190,13 @@ def check_criteria(asked: Sequence[tuple[Artifact, str]], where: str, do: str) -
                 f"{pairs.path}: the data set says which response was chosen, not by what criterion, and {where} would "
                 f"learn the same labels as '{before}' and as '{criterion}'. {do}"
             )
+
+
+def _held_out(prompts: pa.Table) -> set[str]:
+    """Return the ids of the prompts that are not trained on, and the ids of what the validation prompts say."""
+    rows = [row for row in prompts.to_pylist() if row["split"] != "train"]
+    said = {prompt_id(row["messages"]) for row in rows if row["split"] == "validation"}
+    return said | {row["prompt_id"] for row in rows}
 
 
 def _tell_too_long(work: Workspace, source: str, too_long: Sequence[str], of: int, limit: str) -> None:

@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {
         "method": "dpo_h",
         "beta": 0.5,
-        "prompts": {"source": "pairs.jsonl", "num_test": 4},
+        "prompts": {"source": "pairs.jsonl", "num_test": 4, "num_validation": 0},
         "reference": {"model": "lm"},
         "reward": scorer,
         "constraints": {"safety": {"scorer": scorer, "margin": 0.1}},

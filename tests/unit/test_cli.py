@@ -29,7 +29,7 @@ PROGRAM = Path(sys.executable).parent / "can-dist"
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "pandas", "datasets", "peft", "matplotlib"}
 WORDS = ("hello", "world", "yes", "no")
 CONFIG = """\
-prompts: {source: prompts.jsonl, num_test: 2}
+prompts: {source: prompts.jsonl, num_test: 2, num_validation: 0}
 reference: {model: lm}
 reward: {kind: callable, function: "builtins:len"}
 constraints: {safety: {scorer: {kind: callable, function: "builtins:len"}, margin: 1.0}}

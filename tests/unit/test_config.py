@@ -16,7 +16,7 @@ from can_dist.config.describe import describe_keys, format_keys, models_in
 from can_dist.errors import ConfigError
 
 BASE: dict[str, Any] = {
-    "prompts": {"source": "prompts.jsonl"},
+    "prompts": {"source": "prompts.jsonl", "num_validation": 0},
     "reference": {"model": "./reference"},
     "reward": {"kind": "sequence_classifier", "model": "./reward"},
     "constraints": {"safety": {"scorer": {"kind": "callable", "function": "scorers:safety"}, "margin": 1.0}},
@@ -86,6 +86,7 @@ BOUNDS = [
     ("constraints.safety.scorer.batch_size", 0, 1, 10**6, None),
     ("prompts.num_train", 0, 1, 10**9, None),
     ("prompts.num_test", 1, 2, 10**9, None),
+    ("prompts.num_validation", 31, 32, 10**9, None),
     ("generate.num_responses", 0, 1, 1000, None),
     ("generate.temperature", 0, 1e-6, 10, 10.001),
     ("generate.top_p", 0, 1e-6, 1, 1.001),
@@ -593,6 +594,7 @@ OTHER = {
     "generate.stop": ["END"],
     "generate.responses": {"source": "responses.jsonl"},
     "generate.endpoint": {"base_url": "http://localhost:8000/v1", "model": "m"},
+    "prompts.num_validation": 64,
     "generate.batch_prompts": 8,
     "generate.shard_prompts": 64,
     "generate.top_p": 0.5,
