@@ -8,12 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from can_dist.config import Config, Constraint, DataSource, Human, LogRatio, Model, Scorer, Step
+from can_dist.config import METHODS, Config, Constraint, DataSource, Human, LogRatio, Model, Scorer, Step
 from can_dist.errors import ConfigError, DataError
 from can_dist.scoring.log_ratio import given_ratio
 from can_dist.scoring.protocol import LogProb, PolicyRatio, ScorerSpec
 from can_dist.stages import (
     align,
+    estimate,
     evaluate,
     generate,
     human_labels,
@@ -24,6 +25,7 @@ from can_dist.stages import (
     score,
     slack,
     solve,
+    strength,
     train,
     trajectory,
 )
@@ -266,6 +268,22 @@ class Run:
         """
         return train.train(self._work, reference, preferences, beta=beta, start=start, epochs=epochs)
 
+    def estimate(self, policy: Policy, reference: Model, solution: Artifact, validation: Artifact) -> Artifact:
+        """Estimate what a policy does from the validation responses and its log-probabilities, without generating."""
+        return estimate.estimate(self._work, policy, reference, solution, validation, reward=REWARD)
+
+    def strength(self, policy: Artifact, reference: Model, solution: Artifact, validation: Artifact | None) -> Artifact:
+        """Go as far along what was trained as the constraints ask, θ_ref + α(θ − θ_ref); one estimate is the check.
+
+        Returns the policy as trained where ``strength`` is 1, and for ``Run(until="train")``.
+        """
+        if validation is None or self.config.strength == 1.0 or self._until == "train":
+            return policy
+        found = self.estimate(policy, reference, solution, validation)
+        stretched = strength.strengthen(self._work, policy, reference, solution, found)
+        self.estimate(stretched, reference, solution, validation)
+        return self._reached("strength", stretched)
+
     def merge(self, policy_a: Artifact, policy_b: Artifact, q: float) -> Artifact:
         """Return the policy q·θ_a + (1 − q)·θ_b."""
         return merge.merge(self._work, policy_a, policy_b, q=q)
@@ -304,7 +322,22 @@ class Run:
         """Measure the policy on held-out prompts and write the report; ``variant`` names it among several policies."""
         lineage = report.lineage_of(policy, prompts)
         scorers = self._specs(reward, constraints, self.aligned(reference, prompts, reward, constraints))
-        return evaluate.evaluate(self._work, lineage, reference, scorers, constraints, reward=REWARD, variant=variant)
+        found = self._estimated(lineage, reference)
+        return evaluate.evaluate(
+            self._work, lineage, reference, scorers, constraints, reward=REWARD, variant=variant, estimate=found
+        )
+
+    def _estimated(self, lineage: report.Lineage, reference: Model) -> Artifact | None:
+        """Return the estimate of a policy on its run's validation responses; None where λ or they are missing."""
+        policy, asked = lineage.policy, (self.config.reward, self.config.constraints)
+        if policy.stage == "strength":
+            solution, validation = policy.input("solution"), policy.input("estimate").input("validation")
+            return self.estimate(policy, reference, solution, validation)
+        if lineage.solution is None or "strength" not in METHODS[self.config.method].stages:
+            return None
+        aligned = self.aligned(reference, lineage.prompts, *asked)
+        scores = self.validation(reference, lineage.prompts, *asked, aligned)
+        return scores and self.estimate(policy, reference, lineage.solution, scores)
 
     def say(self, message: str) -> None:
         """Tell the user a line, and log it."""

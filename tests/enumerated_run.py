@@ -51,6 +51,7 @@ def configure(reference: Path, margins: dict[str, float], train: dict, labels: s
         {
             "beta": BETA,
             "prompts": {"source": "unused.jsonl", "num_validation": 0},
+            "strength": 1,
             "reference": {"model": str(reference), "template": "{prompt}"},
             "reward": {"kind": "callable", "function": "enumerable_world:reward"},
             "constraints": {

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from can_dist.cli.compare import compare, judge, run_and_compare
+from can_dist.cli.estimate import estimate
 from can_dist.cli.export import export
 from can_dist.cli.frontier import frontier
 from can_dist.cli.look import doctor, status
@@ -35,7 +36,7 @@ def cli() -> None:
 def run(
     config: str | None, config_option: str | None, run_dir: Path, overrides: tuple[str, ...], methods: str | None
 ) -> None:
-    """Run the whole method: generate, score, solve, label, train, evaluate. Run again to continue or to change."""
+    """Run the whole method: generate, score, solve, label, train, strength, evaluate. Run again to continue."""
     settings = read_config(config, config_option, overrides)
     if methods is not None:
         run_and_compare(run_dir, settings, methods)
@@ -54,12 +55,14 @@ _stage_command("generate", "Sample K responses per prompt from the reference.")
 _stage_command("score", "Score the responses, and their log-probability under the reference.")
 _stage_command("label", "Label pairs of responses with λ*.")
 _stage_command("train", "Fine-tune the reference once on the labelled pairs.")
+_stage_command("strength", "Scale what was trained until the margins are met, by the validation responses.")
 _stage_command("evaluate", "Measure the policy on held-out prompts and write the report.")
 
 
 cli.add_command(solve)
 cli.add_command(frontier)
 cli.add_command(compare)
+cli.add_command(estimate)
 cli.add_command(export)
 cli.add_command(plan)
 cli.add_command(judge)

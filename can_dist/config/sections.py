@@ -174,6 +174,16 @@ class Train(Strict):
     max_shard_size_mb: int = Field(4000, ge=1, description="Largest safetensors file of the exported policy.")
 
 
+class StrengthChoice(Strict):
+    """How far the policy goes along what it learned: chosen on the validation prompts, within these bounds."""
+
+    max: float = Field(10.0, gt=0, description="Largest strength; 1 is the policy as trained.")
+    max_kl: float | None = Field(None, gt=0, description="Largest KL predicted for it, nats; default: any.")
+    confidence: float | None = Field(
+        None, ge=0.5, lt=1, description="Meet all margins with this joint confidence; default: in the mean."
+    )
+
+
 class Evaluate(Strict):
     """The measurement on held-out prompts."""
 

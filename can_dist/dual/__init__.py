@@ -19,7 +19,7 @@ from can_dist.dual.solution import DualSolution, Margin, Status
 from can_dist.dual.solve import solve_dual, solve_table
 from can_dist.dual.strength import Demand, RayPoint, Strength, at_strength, choose_strength, demands_of
 from can_dist.dual.table import ScoreTable
-from can_dist.dual.verdict import verdict
+from can_dist.dual.verdict import estimate_line, verdict
 
 __all__ = [
     "ESTIMATORS",
@@ -57,6 +57,7 @@ __all__ = [
     "demands_of",
     "diagnose",
     "dual_curve",
+    "estimate_line",
     "estimate_policy",
     "evaluate",
     "frontier_table",

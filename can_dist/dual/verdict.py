@@ -58,6 +58,24 @@ def verdict(
     return f"Arrived: {gains}, at KL {estimate.kl.mean:.2g} ({predicted_kl:.2g} predicted)."
 
 
+def estimate_line(estimate: PolicyEstimate, demands: Sequence[Demand]) -> str:
+    """Return an estimate as a line: 'safety +0.24 ± 0.03 of +0.50, reward +0.08, KL 0.11, length 0.36, direction 0.64'.
+
+    Args:
+        estimate: of the policy.
+        demands: what is asked of its constraints; those not named here are shown alone.
+    """
+    asked = {demand.name: demand.margin for demand in demands}
+    parts = []
+    for name, gain in estimate.improvement.items():
+        of = f" of {asked[name]:+.2f}" if name in asked else ""
+        parts.append(f"{name} {gain.mean:+.2f} ± {gain.high - gain.mean:.2f}{of}")
+    parts += [f"reward {estimate.reward_improvement.mean:+.2f}", f"KL {estimate.kl.mean:.2f}"]
+    for name, value in (("length", estimate.length.mean), ("direction", estimate.direction.mean)):
+        parts += [] if math.isnan(value) else [f"{name} {value:.2f}"]
+    return ", ".join(parts)
+
+
 def _distance(estimate: PolicyEstimate, demand: Demand) -> float:
     """Return by how many half-widths of its interval a gain lies inside what is asked, less than 0 where outside."""
     gain = estimate.improvement[demand.name]

@@ -20,7 +20,7 @@ from can_dist.errors import DataError
 from can_dist.measuring.comparison import Cost, MethodResult, OneShotRatio, gain_interval, method_result, one_shot_ratio
 from can_dist.measuring.gains import column
 from can_dist.measuring.ranking import Ranking, rank_methods
-from can_dist.stages.report import REPORT
+from can_dist.stages.report import REPORT, as_trained
 from can_dist.stages.trajectory import TRAJECTORY
 from can_dist.tables.artifacts import MANIFEST, Artifact, load_artifact, write_json
 
@@ -253,7 +253,7 @@ def cost_of(evaluation: Artifact) -> Cost:
 
 def trajectories(evaluation: Artifact) -> list[Artifact]:
     """Return the records of loops of this evaluation's method that ended with its policy."""
-    policy = evaluation.manifest["inputs"]["policy"]["artifact"]
+    policy = as_trained(evaluation.input("policy")).path.name
     found = [load_artifact(path.parent) for path in sorted(evaluation.path.parent.glob(f"trajectory-*/{MANIFEST}"))]
     return [
         one

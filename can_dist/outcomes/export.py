@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from can_dist.errors import ConfigError, DataError, EnvironmentProblem
 from can_dist.reporting.model_card import model_card
+from can_dist.stages.estimate import trained_policy
 from can_dist.stages.report import REPORT, lineage_of, method_title
 from can_dist.stages.solve import load_solution
 from can_dist.tables.artifacts import MANIFEST, Artifact, atomic_file, load_artifact
@@ -27,8 +28,8 @@ PAIRED = ("sigmoid", "regression")
 def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | None = None) -> Path:
     """Write a policy, or the adapter it was merged from, with its model card into the new directory ``out``.
 
-    ``path`` is a run with one policy, or an artifact of the stages train, merge or evaluate. One file of weights is in
-    memory at a time where ``max_shard_mb`` asks for other files than those of the run, none otherwise.
+    ``path`` is a run with one policy, or an artifact of the stages train, merge, strength or evaluate. One file of
+    weights is in memory at a time where ``max_shard_mb`` asks for other files than those of the run, none otherwise.
 
     Raises
     ------
@@ -37,16 +38,14 @@ def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | N
     DataError
         When there is no policy, several, or none with an adapter; or it is damaged.
     """
-    if out.exists() or not out.absolute().parent.is_dir():
-        state = "already exists" if out.exists() else "has no parent directory"
-        raise ConfigError(f"--out {out}: {state}. Give a new directory inside an existing one.")
+    check_new(out)
     policy, evaluation = find_policy(path)
     source = policy.path / (ADAPTER if adapter else POLICY)
     if not source.is_dir():
         raise DataError(f"{policy.path}: was trained without train.lora, so there is no adapter. Export the policy.")
     policy.check()
     report = evaluation.read_json(REPORT) if evaluation else None
-    card = model_card(_facts(policy, evaluation), report, adapter=adapter)
+    card = model_card(facts_of(policy, evaluation), report, adapter=adapter)
     with tempfile.TemporaryDirectory(prefix=".tmp-export-", dir=out.absolute().parent) as scratch:
         built = Path(scratch) / out.name
         resharded = max_shard_mb is not None and not adapter
@@ -59,6 +58,13 @@ def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | N
         (built / "README.md").write_text(card, encoding="utf-8")
         built.rename(out)
     return out
+
+
+def check_new(out: Path) -> None:
+    """Raise ``ConfigError`` unless the directory ``out`` can be made."""
+    if out.exists() or not out.absolute().parent.is_dir():
+        state = "already exists" if out.exists() else "has no parent directory"
+        raise ConfigError(f"--out {out}: {state}. Give a new directory inside an existing one.")
 
 
 def find_policy(path: Path) -> tuple[Artifact, Artifact | None]:
@@ -77,7 +83,9 @@ def find_policy(path: Path) -> tuple[Artifact, Artifact | None]:
             raise DataError(f"{path}: an artifact of the stage {one.stage}, which holds no policy. Give one of train.")
         return (one.input("policy"), one) if one.stage == "evaluate" else (one, _evaluation_of(one, made["evaluate"]))
     evaluated = {one.input("policy").path for one in made["evaluate"]}
-    policies = sorted(evaluated) or [one.path for one in (*made["train"], *made["merge"])]
+    stretched = {one.input("policy").path for one in made["strength"]}
+    whole = [one.path for stage in ("train", "merge", "strength") for one in made[stage]]
+    policies = sorted(evaluated) or [policy for policy in whole if policy not in stretched]
     if len(policies) != 1:
         names = ", ".join(policy.name for policy in policies) or "none"
         raise DataError(f"{path}: expected one policy, found {names}. Give the path of the one that is meant.")
@@ -85,7 +93,7 @@ def find_policy(path: Path) -> tuple[Artifact, Artifact | None]:
     return policy, _evaluation_of(policy, made["evaluate"])
 
 
-STAGES = ("train", "merge", "evaluate")
+STAGES = ("train", "merge", "strength", "evaluate")
 
 
 def _evaluation_of(policy: Artifact, evaluations: list[Artifact]) -> Artifact | None:
@@ -104,11 +112,9 @@ def adapters_text(lora: Mapping[str, Any] | None) -> str:
     return f"LoRA r = {lora['r']}{base}, merged"
 
 
-def _facts(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
+def facts_of(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
     """Return what the model card says of where a policy comes from, all of it read from manifests."""
-    trained = policy
-    while trained.stage == "merge":
-        trained = trained.input("policy_a")
+    trained = trained_policy(policy)
     identity, summary = trained.manifest["identity"], trained.info["summary"]
     solution = lineage_of(trained, trained).solution
     lam = load_solution(solution).lam if solution else None
@@ -131,6 +137,7 @@ def _facts(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
             f"{summary['num_steps']} steps, {summary['num_examples']} examples, {summary['num_tokens']} tokens",
         ),
         ("learning rate", f"{options['learning_rate']:g}"),
+        *([("strength", f"{policy.info['alpha']:.4g} times what was trained")] if policy.stage == "strength" else []),
         ("adapters", adapters_text(options.get("lora"))),
         ("text", "the tokenizer's chat template" if identity["template"] is None else repr(identity["template"])),
         ("artifact", f"{policy.path.name} (manifest sha256 {policy.digest[:16]})"),

@@ -57,6 +57,7 @@ def configuration(sections: dict[str, Any]) -> str:
     base: dict[str, Any] = {
         "beta": 0.5,
         "prompts": {"source": "pairs.jsonl", "num_test": 4, "num_validation": 0},
+        "strength": 1,
         "reference": {"model": "lm"},
         "reward": {"kind": "callable", "function": "scorers:num_words"},
         "constraints": {"safety": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.1}},

@@ -39,6 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "method": "dpo_h",
         "beta": 0.5,
         "prompts": {"source": "pairs.jsonl", "num_test": 4, "num_validation": 0},
+        "strength": 1,
         "reference": {"model": "lm"},
         "reward": scorer,
         "constraints": {"safety": {"scorer": scorer, "margin": 0.1}},

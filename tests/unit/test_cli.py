@@ -30,6 +30,7 @@ HEAVY = {"torch", "ray", "transformers", "deepspeed", "pandas", "datasets", "pef
 WORDS = ("hello", "world", "yes", "no")
 CONFIG = """\
 prompts: {source: prompts.jsonl, num_test: 2, num_validation: 0}
+strength: 1
 reference: {model: lm}
 reward: {kind: callable, function: "builtins:len"}
 constraints: {safety: {scorer: {kind: callable, function: "builtins:len"}, margin: 1.0}}

@@ -21,6 +21,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), 
 YAML = [parse_yaml(text, "docs/scorers.md") for language, text in BLOCKS if language == "yaml"]
 BASE: dict[str, Any] = {
     "prompts": {"source": "prompts.jsonl", "num_validation": 0},
+    "strength": 1,
     "reference": {"model": "./reference"},
     "reward": {"kind": "callable", "function": "scorers:num_words"},
     "constraints": {"safety": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 1.0}},

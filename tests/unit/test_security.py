@@ -72,6 +72,7 @@ def test_the_bomb_goes_off_when_it_is_loaded(tmp_path: Path) -> None:
 def configuration(folder: Path, **changes: Any) -> dict[str, Any]:
     return {
         "prompts": {"source": str(folder / "prompts.jsonl"), "num_test": 2, "num_validation": 0},
+        "strength": 1,
         "reference": {"model": str(folder / "lm")},
         "reward": {"kind": "callable", "function": "scorers:num_words"},
         "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.1}},

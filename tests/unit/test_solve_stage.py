@@ -28,6 +28,7 @@ def config(constraint: dict[str, Any], options: dict[str, Any]) -> Any:
     return validate_config(
         {
             "prompts": {"source": "prompts.jsonl", "num_validation": 0},
+            "strength": 1,
             "reference": {"model": "lm"},
             "reward": SCORER,
             "constraints": {"safety": {"scorer": SCORER, **constraint}},

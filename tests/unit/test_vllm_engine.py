@@ -29,6 +29,7 @@ from can_dist.modeling.vllm_engine import check_installed, open_engine, read_out
 
 BASE: dict[str, Any] = {
     "prompts": {"source": "prompts.jsonl", "num_validation": 0},
+    "strength": 1,
     "reference": {"model": "./reference"},
     "reward": {"kind": "sequence_classifier", "model": "./reward"},
     "constraints": {"safety": {"scorer": {"kind": "callable", "function": "scorers:safety"}, "margin": 1.0}},
