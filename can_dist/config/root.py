@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -22,7 +22,17 @@ from can_dist.config.methods import (
     method_of,
 )
 from can_dist.config.scorers import LogRatio, Model, Scorer, check_learners, check_scorer
-from can_dist.config.sections import Constraint, Evaluate, Generate, Label, Prompts, Solve, StrengthChoice, Train
+from can_dist.config.sections import (
+    Constraint,
+    Evaluate,
+    Generate,
+    Label,
+    Prompts,
+    Solve,
+    Strength,
+    StrengthChoice,
+    Train,
+)
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
@@ -50,7 +60,7 @@ class Config(Strict):
     caid: Caid = Field(default_factory=lambda: Caid(), description="CAID's feedback.")
     label: Label = Field(default_factory=lambda: Label(), validate_default=True, description="Preferences.")
     train: Train = Field(default_factory=lambda: Train(), description="Fine-tuning.")
-    strength: Annotated[float, Field(gt=0)] | StrengthChoice = Field(
+    strength: Strength = Field(
         default_factory=lambda: StrengthChoice(),
         validate_default=True,
         description="α of θ_ref + α(θ − θ_ref): chosen so that the margins are met, or a number; 1: as trained.",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from can_dist.config.base import Strict, runtime
 from can_dist.config.endpoints import GenerateEndpoint
@@ -182,6 +183,17 @@ class StrengthChoice(Strict):
     confidence: float | None = Field(
         None, ge=0.5, lt=1, description="Meet all margins with this joint confidence; default: in the mean."
     )
+
+
+def _number_or_keys(value: Any) -> str:
+    return "keys" if isinstance(value, Mapping | StrengthChoice) else "number"
+
+
+Strength = Annotated[
+    Annotated[float, Field(gt=0), Tag("number")] | Annotated[StrengthChoice, Tag("keys")],
+    Discriminator(_number_or_keys),
+]
+"""α of θ_ref + α(θ − θ_ref): a number, or how it is chosen."""
 
 
 class Evaluate(Strict):

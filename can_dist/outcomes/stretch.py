@@ -78,10 +78,9 @@ def export_strength(
     trained.check()
     solution, estimate = find_solution(policy), find_estimate(policy)
     asked = _replaced(demands(solution), margins or {})
-    alpha = strength
-    if alpha is None:
-        chosen = choose_strength(load_estimate(estimate), asked, max_strength=StrengthChoice().max)
-        alpha = chosen.alpha
+    if strength is None:
+        frontier_at(solution, {demand.name: demand.margin for demand in asked})  # tells of what nothing could attain
+    alpha = strength or choose_strength(load_estimate(estimate), asked, max_strength=StrengthChoice().max).alpha
     sentences = expectations(load_estimate(estimate), solution, alpha)
     facts = facts_of(trained, None)
     made_from = [("strength", f"{alpha:.4g} times what was trained"), ("expected", sentences[0]), *facts["made_from"]]
@@ -130,12 +129,10 @@ def expectations(estimate: PolicyEstimate, solution: Artifact, alpha: float) -> 
     )
     dual = frontier_at(solution, {name: gain.mean for name, gain in point.improvement.items()})
     reward, kl = float(dual.predicted["reward_improvement"]), float(dual.predicted["kl"])
-    behind = reward - dual.beta * kl - (point.reward_improvement.mean - dual.beta * point.kl.mean)
     return (
         f"{expected} by the linear law, not measured",
         *([far] if far else []),
-        f"the dual's frontier has these gains for reward {reward:+.3g}, KL {kl:.3g} nats: {behind:.3g} more of "
-        "E r − β·KL, the most that a training of its own could bring",
+        f"at these gains the dual's frontier has reward {reward:+.3g}, KL {kl:.3g} nats",
     )
 
 

@@ -7,6 +7,7 @@ which a policy memorises, the same numbers would say nothing of fresh ones.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -45,15 +46,17 @@ def estimate(
     if isinstance(policy, Model):
         check_comparable(policy, reference)
     model = policy_model(policy, reference)
-    log_probs = score(work, validation.input("responses"), {POLICY: LogProb(model=model)}, role="policy on validation")
+    name = _shown(policy)
+    responses = validation.input("responses")
+    log_probs = score(work, responses, {POLICY: LogProb(model=model)}, role=f"{name} on validation")
     lam, solved = lam_of(policy, solution), load_solution(solution)
     inputs = {"validation": validation, "log_probs": log_probs, "solution": solution}
     if isinstance(policy, Artifact):
         inputs["policy"] = policy
-    stage = work.open("estimate", "policy", {"reward": reward, "lam": dict(lam), "beta": solved.beta}, inputs)
+    stage = work.open("estimate", name, {"reward": reward, "lam": dict(lam), "beta": solved.beta}, inputs)
     if stage.finished:
         return stage.finished
-    with work.timed("estimate", "policy"):
+    with work.timed("estimate", name):
         rows = _joined(validation, log_probs)
         log_weight = solution.manifest["identity"]["log_weight"]
         found = estimate_policy(
@@ -109,6 +112,12 @@ def check_comparable(policy: Model, reference: Model) -> None:
 
     check_same_text(policy, reference)
     comparable_tensors(model_directory(reference), model_directory(policy))
+
+
+def _shown(policy: Policy) -> str:
+    if isinstance(policy, Model):
+        return Path(policy.model).name
+    return f"policy at strength {policy.info['alpha']:.3g}" if policy.stage == "strength" else "policy"
 
 
 def _joined(validation: Artifact, log_probs: Artifact) -> pa.Table:
