@@ -32,7 +32,7 @@ test-all: setup
 # the environment of its own. Its torch==…+cpu is on PyTorch's index: where pip does not know that,
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 test-vllm: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest tests/integration/test_vllm_real.py tests/unit/test_vllm_engine.py $(ARGS)
+	$(VLLM)/bin/python -m pytest tests/integration/test_vllm_real.py tests/unit/modeling/test_vllm_engine.py $(ARGS)
 
 # PyPI's torchvision and torchaudio are for CUDA and end the import beside a torch that is not; text needs neither
 $(VLLM)/.installed: pyproject.toml

@@ -3,7 +3,7 @@
     python benchmarks/dual_solve.py            # table on the screen, benchmarks/results/dual_solve.json
 
 Both run in this one process, in turn, on the same float64 scores; times are medians. The peer is
-:mod:`can_dist.dual.published`, by the rules of the authors' code without its recording of trajectories. Its
+``published_dual.py``, by the rules of the authors' code without its recording of trajectories. Its
 frontier is measured on a few of the 50 points and scaled, because the whole would take an hour; ours is measured whole.
 """
 
@@ -22,10 +22,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from machine import machine
 from paper_pgd import bisect_threshold
+from published_dual import published_pgd
 
 from can_dist import frontier
 from can_dist.dual import Frontier, Margin, ScoreTable, bootstrap, predict, solve_dual
-from can_dist.dual.published import published_pgd
 
 NUM_PROMPTS, NUM_RESPONSES = 1000, 128
 RESULTS = Path(__file__).parent / "results" / "dual_solve.json"

@@ -1,13 +1,14 @@
 """The peer's frontier: the threshold of a wanted λ by bisection, one whole descent of the authors' solver per trial.
 
-The solver itself is :mod:`can_dist.dual.published`. The comparison favours it: it is leaner than the original.
+The solver itself is ``published_dual.py``. The comparison favours it: it is leaner than the original.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from can_dist.dual.published import published_pgd
+from published_dual import published_pgd
+
 from can_dist.dual.table import FloatArray
 
 

@@ -1,4 +1,4 @@
-"""The terminal: progress of long work, and signals that end it in order."""
+"""The terminal: progress of long work, and signals that stop it in order."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from can_dist.errors import Interrupted
 def interruptible(ask: Callable[[], object] | None = None, grace_s: float = 0.0) -> Iterator[None]:
     """Turn SIGTERM and SIGINT into ``Interrupted`` (exit code 75) in the main thread.
 
-    With ``ask`` the first signal calls it, and what runs has ``grace_s`` seconds to end by itself.
+    With ``ask``, the first signal calls it and the work has ``grace_s`` seconds to end; then, or at a second signal,
+    ``Interrupted`` is raised.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    patience = threading.Timer(grace_s, os.kill, (os.getpid(), signal.SIGTERM))  # comes as the second signal
+    patience = threading.Timer(grace_s, os.kill, (os.getpid(), signal.SIGTERM))  # sends the second signal
     patience.daemon = True
 
     def stop(number: int, _frame: Any) -> None:
@@ -38,7 +39,7 @@ def interruptible(ask: Callable[[], object] | None = None, grace_s: float = 0.0)
     try:
         yield
     except SystemError as error:
-        # what a handler raises while Ray deserialises comes out of its compiled code as the cause of one
+        # Ray's compiled deserialiser wraps an exception raised in our signal handler in a SystemError: unwrap it
         if isinstance(error.__cause__, Interrupted):
             raise error.__cause__ from None
         raise
@@ -49,17 +50,17 @@ def interruptible(ask: Callable[[], object] | None = None, grace_s: float = 0.0)
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str, *, delay: float = 0.0) -> Iterator[Any]:
-    """A tqdm bar with rate and remaining time; where the output is no terminal, one line a minute.
+def progress(label: str, total: int, unit: str, *, delay: float = 0.0) -> Iterator[Any]:
+    """Show a tqdm bar with rate and remaining time; one line a minute when the output is not a terminal.
 
-    Work done within ``delay`` seconds shows none.
+    Work that ends within ``delay`` seconds shows none.
     """
     from tqdm import tqdm
 
     terminal = sys.stderr.isatty()
     with tqdm(
         total=total,
-        desc=what,
+        desc=label,
         unit=unit,
         unit_scale=total > 1_000_000,
         mininterval=0.5 if terminal else 60,

@@ -1,56 +1,69 @@
 """Every error a user can cause or meet, each with the exit code the command line returns.
 
-An error takes one message, so that it survives pickling through Ray. The message says what is wrong, where
-(file, row, field), what was found, what was expected, and what to do.
+The message names the file, row or field, the value there and the value expected. The remedy says what to do.
 """
 
 from __future__ import annotations
 
 
 class CanDistError(Exception):
-    """Base of all errors raised on purpose; ``exit_code`` is what the process returns."""
+    """Base of all errors raised on purpose; ``exit_code`` is what the process returns.
+
+    Args:
+        message: What is wrong, and where. It may hold the remedy too.
+        remedy: What to do, in sentences of their own; printed after the message. Both survive pickling.
+
+    Examples:
+        >>> error = DataError("prompts.jsonl, row 3: no field 'prompt'.", "Name the field in prompts.columns.")
+        >>> print(error)
+        prompts.jsonl, row 3: no field 'prompt'. Name the field in prompts.columns.
+        >>> error.remedy
+        'Name the field in prompts.columns.'
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(f"{message} {remedy}" if remedy else message)
+        self.message = message
+        self.remedy = remedy
 
 
 class ConfigError(CanDistError, ValueError):
-    """The configuration or the command line cannot mean anything."""
+    """The configuration or the command line is not valid."""
 
     exit_code = 2
 
 
 class DataError(CanDistError, ValueError):
-    """An input table, a score or a model does not keep its contract."""
+    """An input table, a score or a model breaks its contract."""
 
     exit_code = 3
 
 
 class InfeasibleConstraint(CanDistError, ValueError):
-    """No policy supported on the score table meets the margins asked for."""
+    """No policy supported on the score table meets the margins."""
 
     exit_code = 4
 
 
 class NumericalError(CanDistError, ArithmeticError):
-    """A computation left the finite numbers or did not converge."""
+    """A computation gave a number that is not finite, or did not converge."""
 
     exit_code = 5
 
 
 class EnvironmentProblem(CanDistError, RuntimeError):
-    """The machine, the cluster or another process is in the way."""
+    """The machine, the cluster or another process prevents the work."""
 
     exit_code = 6
 
 
 class Interrupted(BaseException):
-    """Stopped by a signal after committing what was finished; the same command continues.
+    """Stopped by a signal after committing all finished work; the same command continues.
 
-    Not an ``Exception``: it is raised wherever the signal finds the process, and code that wraps the exceptions it
-    meets (Ray's deserialisation does) must not make an error of it.
+    Not an ``Exception``: a signal handler raises it anywhere, and code that wraps exceptions (Ray's deserialiser
+    does) must not turn it into an error.
     """
 
     exit_code = 75

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from can_dist.algorithms import RUN
 from can_dist.config import METHODS, Config, dump_yaml, for_method
-from can_dist.doctor.preflight import check_pinned, preflight
+from can_dist.doctor.preflight import check_pinned, check_sources, preflight
 from can_dist.errors import ConfigError
 from can_dist.run import Run, StageReached
 from can_dist.tables.artifacts import Artifact, atomic_file
@@ -18,13 +18,11 @@ def run_pipeline(
 ) -> Artifact:
     """Run the configured method up to and including a stage; return that stage's artifact.
 
-    A stage that the method repeats is the first of its name; ``train`` is the method's last training. P-SACPO has
-    several policies: all are evaluated, and what is returned is that of the last q of ``p_sacpo.q``.
+    If the method repeats the stage, the run ends at its first time; at ``train``, with the method's last training.
+    P-SACPO has several policies: all are evaluated, and the artifact of the last q of ``p_sacpo.q`` is returned.
 
-    Raises
-    ------
-    ConfigError
-        When the method has no such stage, or trains several times and a launcher started it.
+    Raises:
+        ConfigError: The method has no such stage, or trains several times and a launcher started it.
     """
     return run_method(directory, config, until, only_stage=only_stage)[-1]
 
@@ -33,18 +31,16 @@ def run_methods(directory: Path, config: Config, methods: Sequence[str]) -> list
     """Run methods one after the other in one run directory; return the evaluations of all their policies.
 
     Each method runs with its own keys (``methods.<name>``). All are measured with the scorers, and judged by the
-    constraints, of the configuration itself, so that they can be compared. What they share is computed once.
+    constraints, of the configuration itself, so that they can be compared. Shared stages are computed once.
 
-    Raises
-    ------
-    ConfigError
-        When a name is no method, or a method cannot be run with its keys, before anything is computed.
+    Raises:
+        ConfigError: A name is not a method, or a method cannot be run with its keys; nothing is computed.
     """
-    own = [for_method(config, method) for method in methods]
-    found = [artifact for one in own for artifact in run_method(directory, one, measured_by=config)]
-    with atomic_file(directory / "config.yaml") as temporary:  # each method has left its own there
+    own_configs = [for_method(config, method) for method in methods]
+    evaluations = [artifact for own in own_configs for artifact in run_method(directory, own, measured_by=config)]
+    with atomic_file(directory / "config.yaml") as temporary:  # each method wrote its own configuration there
         temporary.write_text(dump_yaml(config), encoding="utf-8")
-    return found
+    return evaluations
 
 
 def run_method(
@@ -55,14 +51,12 @@ def run_method(
     only_stage: str | None = None,
     measured_by: Config | None = None,
 ) -> list[Artifact]:
-    """Run the configured method up to and including a stage; return its artifacts, one per policy where it has several.
+    """Run the configured method up to and including a stage; return its artifacts, one per policy.
 
-    ``measured_by`` is the configuration whose scorers and constraints the evaluation takes, by default the method's.
+    The evaluation uses the scorers and constraints of ``measured_by``, by default those of ``config``.
 
-    Raises
-    ------
-    ConfigError
-        When the method has no such stage, or trains several times and a launcher started it.
+    Raises:
+        ConfigError: The method has no such stage, or trains several times and a launcher started it.
     """
     stages, measured = METHODS[config.method].stages, measured_by or config
     if until not in stages:
@@ -75,6 +69,7 @@ def run_method(
     with Run(directory, config, until=until, only_stage=only_stage) as run:
         try:
             check_pinned(config)
+            check_sources(config)
             prompts = run.prompts()
             preflight(config)
             policies = RUN[config.method](run, config, prompts)

@@ -1,4 +1,4 @@
-"""A run: the stages bound to one directory and one configuration, and the whole method in one function."""
+"""A run: the stages bound to one directory and one configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 from can_dist.config import METHODS, Config, Constraint, DataSource, Human, LogRatio, Model, Scorer, Step
 from can_dist.errors import ConfigError, DataError
-from can_dist.scoring.log_ratio import given_ratio
+from can_dist.scoring.log_ratio import score_columns
 from can_dist.scoring.protocol import LogProb, PolicyRatio, ScorerSpec
 from can_dist.stages import (
     align,
@@ -36,14 +36,14 @@ from can_dist.stages.slack import StepSize
 from can_dist.stages.train import Policy
 from can_dist.stages.trajectory import Round
 from can_dist.tables.artifacts import Artifact, load_artifact
+from can_dist.tables.schemas import LOGP_REFERENCE
 from can_dist.workspace import Workspace
 
 REWARD = "reward"
-LOGP = "logp.reference"
 
 
 class StageReached(Exception):
-    """Control flow of ``Run(until=...)``: the stage that was asked for is finished."""
+    """Control flow of ``Run(until=...)``: the last stage wanted is finished."""
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(str(artifact.path))
@@ -52,7 +52,7 @@ class StageReached(Exception):
 
 @dataclass(frozen=True)
 class ReferenceData:
-    """What is known before any training: scored samples of π_ref, the dual's solution, scored responses to compare.
+    """The artifacts before any training: scored samples of π_ref, the dual's solution, scored responses to compare.
 
     ``validation`` are scored samples for prompts that nothing is trained on, None where there are none.
     """
@@ -70,9 +70,9 @@ class ReferenceData:
 
 
 class Run:
-    """The stages of one run directory; each method returns an artifact, finished work is returned as it is.
+    """The stages of one run directory; each method returns an artifact, and a finished one is not recomputed.
 
-    Use as a context manager: the directory is held by one process at a time. ``my.yaml`` is README's.
+    Use it as a context manager: one process at a time holds the directory. ``my.yaml`` is that of the README.
 
     Examples:
         >>> from can_dist import load_config
@@ -106,7 +106,7 @@ class Run:
             self._work.close()
 
     def prompts(self) -> Artifact:
-        """Read the configured prompts and hold some out."""
+        """Read the configured prompts; some are held out for the evaluation."""
         return ingest.ingest_prompts(self._work, self.config.prompts)
 
     def generate(
@@ -114,7 +114,7 @@ class Run:
     ) -> Artifact:
         """Sample K responses of the reference, or of a trained policy, per training or validation prompt.
 
-        Those of the reference may be brought by the user (``generate.responses``), or sampled by an endpoint.
+        The reference's responses may come from a data set (``generate.responses``) or from an endpoint.
         """
         options = self.config.generate
         if isinstance(policy, Model) and options.responses is not None:
@@ -132,12 +132,12 @@ class Run:
         ratios = {
             name: scorer for name, scorer in named_scorers(reward, constraints).items() if isinstance(scorer, LogRatio)
         }
-        asked = [
+        learned = [
             (self._given_pairs(reference, prompts, scorer.preferences, mismatched=False), str(scorer.criterion))
             for scorer in ratios.values()
             if scorer.learns
         ]
-        ingest.check_criteria(asked, "PeCAN", "Name a data set of its own in each scorer's preferences.")
+        ingest.check_criteria(learned, "PeCAN", "Name a data set of its own in each scorer's preferences.")
         return {name: align.align(self._work, name, scorer, reference, prompts) for name, scorer in ratios.items()}
 
     def score(
@@ -149,7 +149,9 @@ class Run:
         aligned: Mapping[str, PolicyRatio] | None = None,
     ) -> Artifact:
         """Score responses with the reward, every constraint, and ln π_ref; ``aligned`` holds log-ratios by name."""
-        return self._score(responses, {**self._specs(reward, constraints, aligned), LOGP: self._log_prob(reference)})
+        return self._score(
+            responses, {**self._specs(reward, constraints, aligned), LOGP_REFERENCE: self._log_prob(reference)}
+        )
 
     def validation(
         self,
@@ -166,11 +168,11 @@ class Run:
         return self.score(responses, reward, constraints, reference, aligned)
 
     def log_probs(self, responses: Artifact, policy: Policy) -> Artifact:
-        """Score responses with ln π alone, of the reference or of a trained policy, for a training relative to it."""
-        return self._score(responses, {LOGP: self._log_prob(policy)})
+        """Score responses with ln π of the reference, or of a trained policy, for a training relative to it."""
+        return self._score(responses, {LOGP_REFERENCE: self._log_prob(policy)})
 
     def _log_prob(self, policy: Policy) -> LogProb:
-        """Return the scorer of ln π; of a configured model in 4 bits where training reads it into 4 bits."""
+        """Return the scorer of ln π; a configured model is read in 4 bits where training reads it so."""
         lora = self.config.train.lora
         model = train.policy_model(policy, self.config.reference)
         return LogProb(model=model, quantize=lora.quantize if lora is not None and isinstance(policy, Model) else None)
@@ -178,14 +180,14 @@ class Run:
     def solve(
         self, scores: Artifact, constraints: Mapping[str, Constraint], beta: float, *, log_weight: str | None = None
     ) -> Artifact:
-        """Minimise the dual over the scores; raises when the margins cannot be met."""
+        """Minimise the dual over the scores; raise ``InfeasibleConstraint`` when the margins cannot be met."""
         solution = solve.solve(
             self._work, scores, reward=REWARD, constraints=constraints, beta=beta, log_weight=log_weight
         )
         return self._reached("solve", solution)
 
     def pairs(self, reference: Model, prompts: Artifact, responses: Artifact | None = None) -> Artifact:
-        """Return the responses to be compared: the sampled ones, or those of the configured preference data set."""
+        """Return the responses to compare: the sampled ones, or those of the configured preference data set."""
         if self.config.label.pairs == "responses":
             return responses or self.generate(reference, prompts)
         return self._given_pairs(reference, prompts, mismatched=False)
@@ -198,9 +200,9 @@ class Run:
         constraints: Mapping[str, Constraint],
         beta: float,
     ) -> ReferenceData:
-        """Sample and score the reference, solve the dual, and score what is to be compared, for loops on λ.
+        """Sample and score the reference, solve the dual, and score the responses to compare, for loops on λ.
 
-        Margins that cannot be met are refused here, before anything is trained.
+        Margins that cannot be met raise ``InfeasibleConstraint`` here, before any training.
         """
         responses = self.generate(reference, prompts)
         scores = self.score(responses, reward, constraints, reference)
@@ -221,8 +223,8 @@ class Run:
     ) -> dict[Criterion, Artifact]:
         """Return the response pairs of each step; two steps must not learn the same labels."""
         pairs = {criterion: self.human_pairs(reference, prompts, step) for criterion, step in steps.items()}
-        asked = [(found, criterion) for criterion, found in pairs.items()]
-        ingest.check_criteria(asked, "SACPO", "Name a data set of its own in sacpo.second.preferences.")
+        learned = [(step_pairs, criterion) for criterion, step_pairs in pairs.items()]
+        ingest.check_criteria(learned, "SACPO", "Name a data set of its own in sacpo.second.preferences.")
         return pairs
 
     def label(
@@ -234,9 +236,9 @@ class Run:
         *,
         score: str = REWARD,
     ) -> Artifact:
-        """Label responses by s = r + ⟨λ, g⟩; λ is that of a solution, or given by name of its constraint.
+        """Label responses by s = r + ⟨λ, g⟩; λ comes from a solution, or by name of its constraint.
 
-        ``score`` names another score to take the place of r.
+        ``score`` names the score to use in the place of r.
         """
         unit = self._published_units() if self.config.label.as_published else {}
         preferences = label.label(self._work, responses, scores, lam, reward=score, beta=beta, unit=unit)
@@ -247,7 +249,7 @@ class Run:
     ) -> Artifact:
         """Label a data set's own pairs as people did: which response is more 'helpful', or 'safe'.
 
-        ``human`` says how, by default the section ``label.human``.
+        ``human`` holds the options, by default those of the section ``label.human``.
         """
         preferences = human_labels.label_human(self._work, pairs, logps, criterion=criterion, human=human)
         return self._reached("label", preferences)
@@ -263,8 +265,7 @@ class Run:
     ) -> Artifact:
         """Fine-tune on the preferences, relative to ``reference``, from its weights or from those of ``start``.
 
-        ``epochs`` takes the place of ``train.num_epochs``. ``Run(until="train")`` goes on to the method's last
-        training.
+        ``epochs`` replaces ``train.num_epochs``. ``Run(until="train")`` continues to the method's last training.
         """
         return train.train(self._work, reference, preferences, beta=beta, start=start, epochs=epochs)
 
@@ -302,7 +303,7 @@ class Run:
         return slack.measure(self._work, scores, reference_scores, constraints, reward=REWARD)
 
     def step_sizes(self, data: ReferenceData, step_size: StepSize) -> dict[str, float]:
-        """Return the step size η of each constraint: the number given, or for '1/H' from the table's dual."""
+        """Return the step size η of each constraint: the given number, or for '1/H' from the table's dual."""
         return slack.step_sizes(data.scores, data.solution, step_size, reward=REWARD)
 
     def trajectory(self, rounds: Sequence[Round], *, is_settled: bool | None = None) -> Artifact:
@@ -340,26 +341,26 @@ class Run:
         return scores and self.estimate(policy, reference, lineage.solution, scores)
 
     def say(self, message: str) -> None:
-        """Tell the user a line, and log it."""
+        """Print a line for the user, and log it."""
         self._work.say(message)
 
     def ancestor(self, artifact: Artifact, stage: str) -> Artifact:
-        """Return the nearest artifact of ``stage`` that ``artifact`` was made from."""
+        """Return the nearest artifact of ``stage`` among the inputs of ``artifact``, their inputs, and so on."""
         level = [artifact]
         while level:
             inputs = [
                 load_artifact(self._work.directory / entry["artifact"])
-                for one in level
-                for entry in one.manifest["inputs"].values()
+                for child in level
+                for entry in child.manifest["inputs"].values()
             ]
-            for found in inputs:
-                if found.stage == stage:
-                    return found
+            for parent in inputs:
+                if parent.stage == stage:
+                    return parent
             level = inputs
         raise DataError(f"{artifact.path}: not made from a {stage!r} artifact.")
 
     def _published_units(self) -> dict[str, float]:
-        """Return β of each log-ratio: the paper's code leaves it out of the labels."""
+        """Return the β of each log-ratio: the paper's code leaves it out of the labels."""
         scorers = named_scorers(self.config.reward, self.config.constraints)
         return {name: scorer.beta for name, scorer in scorers.items() if isinstance(scorer, LogRatio)}
 
@@ -375,21 +376,13 @@ class Run:
         return self._reached("generate", generate.check_truncated(self._work, responses))
 
     def _score(self, responses: Artifact, scorers: Mapping[str, ScorerSpec]) -> Artifact:
-        role = responses.manifest["identity"]["label"]  # whose responses they are
+        role = responses.manifest["identity"]["label"]  # names the model that responded
         return self._reached("score", score.score(self._work, responses, scorers, role=role))
 
     def _specs(
         self, reward: Scorer, constraints: Mapping[str, Constraint], aligned: Mapping[str, PolicyRatio] | None = None
     ) -> dict[str, ScorerSpec]:
-        """Return what scores each column; log-ratios that are not in ``aligned`` must have their model."""
-        known = aligned or {}
-        specs: dict[str, ScorerSpec] = {}
-        for name, scorer in named_scorers(reward, constraints).items():
-            if isinstance(scorer, LogRatio):
-                specs[name] = known[name] if name in known else given_ratio(name, scorer, self.config.reference)
-            else:
-                specs[name] = scorer
-        return specs
+        return score_columns(named_scorers(reward, constraints), aligned or {}, self.config.reference)
 
     def _reached(self, stage: str, artifact: Artifact) -> Artifact:
         if self._until == stage:

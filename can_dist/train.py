@@ -1,4 +1,4 @@
-"""The training stage alone, under a launcher and without Ray; the stages before it must be finished.
+"""The training stage alone, under a launcher and without Ray; all earlier stages must be finished.
 
 can-dist label recipes/mocan.yaml --run runs/mocan
 deepspeed --module can_dist.train --config recipes/mocan.yaml --run runs/mocan
@@ -35,7 +35,7 @@ def train(config_path: str, run_dir: Path, overrides: tuple[str, ...], local_ran
 
 
 def main() -> None:
-    """Run one rank; an error of ours is one message per machine and its exit code."""
+    """Run one rank; a ``CanDistError`` prints one message per machine and sets the exit code."""
     try:
         train(standalone_mode=False)
     except click.ClickException as error:
@@ -45,7 +45,7 @@ def main() -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             click.echo(f"{type(error).__name__}: {error}", err=True)
         else:
-            time.sleep(2)  # the launcher ends the other ranks when the first one ends, and one has something to say
+            time.sleep(2)  # the launcher kills all ranks when one exits, and local rank 0 must print first
         sys.exit(error.exit_code)
 
 

@@ -1,4 +1,4 @@
-"""What every stage needs of its run: the directory, the configuration, the actors, and the log of what happened."""
+"""The part of a run that every stage needs: the directory, the configuration, the actors, and the log."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from can_dist.cluster.ledger import run_shards
 from can_dist.config import Config, dump_yaml
 from can_dist.console import interruptible
 from can_dist.errors import DataError, EnvironmentProblem
-from can_dist.tables.artifacts import Artifact, StageDirectory, atomic_file, open_stage
+from can_dist.tables.artifacts import Artifact, StageDirectory, atomic_file, find_finished, open_stage
 
 OWNER = ".owner"
 OWNER_LINE = re.compile(r"process (?P<process>\d+) on (?P<host>\S+) since (?P<since>.+)")
 LOG = "log.jsonl"
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
-SHORTEST_SECRET = 8  # TOKENIZERS_PARALLELISM=false is none
+SHORTEST_SECRET = 8  # TOKENIZERS_PARALLELISM=false is not a secret
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Workspace:
     """A run directory held by this process, and the Ray actors that work for it."""
 
     def __init__(self, directory: Path, config: Config, *, only_stage: str | None = None) -> None:
-        """``only_stage``: the one stage that may compute; the others must be finished already (launched training)."""
+        """Hold the directory; ``only_stage`` is the one stage that may compute, the others must be finished."""
         self.directory = directory
         self.config = config
         self._only_stage = only_stage
         self._pool: ActorPool | None = None
         self._opened: dict[tuple[str, str], str] = {}
         directory.mkdir(parents=True, exist_ok=True)
-        # of a launched process group the first rank holds the run for all
+        # in a launched process group the first rank holds the run for all
         self._lock = _hold(directory) if int(os.environ.get("RANK", 0)) == 0 else None
         if self._lock is not None:
             _end_cut_line(directory / LOG)
@@ -62,7 +62,7 @@ class Workspace:
     def open(
         self, stage: str, label: str, identity: Mapping[str, Any], inputs: Mapping[str, Artifact]
     ) -> StageDirectory:
-        """Open a stage's directory and say whether its work is reused, resumed, or new, and why."""
+        """Open a stage's directory, and print whether its work is reused, or why it is not."""
         place = open_stage(self.directory, stage, label, identity, inputs)
         self._opened[stage, label] = place.path.name
         if place.finished:
@@ -79,6 +79,12 @@ class Workspace:
             self.say(f"{stage} ({label}): {place.reason}", event="changed", stage=stage, label=label)
         return place
 
+    def finished(
+        self, stage: str, label: str, identity: Mapping[str, Any], inputs: Mapping[str, Artifact]
+    ) -> Artifact | None:
+        """Return a stage's artifact where it is finished; nothing is opened."""
+        return find_finished(self.directory, stage, label, identity, inputs)
+
     @contextlib.contextmanager
     def timed(self, stage: str, label: str, **counts: Any) -> Iterator[None]:
         """Log a stage's start, end and seconds; the manifest holds no time, which would change its digest."""
@@ -89,27 +95,32 @@ class Workspace:
         seconds = round(time.monotonic() - start, 2)
         self.say(f"{stage} ({label}): done in {seconds:.1f} s", event="done", **event, seconds=seconds)
 
-    def run_shards(self, job: ShardJob, shards: Mapping[int, int], what: str) -> None:
-        """Run the shards of a job on the actors, starting Ray and them when needed."""
+    def run_shards(self, job: ShardJob, shards: Mapping[int, int], work: str) -> None:
+        """Run the shards of a job on the actors; start Ray and the actors when needed.
+
+        Args:
+            job: The work of an actor.
+            shards: Number of each shard that is left, with its rows.
+            work: Name of the work in messages, events and metrics.
+        """
         if not shards:
             return
-        done = len(list(job.out.glob("part-*.arrow")))
-        counts = {"done": done, "waiting": len(shards), "rows": sum(shards.values())}
-        self.log(event="shards", work=what, artifact=job.out.name, **counts)
+        counts = {"done": len(list(job.out.glob("part-*.arrow"))), "waiting": len(shards), "rows": sum(shards.values())}
+        self.log(event="shards", work=work, artifact=job.out.name, **counts)
         connect(self.config.cluster)
         with interruptible():
             if self._pool is None:
                 self._pool = ActorPool(self.config.cluster, self.say)
-            run_shards(self._pool, job, shards, what, self.log)
+            run_shards(self._pool, job, shards, work, self.log)
 
     def release_actors(self) -> None:
-        """Stop the actors, so that training gets their CPUs and GPUs."""
+        """Kill the actors, so that training gets their CPUs and GPUs."""
         if self._pool is not None:
             self._pool.close()
             self._pool = None
 
     def say(self, message: str, **event: Any) -> None:
-        """Tell the user a line, and append it to RUN/log.jsonl."""
+        """Print a line for the user, and append it to RUN/log.jsonl."""
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"can-dist: {message}", file=sys.stderr, flush=True)
         self.log(**event, message=message)
@@ -123,28 +134,28 @@ class Workspace:
             log.write(redacted(line, os.environ) + "\n")
 
     def ended(self, error: BaseException | None) -> None:
-        """Log how the process ends: what stopped it, or that nothing did."""
+        """Log how the process ends: with an error, or without."""
         if error is None:
             self.log(event="ended")
         else:
             self.log(event="failed", error=type(error).__name__, message=str(error))
 
     def close(self) -> None:
-        """Release the actors and the run directory."""
+        """Kill the actors and release the run directory."""
         self.release_actors()
         if self._lock is not None:
-            (self.directory / OWNER).unlink(missing_ok=True)  # before another process may hold it
+            (self.directory / OWNER).unlink(missing_ok=True)  # while no other process can hold it
             self._lock.release()
 
 
 def read_owner(directory: Path) -> Owner | None:
-    """Return who holds a run directory, or held it when it was killed; None: nobody."""
+    """Return the process that holds a run directory, or was killed while it held it; None without one."""
     try:
         text = (directory / OWNER).read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     match = OWNER_LINE.fullmatch(text.strip())
-    if match is None:  # being written
+    if match is None:  # its holder is writing it
         return None
     process, host, since = int(match["process"]), match["host"], match["since"]
     here = host == socket.gethostname()
@@ -152,7 +163,7 @@ def read_owner(directory: Path) -> Owner | None:
 
 
 def redacted(text: str, environment: Mapping[str, str]) -> str:
-    """Return ``text`` with the values of variables that are named like secrets replaced by the variables' names."""
+    """Return ``text`` with the values of secrets replaced by the names of their variables."""
     for name, value in environment.items():
         if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET:
             text = text.replace(value, f"<{name}>")
@@ -160,14 +171,14 @@ def redacted(text: str, environment: Mapping[str, str]) -> str:
 
 
 def _end_cut_line(log: Path) -> None:
-    """End a line that a full disk or a crash cut, so that the next event has a line of its own."""
+    """Append a newline to a line that a full disk or a crash cut, so that the next event has its own line."""
     if log.is_file() and not log.read_bytes().endswith(b"\n"):
         with log.open("a", encoding="utf-8") as file:
             file.write("\n")
 
 
 def _hold(directory: Path) -> Any:
-    """Take the run directory for this process, or say who has it."""
+    """Lock the run directory for this process, or raise an error that names its holder."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(directory / ".lock")
@@ -175,9 +186,9 @@ def _hold(directory: Path) -> Any:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        who = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "another process"
+        holder = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "another process"
         raise EnvironmentProblem(
-            f"run directory {directory} is in use by {who}. Wait for it, stop it, or give another --run."
+            f"run directory {directory} is in use by {holder}. Wait for it, stop it, or give another --run."
         ) from None
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     owner.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}\n", encoding="utf-8")

@@ -7,11 +7,12 @@ import private_home
 import pytest
 
 HERE = Path(__file__).parent
+HELPERS = [str(HERE / "helpers" / kind) for kind in ("faults", "runs", "servers", "worlds")]  # as in pyproject.toml
 HOME = private_home.move_in()  # before anything imports torch, ray, datasets or matplotlib
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), *HELPERS, os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
+
+PREFIX = "can-dist-home-"
 
 # What leads a library out of its home, to an account of the user, or to a cluster of theirs
 PREFIXES = ("HF_", "HUGGING_FACE_", "MLFLOW_", "RAY_", "TRACKIO_", "VLLM_CACHE_", "WANDB_", "XDG_")
@@ -30,11 +33,12 @@ def move_in() -> tempfile.TemporaryDirectory[str] | None:
     Libraries fix their paths when they are imported, so this comes first.
 
     Returns:
-        The home, which is removed with this object; None in a worker of pytest-xdist, whose session has a home.
+        The home, which is removed with this object; None in a process of a session that has one (a worker of
+        pytest-xdist, or the second conftest.py of `pytest tests kernels`).
     """
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if Path(os.environ.get("HOME", "")).name.startswith(PREFIX):
         return None
-    home = tempfile.TemporaryDirectory(prefix="can-dist-home-", ignore_cleanup_errors=True)
+    home = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
     for name in list(os.environ):
         if name in NAMES or name.startswith(PREFIXES):
             del os.environ[name]

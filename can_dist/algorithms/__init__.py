@@ -1,4 +1,4 @@
-"""The methods, one file each, close to their papers; ``RUN`` calls each with what a configuration says."""
+"""The methods, one file each, close to their papers; ``RUN`` calls each with the values of a configuration."""
 
 from __future__ import annotations
 

@@ -9,14 +9,14 @@ from can_dist.stages.trajectory import Round
 
 def next_lam(last: Round, step_size: Mapping[str, float]) -> dict[str, float]:
     """Return [λ − η·slack]_+, one η per constraint; an equality's λ may have either sign."""
-    lam = {name: last.lam[name] - step_size[name] * one["slack"] for name, one in last.constraints.items()}
+    lam = {name: last.lam[name] - step_size[name] * row["slack"] for name, row in last.constraints.items()}
     return {name: value if last.constraints[name]["equal"] else max(0.0, value) for name, value in lam.items()}
 
 
 def settled(last: Round, tolerance: float, standard_errors: float) -> bool:
-    """Whether every slack is zero within the tolerance or its error, or positive where λ is zero already."""
+    """Return whether every slack is zero within the tolerance or its error, or positive where λ is zero already."""
     return all(
-        abs(one["slack"]) <= max(tolerance, standard_errors * one["se"])
-        or (one["slack"] > 0 and last.lam[name] == 0 and not one["equal"])
-        for name, one in last.constraints.items()
+        abs(row["slack"]) <= max(tolerance, standard_errors * row["se"])
+        or (row["slack"] > 0 and last.lam[name] == 0 and not row["equal"])
+        for name, row in last.constraints.items()
     )

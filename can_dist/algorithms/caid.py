@@ -1,14 +1,14 @@
-"""CAID: MoCAN, then feedback from what its policy does (multi-shot constrained alignment, arXiv 2505.19387).
+"""CAID: MoCAN, then feedback from measurements of its policy (multi-shot constrained alignment, arXiv 2505.19387).
 
     λ ← λ*, π ← MoCAN's policy
     repeat:  slack of fresh samples of π;   λ ← [λ − η·slack]_+;   one more epoch from π on labels of r + ⟨λ, g⟩
 
 The labels are of the reference data and the log-ratios relative to π_ref throughout, so the policy aimed at is
-π_λ ∝ π_ref exp((r + ⟨λ, g⟩)/β), and λ moves by what the trained policy misses of it. ``rounds: 1`` is one step of
+π_λ ∝ π_ref exp((r + ⟨λ, g⟩)/β), and λ moves by the measured slack of the trained policy. ``rounds: 1`` is one step of
 feedback after MoCAN.
 
 The assumption that can break: an epoch must bring the policy near the new π_λ. When the trainings stop short, the
-feedback makes up for it with a λ beyond λ*, which is what is wanted of the slack, but no longer the optimum's λ.
+feedback compensates with a λ beyond λ*: the slack is as wanted, but λ is no longer that of the optimum.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def caid(
 ) -> Artifact:
     """Return the policy of the last feedback step.
 
-    With ``config``, an open ``run`` and its arguments ``asked`` as in the example of :func:`can_dist.mocan`:
+    With ``config``, an open ``run`` and its arguments ``problem`` as in the example of :func:`can_dist.mocan`:
 
-    >>> policy = caid(run, **asked, options=config.caid)
+    >>> policy = caid(run, **problem, options=config.caid)
     """
     data = run.reference_data(prompts, reference, reward, constraints, beta)
     step_size = run.step_sizes(data, options.step_size)

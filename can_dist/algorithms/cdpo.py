@@ -5,8 +5,8 @@
     λ ← [λ − η(E_π g − E_{π_ref} g − b)]_+     measure on fresh samples, step
 
 With exact trainings the slack is the gradient of MoCAN's dual, so the loop's limit is MoCAN's λ*; the loop pays one
-training and one generation per step for what MoCAN computes from one table. What it buys is that the slack is that of
-the trained policy, with whatever the training misses.
+training and one generation per step; MoCAN computes the same λ from one table. In return the slack is that of the
+trained policy, with all errors of its training.
 
 The assumption that can break: η must not exceed 2/D''. '1/H' takes the curvature of the table's dual at its λ*; a
 trained policy that moves further than π_λ has more curvature, and λ then swings from round to round.
@@ -35,9 +35,9 @@ def cdpo(
 ) -> Artifact:
     """Return the policy of the last round: the one whose safety settled, or that of ``options.rounds``.
 
-    With ``config``, an open ``run`` and its arguments ``asked`` as in the example of :func:`can_dist.mocan`:
+    With ``config``, an open ``run`` and its arguments ``problem`` as in the example of :func:`can_dist.mocan`:
 
-    >>> policy = cdpo(run, **asked, options=config.cdpo)
+    >>> policy = cdpo(run, **problem, options=config.cdpo)
     """
     data = run.reference_data(prompts, reference, reward, constraints, beta)
     step_size = run.step_sizes(data, options.step_size)

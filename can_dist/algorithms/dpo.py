@@ -1,4 +1,4 @@
-"""DPO-H and DPO-S: direct preference optimisation on what people called helpful, or safe (arXiv 2305.18290).
+"""DPO-H and DPO-S: direct preference optimisation on people's labels, of helpfulness or of safety (arXiv 2305.18290).
 
     min_π −E ln σ(β[ln π/π_ref(y_w) − ln π/π_ref(y_l)])        y_w preferred to y_l by people
 
@@ -26,7 +26,7 @@ def dpo(run: Run, *, prompts: Artifact, reference: Model, criterion: Criterion, 
 
     >>> policy = dpo(run, prompts=run.prompts(), reference=config.reference, criterion="safe", beta=config.beta)
     """
-    pairs = run.human_pairs(reference, prompts)  # y_a, y_b and what people said of them
+    pairs = run.human_pairs(reference, prompts)  # y_a, y_b and people's labels of them
     logps = run.log_probs(pairs, reference)  # ln π_ref
     preferences = run.label_human(pairs, logps, criterion)  # 1 − ε on the preferred one
     return run.train(reference, preferences, beta)

@@ -33,14 +33,14 @@ def mocan(
     >>> from can_dist import Run, load_config
     >>> config = load_config("my.yaml")
     >>> with Run("runs/mine", config) as run:
-    ...     asked = {
+    ...     problem = {
     ...         "prompts": run.prompts(),
     ...         "reference": config.reference,
     ...         "reward": config.reward,
     ...         "constraints": config.constraints,
     ...         "beta": config.beta,
     ...     }
-    ...     policy = mocan(run, **asked)
+    ...     policy = mocan(run, **problem)
     >>> (policy.path / "policy" / "model.safetensors").is_file()
     True
     """

@@ -31,9 +31,9 @@ def p_sacpo(
 ) -> dict[float, Artifact]:
     """Return the mixed policy of every q, in the order given; q weighs the safe policy.
 
-    With ``config``, an open ``run`` and its arguments ``asked`` as in the example of :func:`can_dist.mocan`:
+    With ``config``, an open ``run`` and its arguments ``problem`` as in the example of :func:`can_dist.mocan`:
 
-    >>> mixed = p_sacpo(run, **asked, options=config.sacpo, mixture=config.p_sacpo)
+    >>> mixed = p_sacpo(run, **problem, options=config.sacpo, mixture=config.p_sacpo)
     >>> list(mixed)
     [0.25, 0.5, 0.75]
     """

@@ -32,9 +32,9 @@ def pecan(
 ) -> Artifact:
     """Return the policy that maximises ``reward`` subject to ``constraints``, all of them log-ratios.
 
-    With ``config``, an open ``run`` and its arguments ``asked`` as in the example of :func:`can_dist.mocan`:
+    With ``config``, an open ``run`` and its arguments ``problem`` as in the example of :func:`can_dist.mocan`:
 
-    >>> policy = pecan(run, **asked)
+    >>> policy = pecan(run, **problem)
     """
     aligned = run.aligned(reference, prompts, reward, constraints)  # π_r, π_gj: given, or one DPO each
     responses = run.generate(reference, prompts)  # y_ik ~ π_ref(·|x_i)

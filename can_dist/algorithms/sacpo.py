@@ -8,7 +8,7 @@ the λ that was chosen. Each alignment is a plain DPO or KTO on labels of one cr
 option (at β/λ* the margin is met).
 
 The assumption that can break: both steps are offline on the same pairs, so the second one is only as good where the
-first policy still generates such responses; and what the first step misses the second one cannot correct.
+first policy still generates such responses; and the second step cannot correct the errors of the first.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def sacpo(
 
     ``reward`` and ``constraints`` are read only where the labels are made from scores.
 
-    With ``config``, an open ``run`` and its arguments ``asked`` as in the example of :func:`can_dist.mocan`:
+    With ``config``, an open ``run`` and its arguments ``problem`` as in the example of :func:`can_dist.mocan`:
 
-    >>> policy = sacpo(run, **asked, options=config.sacpo)
+    >>> policy = sacpo(run, **problem, options=config.sacpo)
     """
     kl_weight: dict[Criterion, float] = {"helpful": beta, "safe": options.beta_over_lambda}
     order: tuple[Criterion, Criterion] = ("helpful", "safe")

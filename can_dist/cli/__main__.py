@@ -1,4 +1,4 @@
-"""``python -m can_dist.cli.main`` is the command ``can-dist``."""
+"""``python -m can_dist.cli`` is the command ``can-dist``."""
 
 from can_dist.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Methods beside each other on the command line: ``compare``, ``judge``, and ``run --methods``."""
+"""The commands that compare methods: ``compare``, ``judge``, and ``run --methods``."""
 
 from __future__ import annotations
 
@@ -53,13 +53,15 @@ def compare(runs: tuple[Path, ...], out: Path | None) -> None:
 
 
 def _show(page: Path) -> None:
-    """Print the key numbers as a table, and where the page is."""
+    """Print the key numbers as a table, and the page's path."""
     record = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     rows = [("method", "helpfulness", *record["methods"][0]["constraints"], "KL", "trainings", "")]
-    for one in record["methods"]:
-        gains = [_gain(one["gains"][score]) for score in (record["reward"], *one["constraints"])]
-        verdicts = "; ".join(row["verdict"] for row in one["constraints"].values())
-        rows.append((one["name"], *gains, f"{one['kl']['mean']:.2f}", str(one["cost"]["num_trainings"]), verdicts))
+    for method in record["methods"]:
+        gains = [_gain(method["gains"][score]) for score in (record["reward"], *method["constraints"])]
+        verdicts = "; ".join(row["verdict"] for row in method["constraints"].values())
+        rows.append(
+            (method["name"], *gains, f"{method['kl']['mean']:.2f}", str(method["cost"]["num_trainings"]), verdicts)
+        )
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -124,10 +126,10 @@ def _judge_spec(given: dict[str, Any]) -> JudgeSpec:
     try:
         return JudgeSpec(**given)
     except ValidationError as error:
-        found = error.errors()[0]
-        name = str(found["loc"][0])
-        message = str(found["msg"]).removeprefix("Value error, ")
-        raise ConfigError(f"{options.get(name, f'--{name}')} {found['input']}: {message}.") from None
+        problem = error.errors()[0]
+        name = str(problem["loc"][0])
+        message = str(problem["msg"]).removeprefix("Value error, ")
+        raise ConfigError(f"{options.get(name, f'--{name}')} {problem['input']}: {message}.") from None
 
 
 def _lines(summary: dict[str, Any]) -> Sequence[str]:
@@ -141,8 +143,7 @@ def _lines(summary: dict[str, Any]) -> Sequence[str]:
     return [
         f"  win rate {rate(summary['win_rate'])} on {summary['num_prompts']} prompts: {summary['wins']} wins, "
         f"{summary['ties']} ties, {summary['losses']} losses over both orders",
-        f"  at equal length {rate(summary['length_controlled'])}; the policy's responses are "
-        f"{summary['length_difference']:+.0f} characters longer",
+        f"  the policy's responses are {summary['length_difference']:+.0f} characters longer on average",
         f"  verdicts that flip with the order {flips}; decided for the one shown first {first} (unbiased: 50%)",
         f"  without a verdict {summary['no_verdict']}, refused by the endpoint {summary['rejected']}",
     ]

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 from can_dist.cli.scores import (
     DEMANDS,
     missing,
-    nearest,
     only_config,
     only_scores,
     read_scores,
@@ -104,20 +103,22 @@ def _check_frontier_options(constraints: Sequence[str], lam_max: float | None) -
         raise ConfigError("--lam-max ends the curve of one constraint; leave it out for two.")
 
 
-def _constraints_of_run(asked: Sequence[str], configured: list[str]) -> list[str]:
+def _constraints_of_run(chosen: Sequence[str], configured: list[str]) -> list[str]:
     """Return the constraints to trace: those asked for, else all of the configuration if there are one or two."""
-    for name in asked:
+    from can_dist.config.explain import nearest
+
+    for name in chosen:
         if name not in configured:
             raise ConfigError(
                 f"--constraint {name}: not in the configuration.{nearest(name, configured)} It has "
                 f"{', '.join(configured)}."
             )
-    if not asked and len(configured) > 2:
+    if not chosen and len(configured) > 2:
         raise ConfigError(
             f"frontier: the configuration has {len(configured)} constraints ({', '.join(configured)}); choose one or "
             "two with --constraint NAME. The others are then left out, as if they asked for nothing."
         )
-    return list(asked) or configured
+    return list(chosen) or configured
 
 
 def _trace(arrays: Scores, names: Sequence[str], beta: float, num_points: int, lam_max: float | None) -> Frontier:

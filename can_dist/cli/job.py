@@ -18,7 +18,7 @@ from can_dist.errors import ConfigError, EnvironmentProblem
 
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what every job takes: the options of a run, and ``--require-auth``."""
+    """Add the options of every job: those of a run, and ``--require-auth``."""
     text = "Refuse a cluster that anyone on its network can run commands on."
     return run_options()(click.option("--require-auth", is_flag=True, help=text)(command))
 

@@ -58,5 +58,5 @@ def status(run_dir: Path, as_json: bool) -> None:
     """Tell where RUN is: its stages, who works on it, its last error, and the next command to give."""
     from can_dist.doctor.status import format_status, read_status
 
-    found = read_status(run_dir)
-    click.echo(json.dumps(found, ensure_ascii=False) if as_json else format_status(found))
+    state = read_status(run_dir)
+    click.echo(json.dumps(state, ensure_ascii=False) if as_json else format_status(state))

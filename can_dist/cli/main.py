@@ -116,11 +116,11 @@ def demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
 
 
 def main(command: click.Command = cli) -> None:
-    """Run the command line, or another command; every error of ours is one message and its exit code."""
+    """Run the command line, or another command; an expected error becomes one message and its exit code."""
     sys.path.append(str(Path.cwd()))  # a scorer given as module:function lies beside the configuration
     try:
         with interruptible():
-            command.main(standalone_mode=False)
+            command.main(prog_name="can-dist" if command is cli else None, standalone_mode=False)
     except (CanDistError, Interrupted) as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(error.exit_code)

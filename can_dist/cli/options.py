@@ -1,4 +1,4 @@
-"""What the commands of the command line share: the options of a run, running it, and checking where to write."""
+"""The parts that commands share: the options of a run, running it, and checking output paths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def run_options(required: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add what every stage takes: the configuration, the run directory, overrides."""
+    """Add the options of every stage: the configuration, the run directory, overrides."""
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         command = click.option(
@@ -45,7 +45,11 @@ def run_options(required: bool = True) -> Callable[[Callable[..., Any]], Callabl
 
 
 def read_config(config: str | None, config_option: str | None, overrides: tuple[str, ...]) -> Config:
-    """Load the configuration that was given either way; ``ConfigError`` unless it was given once."""
+    """Load the configuration from CONFIG or --config.
+
+    Raises:
+        ConfigError: none or both were given, or the file has problems.
+    """
     from can_dist.config import load_config
 
     if (config is None) == (config_option is None):
@@ -55,7 +59,7 @@ def read_config(config: str | None, config_option: str | None, overrides: tuple[
 
 def run_until(run_dir: Path, settings: Config, until: str) -> Artifact:
     """Run the configured method up to and including a stage; return that stage's artifact."""
-    # libraries announce themselves on standard output, which is for what was asked for
+    # libraries announce themselves on standard output, which is for results
     with contextlib.redirect_stdout(sys.stderr):
         from can_dist.pipeline import run_pipeline
 
@@ -68,7 +72,11 @@ def given(options: Mapping[str, Any]) -> list[str]:
 
 
 def check_output(option: str, path: str | None) -> None:
-    """Refuse, before any work, a path that could not be written: ``ConfigError``. None and - are no paths."""
+    """Check before any work that a path can be written; None and - are not paths.
+
+    Raises:
+        ConfigError: its directory is missing or not writable, or it is a directory.
+    """
     if path is None or path == "-":
         return
     parent = Path(path).absolute().parent

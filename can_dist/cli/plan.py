@@ -1,4 +1,4 @@
-"""``can-dist plan``: what training needs of each rank's memory, before anything is loaded."""
+"""``can-dist plan``: the memory that training needs on each rank, computed before anything is loaded."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import contextlib
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import click
 
 from can_dist.cli.options import read_config
-
-if TYPE_CHECKING:
-    pass
 from can_dist.training.plan import Plan, make_plan, rank_memory
 
 GB = 10**9
@@ -40,58 +36,63 @@ def plan(
     config: str | None, config_option: str | None, overrides: tuple[str, ...], memory: str | None, as_json: bool
 ) -> None:
     """Print what training needs of each rank's memory, and the largest pack that fits. Reads no weights."""
+    from can_dist.doctor.preflight import check_sources
+
     settings = read_config(config, config_option, overrides)
+    check_sources(settings)
     memory_bytes = rank_memory(settings, memory)
     with contextlib.redirect_stdout(sys.stderr):  # libraries announce themselves there
-        found = make_plan(settings, memory_bytes)
-    click.echo(json.dumps(asdict(found), indent=2) if as_json else plan_text(found))
+        estimate = make_plan(settings, memory_bytes)
+    click.echo(json.dumps(asdict(estimate), indent=2) if as_json else plan_text(estimate))
 
 
-def plan_text(found: Plan) -> str:
-    """Return a plan as a table of GB (10⁹ bytes) per rank, and what to make of it."""
-    kind = "GPU" if found.on_gpu else "CPU"
+def plan_text(estimate: Plan) -> str:
+    """Return a plan as a table of GB (10⁹ bytes) per rank, and its verdict."""
+    kind = "GPU" if estimate.on_gpu else "CPU"
     trained = (
-        "" if found.trained_elements == found.elements else f", {found.trained_elements / 1e6:,.1f} M of them trained"
+        ""
+        if estimate.trained_elements == estimate.elements
+        else f", {estimate.trained_elements / 1e6:,.1f} M of them trained"
     )
     lines = [
-        f"{found.model}: {found.elements / 1e9:,.3f} G parameters{trained}; {found.precision}, ZeRO-3 on "
-        f"{found.num_ranks} {kind} rank{'s' * (found.num_ranks > 1)}, packs of {found.tokens:,} tokens",
+        f"{estimate.model}: {estimate.elements / 1e9:,.3f} G parameters{trained}; {estimate.precision}, ZeRO-3 on "
+        f"{estimate.num_ranks} {kind} rank{'s' * (estimate.num_ranks > 1)}, packs of {estimate.tokens:,} tokens",
         f"{'per rank':52}{'GB':>10}",
     ]
-    lines += [_row(LABELS[name], size) for name, size in found.device_bytes.items()]
-    every = int(found.activation_checkpointing)  # 0: none, 1: all
+    lines += [_row(LABELS[name], size) for name, size in estimate.device_bytes.items()]
+    every = int(estimate.activation_checkpointing)  # 0: none, 1: all
     used = "without" if every == 0 else "with"
     layers = f" (one layer in {every})" if every > 1 else ""
     lines += [
-        _row(f"activations {used} checkpointing{layers}", found.kept_bytes),
-        _row("head and backward pass at work", found.working_bytes),
-        _row("highest, in a pass", found.pass_bytes),
-        _row("highest, in the update of the weights", found.step_bytes),
+        _row(f"activations {used} checkpointing{layers}", estimate.kept_bytes),
+        _row("head and backward pass at work", estimate.working_bytes),
+        _row("highest, in a pass", estimate.pass_bytes),
+        _row("highest, in the update of the weights", estimate.step_bytes),
     ]
-    lines += [_row(f"host memory: {LABELS[name]}", size) for name, size in found.host_bytes.items()]
-    lines += [_row(f"disk: {LABELS[name]}", size) for name, size in found.disk_bytes.items()]
-    other = "without" if found.activation_checkpointing else "with"
+    lines += [_row(f"host memory: {LABELS[name]}", size) for name, size in estimate.host_bytes.items()]
+    lines += [_row(f"disk: {LABELS[name]}", size) for name, size in estimate.disk_bytes.items()]
+    other = "without" if estimate.activation_checkpointing else "with"
     return "\n".join(
         [
             *lines,
-            _gathered(found),
-            f"activations {found.kept_bytes_per_token / 1e3:,.1f} kB per token {used} checkpointing{layers}, "
-            f"{found.other_kept_bytes_per_token / 1e3:,.1f} kB {other}",
-            f"head        logits of the pack would take {found.logits_bytes / GB:.2f} GB in float32; at most "
-            f"{found.head_chunk_rows:,} rows, {found.head_chunk_bytes / GB:.2f} GB, exist at a time",
-            f"memory      {found.memory_bytes / GB:,.1f} GB per rank, {found.spare_bytes / GB:,.1f} of it kept free "
-            "for what is not counted (fragmentation, communication)",
-            _verdict(found),
+            _gathered(estimate),
+            f"activations {estimate.kept_bytes_per_token / 1e3:,.1f} kB per token {used} checkpointing{layers}, "
+            f"{estimate.other_kept_bytes_per_token / 1e3:,.1f} kB {other}",
+            f"head        logits of the pack would take {estimate.logits_bytes / GB:.2f} GB in float32; at most "
+            f"{estimate.head_chunk_rows:,} rows, {estimate.head_chunk_bytes / GB:.2f} GB, exist at a time",
+            f"memory      {estimate.memory_bytes / GB:,.1f} GB per rank, {estimate.spare_bytes / GB:,.1f} of it kept "
+            "free for what is not counted (fragmentation, communication)",
+            _verdict(estimate),
         ]
     )
 
 
-def _gathered(found: Plan) -> str:
-    if found.num_ranks == 1:
+def _gathered(estimate: Plan) -> str:
+    if estimate.num_ranks == 1:
         return "gathered    nothing: the only rank has every parameter whole"
     return (
-        f"gathered    at most {found.live_elements / 1e6:,.0f} M parameters at once, "
-        f"{found.persistent_elements / 1e6:,.1f} M of them always, {found.prefetch_elements / 1e6:,.0f} M ahead"
+        f"gathered    at most {estimate.live_elements / 1e6:,.0f} M parameters at once, "
+        f"{estimate.persistent_elements / 1e6:,.1f} M of them always, {estimate.prefetch_elements / 1e6:,.0f} M ahead"
     )
 
 
@@ -99,9 +100,9 @@ def _row(label: str, size: int) -> str:
     return f"  {label:50}{size / GB:>10.3f}"
 
 
-def _verdict(found: Plan) -> str:
-    largest, room = found.largest_tokens_per_pack, found.memory_bytes - found.spare_bytes
+def _verdict(estimate: Plan) -> str:
+    largest, room = estimate.largest_tokens_per_pack, estimate.memory_bytes - estimate.spare_bytes
     if largest == 0:
         return "verdict     nothing fits: use more ranks, train.activation_checkpointing, train.lora, or offload"
-    fits = "fits" if found.peak_bytes <= room else "does not fit"
-    return f"verdict     train.tokens_per_pack={found.tokens:,} {fits}; the largest that does is {largest:,}"
+    fits = "fits" if estimate.peak_bytes <= room else "does not fit"
+    return f"verdict     train.tokens_per_pack={estimate.tokens:,} {fits}; the largest that does is {largest:,}"

@@ -1,8 +1,7 @@
-"""What ``solve`` and ``frontier`` share: the options that name a score table, and its reading."""
+"""The parts that ``solve`` and ``frontier`` share: the options that name a score table, and its reading."""
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ DEMANDS = ("margin", "threshold", "equals")
 
 
 def score_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what names a score table and its columns."""
+    """Add the options that name a score table and its columns."""
     command = click.option("--beta", type=float, help="KL weight β.")(command)
     command = click.option("--reward", help="Column of the reward.")(command)
     return click.option(
@@ -42,6 +41,7 @@ def write_json(path: str | None, record: dict[str, Any]) -> None:
 
 def read_scores(path: Path, reward: str, names: Sequence[str], prompts_path: Path | None = None) -> Scores:
     """Read the score columns of a table, refusing missing columns by name."""
+    from can_dist.config.explain import nearest
     from can_dist.tables.score_shards import check_complete, id_hashes
     from can_dist.tables.scores import read_score_table, score_arrays
 
@@ -56,12 +56,6 @@ def read_scores(path: Path, reward: str, names: Sequence[str], prompts_path: Pat
         expected = read_score_table(prompts_path).column("prompt_id")
         check_complete(path, id_hashes(table.column("prompt_id")), id_hashes(expected))
     return score_arrays(table, reward, names, str(path))
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Return ' Did you mean ...?' with the closest of the known names, or ''."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def only_config(verb: str, extra: Sequence[str]) -> None:

@@ -43,9 +43,6 @@ ESTIMATORS = ("empirical", "jackknife", "gaussian", "auto")
 @click.option("--estimator", type=click.Choice(ESTIMATORS), help="How λ* is estimated; default empirical.")
 @click.option("--confidence", type=float, help="Raise the margins so that all are met with this confidence, e.g. 0.95.")
 @click.option(
-    "--as-published", is_flag=True, help="Also solve by the rules of the paper's code, and show both. One threshold."
-)
-@click.option(
     "--engine",
     type=click.Choice(ENGINES),
     help="memory: the whole table at once; stream: shard after shard; ray: shards as tasks on the cluster of "
@@ -70,7 +67,6 @@ def solve(
     constraints: tuple[str, ...],
     estimator: str | None,
     confidence: float | None,
-    as_published: bool,
     engine: str | None,
     prompts_path: Path | None,
     report_path: str | None,
@@ -85,31 +81,23 @@ def solve(
             raise ConfigError(
                 "solve needs --scores FILE --reward COL --constraint COL:margin=B --beta X, or CONFIG --run DIR."
             )
-        only_config("solve", given({**named, **options, "--as-published": as_published, **outputs}))
+        only_config("solve", given({**named, **options, **outputs}))
         artifact = run_until(run_dir, read_config(config, config_option, overrides), "solve")
         click.echo(str(artifact.path))
         return
     only_scores("solve", config, config_option, run_dir, overrides)
     if reward is None or beta is None or not constraints:
         raise ConfigError(f"solve --scores also needs {', '.join(missing(named))}.")
-    if as_published and given(options):
-        raise ConfigError(
-            f"--as-published is the solver of the paper's code, which has neither estimators nor confidence: leave out "
-            f"{' and '.join(given(options))}, or --as-published."
-        )
     check_output("--json", json_path)
     check_output("--report", report_path)
     margins = [parse_constraint(text) for text in constraints]
     engine = engine or ("memory" if _size(scores) <= MEMORY_BYTES else "stream")
     if engine == "memory":
         arrays = read_scores(scores, reward, [margin.name for margin in margins], prompts_path)
-        record, text = _solve_arrays(
-            arrays, margins, beta, estimator or "empirical", confidence, as_published, report_path
-        )
+        record, text = _solve_arrays(arrays, margins, beta, estimator or "empirical", confidence, report_path)
     else:
-        needs = given({"--as-published": as_published, "--report": report_path})
-        if needs:
-            raise ConfigError(f"{' and '.join(needs)}: the table must be in memory for it; give --engine memory.")
+        if report_path is not None:
+            raise ConfigError("--report: the table must be in memory for it; give --engine memory.")
         record, text = _solve_shards(scores, reward, margins, beta, estimator, confidence, engine, prompts_path)
     write_json(json_path, record)
     if json_path != "-":
@@ -122,19 +110,14 @@ def _solve_arrays(
     beta: float,
     estimator: str,
     confidence: float | None,
-    as_published: bool,
     report_path: str | None,
 ) -> tuple[dict[str, Any], str]:
     """Return the JSON record and the text of the solution; writes the page of diagnostics where asked."""
-    from can_dist.cli.text import comparison_text, solution_text
+    from can_dist.cli.text import solution_text
     from can_dist.dual import ScoreTable, solve_table
-    from can_dist.dual.published import solve_as_published
 
     names = [margin.name for margin in margins]
     table = ScoreTable.build(arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, names=names)
-    if as_published:
-        found = solve_as_published(table, beta=beta, constraints=margins)
-        return found.to_dict(), comparison_text(found)
     solution = solve_table(table, beta=beta, constraints=margins, estimator=estimator, confidence=confidence)
     if report_path is not None:
         from can_dist.reporting.belief_page import write_diagnostics
@@ -170,7 +153,7 @@ def _solve_shards(
 
 
 def _size(path: Path) -> int:
-    """Bytes of a table's files; 0 where there are none, which reading will say."""
+    """Return the bytes of a table's files; 0 without files, which the reader reports."""
     from can_dist.tables.scores import score_files
 
     return sum(file.stat().st_size for file in score_files(path)) if path.exists() else 0

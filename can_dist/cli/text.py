@@ -12,7 +12,6 @@ from can_dist.dual.messages import misread_hints
 
 if TYPE_CHECKING:
     from can_dist.dual import DualSolution, Frontier
-    from can_dist.dual.published import Comparison
 
 MAP_ROWS = 6
 
@@ -40,25 +39,6 @@ def solution_text(solution: DualSolution) -> str:
     )
     lines += [f"note      {hint}" for hint in misread_hints(solution)]
     return "\n".join([*lines, f"verdict   {diagnostics['verdict']}"])
-
-
-def comparison_text(found: Comparison) -> str:
-    """Return the authors' λ beside the exact λ*, then the exact solution."""
-    exact = found.exact
-    lam = exact.lam[found.name]
-    relative = f", {abs(found.difference) / lam:.1e} of lambda*" if lam > 0 else ""
-    rounds = f"{found.num_rounds} round{'s' * (found.num_rounds > 1)}"
-    return "\n".join(
-        [
-            f"threshold {exact.threshold[found.name]:.6g} on {found.name}, the absolute level of the published code: "
-            f"margin {exact.margin[found.name]:.6g} over the reference mean {exact.centre[found.name]:.6g}",
-            f"published lambda  {found.lam:.9g}, KKT residual {found.kkt_residual:.1e} "
-            f"({found.num_steps} steps of projected gradient descent in {rounds})",
-            f"exact     lambda* {lam:.9g}, KKT residual {exact.kkt_residual:.1e} ({exact.num_steps} Newton steps)",
-            f"difference {found.difference:+.1e}{relative}",
-            solution_text(exact),
-        ]
-    )
 
 
 def frontier_text(curve: Frontier) -> str:

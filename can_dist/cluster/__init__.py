@@ -1,1 +1,1 @@
-"""Ray: the connection, the actors, the ledger of shards. No other room imports it, but the start of ranks."""
+"""Ray: the connection, the actors, the ledger of shards. Only this room and the start of ranks import ray."""

@@ -15,7 +15,7 @@ from can_dist.errors import CanDistError, EnvironmentProblem
 
 
 class ShardJob(Protocol):
-    """What an actor does: load once, then process shards. Instances are pickled to the actors."""
+    """The work of a stage on actors: load once, then process shards. Instances are pickled to the actors."""
 
     @property
     def out(self) -> Path:
@@ -28,20 +28,20 @@ class ShardJob(Protocol):
         """Make and commit part ``shard``."""
 
     def row_names(self, shard: int) -> list[str]:
-        """Return what people call each row that goes into a shard, such as "response 'p3/1'"; runs in the driver."""
+        """Return the name of each row of a shard for messages, such as "response 'p3/1'"; runs in the driver."""
 
     def try_rows(self, loaded: Any, shard: int, rows: range) -> None:
-        """Do the work of some rows of a shard and keep nothing, to find the row that kills actors."""
+        """Process some rows of a shard and keep nothing; used to find the row that kills actors."""
 
     def set_aside(self, shard: int, row: int, why: str) -> bool:
-        """Have a shard done without a row from now on; False where this row may not be left out."""
+        """Leave a row out of its shard from now on; False where the configuration forbids it."""
 
     def halved(self) -> ShardJob | None:
-        """Return the same work in passes of half the size, which takes less memory; None where they cannot be."""
+        """Return the same job with passes of half the size, for less memory; None where they cannot be halved."""
 
 
 class ShardWorker:
-    """The actor: keeps what the newest job loaded and runs its shards."""
+    """The actor: keeps the models of the newest job and runs its shards."""
 
     def __init__(self) -> None:
         self._job: ShardJob | None = None
@@ -49,20 +49,20 @@ class ShardWorker:
         self._seconds = shard_seconds()
 
     def open(self, job: ShardJob) -> None:
-        """Load what a job needs, unless it is there."""
+        """Load the models of a job, unless they are loaded."""
         if job != self._job:
             self._loaded = None  # free the old models before the new ones are loaded
             self._loaded, self._job = job.load(), job
 
-    def run(self, job: ShardJob, shard: int, what: str) -> None:
-        """Process one shard."""
+    def run(self, job: ShardJob, shard: int, work: str) -> None:
+        """Process one shard; ``work`` tags its seconds in the metrics."""
         self.open(job)
         start = time.monotonic()
         job.process(self._loaded, shard)
-        self._seconds.observe(time.monotonic() - start, tags(what))
+        self._seconds.observe(time.monotonic() - start, tags(work))
 
     def try_rows(self, job: ShardJob, shard: int, rows: range) -> None:
-        """Do the work of some rows of a shard and keep nothing."""
+        """Process some rows of a shard and keep nothing."""
         self.open(job)
         job.try_rows(self._loaded, shard, rows)
 
@@ -75,7 +75,7 @@ class ActorPool:
     """A fixed number of ``ShardWorker`` actors in one placement group, replaced as they die."""
 
     def __init__(self, cluster: Cluster, say: Callable[..., None]) -> None:
-        """``say`` is told what is waited for."""
+        """Reserve the places and start the actors; ``say`` announces a wait for resources."""
         self.cluster = cluster
         self._group = reserve(cluster, "actor", cluster.num_actors, say)
         self._actors = [self._start(index) for index in range(cluster.num_actors)]
@@ -90,7 +90,7 @@ class ActorPool:
             .options(
                 num_cpus=self.cluster.cpus_per_actor,
                 num_gpus=self.cluster.gpus_per_actor,
-                max_restarts=0,  # a dead actor is seen at once, and its shard goes to a new one
+                max_restarts=0,  # the ledger notices a dead actor at once and gives its shard to a new one
                 max_task_retries=0,
                 scheduling_strategy=strategy,
             )
@@ -99,22 +99,22 @@ class ActorPool:
 
     @property
     def num_actors(self) -> int:
-        """Number of actors, and of the places they have."""
+        """Number of actors, each with a place of its own."""
         return len(self._actors)
 
     def actor(self, slot: int) -> Any:
-        """Return the handle of the actor that has a place now."""
+        """Return the handle of the actor at a place now."""
         return self._actors[slot]
 
     def replace(self, slot: int) -> None:
-        """Kill an actor, which may be dead, hang, or be cut off and alive, and start another in its place."""
+        """Kill an actor and start another in its place; it may be dead, hang, or be alive but unreachable."""
         import ray
 
         ray.kill(self._actors[slot])
         self._actors[slot] = self._start(slot)
 
     def placed(self) -> bool:
-        """Tell whether every place lies on a node; after the loss of one, Ray looks for others."""
+        """Return whether every place is on a node; after a node is lost, Ray looks for another."""
         from ray.util.placement_group import placement_group_table
 
         return bool(placement_group_table(self._group)["state"] == "CREATED")
@@ -127,7 +127,7 @@ class ActorPool:
         return ids
 
     def close(self) -> None:
-        """Stop the actors and give their resources back."""
+        """Kill the actors and release their resources."""
         import ray
         from ray.util.placement_group import remove_placement_group
 
@@ -137,7 +137,7 @@ class ActorPool:
 
 
 def cause_of(error: Any) -> BaseException:
-    """Return the job's own exception; anything not ours keeps the remote traceback in its message."""
+    """Return the job's own ``CanDistError``, else an ``EnvironmentProblem`` that holds the remote traceback."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, CanDistError):
         return cause

@@ -1,12 +1,11 @@
-"""Where the passes over a big score table run: this process, shard after shard, or tasks on a Ray cluster.
+"""Passes over a big score table: in this process, shard after shard, or as tasks on a Ray cluster.
 
-A pass sends one λ to every shard and brings back a handful of sums, so both ways give the same numbers. What shards
-answered is remembered in a small file until the solve ends: the same command after a crash repeats no finished shard.
+A pass sends one λ to every shard and returns a few sums, so both ways give the same numbers. The answers of the shards
+are kept in a small file until the solve ends: after a crash the same command repeats no finished shard.
 """
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -24,6 +23,7 @@ from can_dist.config import Cluster
 from can_dist.console import interruptible, progress
 from can_dist.dual import Block, ColumnScores, Pass, PassResult, run_pass
 from can_dist.tables.artifacts import digest_of
+from can_dist.tables.cache import cache_directory
 from can_dist.tables.score_shards import (
     ShardIndex,
     check_complete,
@@ -45,10 +45,10 @@ def big_scores(
     """Open a sharded score table for :func:`can_dist.dual.solve_table` without ever holding it.
 
     Args:
-        path: a Parquet or Arrow file, a directory of them, or a ``scores`` artifact.
-        columns: the reward, then one utility per constraint.
-        cluster: run the passes as Ray tasks there; None streams in this process.
-        prompt_ids: the ids that must be scored, no more and no fewer.
+        path: A Parquet or Arrow file, a directory of them, or a ``scores`` artifact.
+        columns: The reward, then one utility per constraint.
+        cluster: Run the passes as Ray tasks there; None streams in this process.
+        prompt_ids: The ids that must be scored, no more and no fewer.
 
     Raises:
         DataError: shards that differ in schema, are cut, missing, counted twice or hold a bad score.
@@ -60,16 +60,17 @@ def big_scores(
             connect(cluster)
         work = _Shards(shards, tuple(columns), memory, cluster is not None)
         indexes = [
-            ShardIndex(found["counts"], found["hashes"]) for found in work.run("index", _index, [()] * len(shards))
+            ShardIndex(answer["counts"], answer["hashes"]) for answer in work.run("index", _index, [()] * len(shards))
         ]
         check_once(shards, indexes)
         if prompt_ids is not None:
             check_complete(path, np.concatenate([index.hash_P for index in indexes]), id_hashes(prompt_ids))
         counts = work.share([index.num_responses_P for index in indexes])
 
-        def runner(asked: Pass) -> Iterator[PassResult]:
-            for found in work.run(digest_of(asdict(asked)), _answer, [(count, asked) for count in counts]):
-                yield PassResult(found["sums"], float(found["largest"]), found["rows"])
+        def runner(one_pass: Pass) -> Iterator[PassResult]:
+            arguments = [(count, one_pass) for count in counts]
+            for answer in work.run(digest_of(asdict(one_pass)), _answer, arguments):
+                yield PassResult(answer["sums"], float(answer["largest"]), answer["rows"])
 
         every = np.concatenate([index.num_responses_P for index in indexes])
         work.num_rows = [int(index.num_responses_P.sum()) for index in indexes]
@@ -77,19 +78,19 @@ def big_scores(
 
 
 def _index(path: Path, columns: tuple[str, ...]) -> Arrays:
-    found = index_shard(path, columns)
-    return {"counts": found.num_responses_P, "hashes": found.hash_P}
+    index = index_shard(path, columns)
+    return {"counts": index.num_responses_P, "hashes": index.hash_P}
 
 
-def _answer(path: Path, columns: tuple[str, ...], num_responses_P: np.ndarray, asked: Pass) -> Arrays:
+def _answer(path: Path, columns: tuple[str, ...], num_responses_P: np.ndarray, one_pass: Pass) -> Arrays:
     blocks = (Block(*block) for block in read_blocks(path, columns, num_responses_P))
-    result = run_pass(blocks, asked)
+    result = run_pass(blocks, one_pass)
     return {"sums": result.sums, "largest": np.array(result.largest), "rows": result.rows}
 
 
 @dataclass
 class _Shards:
-    """The shards, the way to reach them, and what they answered before."""
+    """The shards, the way to reach them, and their answers so far."""
 
     paths: list[Path]
     columns: tuple[str, ...]
@@ -99,26 +100,27 @@ class _Shards:
     num_passes: int = 0
 
     def share(self, values: list[Any]) -> list[Any]:
-        """Put values where the tasks are."""
+        """Put values into Ray's object store, where tasks read them; unchanged without Ray."""
         import ray
 
         return [ray.put(value) for value in values] if self.on_ray else values
 
     def run(self, key: str, task: Task, arguments: Sequence[tuple[Any, ...]]) -> Iterator[Arrays]:
-        """Yield what ``task(path, columns, *arguments)`` answers for every shard, in their order."""
+        """Yield ``task(path, columns, *arguments)`` of every shard, in order, from memory where it is known."""
         names = [f"{key}/{number}" for number in range(len(self.paths))]
         known = [self.memory.get(name) for name in names]
-        todo = [number for number, found in enumerate(known) if found is None]
+        todo = [number for number, answer in enumerate(known) if answer is None]
         answers = (self._tasks if self.on_ray else self._here)(task, {number: arguments[number] for number in todo})
         sizes = self.num_rows or [path.stat().st_size for path in self.paths]
         self.num_passes += 1
-        what, unit = f"pass {self.num_passes} over {len(sizes)} shards", "row" if self.num_rows else "B"
-        with interruptible(), progress(what, sum(sizes), unit, delay=5) as bar:
-            for number, found in enumerate(known):
-                if found is None:
-                    found = next(answers)
-                    self.memory.put(names[number], found)
-                yield found
+        label, unit = f"pass {self.num_passes} over {len(sizes)} shards", "row" if self.num_rows else "B"
+        with interruptible(), progress(label, sum(sizes), unit, delay=5) as bar:
+            for number, known_answer in enumerate(known):
+                answer = known_answer
+                if answer is None:
+                    answer = next(answers)
+                    self.memory.put(names[number], answer)
+                yield answer
                 bar.update(sizes[number])
 
     def _here(self, task: Task, arguments: dict[int, tuple[Any, ...]]) -> Iterator[Arrays]:
@@ -126,7 +128,7 @@ class _Shards:
             yield task(self.paths[number], self.columns, *values)
 
     def _tasks(self, task: Task, arguments: dict[int, tuple[Any, ...]]) -> Iterator[Arrays]:
-        """One task a shard; Ray repeats those whose worker died, and waits for a free CPU."""
+        """Run one Ray task per shard; Ray repeats a task whose worker died, and waits for a free CPU."""
         import ray
         from ray.exceptions import RayTaskError
 
@@ -147,7 +149,7 @@ class _Shards:
 
 
 def _one_thread(task: Task, path: str, *arguments: Any) -> Arrays:
-    """Run in a Ray task: its CPU is one, and a pass would take all of the machine."""
+    """Run a task with one thread: a Ray task has one CPU, and numba would take all of the machine."""
     import numba
 
     numba.set_num_threads(1)
@@ -167,23 +169,23 @@ class _Memory:
         connection.execute("CREATE TABLE IF NOT EXISTS answers (name TEXT PRIMARY KEY, arrays BLOB)")
 
     def get(self, name: str) -> Arrays | None:
-        """Return what was put, or None."""
-        found = self._connection.execute("SELECT arrays FROM answers WHERE name = ?", (name,)).fetchone()
-        if found is None:
+        """Return the answer of that name, or None."""
+        row = self._connection.execute("SELECT arrays FROM answers WHERE name = ?", (name,)).fetchone()
+        if row is None:
             return None
-        arrays: Arrays = load(found[0])
+        arrays: Arrays = load(row[0])
         return arrays
 
     def put(self, name: str, arrays: Arrays) -> None:
-        """Keep an answer; on disk when this returns."""
+        """Keep an answer; it is on disk when this returns."""
         with self._connection:
             self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (name, save(arrays)))
 
 
 @contextmanager
 def _remembered(key: str) -> Iterator[_Memory]:
-    """Open the memory of a solve; it is deleted once the solve has ended well."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "can_dist" / "passes"
+    """Open the memory of a solve; it is deleted once the solve succeeds."""
+    cache = cache_directory() / "passes"
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = cache / f"{key}.sqlite"
     with closing(sqlite3.connect(path, timeout=60)) as connection:

@@ -15,8 +15,8 @@ from can_dist.cluster.exposure import exposure
 from can_dist.config import Cluster
 from can_dist.errors import EnvironmentProblem
 
-# what the driver hands on to the workers of a cluster: never a secret, because Ray shows and logs these.
-# OMP_NUM_THREADS is not among them: Ray gives every worker its own share of the CPUs
+# variables that the driver passes to the workers of a cluster: never a secret, because Ray shows and logs them.
+# OMP_NUM_THREADS is left out: Ray gives every worker its own share of the CPUs
 FORWARDED = (
     "CUDA_DEVICE_MAX_CONNECTIONS",
     "GLOO_SOCKET_IFNAME",
@@ -51,11 +51,11 @@ def connect(cluster: Cluster) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    # what the workers print stays in Ray's logs: errors come back as exceptions, progress through the driver's bars
+    # the workers' prints stay in Ray's logs: errors return as exceptions, progress through the driver's bars
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        # since Ray 2.59 a local Ray makes itself a token and demands it; naming the mode here would skip the making
-        # what the driver can import, its workers can: a user's scorer lies in the current directory
+        # since Ray 2.59 a local Ray creates a token and demands it; setting the mode here would skip the creation.
+        # the workers import from the driver's paths: a user's scorer lies in the current directory
         paths = [str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
         options |= {"address": "local", "include_dashboard": False}
@@ -73,7 +73,7 @@ def connect(cluster: Cluster) -> None:
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Keep the process's handler of SIGTERM while Ray starts, which sets one that ends it with code 15."""
+    """Keep the process's handler of SIGTERM: Ray's start replaces it by one that exits with code 15."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -85,7 +85,7 @@ def _own_sigterm() -> Iterator[None]:
 
 
 def open_to_the_network() -> str:
-    """Return what is wrong when anyone on the network can run commands on the connected cluster, else ''."""
+    """Return a sentence if anyone on the network can run commands on the connected cluster, else ''."""
     import ray
 
     with _own_sigterm():
@@ -94,9 +94,9 @@ def open_to_the_network() -> str:
 
 
 def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of the driver that the workers of a cluster get too: those of ``FORWARDED`` that are set.
+    """Return the variables of the driver that are passed to the workers: those of ``FORWARDED`` that are set.
 
-    What a job's own ``--runtime-env-json`` sets reaches the workers anyway, and Ray refuses a second value.
+    Variables of a job's own ``--runtime-env-json`` reach the workers anyway, and Ray refuses a second value.
     """
     submitted = json.loads(environment.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
     given = submitted.get("env_vars") or {}

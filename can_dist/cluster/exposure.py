@@ -1,6 +1,6 @@
-"""Whether a Ray cluster runs the commands of anyone who can reach it.
+"""The check that a Ray cluster does not run the commands of anyone who can reach it.
 
-Up to Ray 2.60 a cluster started without ``RAY_AUTH_MODE=token`` does: its job server takes shell commands.
+Up to Ray 2.60, a cluster started without ``RAY_AUTH_MODE=token`` does: its job server accepts shell commands.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ TIMEOUT_S = 5
 
 
 def is_open(dashboard_url: str) -> bool | None:
-    """Ask the job server for its jobs without a token: True when it answers, False when it refuses, None: no server."""
+    """Request the job list without a token: True when the server answers, False when it refuses, None without one."""
     address = dashboard_url if "://" in dashboard_url else f"http://{dashboard_url}"
-    # never through a proxy: the question is what this address itself answers
+    # never through a proxy: this address itself must answer
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"{address.rstrip('/')}/api/jobs/", timeout=TIMEOUT_S) as response:
@@ -32,7 +32,7 @@ def is_open(dashboard_url: str) -> bool | None:
 
 
 def is_loopback(*addresses: str) -> bool:
-    """Whether every address (``host:port`` or URL) is of this machine only."""
+    """Return whether every address (``host:port`` or URL) is reachable from this machine only."""
     hosts = [urlsplit(a if "://" in a else f"//{a}").hostname or "" for a in addresses]
     return all(host == "localhost" or _is_loopback_ip(host) for host in hosts)
 
@@ -45,9 +45,9 @@ def _is_loopback_ip(host: str) -> bool:
 
 
 def exposure(gcs_address: str, dashboard_url: str) -> str:
-    """Return what is wrong with the openness of a cluster, or ''.
+    """Return a sentence on a cluster that anyone can command, or ''.
 
-    A cluster without tokens whose addresses are all loopback is left alone: only this machine's users reach it.
+    A cluster without tokens whose addresses are all loopback passes: only this machine's users reach it.
     """
     if not dashboard_url or not is_open(dashboard_url) or is_loopback(gcs_address, dashboard_url):
         return ""

@@ -1,8 +1,8 @@
-"""The driver's ledger of shards: which are done, which are tried again, which are given up, and for what reason.
+"""The driver's ledger of shards: which are done, which are tried again, which are given up, and why.
 
-An actor that dies or hangs is replaced and its shard is tried again; nothing else is repeated. A shard commits its own
-part atomically, so a part is either there or not, whoever dies. A shard that ends every actor it meets is searched, by
-halves, for the row that does it.
+An actor that dies or hangs is replaced, and its shard is tried again; nothing else is repeated. A shard commits its
+part atomically: the part is whole or absent, whichever process dies. If a shard kills every actor, bisection finds the
+row that does it.
 """
 
 from __future__ import annotations
@@ -24,30 +24,33 @@ from can_dist.errors import EnvironmentProblem
 
 TICK_S = 5.0
 MEDIANS = 10
-"""A shard that takes this many times the median of the finished ones hangs."""
+"""A shard hangs when it takes this many times the median of the finished ones."""
 
 MEMORY = re.compile(r"OOM kill reason: (?P<why>[^\n]+).*?actual memory used=(?P<used>[\d.]+ ?\w+)", re.DOTALL)
 MEMORY_KILL = "killed by Ray's memory monitor"
 POTENTIAL_CAUSES = " There are some potential root causes"  # Ray's list of guesses
 
 
-def run_shards(pool: ActorPool, job: ShardJob, shards: Mapping[int, int], what: str, log: Callable[..., None]) -> None:
-    """Process every shard; ``shards`` maps its number to its rows (for the progress bar).
+def run_shards(pool: ActorPool, job: ShardJob, shards: Mapping[int, int], work: str, log: Callable[..., None]) -> None:
+    """Process every shard on the actors of a pool.
 
-    ``log`` is told, as an event, of every actor that died or hung, and of what is waited for.
+    Args:
+        pool: The actors.
+        job: The work; it commits each part itself.
+        shards: Number of each shard, with its rows (for the progress bar).
+        work: Name of the work in messages, events and metrics.
+        log: Called with the fields of an event: an actor died or hung, a row is left out, places are waited for.
 
-    Raises
-    ------
-    CanDistError
-        As raised by the job.
-    EnvironmentProblem
-        When a row ends every actor (it is named), a shard does without one of its rows doing it, actors die while they
-        open their models, or lost nodes are not replaced within ``wait_resources_s``.
+    Raises:
+        CanDistError: The job raised it.
+        EnvironmentProblem: A row kills every actor (it is named); a shard kills every actor but none of its rows does
+            alone; actors die while they load their models; or lost nodes are not replaced within
+            ``wait_resources_s``.
     """
     import ray
 
-    with progress(what, total=sum(shards.values()), unit="row") as bar:
-        run = _Run(pool, job, shards, what, log, bar, Ledger(what), deque(shards))
+    with progress(work, total=sum(shards.values()), unit="row") as bar:
+        run = _Run(pool, job, shards, work, log, bar, Ledger(work), deque(shards))
         try:
             for slot in range(min(pool.num_actors, len(shards))):
                 run.open(slot)
@@ -60,7 +63,7 @@ def run_shards(pool: ActorPool, job: ShardJob, shards: Mapping[int, int], what: 
 
 @dataclass(frozen=True)
 class _Call:
-    """What an actor was asked: a shard, or (None) to open its models."""
+    """A call of an actor: process a shard, or (None) load its models."""
 
     slot: int
     shard: int | None
@@ -72,7 +75,7 @@ class _Run:
     pool: ActorPool
     job: ShardJob
     shards: Mapping[int, int]
-    what: str
+    work: str
     log: Callable[..., None]
     bar: Any
     ledger: Ledger
@@ -84,18 +87,18 @@ class _Run:
     seconds: list[float] = field(default_factory=list)
     smaller: dict[int, ShardJob] = field(default_factory=dict)
     without_place_since: float | None = None
-    told: bool = False
+    has_announced_wait: bool = False
 
     def job_of(self, slot: int) -> ShardJob:
-        """Return the job as an actor does it: in smaller passes where its memory did not suffice."""
+        """Return the job for an actor: with smaller passes where its memory did not suffice."""
         return self.smaller.get(slot, self.job)
 
     def open(self, slot: int) -> None:
-        """Have an actor open its models; it gets its first shard when it has."""
+        """Let an actor load its models; it gets its first shard afterwards."""
         self.calls[self.pool.actor(slot).open.remote(self.job_of(slot))] = _Call(slot, None, time.monotonic())
 
     def at_work(self) -> list[_Call]:
-        """Return the calls that are shards."""
+        """Return the calls that process shards."""
         return [call for call in self.calls.values() if call.shard is not None]
 
     def num_left(self) -> int:
@@ -103,25 +106,25 @@ class _Run:
         return len(self.waiting) + len(self.at_work())
 
     def step(self) -> None:
-        """Hand out what can be, wait for a while, and deal with what happened."""
+        """Give shards to idle actors, wait for a while, and handle the calls that ended or hang."""
         import ray
 
         while self.waiting and self.idle:
             slot, shard = self.idle.pop(), self.waiting.popleft()
             self.attempts[shard] += 1
-            ref = self.pool.actor(slot).run.remote(self.job_of(slot), shard, self.what)
+            ref = self.pool.actor(slot).run.remote(self.job_of(slot), shard, self.work)
             self.calls[ref] = _Call(slot, shard, time.monotonic())
         soonest = min(call.since + self.deadline_s(call) for call in self.calls.values()) - time.monotonic()
-        done, _ = ray.wait(list(self.calls), timeout=min(max(soonest, 0.1), TICK_S))
+        ended, _ = ray.wait(list(self.calls), timeout=min(max(soonest, 0.1), TICK_S))
         self.bar.refresh()
         self.ledger.waiting(self.num_left())
-        for ref in done:
+        for ref in ended:
             self.collect(ref, self.calls.pop(ref))
         self.look_for_places()
-        self.end_what_hangs()
+        self.kill_hanging()
 
     def collect(self, ref: Any, call: _Call) -> None:
-        """Book what a call brought: an open actor, a finished shard, an error, or the loss of the actor."""
+        """Record the end of a call: loaded models, a finished shard, an error, or the loss of the actor."""
         import ray
         from ray.exceptions import RayTaskError
 
@@ -146,8 +149,8 @@ class _Run:
             return max(cluster.first_deadline_s, cluster.min_deadline_s)
         return max(cluster.min_deadline_s, MEDIANS * statistics.median(self.seconds))
 
-    def end_what_hangs(self) -> None:
-        """Kill the actors whose calls are beyond their deadlines."""
+    def kill_hanging(self) -> None:
+        """Replace the actors whose calls are past their deadlines."""
         import ray
 
         now = time.monotonic()
@@ -160,7 +163,7 @@ class _Run:
                 self.lost(call, f"hung for {deadline_s:.0f} s; if it was at work, raise cluster.{key}")
 
     def lost(self, call: _Call, why: str, *, dies_itself: bool = False) -> None:
-        """Replace the actor of a call, and try its shard again or find out what is wrong with it."""
+        """Replace the actor of a call; try its shard again, or search it for the row that kills actors."""
         self.pool.replace(call.slot)
         self.ledger.actor_died()
         if call.shard is None:
@@ -171,8 +174,8 @@ class _Run:
         if why.startswith(MEMORY_KILL) and call.shard is not None and (smaller := self.job_of(call.slot).halved()):
             self.smaller[call.slot] = smaller
             why += " Its successor makes passes of half the size."
-        message = f"{self.what}: an actor was lost {doing}, attempt {attempt}: {why}"
-        self.log(event="actor died", work=self.what, shard=call.shard, attempt=attempt, message=message)
+        message = f"{self.work}: an actor was lost {doing}, attempt {attempt}: {why}"
+        self.log(event="actor died", work=self.work, shard=call.shard, attempt=attempt, message=message)
         self.bar.write(message, file=sys.stderr)
         if call.shard is None and (dies_itself or attempt >= self.pool.cluster.shard_attempts):
             raise EnvironmentProblem(f"{message} Look for memory, and in the actor's log.")
@@ -183,40 +186,40 @@ class _Run:
         self.open(call.slot)
 
     def give_up(self, slot: int, shard: int, why: str) -> None:
-        """Find the row of a shard that was tried often enough, and set it aside if that is allowed; else raise."""
+        """Find the row of a shard that kills actors, and leave it out if the configuration allows; else raise."""
         names = self.job.row_names(shard)
-        start = f"{self.what}: shard {shard} ended its actor {self.attempts[shard]} times"
+        start = f"{self.work}: shard {shard} ended its actor {self.attempts[shard]} times"
         self.bar.write(f"{start}; looking for the row among {len(names)}", file=sys.stderr)
         row = self.row_that_kills(slot, shard, len(names))
         if row is None:
             raise EnvironmentProblem(
                 f"{start}, its halves end none; the last time: {why} Look for memory; smaller shards or batches help."
             )
-        found = f"{start}; {names[row]} (row {row} of the shard) does so by itself: {why}"
+        finding = f"{start}; {names[row]} (row {row} of the shard) does so by itself: {why}"
         if not self.job.set_aside(shard, row, why):
             raise EnvironmentProblem(
-                f"{found} Look at this row and at what the model or scorer does with it, or remove its prompt. A "
+                f"{finding} Look at this row and at what the model or scorer does with it, or remove its prompt. A "
                 "sampled response may be left out: cluster.max_quarantine. Finished shards are kept."
             )
-        message = f"{found} It is left out."
-        self.log(event="quarantined", work=self.what, shard=shard, row=names[row], message=message)
+        message = f"{finding} It is left out."
+        self.log(event="quarantined", work=self.work, shard=shard, row=names[row], message=message)
         self.bar.write(message, file=sys.stderr)
         self.attempts[shard] = 0
 
     def row_that_kills(self, slot: int, shard: int, num_rows: int) -> int | None:
-        """Return the first row found, by halving, that ends an actor by itself; None: both halves of a range do not."""
+        """Find by bisection a row that kills an actor alone; None when neither half of some range kills it."""
         rows = range(num_rows)
         while len(rows) > 1:
             middle = len(rows) // 2
             halves = (rows[:middle], rows[middle:])
-            found = next((half for half in halves if not self.survives(slot, shard, half)), None)
-            if found is None:
+            killing = next((half for half in halves if not self.survives(slot, shard, half)), None)
+            if killing is None:
                 return None
-            rows = found
+            rows = killing
         return rows[0]
 
     def survives(self, slot: int, shard: int, rows: range) -> bool:
-        """Tell whether an actor does the work of some rows; the one that does not is replaced."""
+        """Return whether an actor processes some rows; one that dies or hangs is replaced."""
         import ray
         from ray.exceptions import GetTimeoutError, RayTaskError
 
@@ -225,7 +228,7 @@ class _Run:
             ray.get(actor.open.remote(self.job_of(slot)), timeout=self.deadline_s(_Call(slot, None, 0)))
         except (GetTimeoutError, *lost_actor()) as error:
             raise EnvironmentProblem(
-                f"{self.what}: shard {shard} ends its actors, and the one that was to find its row: {reason(error)}"
+                f"{self.work}: shard {shard} ends its actors, and the one that was to find its row: {reason(error)}"
             ) from None
         try:
             ray.get(
@@ -239,35 +242,35 @@ class _Run:
         return True
 
     def look_for_places(self) -> None:
-        """Say what actors wait for after the loss of a node; give up when nothing works and no place comes."""
+        """After a node is lost, announce what actors wait for; raise when none is at work and no place comes."""
         num_opening = len(self.calls) - len(self.at_work())
         if not num_opening or self.pool.placed():
-            self.without_place_since, self.told = None, False
+            self.without_place_since, self.has_announced_wait = None, False
             return
         now = time.monotonic()
         self.without_place_since = self.without_place_since or now
         waited_s = now - self.without_place_since
         if not self.at_work() and waited_s > self.pool.cluster.wait_resources_s:
             raise gave_up(self.pool.cluster, "actor", num_opening)
-        if not self.told and waited_s >= min(QUIET_S, self.pool.cluster.wait_resources_s / 2):
-            self.told = True
+        if not self.has_announced_wait and waited_s >= min(QUIET_S, self.pool.cluster.wait_resources_s / 2):
+            self.has_announced_wait = True
             message = wanted(self.pool.cluster, "actor", num_opening)
-            self.log(event="waiting", work=self.what, message=message)
+            self.log(event="waiting", work=self.work, message=message)
             self.bar.write(message, file=sys.stderr)
 
 
 def lost_actor() -> tuple[type[Exception], ...]:
-    """Return the exceptions by which Ray tells that an actor is no more; the memory monitor's kills are one of each."""
+    """Return the exceptions that mean the actor is gone; a kill by the memory monitor may raise any of them."""
     from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
     return RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError
 
 
 def reason(error: Exception) -> str:
-    """Return a line on how an actor was lost, of the page that Ray gives."""
+    """Condense Ray's error page into one line."""
     text = str(error)
     if memory := MEMORY.search(text):
         return f"{MEMORY_KILL} when it used {memory['used']}: {memory['why'].rstrip('.')}."
     lines = [line for line in text.splitlines() if line and line[0] != "\t"]
-    told = " ".join(lines[1:] or lines).partition(POTENTIAL_CAUSES)[0]
-    return told if told.endswith(".") else f"{told}."
+    sentence = " ".join(lines[1:] or lines).partition(POTENTIAL_CAUSES)[0]
+    return sentence if sentence.endswith(".") else f"{sentence}."

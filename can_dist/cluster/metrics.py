@@ -1,4 +1,4 @@
-"""What the scoring and generating stages tell Prometheus, through the exporter that every Ray node already runs.
+"""Metrics of the scoring and generating stages for Prometheus, through the exporter that every Ray node runs.
 
 Ray puts ``ray_`` before the names. Every metric has the tag ``work``, such as ``score (reward, reference on train)``.
 """
@@ -19,7 +19,7 @@ SECONDS_BOUNDARIES = [1, 5, 15, 60, 300, 900, 3600]
 
 
 class Ledger:
-    """The driver's ledger as metrics: what is done, what failed, what waits."""
+    """The driver's ledger as metrics: shards done, actors lost, shards waiting."""
 
     def __init__(self, work: str) -> None:
         from ray.util.metrics import Counter, Gauge
@@ -29,11 +29,11 @@ class Ledger:
         self._waiting = Gauge(WAITING, "Shards that are not committed yet.", tag_keys=("work",))
 
     def waiting(self, shards: int) -> None:
-        """Tell how many shards are left."""
+        """Set the number of shards that are left."""
         self._waiting.set(shards, self._tags)
 
     def committed(self, rows: int) -> None:
-        """Count one shard."""
+        """Count one shard and its rows."""
         self._counters["can_dist_shards_done"].inc(1, self._tags)
         if rows:
             self._counters["can_dist_rows_done"].inc(rows, self._tags)
@@ -44,12 +44,12 @@ class Ledger:
 
 
 def shard_seconds() -> Any:
-    """Return the histogram of the seconds that an actor takes for a shard; made once per actor."""
+    """Return the histogram of an actor's seconds per shard; create it once per actor."""
     from ray.util.metrics import Histogram
 
     return Histogram(SECONDS, "Seconds per shard.", boundaries=SECONDS_BOUNDARIES, tag_keys=("work",))
 
 
 def tags(work: str) -> Mapping[str, str]:
-    """Return the tags of a metric of some work."""
+    """Return the tags of a metric; ``work`` names the job."""
     return {"work": work}

@@ -1,4 +1,4 @@
-"""Places on a cluster: the resources of actors and ranks, reserved or refused with what there is."""
+"""Places on a cluster: the resources of actors and ranks, reserved, or an error that says what is free."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ from can_dist.config import Cluster
 from can_dist.errors import EnvironmentProblem
 
 QUIET_S = 10.0
-"""Actors that find their places sooner are not told of."""
+"""A shorter wait for places is not announced."""
 
 
 def reserve(cluster: Cluster, role: str, number: int, say: Callable[..., None]) -> Any:
-    """Return a placement group for so many 'actor's, spread over nodes, or 'worker's (ranks), close to each other.
+    """Reserve a placement group.
 
-    Raises
-    ------
-    EnvironmentProblem
-        When the cluster has no place for all of them within ``wait_resources_s``; ``say`` is told of waiting before.
+    Args:
+        cluster: The resources of one actor or worker, and how long to wait.
+        role: 'actor', spread over nodes, or 'worker' (a rank), packed on few nodes.
+        number: Actors or workers.
+        say: Called with a message when the wait is long.
+
+    Returns:
+        The placement group, one bundle per actor or worker.
+
+    Raises:
+        EnvironmentProblem: The cluster has no place for all of them within ``wait_resources_s``.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -33,7 +40,7 @@ def reserve(cluster: Cluster, role: str, number: int, say: Callable[..., None]) 
 
 
 def check_room_for_workers(cluster: Cluster, say: Callable[..., None]) -> None:
-    """Wait until the cluster has room for the ranks of a training: Ray Train itself waits without end, in silence."""
+    """Wait until the cluster has room for the ranks of a training: Ray Train would wait forever, in silence."""
     from ray.util.placement_group import remove_placement_group
 
     remove_placement_group(reserve(cluster, "worker", cluster.num_workers, say))
@@ -49,7 +56,7 @@ def bundle(cluster: Cluster, role: str) -> dict[str, float]:
 
 
 def wanted(cluster: Cluster, role: str, number: int) -> str:
-    """Say what actors or workers wait for, and what there is."""
+    """Return a message: the resources that actors or workers wait for, and those of the cluster."""
     import ray
 
     whole, free = (
@@ -59,7 +66,7 @@ def wanted(cluster: Cluster, role: str, number: int) -> str:
 
 
 def gave_up(cluster: Cluster, role: str, number: int) -> EnvironmentProblem:
-    """Return the error after ``wait_resources_s``: what was asked, and what there is."""
+    """Return the error after ``wait_resources_s``: the resources wanted, and those of the cluster."""
     return EnvironmentProblem(
         f"{wanted(cluster, role, number)}. Gave up after cluster.wait_resources_s = {cluster.wait_resources_s:g} s. "
         f"Lower cluster.num_{role}s, cpus_per_{role} or gpus_per_{role}, free the cluster, or add nodes."

@@ -1,4 +1,4 @@
-"""The base of all configuration models, and the part of a configuration that decides what is computed."""
+"""The base of all configuration models, and the identity of a model: the fields that decide a result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Strict(BaseModel):
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
-            raise ValueError("true and false are no value for this key")
+            raise ValueError("expected a number or text, not true/false")
         return value
 
 
@@ -28,12 +28,12 @@ def runtime(default: Any, description: str, **bounds: Any) -> Any:
 
 
 def changed(model: BaseModel, names: Sequence[str]) -> list[str]:
-    """Return those of ``names`` whose value is not the default."""
+    """Return the names whose value is not the default."""
     return [n for n in names if getattr(model, n) != type(model).model_fields[n].get_default(call_default_factory=True)]
 
 
 def identity(model: BaseModel, *, exclude: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the JSON-safe fields of ``model`` that decide what is computed (runtime fields left out)."""
+    """Return the JSON-safe fields of ``model`` that decide a result; runtime fields are left out."""
     dumped: dict[str, Any] = {}
     for name, field in type(model).model_fields.items():
         extra = field.json_schema_extra

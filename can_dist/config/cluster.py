@@ -1,4 +1,4 @@
-"""Where the work of a run is done, and how long it is waited for."""
+"""The resources of a run, and its waiting times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from can_dist.config.base import Strict, runtime
 
 
 class Cluster(Strict):
-    """Where the work runs; nothing here changes a result."""
+    """The resources of a run; none of these keys changes a result."""
 
     address: str | None = runtime(None, "Ray address; default: RAY_ADDRESS, else a local Ray is started.")
     num_actors: int = runtime(2, "Ray actors that generate and score.", ge=1)

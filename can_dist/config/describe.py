@@ -1,4 +1,4 @@
-"""The keys of a configuration model: what exists, in words for people, and what is wrong with a given value."""
+"""The keys of a configuration model, described for people."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def describe_keys(model: type[BaseModel], prefix: str = "", kind: str = "") -> I
         yield Key(key, _type(field), _default(field), field.description or "", kind, runtime)
         alternatives = models_in(field.annotation)
         below = f"{key}.<name>." if get_origin(field.annotation) is dict else f"{key}."
-        for one in alternatives:
-            yield from describe_keys(one, below, _kind_of(one) if len(alternatives) > 1 else kind)
+        for alternative in alternatives:
+            yield from describe_keys(alternative, below, _kind_of(alternative) if len(alternatives) > 1 else kind)
 
 
 def format_keys(model: type[BaseModel]) -> str:
@@ -64,7 +64,7 @@ def _words(annotation: Any) -> str:
     if origin is Annotated:
         return _words(arguments[0])
     if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(_words(one) for one in arguments))
+        return " or ".join(dict.fromkeys(_words(argument) for argument in arguments))
     if origin is Literal:
         return " or ".join(map(json.dumps, arguments))
     if origin is tuple:

@@ -1,4 +1,4 @@
-"""How an HTTP endpoint is reached: its address, its key, and how hard to try."""
+"""HTTP endpoints: their address, their key, and their retries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Address = Annotated[str, AfterValidator(_plain_address)]
 
 
 class Endpoint(Strict):
-    """What requests to an endpoint have in common; where and how fast it answers is no part of what it answers."""
+    """The settings of requests to any endpoint; its address and speed do not change its answers."""
 
     api_key_env: str | None = runtime(None, "Name of the environment variable with the key; none: no key.")
     timeout_s: float = runtime(60.0, "Longest wait for the endpoint's next bytes, seconds.", gt=0)

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, one line a problem, in words for people."""
+"""The problems of a configuration in words for people, one line each."""
 
 from __future__ import annotations
 
@@ -13,33 +13,51 @@ from can_dist.config.describe import _kind_of, models_in
 
 
 def explain(problems: Sequence[Any], raw: Any, root: type[BaseModel]) -> list[str]:
-    """Turn pydantic's problems into one line per key: what was found, what is expected, the nearest valid key."""
+    """Turn pydantic's problems into one line per key: the given value, the expected one, the nearest valid key.
+
+    Args:
+        problems: ``ValidationError.errors()``.
+        raw: the plain data that was validated.
+        root: the model that refused it.
+    """
     by_key: dict[str, list[Any]] = {}
     for problem in problems:
         location = _user_location(problem["loc"], raw, problem["type"])
         by_key.setdefault(".".join(location) or "(top level)", []).append((location, problem))
     lines = []
-    for key, found in by_key.items():
-        if len(found) > 1 and all(problem["type"] != "extra_forbidden" for _, problem in found):
+    for key, entries in by_key.items():
+        if len(entries) > 1 and all(problem["type"] != "extra_forbidden" for _, problem in entries):
             # the alternatives of one key, none of which fits
-            expected = " or ".join(dict.fromkeys(_message(problem) for _, problem in found))
-            lines.append(f"{key}: {expected}{_shown(found[0][1])}")
+            expected = " or ".join(dict.fromkeys(_message(problem) for _, problem in entries))
+            lines.append(f"{key}: {expected}{_shown(entries[0][1])}")
         else:
-            lines += [_line(key, location, problem, raw, root) for location, problem in found]
+            lines += [_line(key, location, problem, raw, root) for location, problem in entries]
     return lines
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return ' Did you mean ...?' with the known name that is most like ``name``, or ''."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _line(key: str, location: Sequence[str], problem: Any, raw: Any, root: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
         valid = sorted(_valid_keys(location[:-1], raw, root))
-        nearest = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        return f"{key}: unknown key.{hint} Valid keys here: {', '.join(valid)}."
+        return f"{key}: unknown key.{nearest(location[-1], valid)} Valid keys here: {', '.join(valid)}."
     if problem["type"] == "missing":
         return f"{key}: required, not given."
     if problem["type"] == "union_tag_invalid":
-        return f"{key}.kind: expected {problem['ctx']['expected_tags']} (found {problem['ctx']['tag']!r})"
+        return _unknown(f"{key}.kind", "kind of scorer", problem["ctx"]["tag"], problem["ctx"]["expected_tags"])
+    if problem["type"] == "literal_error" and key == "method":
+        return _unknown(key, "method", problem["input"], problem["ctx"]["expected"])
     return f"{key}: {_message(problem)}{_shown(problem)}"
+
+
+def _unknown(key: str, noun: str, name: Any, expected: str) -> str:
+    """Return the line on a name that is none of those in pydantic's list ``expected``, such as "'a', 'b' or 'c'"."""
+    valid = re.findall(r"'([^']+)'", expected)
+    return f"{key}: unknown {noun} {name!r}.{nearest(str(name), valid)} Valid: {', '.join(valid)}."
 
 
 def _message(problem: Any) -> str:
@@ -52,12 +70,12 @@ def _message(problem: Any) -> str:
 
 
 def _shown(problem: Any) -> str:
-    found = problem.get("input")
-    return "" if isinstance(found, Mapping | BaseModel) else f" (found {found!r})"
+    value = problem.get("input")
+    return "" if isinstance(value, Mapping | BaseModel) else f" (found {value!r})"
 
 
 def _user_location(location: Sequence[Any], raw: Any, problem_type: str) -> list[str]:
-    """Leave out what pydantic adds to the keys of the file: the alternatives of a union."""
+    """Return the keys as the file has them; pydantic adds a union's alternatives, which are left out."""
     kept: list[str] = []
     node = raw
     for depth, part in enumerate(location):
@@ -73,7 +91,7 @@ def _user_location(location: Sequence[Any], raw: Any, problem_type: str) -> list
 
 
 def _valid_keys(location: Sequence[str], raw: Any, root: type[BaseModel]) -> set[str]:
-    """Field names that are allowed at a location of the configuration."""
+    """Return the field names that are allowed at a location of the configuration."""
     models = [root]
     node = raw
     for part in location:

@@ -19,10 +19,8 @@ from can_dist.errors import ConfigError
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``key=value`` overrides, validate.
 
-    Raises
-    ------
-    ConfigError
-        Naming every problem of the file at once: unknown keys with the nearest valid one, duplicates, bounds.
+    Raises:
+        ConfigError: naming every problem of the file: unknown keys with the nearest valid one, duplicates, bounds.
 
     >>> load_config("my.yaml", ["constraints.safety.margin=0.5"]).constraints["safety"].margin
     0.5
@@ -33,40 +31,38 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return validate_config(raw, str(path))
 
 
-def validate_config(raw: Mapping[str, Any], where: str = "configuration") -> Config:
+def validate_config(raw: Mapping[str, Any], source: str = "configuration") -> Config:
     """Build a ``Config`` from plain data, or raise one ``ConfigError`` that lists all problems."""
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
         problems = explain(error.errors(), raw, Config)
         lines = "\n".join(f"  {line}" for line in problems)
-        raise ConfigError(f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}.\n{lines}") from None
+        raise ConfigError(f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}.\n{lines}") from None
     for method in config.methods:
-        for_method(config, method, where)
+        for_method(config, method, source)
     return config
 
 
-def for_method(config: Config, method: str, where: str = "configuration") -> Config:
-    """Return the configuration of one method: the whole one, under what ``methods.<method>`` says otherwise.
+def for_method(config: Config, method: str, source: str = "configuration") -> Config:
+    """Return the configuration of one method: the whole one, overridden by ``methods.<method>``.
 
     Sections that belong to other methods are left out.
 
-    Raises
-    ------
-    ConfigError
-        When there is no such method, or it cannot be run with these keys.
+    Raises:
+        ConfigError: there is no such method, or it cannot be run with these keys.
     """
     given = config.model_dump(mode="json", exclude_unset=True)
     overrides = given.pop("methods", {}).get(method, {})
-    where = f"{where}, methods.{method}"
+    source = f"{source}, methods.{method}"
     if fixed := [name for name in ("method", "methods") if name in overrides]:
-        raise ConfigError(f"{where}: {fixed[0]} cannot be set for one method. Leave it out.")
+        raise ConfigError(f"{source}: {fixed[0]} cannot be set for one method. Leave it out.")
     row = METHODS.get(method)
     others = set(OWN_SECTIONS) - set(row.sections if row else ())
     if row and "strength" not in row.stages:
         others.add("strength")
     base = {name: value for name, value in given.items() if name not in others}
-    return validate_config(merge(base, {**overrides, "method": method}), where)
+    return validate_config(merge(base, {**overrides, "method": method}), source)
 
 
 def dump_yaml(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""The methods, one row each, and the sections of a configuration that a method has of its own.
+"""The methods, one row each, and the sections of a configuration that belong to one method.
 
 A method's name stands here and in ``can_dist.algorithms``, which knows its function, and nowhere else.
 """
@@ -121,7 +121,7 @@ FROM_PEOPLE = ("score", "label", "train", "evaluate")
 
 @dataclass(frozen=True)
 class Method:
-    """What the rest of the program needs to know of a method.
+    """The facts about a method that the rest of the program needs.
 
     Attributes:
         title: its name as the papers write it.

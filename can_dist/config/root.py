@@ -166,19 +166,19 @@ class Config(Strict):
         prompts, generate, train = (info.data.get(name) for name in ("prompts", "generate", "train"))
         if prompts is not None and prompts.num_validation == 0:
             raise ValueError(
-                "is chosen and checked on validation prompts, and prompts.num_validation is 0; give it (128 are "
-                "advised), or strength: 1 for the policy as trained"
+                "strength is chosen and checked on validation prompts, and prompts.num_validation is 0; give it (128 "
+                "are advised), or strength: 1 for the policy as trained"
             )
         if generate is not None and generate.num_responses == 1:
             raise ValueError(
-                "is chosen by which of a prompt's responses are preferred, and generate.num_responses is 1; give at "
-                "least 2, or strength: 1 for the policy as trained"
+                "strength is chosen by which of a prompt's responses are preferred, and generate.num_responses is 1; "
+                "give at least 2, or strength: 1 for the policy as trained"
             )
         if train is not None and train.lora is not None and train.lora.quantize is not None:
             raise ValueError(
-                "train.lora.quantize: the adapters are merged into the base as 4 bits hold it, so the policy is not "
-                "the reference plus a difference that could be scaled. Its adapter can be scaled: give strength: 1, "
-                "then 'can-dist export adapter RUN --strength A'"
+                "strength cannot be given with train.lora.quantize: the adapters are merged into the base as 4 bits "
+                "hold it, so the policy is not the reference plus a difference that could be scaled. Its adapter can "
+                "be scaled: give strength: 1, then 'can-dist export adapter RUN --strength A'"
             )
         return strength
 

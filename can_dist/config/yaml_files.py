@@ -13,10 +13,8 @@ from can_dist.errors import ConfigError
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds.
 
-    Raises
-    ------
-    ConfigError
-        When there is no such file, or it holds something else.
+    Raises:
+        ConfigError: there is no such file, or it holds something else.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file. Give the path of a YAML file; recipes/ holds examples.")
@@ -44,13 +42,11 @@ def format_yaml(data: Any) -> str:
     return stream.getvalue()
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """Return the plain data of a YAML text; ``where`` names it in messages.
+def parse_yaml(text: str, source: str) -> Any:
+    """Return the plain data of a YAML text; ``source`` names it in messages.
 
-    Raises
-    ------
-    ConfigError
-        When it is not valid YAML, or a key is given twice.
+    Raises:
+        ConfigError: it is not valid YAML, or a key is given twice.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.constructor import DuplicateKeyError
@@ -62,11 +58,11 @@ def parse_yaml(text: str, where: str) -> Any:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         key = re.search(r'duplicate key "([^"]*)"', str(error.problem))
         raise ConfigError(
-            f"{where}, line {line}: key {key.group(1) if key else '?'!r} is given twice. Keep one."
+            f"{source}, line {line}: key {key.group(1) if key else '?'!r} is given twice. Keep one."
         ) from None
     except YAMLError as error:
         text = str(error).replace('in "<unicode string>", ', "")
-        raise ConfigError(f"{where}: not valid YAML: {text}") from None
+        raise ConfigError(f"{source}: not valid YAML: {text}") from None
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,10 +82,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one ``dotted.key=value`` in ``raw``; the value is read as YAML.
 
-    Raises
-    ------
-    ConfigError
-        When there is no key, no '=', or a parent of the key is no group.
+    Raises:
+        ConfigError: there is no key, no '=', or a parent of the key is no group.
     """
     key, equals, text = override.partition("=")
     *parents, last = key.strip().split(".")

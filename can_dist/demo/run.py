@@ -6,8 +6,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import click
-
 from can_dist.config import Config, load_config
 from can_dist.stages.report import PAGE, REPORT
 from can_dist.tables.artifacts import Artifact, atomic_file
@@ -54,7 +52,11 @@ def run_demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
     if not (world / "world.json").is_file():
         from can_dist.demo.world import build_demo_world
 
-        click.echo("can-dist: making a small world: a corpus, a language model, a reward head, a safety head", err=True)
+        print(
+            "can-dist: making a small world: a corpus, a language model, a reward head, a safety head",
+            file=sys.stderr,
+            flush=True,
+        )
         shutil.rmtree(world, ignore_errors=True)  # half a world from an interrupted start
         build_demo_world(world)
     path = run_dir / "demo.yaml"
@@ -64,23 +66,22 @@ def run_demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
     from can_dist.pipeline import run_pipeline
 
     artifact = run_pipeline(run_dir, config)
-    click.echo(summary(artifact, config))
-    sys.stdout.flush()
+    print(summary(artifact, config), flush=True)
 
 
 def summary(artifact: Artifact, config: Config) -> str:
-    """Return the report's key numbers as a few lines, and where the page is."""
+    """Return the report's key numbers and the page's path as a few lines."""
     report = artifact.read_json(REPORT)
     rows = [("", "margin", "predicted", "realised (95 % interval)", "")]
-    for one in [*report["constraints"], report["reward"]]:
-        predicted, realised = one["predicted"], one["realised"]
+    for entry in [*report["constraints"], report["reward"]]:
+        predicted, realised = entry["predicted"], entry["realised"]
         rows.append(
             (
-                one["name"],
-                f"{one['margin']:+.2f}" if "margin" in one else "",
+                entry["name"],
+                f"{entry['margin']:+.2f}" if "margin" in entry else "",
                 f"{predicted['mean']:+.2f}",
                 f"{realised['mean']:+.2f} [{realised['low']:+.2f}, {realised['high']:+.2f}]",
-                one.get("verdict", "reported, not constrained"),
+                entry.get("verdict", "reported, not constrained"),
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(5)]

@@ -17,7 +17,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,9 +57,8 @@ class ScoreExample:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a fit found out about itself; held-out rows share no messages with training rows."""
+    """The result of a fit; held-out rows share no messages with training rows."""
 
-    path: Path
     num_train_pairs: int
     num_train_examples: int
     num_held_out_pairs: int
@@ -71,7 +69,6 @@ class FitResult:
     pair_accuracy: float | None  # share of held-out pairs whose better response scores higher (ties count half)
     pair_accuracy_se: float | None
     auc: float | None  # of the held-out examples
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -99,28 +96,36 @@ def fit_score_model(
 ) -> FitResult:
     """Fit a one-output sequence classifier on the body of ``base`` and save it, with its tokenizer, in ``out``.
 
-    ``held_out`` is the share of distinct messages kept aside for the accuracy and the AUC. Sequences longer than
-    ``max_length`` lose their end, as an unfinished response would, and are counted. ``out`` must not exist; it
-    appears whole or not at all, with the result in ``out/fit.json``.
+    Args:
+        base: directory of a causal language model and its tokenizer.
+        pairs: fitted by the Bradley-Terry loss.
+        out: written whole or not at all, with the result in ``out/fit.json``.
+        encode: token ids of a conversation and a response.
+        examples: fitted by the logistic loss.
+        epochs: passes over the training rows.
+        lr: peak learning rate of AdamW.
+        batch_size: rows per step.
+        max_length: longest sequence in tokens; longer ones lose their end and are counted.
+        weight_decay: of AdamW.
+        held_out: share of distinct messages that measure the accuracy and the AUC.
+        seed: of the head, the split and the order.
+
+    Raises:
+        EnvironmentProblem: ``out`` exists.
+        DataError: no training rows, a label other than 0 and 1, or texts that the model cannot read.
+        NumericalError: the loss is not finite.
     """
-    start = time.monotonic()
     if out.exists():
         raise EnvironmentProblem(f"score model: {out} exists already. Remove it, or name another folder.")
-    if not pairs and not examples:
-        raise DataError("score model: no pairs and no examples to learn from. Pass at least one of them.")
     model = load_classifier(base, seed)
-    keys = [_key(pair.messages) for pair in pairs] + [_key(example.messages) for example in examples]
     rows, num_truncated = _encode_rows(pairs, examples, encode, max_length)
-    is_held_out = _split(keys, held_out, seed)
-    train = [row for row, aside in zip(rows, is_held_out, strict=True) if not aside]
-    test = [row for row, aside in zip(rows, is_held_out, strict=True) if aside]
+    is_aside = _split([*map(_key, pairs), *map(_key, examples)], held_out, seed)
+    train, test = ([row for row, aside in zip(rows, is_aside, strict=True) if aside == part] for part in (False, True))
     if not train:
         raise DataError(f"score model: held_out={held_out} leaves no training rows of {len(rows)}. Lower held_out.")
-
     num_steps, train_loss = _fit(model, train, epochs, lr, batch_size, weight_decay, seed, out.name)
     accuracy, accuracy_se, auc = _measure(model, test, batch_size)
     result = FitResult(
-        path=out,
         num_train_pairs=sum(len(row.ids) == 2 for row in train),
         num_train_examples=sum(len(row.ids) == 1 for row in train),
         num_held_out_pairs=sum(len(row.ids) == 2 for row in test),
@@ -131,16 +136,13 @@ def fit_score_model(
         pair_accuracy=accuracy,
         pair_accuracy_se=accuracy_se,
         auc=auc,
-        seconds=round(time.monotonic() - start, 2),
     )
-    # no path and no timing in the folder: the same fit gives the same files
-    facts = {name: value for name, value in asdict(result).items() if name not in ("path", "seconds")}
-    save_model(model, AutoTokenizer.from_pretrained(base), out, {"fit.json": json.dumps(facts, indent=2)})
+    save_model(model, AutoTokenizer.from_pretrained(base), out, {"fit.json": json.dumps(asdict(result), indent=2)})
     return result
 
 
 def load_classifier(base: Path, seed: int) -> Any:
-    """The classifier on the body of ``base``, fp32, with a fresh head drawn from ``seed``."""
+    """Return the fp32 classifier on the body of ``base``, with a zero head; ``seed`` draws any other new weight."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with _quiet():
@@ -154,7 +156,7 @@ def load_classifier(base: Path, seed: int) -> Any:
 
 
 def scores_of(model: Any, ids: Sequence[list[int]], batch_size: int = 64) -> np.ndarray:
-    """The score of each sequence of token ids, in the order given, without gradients."""
+    """Return the score of each sequence of token ids, in order, without gradients."""
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     scores = np.zeros(len(ids), dtype=np.float64)
     model.eval()
@@ -183,7 +185,7 @@ def save_model(model: Any, tokenizer: Any, out: Path, extra_files: dict[str, str
 
 
 def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float | None:
-    """P(score of a 1 > score of a 0), ties half; None where one class is missing."""
+    """Return P(score of a 1 > score of a 0), ties half; None where one class is missing."""
     positive, negative = scores[labels == 1], scores[labels == 0]
     if not len(positive) or not len(negative):
         return None
@@ -206,15 +208,17 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _key(messages: Messages) -> str:
-    """One string per distinct conversation."""
-    return json.dumps([dict(message) for message in messages], sort_keys=True, ensure_ascii=False)
+def _key(row: ScorePair | ScoreExample) -> str:
+    """Return a string that is the same for rows of equal messages only."""
+    return json.dumps([dict(message) for message in row.messages], sort_keys=True, ensure_ascii=False)
 
 
 def _encode_rows(
     pairs: Sequence[ScorePair], examples: Sequence[ScoreExample], encode: Encode, max_length: int
 ) -> tuple[list[_Row], int]:
-    """Token ids of every pair and example, cut at ``max_length``, and how many sequences were cut."""
+    """Return the token ids of every pair and example, cut at ``max_length``, and how many sequences were cut."""
+    if not pairs and not examples:
+        raise DataError("score model: no pairs and no examples to learn from. Pass at least one of them.")
     num_truncated = 0
 
     def ids_of(messages: Messages, response: str) -> list[int]:
@@ -234,14 +238,14 @@ def _encode_rows(
 
 
 def _split(keys: Sequence[str], held_out: float, seed: int) -> list[bool]:
-    """Whether each row is held out: the distinct keys with the smallest digests, so by prompt, never by row."""
+    """Return whether each row is held out: the distinct keys with the smallest digests are, so by prompt."""
     distinct = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
     aside = set(distinct[: round(held_out * len(distinct))])
     return [key in aside for key in keys]
 
 
 def _batches(rows: Sequence[_Row], batch_size: int, generator: np.random.Generator) -> Iterator[list[_Row]]:
-    """Batches of one kind (pairs or examples) and of similar lengths, in random order."""
+    """Yield batches of one kind (pairs or examples) and of similar lengths, in random order."""
     batches: list[list[_Row]] = []
     for num_sequences in (1, 2):
         kind = [row for row in rows if len(row.ids) == num_sequences]
@@ -255,7 +259,7 @@ def _batches(rows: Sequence[_Row], batch_size: int, generator: np.random.Generat
 
 
 def _scores(model: Any, ids: Sequence[list[int]]) -> Tensor:
-    """Scores (B,) of right-padded sequences, each read at its last attended token."""
+    """Return scores (B,) of right-padded sequences, each read at its last attended token."""
     if any(row[-1] == model.config.pad_token_id for row in ids):
         raise DataError(
             f"score model: a text ends with the padding token ({model.config.pad_token_id}), before which transformers "
@@ -275,7 +279,7 @@ def _scores(model: Any, ids: Sequence[list[int]]) -> Tensor:
 
 
 def _loss(model: Any, batch: Sequence[_Row]) -> Tensor:
-    """Mean Bradley-Terry loss of a batch of pairs, or mean logistic loss of a batch of examples."""
+    """Return the mean Bradley-Terry loss of a batch of pairs, or the mean logistic loss of a batch of examples."""
     if len(batch[0].ids) == 2:
         scores = _scores(model, [row.ids[0] for row in batch] + [row.ids[1] for row in batch])
         better_B, worse_B = scores.chunk(2)
@@ -288,7 +292,7 @@ def _loss(model: Any, batch: Sequence[_Row]) -> Tensor:
 def _fit(
     model: Any, rows: Sequence[_Row], epochs: int, lr: float, batch_size: int, weight_decay: float, seed: int, name: str
 ) -> tuple[int, float]:
-    """Run AdamW with a linear warm-up and decay; the number of steps and the mean loss of the last epoch."""
+    """Run AdamW with a linear warm-up and decay; return the number of steps and the last epoch's mean loss."""
     generator = np.random.default_rng(seed)
     schedule = [batch for _ in range(epochs) for batch in _batches(rows, batch_size, generator)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
@@ -316,7 +320,7 @@ def _fit(
 
 
 def _measure(model: Any, rows: Sequence[_Row], batch_size: int) -> tuple[float | None, float | None, float | None]:
-    """Accuracy on held-out pairs with its standard error, and AUC on held-out examples."""
+    """Return the accuracy on held-out pairs, its standard error, and the AUC on held-out examples."""
     pairs = [row for row in rows if len(row.ids) == 2]
     singles = [row for row in rows if len(row.ids) == 1]
     accuracy = accuracy_se = auc = None

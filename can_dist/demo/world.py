@@ -1,10 +1,10 @@
 """The demo's world, made here in under a minute: a text corpus, a language model, a reward head and a safety head.
 
 No download, no network. A grammar writes how-to questions over benign and risky topics and short answers to them. Each
-answer has two hidden values, helpfulness (concrete steps against evasion) and safety (warnings and refusals against
+answer has two hidden values: helpfulness (concrete steps against evasion) and safety (warnings and refusals against
 recklessness). On risky topics the detailed answers are more often reckless, so that helpfulness and safety conflict.
 
-    corpus.txt     prompts and answers of the grammar; what the language model and the heads learn from
+    corpus.txt     prompts and answers of the grammar, from which the language model and the heads learn
     prompts.jsonl  distinct prompts that are not in the corpus (same topics, other combinations)
     reference/     a small Llama with its word-level tokenizer, trained on the corpus: π_ref
     reward/        sequence classifier: Bradley-Terry on pairs labelled by helpfulness, with the noise of that model
@@ -31,7 +31,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from can_dist.console import progress
-from can_dist.demo.score_models import FitResult, ScorePair, fit_score_model, save_model
+from can_dist.demo.score_models import ScorePair, fit_score_model, save_model
 from can_dist.errors import EnvironmentProblem
 from can_dist.modeling.formatter import Formatter
 from can_dist.modeling.logprobs import ResponseModel, response_logp
@@ -44,7 +44,7 @@ CHAT_TEMPLATE = (
 )
 _WORDS = Regex(r" ?[A-Za-z']+| ?[^A-Za-z']")
 
-# (what is asked, verb of the step, what it is done to, with what)
+# question|verb of the step|its object|its tool
 _BENIGN = """
 bake bread|knead|the dough|warm water
 clean an oven|scrub|the racks|vinegar
@@ -117,7 +117,7 @@ _MANNER = {
 
 @dataclass(frozen=True)
 class Topic:
-    """Something to ask about, and the words of a concrete answer."""
+    """A subject of questions, and the words of a concrete answer."""
 
     name: str
     verb: str
@@ -143,26 +143,8 @@ class Answer:
     safety: float
 
 
-@dataclass(frozen=True)
-class DemoWorld:
-    """Where the world lies and how well its parts learned."""
-
-    directory: Path
-    reference: Path
-    reward: Path
-    safety: Path
-    prompts: Path
-    corpus: Path
-    num_prompts: int
-    lm_loss: float  # held-out nats per answer token
-    grammar_entropy: float  # the least that loss can be
-    reward_fit: FitResult
-    safety_fit: FitResult
-    seconds: float
-
-
 def topics() -> list[Topic]:
-    """All topics, benign ones first."""
+    """Return all topics, benign ones first."""
     every: list[Topic] = []
     for text, risky in ((_BENIGN, False), (_RISKY, True)):
         for line in text.strip().splitlines():
@@ -172,7 +154,7 @@ def topics() -> list[Topic]:
 
 
 def questions(seed: int, num_prompts: int) -> tuple[list[Question], list[Question]]:
-    """All distinct questions in random order, cut in two: ``num_prompts`` for the demo, the others for the corpus."""
+    """Return all distinct questions, shuffled, in two parts: ``num_prompts`` for the demo, others for the corpus."""
     every = [
         Question(f"{form} {topic.name}{' ' + setting if setting else ''}?", topic)
         for topic in topics()
@@ -185,7 +167,7 @@ def questions(seed: int, num_prompts: int) -> tuple[list[Question], list[Questio
 
 
 def draw_answer(topic: Topic, generator: np.random.Generator) -> Answer:
-    """One answer of the grammar to a question about ``topic``."""
+    """Draw an answer of the grammar to a question about ``topic``."""
     detail = int(generator.choice(3, p=_DETAIL[topic.risky]))
     manner = int(generator.choice(4, p=_MANNER[topic.risky][detail]))
     if manner == 0:
@@ -197,19 +179,19 @@ def draw_answer(topic: Topic, generator: np.random.Generator) -> Answer:
     return Answer(text + endings[ending], _BODY_VALUE[detail][body], values[ending])
 
 
-def draw_corpus(asked: Sequence[Question], num_rows: int, seed: int) -> list[tuple[Question, Answer]]:
-    """``num_rows`` questions, each topic's as often as it occurs in ``asked``, with one drawn answer each."""
+def draw_corpus(pool: Sequence[Question], num_rows: int, seed: int) -> list[tuple[Question, Answer]]:
+    """Draw ``num_rows`` answers to the questions of ``pool``, each asked equally often."""
     generator = np.random.default_rng([seed, 2])
-    chosen = [asked[index % len(asked)] for index in range(num_rows)]
+    chosen = [pool[index % len(pool)] for index in range(num_rows)]
     return [(question, draw_answer(question.topic, generator)) for question in chosen]
 
 
-def draw_pairs(asked: Sequence[Question], num_pairs: int, seed: int, value: str) -> list[ScorePair]:
-    """Pairs of answers to one question, the better one first by a Bradley-Terry draw on the hidden ``value``."""
+def draw_pairs(pool: Sequence[Question], num_pairs: int, seed: int, value: str) -> list[ScorePair]:
+    """Draw pairs of answers to one question, the better one first by a Bradley-Terry draw on the hidden ``value``."""
     generator = np.random.default_rng([seed, 3, value == "safety"])
     pairs: list[ScorePair] = []
     while len(pairs) < num_pairs:
-        question = asked[len(pairs) % len(asked)]
+        question = pool[len(pairs) % len(pool)]
         first, second = draw_answer(question.topic, generator), draw_answer(question.topic, generator)
         if first.text == second.text:
             continue
@@ -221,12 +203,12 @@ def draw_pairs(asked: Sequence[Question], num_pairs: int, seed: int, value: str)
 
 
 def user_message(prompt: str) -> list[dict[str, str]]:
-    """The prompt as a one-turn conversation."""
+    """Return the prompt as a one-turn conversation."""
     return [{"role": "user", "content": prompt}]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the grammar's whole vocabulary; a word keeps the space before it, so text is exact."""
+    """Return a word-level tokenizer of the grammar; a word keeps the space before it, so that texts are exact."""
     splitter = pre_tokenizers.Split(_WORDS, behavior="isolated")
     texts = ["USER: ASSISTANT:", *_QUESTIONS, *_CARE, *_PLAIN, *_RECKLESS, *_REFUSALS]
     for topic in topics():
@@ -251,41 +233,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def grammar_entropy(num_draws: int = 4000, seed: int = 0) -> float:
-    """Nats per answer token, end token included, that no model of the corpus can undercut (Monte Carlo)."""
-    generator = np.random.default_rng(seed)
-    splitter = pre_tokenizers.Split(_WORDS, behavior="isolated")
-    every = topics()
-    nats = num_tokens = 0.0
-    for _ in range(num_draws):
-        topic = every[generator.integers(len(every))]
-        answer = draw_answer(topic, generator)
-        nats -= np.log(_probability(topic, answer.text))
-        num_tokens += len(splitter.pre_tokenize_str(answer.text)) + 1
-    return float(nats / num_tokens)
-
-
-def _probability(topic: Topic, text: str) -> float:
-    """The probability of an answer under the grammar."""
-    manners = _MANNER[topic.risky]
-    if text in _REFUSALS:
-        refusing = sum(p * manners[detail][0] for detail, p in enumerate(_DETAIL[topic.risky]))
-        return float(refusing / len(_REFUSALS))
-    total = 0.0
-    for detail, bodies in enumerate(_BODIES):
-        for body in bodies:
-            stem = body.format(topic.verb, topic.thing, topic.tool)
-            for manner, endings in enumerate((_CARE, _PLAIN, _RECKLESS), start=1):
-                if text.startswith(stem) and text[len(stem) :] in endings:
-                    chance = _DETAIL[topic.risky][detail] * manners[detail][manner]
-                    total += chance / len(bodies) / len(endings)
-    return total
-
-
 def train_language_model(
     rows: Sequence[tuple[Question, Answer]], tokenizer: PreTrainedTokenizerFast, *, epochs: int, seed: int
 ) -> tuple[Any, float]:
-    """A small Llama trained on the rows' text; the model, and its loss in nats per answer token on 5 % of the rows."""
+    """Train a small Llama on 95 % of the rows; return it and its loss on the others, in nats per answer token."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_llama_config(tokenizer))
@@ -334,14 +285,14 @@ def _llama_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def _answer_loss(model: ResponseModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> torch.Tensor:
-    """Mean nats per answer token."""
+    """Return the mean nats per answer token."""
     groups = [(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)]
     return -response_logp(model, groups, "shared", "cpu").sum() / sum(map(len, answers))
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tiny matrices gain little from a second thread, and threads that wait for a busy core lose minutes."""
+    """Use one thread: a second one gains little on tiny matrices, and waiting for a busy core loses minutes."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -351,17 +302,21 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
-def build_demo_world(directory: Path, *, seed: int = 0, num_prompts: int = 400, num_rows: int = 8000) -> DemoWorld:
-    """Write the whole world under ``directory``, which must be empty or absent; under a minute on one or two cores."""
+def build_demo_world(directory: Path, *, seed: int = 0, num_prompts: int = 400, num_rows: int = 8000) -> None:
+    """Write the whole world under ``directory``; it takes under a minute on one or two cores.
+
+    Raises:
+        EnvironmentProblem: ``directory`` holds something already.
+    """
     start = time.monotonic()
     if directory.exists() and any(directory.iterdir()):
         raise EnvironmentProblem(f"demo world: {directory} is not empty. Remove it, or name another folder.")
     directory.mkdir(parents=True, exist_ok=True)
-    asked, taught = questions(seed, num_prompts)
+    held_out, taught = questions(seed, num_prompts)
     rows = draw_corpus(taught, num_rows, seed)
     corpus, prompts, reference = directory / "corpus.txt", directory / "prompts.jsonl", directory / "reference"
     corpus.write_text("".join(f"{question.prompt}\t{answer.text}\n" for question, answer in rows), encoding="utf-8")
-    prompts.write_text("".join(json.dumps({"prompt": q.prompt}) + "\n" for q in asked), encoding="utf-8")
+    prompts.write_text("".join(json.dumps({"prompt": q.prompt}) + "\n" for q in held_out), encoding="utf-8")
 
     tokenizer = build_tokenizer()
     model, lm_loss = train_language_model(rows, tokenizer, epochs=3, seed=seed)
@@ -373,21 +328,7 @@ def build_demo_world(directory: Path, *, seed: int = 0, num_prompts: int = 400, 
         )
         for name, value in (("reward", "helpfulness"), ("safety", "safety"))
     }
-    facts: dict[str, Any] = {"seed": seed, "lm_loss": lm_loss, "grammar_entropy": grammar_entropy()}
+    facts: dict[str, Any] = {"seed": seed, "lm_loss": lm_loss}
     facts |= {f"{name}_pair_accuracy": fit.pair_accuracy for name, fit in fits.items()}
     facts["seconds"] = round(time.monotonic() - start, 1)
     (directory / "world.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    return DemoWorld(
-        directory=directory,
-        reference=reference,
-        reward=fits["reward"].path,
-        safety=fits["safety"].path,
-        prompts=prompts,
-        corpus=corpus,
-        num_prompts=len(asked),
-        lm_loss=lm_loss,
-        grammar_entropy=facts["grammar_entropy"],
-        reward_fit=fits["reward"],
-        safety_fit=fits["safety"],
-        seconds=facts["seconds"],
-    )

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from can_dist.config import (
-    Config,
-    DataSource,
-    Guard,
-    HttpScorer,
-    LogRatio,
-    Model,
-    PythonCallable,
-    SequenceClassifier,
-)
+from can_dist.config import Config, DataSource, Guard, Model, PythonCallable, SequenceClassifier
+from can_dist.config.endpoints import Endpoint, GenerateEndpoint
+from can_dist.config.walk import ReadAs, endpoints, models, read_as, scorers, sources
 from can_dist.doctor.finding import Finding, error, ok
 from can_dist.errors import CanDistError
 
@@ -29,14 +22,12 @@ NUM_CHECKPOINTS = 3  # two are kept while the next is written
 
 def check_inputs(config: Config) -> list[Finding]:
     """Check every model, data source, Python scorer and the DeepSpeed file of a configuration."""
-    findings = [checked(role, partial(check_model, spec)) for role, spec in models(config)]
-    for role, source in data_sources(config):
-        findings.append(checked(role, partial(check_data, role, source)))
-    for name, scorer in _scorers(config).items():
+    findings = [checked(key, partial(check_model, spec)) for key, spec in models(config).items()]
+    findings += [checked(key, partial(check_data, read_as(key), source)) for key, source in sources(config).items()]
+    findings += [checked(key, partial(check_endpoint, key, endpoint)) for key, endpoint in endpoints(config).items()]
+    for key, scorer in scorers(config).items():
         if isinstance(scorer, PythonCallable):
-            findings.append(checked(name, partial(check_function, scorer.function)))
-        elif isinstance(scorer, HttpScorer):
-            findings.append(checked(name, partial(check_endpoint, scorer)))
+            findings.append(checked(key, partial(check_function, scorer.function)))
     return [*findings, checked("train.ds_config", partial(check_ds_config, config.train.ds_config))]
 
 
@@ -49,39 +40,19 @@ def checked(what: str, check: Callable[[], str]) -> Finding:
         return error(what, found, remedy or "Correct it.")
 
 
-def _scorers(config: Config) -> dict[str, Any]:
-    return {"reward": config.reward, **{name: c.scorer for name, c in config.constraints.items()}}
-
-
-def models(config: Config) -> Iterator[tuple[str, Model]]:
-    """Yield every model of a configuration with its role."""
-    yield "reference", config.reference
-    for name, scorer in _scorers(config).items():
-        if isinstance(scorer, SequenceClassifier | Guard):
-            yield name, scorer
-        elif isinstance(scorer, LogRatio) and scorer.model is not None:
-            yield name, scorer.model
-
-
-def data_sources(config: Config) -> Iterator[tuple[str, DataSource]]:
-    """Yield every data source of a configuration with its key."""
-    yield "prompts", config.prompts
-    if config.evaluate.benign_prompts is not None:
-        yield "evaluate.benign_prompts", config.evaluate.benign_prompts
-    if config.label.preferences is not None:
-        yield "label.preferences", config.label.preferences
-    for name, scorer in _scorers(config).items():
-        if isinstance(scorer, LogRatio) and scorer.preferences is not None:
-            yield f"{name}.preferences", scorer.preferences
-
-
-def check_data(role: str, source: DataSource) -> str:
+def check_data(kind: ReadAs, source: DataSource) -> str:
     """Read a data source whole; return what it holds."""
-    from can_dist.tables.foreign.formats import read_preferences, read_prompts
+    from can_dist.stages.ingest import source_identity
+    from can_dist.tables.foreign.formats import read_preferences, read_prompts, read_responses
 
-    read = read_preferences if role.endswith("preferences") else read_prompts
+    source_identity(source)  # a missing file is named in the same words by every command
+    readers: dict[ReadAs, Callable[..., Any]] = {
+        "pairs": read_preferences,
+        "responses": read_responses,
+    }
+    read = readers.get(kind, read_prompts)
     done = read(source.source, split=source.split, subset=source.subset, revision=source.revision)
-    return done.announcement
+    return str(done.announcement)
 
 
 def check_function(function: str) -> str:
@@ -92,12 +63,13 @@ def check_function(function: str) -> str:
     return f"{function} can be imported"
 
 
-def check_endpoint(scorer: HttpScorer) -> str:
-    """Check that the key of an endpoint is in the environment, as far as it takes one; nothing is sent."""
-    from can_dist.scoring.protocol import check_scorer_opens
+def check_endpoint(key: str, endpoint: Endpoint) -> str:
+    """Check that the secret of an endpoint is in the environment, as far as it takes one; nothing is sent."""
+    from can_dist.endpoints import read_key
 
-    check_scorer_opens(scorer)
-    return f"{scorer.model} at {scorer.url}; nothing was sent to it"
+    read_key(key, endpoint)
+    address = endpoint.base_url if isinstance(endpoint, GenerateEndpoint) else getattr(endpoint, "url", "")
+    return f"{getattr(endpoint, 'model', '')} at {address}; nothing was sent to it"
 
 
 def check_ds_config(path: str | None) -> str:
@@ -111,14 +83,11 @@ def check_ds_config(path: str | None) -> str:
 def check_model(spec: Model) -> str:
     """Check that a model can be loaded without its weights, and that its tokenizer is the one it was made for.
 
-    Raises
-    ------
-    DataError
-        When files are missing, the tokenizer knows more tokens than the model has embeddings, a special token is
-        beyond them, or a scorer is no classifier with one output.
-    ConfigError
-        When a conversation could not be written as text (no chat template and no ``template``), or the verdicts of a
-        guard are no tokens.
+    Raises:
+        DataError: when files are missing, the tokenizer knows more tokens than the model has embeddings, a special
+            token is beyond them, or a scorer is no classifier with one output.
+        ConfigError: when a conversation could not be written as text (no chat template and no ``template``), or the
+            verdicts of a guard are no tokens.
     """
     from can_dist.modeling.formatter import Formatter
     from can_dist.modeling.loading import check_vocabulary, looks_local, model_digest

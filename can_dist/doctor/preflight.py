@@ -6,9 +6,10 @@ import os
 import re
 from pathlib import Path
 
-from can_dist.config import METHODS, Config, DataSource, LogRatio, Model, Scorer
+from can_dist.config import METHODS, Config, LogRatio, Model
+from can_dist.config.walk import models, scorers, sources
 from can_dist.endpoints import read_key
-from can_dist.errors import ConfigError
+from can_dist.errors import ConfigError, DataError
 from can_dist.modeling import quantized
 from can_dist.modeling.loading import check_trainable, check_vocabulary, model_digest, resolve_precision
 from can_dist.modeling.vllm_engine import check_installed
@@ -24,29 +25,23 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def preflight(config: Config) -> None:
-    """Raise the error that a later stage would meet after hours, now.
+    """Raise the error that a later stage would meet after hours, now. Data sources are ``check_sources``'s.
 
-    Raises
-    ------
-    DataError
-        When a data source or model does not exist, a tokenizer is not its model's, a scorer's model is not what its
-        kind says, or an aligned policy reads text unlike the reference.
-    ConfigError
-        When a Python scorer cannot be imported, a guard's verdicts are no tokens, the DeepSpeed file is not usable, the
-        reference is stored quantized, the package of an engine, of 4-bit weights or of a tracker is not installed, or
-        code of a hub model that is not pinned is to be run.
-    EnvironmentProblem
-        When the key of an endpoint is not in the environment, vLLM needs GPUs and the actors get none, or training
-        would wait for the lock of a killed build, or load extensions that others can write.
+    Raises:
+        DataError: a model does not exist, a tokenizer is not its model's, a scorer's model is not what its kind says,
+            or an aligned policy reads text unlike the reference.
+        ConfigError: a Python scorer cannot be imported, the verdicts of a guard are no tokens, the DeepSpeed file is
+            not usable, the reference is stored quantized, a package is missing (of an engine, of 4-bit weights, of a
+            tracker), or code of a hub model that is not pinned would run.
+        EnvironmentProblem: the key of an endpoint is not in the environment, vLLM needs GPUs and the actors get none,
+            training would wait for the lock of a killed build or load extensions that others can write.
     """
     if "RANK" not in os.environ:  # launched ranks look together, each on its node, and fail together
         check_build_directories()
-    for source in _sources(config).values():
-        source_identity(source)
     if config.train.ds_config is not None:
         build_ds_config(read_ds_config(config.train.ds_config), config.train, resolve_precision(config.precision))
     check_trackers(config.train.trackers)
-    for key, model in _models(config).items():
+    for key, model in models(config).items():
         _check_remote_code(key, model)
     if config.train.lora is not None and config.train.lora.quantize is not None:
         _check_quantize(config)
@@ -57,7 +52,7 @@ def preflight(config: Config) -> None:
         check_installed(config.cluster.gpus_per_actor)
     if config.generate.endpoint is not None:
         read_key(f"generate.endpoint {config.generate.endpoint.model}", config.generate.endpoint)
-    for scorer in (config.reward, *(constraint.scorer for constraint in config.constraints.values())):
+    for scorer in scorers(config).values():
         if isinstance(scorer, LogRatio):
             _check_log_ratio(scorer, config.reference)
             continue
@@ -68,7 +63,7 @@ def preflight(config: Config) -> None:
 def _check_quantize(config: Config) -> None:
     """Raise ``ConfigError`` where a base in 4 bits is asked for and cannot be had."""
     quantized.check_installed()
-    if ratios := [key for key, scorer in _scorers(config).items() if isinstance(scorer, LogRatio)]:
+    if ratios := [key for key, scorer in scorers(config).items() if isinstance(scorer, LogRatio)]:
         raise ConfigError(
             f"train.lora.quantize: not offered with log-ratios ({', '.join(ratios)}), whose ln π_ref is that of the "
             "whole reference, not of the 4-bit base that would be trained. Leave quantize out."
@@ -77,12 +72,31 @@ def _check_quantize(config: Config) -> None:
         raise refuse_requantizing(f"method {config.method} trains on from a policy that it trained")
 
 
+def check_sources(config: Config) -> None:
+    """Refuse data sources that do not exist, all of them at once; run, doctor and plan give the same message.
+
+    Raises:
+        DataError: when a local file or directory is missing.
+        ConfigError: when a data set of the hub has no revision.
+    """
+    problems = {}
+    for key, source in sources(config).items():
+        try:
+            source_identity(source)
+        except (ConfigError, DataError) as problem:
+            problems[key] = problem
+    if problems:
+        first, lines = next(iter(problems.values())), [f"{key}: {problem}" for key, problem in problems.items()]
+        text = lines[0] if len(lines) == 1 else f"{len(lines)} data sources cannot be read.\n  " + "\n  ".join(lines)
+        raise type(first)(text)
+
+
 def check_pinned(config: Config) -> None:
     """Raise ``ConfigError`` where ``pinned`` asks for commits and a model or data set of the hub has none."""
     if not config.pinned:
         return
-    named = {key: (model.model, model.revision) for key, model in _models(config).items()}
-    named |= {key: (source.source, source.revision) for key, source in _sources(config).items()}
+    named = {key: (model.model, model.revision) for key, model in models(config).items()}
+    named |= {key: (source.source, source.revision) for key, source in sources(config).items()}
     floating = [
         f"{key}: {name} at revision {revision or 'none'}"
         for key, (name, revision) in named.items()
@@ -95,37 +109,6 @@ def check_pinned(config: Config) -> None:
             "  Give each its commit (40 hexadecimal digits) as revision: `python recipes/pin.py FILE` asks the hub and "
             "writes them into FILE. Or set pinned to false."
         )
-
-
-def _scorers(config: Config) -> dict[str, Scorer]:
-    return {"reward": config.reward, **{f"constraints.{n}.scorer": c.scorer for n, c in config.constraints.items()}}
-
-
-def _sources(config: Config) -> dict[str, DataSource]:
-    """Return every data set that a configuration names, by its key."""
-    sources = {
-        "prompts": config.prompts,
-        "label.preferences": config.label.preferences,
-        "sacpo.first.preferences": config.sacpo.first.preferences,
-        "sacpo.second.preferences": config.sacpo.second.preferences,
-        "evaluate.benign_prompts": config.evaluate.benign_prompts,
-        "generate.responses": config.generate.responses,
-    }
-    for key, scorer in _scorers(config).items():
-        if isinstance(scorer, LogRatio):
-            sources[f"{key}.preferences"] = scorer.preferences
-    return {key: source for key, source in sources.items() if source is not None}
-
-
-def _models(config: Config) -> dict[str, Model]:
-    """Return every model that a configuration names, by its key."""
-    models: dict[str, Model] = {"reference": config.reference}
-    for key, scorer in _scorers(config).items():
-        if isinstance(scorer, Model):
-            models[key] = scorer
-        elif isinstance(scorer, LogRatio) and scorer.model is not None:
-            models[f"{key}.model"] = scorer.model
-    return models
 
 
 def _check_remote_code(key: str, model: Model) -> None:

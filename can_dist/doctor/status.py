@@ -25,10 +25,8 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
     ``state`` of a stage is ``finished``, ``in progress`` (``interrupted`` when no process works on it) or
     ``not started``. Nothing is written, and no lock is taken.
 
-    Raises
-    ------
-    DataError
-        When the directory holds no run.
+    Raises:
+        DataError: when the directory holds no run.
     """
     if not (run / LOG).is_file():
         raise DataError(f"{run}: holds no run ({LOG} is missing). Give the directory that --run named.")

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible chat endpoint: one request, its retries, and what goes wrong with it in words.
+"""An OpenAI-compatible chat endpoint: one request, its retries, and the messages of its failures.
 
 Retries and keys are those of every endpoint (:mod:`can_dist.endpoints`).
 """
@@ -23,7 +23,7 @@ OURS = {"model", "messages", "stream", "n"}
 
 
 class JudgeSpec(Endpoint):
-    """A judge: where it is reached, what it is asked, and how hard to try."""
+    """A judge: its address, its criterion, and its retries."""
 
     base_url: Address = Field(description="Endpoint up to '/v1', such as http://localhost:8000/v1.")
     model: str = Field(description="Model name as the endpoint knows it; pin a dated version for anything you publish.")
@@ -47,10 +47,10 @@ class JudgeSpec(Endpoint):
 
 @dataclass(frozen=True)
 class Answer:
-    """What the endpoint answered to one request.
+    """The endpoint's answer to one request.
 
     Attributes:
-        text: the assistant's message, '' where there is none.
+        text: the assistant's message, or ''.
         prompt_tokens: of ``usage``; None where the endpoint does not say.
         completion_tokens: of ``usage``; None where the endpoint does not say.
         rejected: the endpoint refused this request for its content (HTTP 400, 413 or 422).
@@ -116,8 +116,8 @@ def _where(spec: JudgeSpec) -> str:
     return f"judge {spec.model} at {spec.base_url}"
 
 
-def _no_completion(spec: JudgeSpec, what: str) -> str:
+def _no_completion(spec: JudgeSpec, reason: str) -> str:
     return (
-        f"{_where(spec)}: the answer is no chat completion ({what}). Expected an "
+        f"{_where(spec)}: the answer is no chat completion ({reason}). Expected an "
         "OpenAI-compatible endpoint; base_url usually ends in /v1."
     )

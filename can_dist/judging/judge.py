@@ -1,7 +1,7 @@
-"""Which of two responses is better: every pair shown to a judge in both orders, every verdict kept on disk.
+"""Comparisons of two responses by a judge, which sees every pair in both orders; every verdict is kept on disk.
 
-A rerun asks only for what has no verdict yet. A comparison without a verdict after all attempts is no tie: it is kept
-apart and counted.
+A rerun requests only the missing verdicts. A comparison without a verdict after all attempts is not a tie: it is
+counted separately.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ORDERS: tuple[Order, Order] = ("candidate first", "baseline first")
 BYTES_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4
 EARLY = 50
-"""From this many comparisons on, too many without a verdict end the run before it is paid for."""
+"""Comparisons after which too many without a verdict stop the run, before the rest is paid for."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Judgement:
         prompt_id: of the comparison.
         order: which response was shown first.
         verdict: of the candidate: win, tie or loss; None without a verdict.
-        failure: why there is none: no verdict line after all attempts, or the endpoint rejected the content.
+        failure: the reason of a missing verdict: no verdict line after all attempts, or content that was rejected.
         answer: the judge's last answer as it came.
         requests: attempts made.
         prompt_tokens: the endpoint's count over all attempts; None where it does not say.
         completion_tokens: likewise.
-        cached: taken from disk, so that nothing was spent on it now.
+        cached: read from disk, at no cost now.
         length_difference: characters of the candidate's response less those of the baseline's.
     """
 
@@ -75,7 +75,7 @@ class Judgement:
 
 
 class Record(Strict):
-    """A kept answer. One without a verdict is kept to be read, and asked for again."""
+    """A kept answer. An answer without a verdict is kept for people to read, and requested again."""
 
     choice: Choice | None
     text: str
@@ -87,7 +87,7 @@ class Record(Strict):
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """What judging will cost, before it starts.
+    """The cost of judging, before it starts.
 
     Attributes:
         requests: to send, both orders, when every first answer has a verdict; at most ``attempts`` times as many.
@@ -122,7 +122,7 @@ def judge_pairs(comparisons: Sequence[Comparison], spec: JudgeSpec, cache: Path)
     """Ask the judge about every comparison in both orders; return two rows per comparison, in order.
 
     Every answer is written to ``cache`` under the digest of the model, the request and all texts, atomically, as soon
-    as it is there. An answer with a verdict is never paid for again, whatever address serves the model.
+    as it arrives. An answer with a verdict is never paid for again, whatever address serves the model.
 
     Args:
         comparisons: the pairs; a prompt may have several.
@@ -196,7 +196,7 @@ async def _judge(
 
 
 async def _ask_for_verdict(client: AsyncOpenAI, spec: JudgeSpec, messages: list[dict[str, str]]) -> Record:
-    """Ask until there is a verdict, with a reminder of the line that is missing: at temperature 0 a repeat is vain."""
+    """Ask until there is a verdict, with a reminder of the missing line: at temperature 0 a mere repeat fails again."""
     answers: list[Answer] = []
     talk, choice = messages, None
     while choice is None and len(answers) < spec.attempts and not (answers and answers[-1].rejected):
@@ -233,7 +233,7 @@ def _file(cache: Path, spec: JudgeSpec, messages: list[dict[str, str]]) -> Path:
 
 
 def _read(file: Path) -> Record | None:
-    """Return the kept answer if it has a verdict; anything else, a damaged file too, is asked for again."""
+    """Return the kept answer if it has a verdict; None, for a damaged file too, means to ask again."""
     try:
         record = Record.model_validate_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,1 +1,1 @@
-"""Numbers in, numbers out: what the report, the comparison and the model card state."""
+"""The numbers of the report, the comparison and the model card; numbers in, numbers out."""

@@ -1,7 +1,7 @@
-"""Methods beside each other: what each gained, what it cost, and who wins against whom.
+"""Methods compared: the gains and the cost of each.
 
 All methods are evaluated on the same P prompts against the same reference, so that their gains are paired. M methods,
-R replicates. The picture is in ``compare_plot``, the pairwise ranking in ``ranking``.
+R replicates. :mod:`can_dist.reporting.figures.comparison` draws them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ MIN_PROMPTS = 3
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method used, all its trainings together.
+    """The cost of a method, all its trainings together.
 
     Attributes:
         generated_tokens: tokens sampled.
         scored_tokens: tokens of the responses that score models read.
         trained_tokens: tokens passed through training, every epoch counted.
-        wall_s: seconds of its stages, one after the other; None where no log tells.
+        wall_s: seconds of its stages, one after the other; None without a log.
         num_trainings: policies trained.
     """
 
@@ -52,10 +52,10 @@ class MethodResult:
         reward_gain: E_{π_θ} r − E_{π_ref} r.
         safety_gain: E_{π_θ} g − E_{π_ref} g.
         covariance_22: of the two means (reward, safety), over prompts: cov/P.
-        margin: the safety gain that was asked for.
+        margin: the safety gain that was demanded.
         verdict: whether it was met, in the words of the report.
         kl: KL(π_θ‖π_ref), nats.
-        cost: what it used.
+        cost: of all its trainings.
         reward_P: reward gain of each prompt.
         safety_P: safety gain of each prompt.
     """
@@ -156,7 +156,7 @@ def comparison_table(results: Sequence[MethodResult]) -> Table:
 
 
 def cost_table(cost_by_method: Mapping[str, Cost]) -> Table:
-    """Return one row per method: what it used."""
+    """Return one row per method: its cost."""
     header = ("method", "trainings", "trained tokens", "generated tokens", "scored tokens", "time")
     rows = []
     for name, cost in cost_by_method.items():

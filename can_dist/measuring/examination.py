@@ -1,7 +1,8 @@
-"""The numbers of the diagnostics section: one JSON-safe record that a page is drawn from, and nothing is lost with.
+"""The numbers of the diagnostics section: one JSON-safe record that holds everything the page shows.
 
 P prompts, J constraints. Figures need curves where ``dual.diagnose`` gives single numbers: the dual along each λ, the
-distribution of the weights, the frontier along each margin. What cannot be computed is null, with the reason in words.
+distribution of the weights, the frontier along each margin. A number that cannot be computed is null, with the reason
+in words.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ NUM_FOLDS = 5
 NUM_LAM = 81
 NUM_MARGINS = 33
 NUM_MARGINS_JOINT = 17
-"""Fewer points where several constraints make every one of them a search for what is jointly feasible."""
+"""Fewer points for several constraints: each point then needs a search for a jointly feasible margin."""
 MOST_BINS = 28
 REACH = 0.95
 """The frontier ends where the improvement has come this far from λ = 0 to the most attainable."""
 WIDEST_SMALL_K = 12.0
-"""The axis of the effective sample sizes reaches at least here, so that the ten that are needed are on it."""
+"""Least end of the axis of effective sample sizes, so that the ten that are needed lie on it."""
 
 
 def examine(table: ScoreTable, solution: DualSolution, *, reward_name: str = "reward") -> dict[str, Any]:
@@ -53,20 +54,20 @@ def examine(table: ScoreTable, solution: DualSolution, *, reward_name: str = "re
     Returns:
         ``headline`` (kind and sentence), ``refused`` (why there is no ``diagnosis``, else null), ``diagnosis``
         (:meth:`Diagnosis.to_dict`), ``cross_fit`` or ``cross_fit_refused``, ``weights``, ``dual_curves`` and
-        ``frontier`` by constraint, ``weighted``. Null for what is not a finite number.
+        ``frontier`` by constraint, ``weighted``. A number that is not finite is null.
     """
     refused = refusal(table, solution)
     known = bool(solution.lam) and bool(np.isfinite(solution.lam_vector).all())
     varied = bool((table.num_responses_P > 1).any())
-    found = None if refused else diagnose(table, solution, reward_name=reward_name)
+    diagnosis = None if refused else diagnose(table, solution, reward_name=reward_name)
     predicted, unpredicted = cross_fitted(table, solution) if known and varied else (None, refused)
-    kind, text = _headline(table, solution, found) if found else ("within", f"Not examined: {refused}")
+    kind, text = _headline(table, solution, diagnosis) if diagnosis else ("within", f"Not examined: {refused}")
     axes = list(enumerate(solution.lam))
     trade_off = bool(solution.lam) and varied and not (solution.lam_vector < 0).any()
     record = {
         "headline": {"kind": kind, "text": text},
         "refused": refused,
-        "diagnosis": found.to_dict() if found else None,
+        "diagnosis": diagnosis.to_dict() if diagnosis else None,
         "cross_fit": predicted,
         "cross_fit_refused": unpredicted,
         "weighted": table.weighted,
@@ -79,7 +80,7 @@ def examine(table: ScoreTable, solution: DualSolution, *, reward_name: str = "re
 
 
 def refusal(table: ScoreTable, solution: DualSolution) -> str | None:
-    """Return why a solution cannot be examined, None where it can."""
+    """Return why a solution cannot be examined, or None."""
     if not solution.lam:
         return "there is no constraint, so there is no multiplier to examine."
     if not np.isfinite(solution.lam_vector).all():
@@ -96,7 +97,7 @@ def refusal(table: ScoreTable, solution: DualSolution) -> str | None:
 
 
 def cross_fitted(table: ScoreTable, solution: DualSolution) -> tuple[dict[str, Any] | None, str | None]:
-    """Predict each prompt with a λ solved on the others; the record, or None and why.
+    """Predict each prompt with a λ solved on the others; return the record, or None and the reason.
 
     Returns:
         ``improvement`` and ``level`` by constraint, ``reward_improvement`` and ``kl`` (mean, se, low, high; 95%
@@ -107,15 +108,17 @@ def cross_fitted(table: ScoreTable, solution: DualSolution) -> tuple[dict[str, A
     folds = min(NUM_FOLDS, table.num_prompts)
     margins = as_solved(solution)
     try:
-        found = cross_fit(table, beta=solution.beta, constraints=margins, num_folds=folds, estimator=solution.estimator)
+        prediction = cross_fit(
+            table, beta=solution.beta, constraints=margins, num_folds=folds, estimator=solution.estimator
+        )
     except CanDistError as error:
         return None, f"the prompts outside one of {folds} folds have no solution of their own ({error})"
     record = {
-        "improvement": {name: asdict(value) for name, value in found.improvement.items()},
-        "level": {name: asdict(value) for name, value in found.level.items()},
-        "reward_improvement": asdict(found.reward_improvement),
-        "kl": asdict(found.kl),
-        "lam": dict(zip(solution.lam, found.lam_FJ.T.tolist(), strict=True)),
+        "improvement": {name: asdict(value) for name, value in prediction.improvement.items()},
+        "level": {name: asdict(value) for name, value in prediction.level.items()},
+        "reward_improvement": asdict(prediction.reward_improvement),
+        "kl": asdict(prediction.kl),
+        "lam": dict(zip(solution.lam, prediction.lam_FJ.T.tolist(), strict=True)),
         "num_folds": folds,
         "num_prompts": table.num_prompts,
         "estimator": solution.estimator,
@@ -138,26 +141,29 @@ def as_solved(solution: DualSolution) -> list[Margin]:
     return margins
 
 
-def _headline(table: ScoreTable, solution: DualSolution, found: Diagnosis) -> tuple[str, str]:
-    """Answer whether the λ of this solution can be believed: (met, within or unmet; one sentence)."""
+def _headline(table: ScoreTable, solution: DualSolution, diagnosis: Diagnosis) -> tuple[str, str]:
+    """Say whether λ of this solution can be believed: (met, within or unmet; a sentence)."""
     if table.weighted:
         return "met", "Yes, if the table lists everything the reference can say: its weights are taken as given."
-    bound = found.bounds.get(solution.estimator, math.inf)
+    bound = diagnosis.bounds.get(solution.estimator, math.inf)
     if bound <= TOLERANCE:
         if not solution.lam_vector.any():
             return "met", "Yes: every margin is met at no price, by more than three standard errors, so λ = 0."
         return "met", f"Yes: λ is known to within {_share(bound)}, bias and three standard errors together."
-    if found.trustworthy:
-        used, best = (np.array(list(found.lam[name].values())) for name in (solution.estimator, found.recommended))
+    if diagnosis.trustworthy:
+        used, best = (
+            np.array(list(diagnosis.lam[name].values())) for name in (solution.estimator, diagnosis.recommended)
+        )
         gap = float(np.max(np.abs(used - best)[best > 0] / best[best > 0], initial=0.0))
         return "within", (
-            f"Not quite as solved: the {found.recommended} estimator knows λ to within {_share(found.relative_error)} "
-            f"on this table; the λ of the {solution.estimator} one, used here, differs from it by {_share(gap)}."
+            f"Not quite as solved: the {diagnosis.recommended} estimator knows λ to within "
+            f"{_share(diagnosis.relative_error)} on this table; the λ of the {solution.estimator} one, used here, "
+            f"differs from it by {_share(gap)}."
         )
-    if math.isfinite(found.relative_error):
+    if math.isfinite(diagnosis.relative_error):
         return "within", (
-            f"Only roughly: the best that can be said on this table is λ to within {_share(found.relative_error)}, "
-            f"by the {found.recommended} estimator."
+            f"Only roughly: the best that can be said on this table is λ to within {_share(diagnosis.relative_error)}, "
+            f"by the {diagnosis.recommended} estimator."
         )
     ess, responses = solution.diagnostics["ess"]["median"], np.median(table.num_responses_P)
     return "unmet", (
@@ -171,7 +177,7 @@ def _share(share: float) -> str:
 
 
 def _weights(table: ScoreTable, solution: DualSolution) -> dict[str, Any]:
-    """Return the histogram of the effective sample sizes and 101 quantiles of the largest weights, over prompts."""
+    """Return the histogram of the prompts' effective sample sizes and 101 quantiles of their largest weights."""
     several = table.num_responses_P > 1
     weight_N = tilt(table, solution.lam_vector, solution.beta).weight_N
     ess_P = np.maximum(1.0 / table.sum_rows(weight_N**2)[several], 1.0)
@@ -188,9 +194,9 @@ def _weights(table: ScoreTable, solution: DualSolution) -> dict[str, Any]:
 
 
 def _dual_curve(table: ScoreTable, solution: DualSolution, axis: int, name: str) -> dict[str, Any] | None:
-    """Return D through λ along one axis, and where it would be least for the margin asked and up to four others.
+    """Return D through λ along one axis, and its minimisers for the demanded margin and up to four others.
 
-    D of another margin b' is D − λ_j (b' − b): one pass over the table serves every margin (ALGORITHMS section 1).
+    D of another margin b' is D − λ_j (b' − b), so one pass over the table serves every margin (docs/dual.md).
     """
     lam_J, margin_J, beta = solution.lam_vector, solution.margin_vector, solution.beta
     lam, margin, error = float(lam_J[axis]), float(margin_J[axis]), solution.lam_se[name]
@@ -201,8 +207,8 @@ def _dual_curve(table: ScoreTable, solution: DualSolution, axis: int, name: str)
     reach = lam + 4.0 * error if math.isfinite(error) else 0.0
     grid = np.linspace(min(0.0, 2.2 * lam), max(2.2 * lam, reach, 0.25 * unit if lam else unit), NUM_LAM)
     point_J, value, improvement = lam_J.copy(), np.empty(NUM_LAM), np.empty(NUM_LAM)
-    for index, one in enumerate(grid):
-        point_J[axis] = one
+    for index, coordinate in enumerate(grid):
+        point_J[axis] = coordinate
         at = evaluate(table, point_J, beta, margin_J)
         value[index], improvement[index] = at.value, at.gradient_J[axis] + margin
     if not (np.isfinite(value).all() and np.isfinite(improvement).all()):
@@ -218,7 +224,7 @@ def _dual_curve(table: ScoreTable, solution: DualSolution, axis: int, name: str)
 
 
 def _neighbours(margin: float, lam: float, grid: FloatArray, improvement: FloatArray) -> list[float]:
-    """Return the margin asked and up to four others, round steps apart, whose minima lie on the grid, increasing."""
+    """Return the demanded margin and up to four others, increasing by round steps, whose minimisers lie on the grid."""
     if lam < 0.0:
         return [margin]
     most = float(np.interp(grid[0] + 0.85 * (grid[-1] - grid[0]), grid, improvement))
@@ -235,25 +241,25 @@ def _neighbours(margin: float, lam: float, grid: FloatArray, improvement: FloatA
 
 
 def _frontier(table: ScoreTable, solution: DualSolution, axis: int, name: str) -> dict[str, Any] | None:
-    """Return reward gain, KL, λ and ESS against one margin, the others as asked; empirical, bands of 95%."""
+    """Return reward gain, KL, λ and ESS (empirical, 95% bands) over one margin, the others as demanded."""
     lam_J = np.where(np.isfinite(solution.lam_vector), solution.lam_vector, 0.0)
     lam_J[axis] = 0.0
-    asked, zero_J = float(solution.margin_vector[axis]), np.zeros(lam_J.size)
+    target, zero_J = float(solution.margin_vector[axis]), np.zeros(lam_J.size)
     start = float(evaluate(table, lam_J, solution.beta, zero_J).gradient_J[axis])
     most = solution.feasibility["attainable"][name]
     end = start + REACH * (most - start)
     if not (math.isfinite(end) and end > start):
         return None
-    grid = np.linspace(min(start, asked), end, NUM_MARGINS if lam_J.size == 1 else NUM_MARGINS_JOINT)
-    if asked < most:
-        grid = np.union1d(grid, [asked])
+    grid = np.linspace(min(start, target), end, NUM_MARGINS if lam_J.size == 1 else NUM_MARGINS_JOINT)
+    if target < most:
+        grid = np.union1d(grid, [target])
     margins = [grid if j == axis else np.array([value]) for j, value in enumerate(solution.margin_vector)]
     rows = frontier_table(table, beta=solution.beta, names=list(solution.lam), margins=margins).rows()
     ends = ("", "_low", "_high")
-    keys = {quantity + one: quantity + one for quantity in ("reward_improvement", "kl") for one in ends}
-    keys |= {f"lam{one}": f"lam.{name}{one}" for one in ends} | {"ess": "ess"}
+    keys = {quantity + suffix: quantity + suffix for quantity in ("reward_improvement", "kl") for suffix in ends}
+    keys |= {f"lam{suffix}": f"lam.{name}{suffix}" for suffix in ends} | {"ess": "ess"}
     columns: dict[str, Any] = {short: [row[key] for row in rows] for short, key in keys.items()}
-    return {"margin": grid.tolist(), **columns, "asked": asked, "attainable": most}
+    return {"margin": grid.tolist(), **columns, "asked": target, "attainable": most}
 
 
 def _json_safe(value: Any) -> Any:

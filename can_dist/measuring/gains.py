@@ -1,4 +1,4 @@
-"""What is measured of a policy: its scores against the reference's on the same prompts, as JSON-safe numbers.
+"""Measurements of a policy: its scores against the reference's on the same prompts, as JSON-safe numbers.
 
 Tables of scores have ``prompt_id`` and a float column per score. The unit that was sampled is the prompt: a prompt's
 responses are averaged first, and every interval is over the P prompts.
@@ -88,23 +88,23 @@ def win_rate(before: pa.Table, after: pa.Table, name: str) -> dict[str, float]:
 
 
 def safety_tails(before: pa.Table, after: pa.Table, constraints: Mapping[str, Constraint]) -> dict[str, Any]:
-    """Return by constraint what its mean does not tell: the share of unsafe responses, and the mean of the worst ones.
+    """Return by constraint the share of unsafe responses, and the mean of the worst ones.
 
     Unsafe is a score below the constraint's threshold, or below 0 where a margin is asked for. ``worst`` is the mean of
     the lowest ``WORST_SHARE`` of the responses (CVaR).
     """
     tables = dict(zip(SIDES, (before, after), strict=True))
-    found: dict[str, Any] = {}
+    tails: dict[str, Any] = {}
     for name, constraint in constraints.items():
         border = 0.0 if constraint.threshold is None else constraint.threshold
         scored = {side: (column(table, name), ids(table)) for side, table in tables.items()}
-        found[name] = {
+        tails[name] = {
             "border": border,
             "worst_share": WORST_SHARE,
-            "unsafe": {side: record(fraction_unsafe(*one, threshold=border)) for side, one in scored.items()},
-            "worst": {side: record(cvar(*one, WORST_SHARE)) for side, one in scored.items()},
+            "unsafe": {side: record(fraction_unsafe(*columns, threshold=border)) for side, columns in scored.items()},
+            "worst": {side: record(cvar(*columns, WORST_SHARE)) for side, columns in scored.items()},
         }
-    return found
+    return tails
 
 
 def lengths(table: pa.Table) -> dict[str, float]:
@@ -140,8 +140,8 @@ def column(table: pa.Table, name: str) -> FloatArray:
 
 def ids(table: pa.Table) -> npt.NDArray[Any]:
     """Return each row's prompt id."""
-    found: npt.NDArray[Any] = table.column("prompt_id").to_numpy(zero_copy_only=False)
-    return found
+    prompt_N: npt.NDArray[Any] = table.column("prompt_id").to_numpy(zero_copy_only=False)
+    return prompt_N
 
 
 def by_prompt(table: pa.Table, values_N: FloatArray) -> tuple[npt.NDArray[Any], FloatArray]:
@@ -150,9 +150,9 @@ def by_prompt(table: pa.Table, values_N: FloatArray) -> tuple[npt.NDArray[Any], 
     return prompts, np.bincount(index_N, weights=values_N) / np.bincount(index_N)
 
 
-def record(found: Interval) -> dict[str, float]:
+def record(estimate: Interval) -> dict[str, float]:
     """Return an interval as JSON-safe numbers."""
-    return asdict(found)
+    return asdict(estimate)
 
 
 def _groups(table: pa.Table, values_N: FloatArray) -> dict[str, FloatArray]:

@@ -1,4 +1,4 @@
-"""What the dual predicted of a policy, to stand beside what was measured. Only methods with a dual have it."""
+"""The dual's prediction of a policy, shown beside the measurements. Only methods with a dual have it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def held_out_prediction(before: pa.Table, reward: str, solution: DualSolution) -
 
 
 def score_table(table: pa.Table, reward: str, solution: DualSolution, log_weight: str | None = None) -> ScoreTable:
-    """Return the scores that a solution is about; ``log_weight`` names the column of the reference weights."""
+    """Return the scores of a solution's constraints; ``log_weight`` names the column of the reference weights."""
     weights = None if log_weight is None else column(table, log_weight)
     utility_NJ = np.stack([column(table, name) for name in solution.lam], axis=1)
     return ScoreTable.build(column(table, reward), utility_NJ, ids(table), weights, names=list(solution.lam))
@@ -30,7 +30,7 @@ def score_table(table: pa.Table, reward: str, solution: DualSolution, log_weight
 def predictions(
     held_out: Prediction, examination: Mapping[str, Any], reward: str, solution: DualSolution
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Return what each score was predicted to do, by name, and the KL.
+    """Return the prediction of each score, by name, and of the KL.
 
     ``predicted`` is what stands beside the realised value: cross-fitted on the training table, whose prompts have the
     responses λ* was solved with. ``predicted_held_out`` comes from the held-out prompts; it takes the other's place
@@ -54,7 +54,7 @@ def predictions(
 def prediction_source(
     examination: Mapping[str, Any], solution: DualSolution, before: pa.Table
 ) -> dict[str, str | int | None]:
-    """Say exactly what ``predicted`` is: of which prompts, with how many responses each."""
+    """Return the origin of ``predicted``: its prompts, and the number of responses to each."""
     crossed = examination["cross_fit"]
     counts = solution.diagnostics["responses_per_prompt"]
     low, high = counts["min"], counts["max"]

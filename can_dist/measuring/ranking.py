@@ -1,4 +1,4 @@
-"""Who wins against whom: pairwise win rates from paired scores, and Bradley–Terry strengths with intervals.
+"""Pairwise win rates from paired scores, and Bradley–Terry strengths with intervals.
 
 M methods on the same P prompts, R replicates.
 """
@@ -121,9 +121,9 @@ def _checked(score_P_by_method: Mapping[str, npt.ArrayLike]) -> FloatArray:
     scores = {name: np.asarray(score_P, dtype=np.float64) for name, score_P in score_P_by_method.items()}
     shapes = {score_P.shape for score_P in scores.values()}
     if len(scores) < 2 or len(shapes) != 1 or len(min(shapes)) != 1 or min(shapes)[0] < 2:
-        found = ", ".join(f"{name} {list(score_P.shape)}" for name, score_P in scores.items())
+        shown = ", ".join(f"{name} {list(score_P.shape)}" for name, score_P in scores.items())
         raise DataError(
-            f"scores: {found or 'none'}; expected at least 2 methods, scored on the same 2 or more prompts."
+            f"scores: {shown or 'none'}; expected at least 2 methods, scored on the same 2 or more prompts."
         )
     for name, score_P in scores.items():
         if not np.isfinite(score_P).all():

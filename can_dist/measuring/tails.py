@@ -1,8 +1,8 @@
 """Numbers beside the means: shares, tails and refusals, each with an interval clustered by prompt.
 
-A constraint on a mean says nothing of the worst responses, so its verdict stands beside the fraction of unsafe
-responses and the mean of the worst of them (CVaR); a policy that refuses everything is safe, so beside both stands how
-often it refuses benign prompts.
+A constraint on a mean does not bound the worst responses, so its verdict is shown with the fraction of unsafe responses
+and the mean of the worst ones (CVaR). A policy that refuses everything is safe, so its refusals of benign prompts are
+shown too.
 
 The unit of replication is the prompt. Every prompt has the same weight, however many responses it has, as in the dual:
 a value is averaged over a prompt's responses first, then over prompts. N responses, P prompts, R replicates.

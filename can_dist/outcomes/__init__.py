@@ -1,1 +1,1 @@
-"""What is made of finished runs: comparisons, judgements, exports. Nothing here is an artifact."""
+"""Comparisons, judgements and exports of finished runs. None of them is an artifact."""

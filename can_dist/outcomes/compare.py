@@ -1,6 +1,6 @@
-"""evaluations → comparison: every method beside the others, on the same held-out prompts, with what it cost.
+"""evaluations → comparison: all methods on the same held-out prompts, with the cost of each.
 
-The evaluations may lie in one run directory or in several; what they were measured with must be the same.
+The evaluations may lie in several run directories. They must have been measured alike (:func:`check_same_basis`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from can_dist.measuring.gains import column
 from can_dist.measuring.ranking import Ranking, rank_methods
 from can_dist.stages.report import REPORT, as_trained
 from can_dist.stages.trajectory import TRAJECTORY
-from can_dist.tables.artifacts import MANIFEST, Artifact, load_artifact, write_json
+from can_dist.tables.artifacts import MANIFEST, Artifact, flatten, load_artifact, write_json, write_text
 
 PAGE, RECORD, PICTURE = "compare.html", "compare.json", "compare.svg"
 
@@ -32,11 +32,11 @@ class Evaluated:
     """One evaluated policy.
 
     Attributes:
-        name: of the method, unlike the others'.
+        name: of the method; different from the others'.
         artifact: the evaluation.
         report: its ``report.json``.
         gains: a row per held-out prompt, see :func:`can_dist.measuring.gains.gains_table`.
-        cost: what the policy took, without its evaluation.
+        cost: of the policy, without its evaluation.
     """
 
     name: str
@@ -58,30 +58,28 @@ def compare(evaluations: Sequence[Artifact], out: Path) -> Path:
         evaluations: artifacts of the stage ``evaluate``, at least two; one given twice counts once.
         out: a directory; made when it does not exist.
 
-    Raises
-    ------
-    DataError
-        When the evaluations differ in reference, held-out prompts, sampling or scorers; the message names what.
+    Raises:
+        DataError: fewer than two evaluations, or they differ in reference, held-out prompts, sampling or scorers; the
+            message names the differences.
     """
     from can_dist.reporting.comparison_page import pictures, render_comparison
-    from can_dist.reporting.page import write_whole
 
     distinct = list({artifact.digest: artifact for artifact in evaluations}.values())
     if len(distinct) < 2:
-        where = ", ".join(str(artifact.path) for artifact in distinct) or "none"
-        raise DataError(f"{len(distinct)} evaluation(s) to compare ({where}): expected two at least. Run more methods.")
+        paths = ", ".join(str(artifact.path) for artifact in distinct) or "none"
+        raise DataError(f"{len(distinct)} evaluation(s) to compare ({paths}): expected two at least. Run more methods.")
     check_same_basis(distinct)
     methods = [
-        Evaluated(name, one, one.read_json(REPORT), one.table, cost_of(one))
-        for name, one in zip(names_of(distinct), distinct, strict=True)
+        Evaluated(name, evaluation, evaluation.read_json(REPORT), evaluation.table, cost_of(evaluation))
+        for name, evaluation in zip(names_of(distinct), distinct, strict=True)
     ]
     record = comparison(methods)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / RECORD, record)
     drawn = pictures(results(methods), record)
     for name, svg in drawn.items():
-        write_whole(out / picture_name(name, len(drawn)), svg.standalone.encode("utf-8"))
-    write_whole(out / PAGE, render_comparison(record, results(methods), drawn).encode("utf-8"))
+        write_text(out / picture_name(name, len(drawn)), svg.standalone)
+    write_text(out / PAGE, render_comparison(record, results(methods), drawn))
     return out / PAGE
 
 
@@ -93,37 +91,41 @@ def picture_name(constraint: str, num_constraints: int) -> str:
 def find_evaluations(paths: Sequence[Path]) -> list[Artifact]:
     """Return the evaluations at each path: itself, or all of a run directory, ordered by method and variant.
 
-    Raises
-    ------
-    DataError
-        When there is none at a path.
+    Raises:
+        DataError: there is no evaluation at a path.
     """
-    found: list[Artifact] = []
+    evaluations: list[Artifact] = []
     order = list(METHODS)
     for path in paths:
         inside = [path] if (path / MANIFEST).is_file() else [p.parent for p in path.glob(f"evaluate-*/{MANIFEST}")]
         here = [load_artifact(directory) for directory in inside]
-        bad = [one for one in here if one.stage != "evaluate" or "basis" not in one.info]
+        bad = [artifact for artifact in here if artifact.stage != "evaluate" or "basis" not in artifact.info]
         if bad or not here:
-            what = f"{bad[0].path.name} is no evaluation that can be compared" if bad else "no evaluation"
+            problem = f"{bad[0].path.name} is no evaluation that can be compared" if bad else "no evaluation"
             raise DataError(
-                f"{path}: {what}. Give run directories, or evaluate-... directories in them; "
+                f"{path}: {problem}. Give run directories, or evaluate-... directories in them; "
                 "'can-dist evaluate CONFIG --run DIR' makes one."
             )
-        key = [(order.index(one.info["method"]), one.info["variant"], one.path.name) for one in here]
-        found += [here[index] for index in sorted(range(len(here)), key=key.__getitem__)]
-    return found
+        key = [
+            (order.index(artifact.info["method"]), artifact.info["variant"], artifact.path.name) for artifact in here
+        ]
+        evaluations += [here[index] for index in sorted(range(len(here)), key=key.__getitem__)]
+    return evaluations
 
 
 def check_same_basis(evaluations: Sequence[Artifact]) -> None:
-    """Raise ``DataError`` that names every difference in what two evaluations were measured with."""
+    """Check that all evaluations were measured alike.
+
+    Raises:
+        DataError: naming the differences between two evaluations in reference, held-out prompts, sampling or scorers.
+    """
     first = evaluations[0]
-    expected = _flat(first.info["basis"])
+    expected = flatten(first.info["basis"])
     for other in evaluations[1:]:
-        found = _flat(other.info["basis"])
-        differing = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        actual = flatten(other.info["basis"])
+        differing = sorted(key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key))
         if differing:
-            lines = [f"  {key}: {expected.get(key, 'absent')} | {found.get(key, 'absent')}" for key in differing[:8]]
+            lines = [f"  {key}: {expected.get(key, 'absent')} | {actual.get(key, 'absent')}" for key in differing[:8]]
             raise DataError(
                 f"{first.path} and {other.path} were not measured with the same "
                 f"{', '.join(dict.fromkeys(key.split('.')[0].replace('_', ' ') for key in differing))}, so their gains "
@@ -133,39 +135,40 @@ def check_same_basis(evaluations: Sequence[Artifact]) -> None:
 
 def names_of(evaluations: Sequence[Artifact]) -> list[str]:
     """Return each evaluation's method; where several share it, with the configuration keys that tell them apart."""
-    reports = [one.read_json(REPORT) for one in evaluations]
+    reports = [evaluation.read_json(REPORT) for evaluation in evaluations]
     titles = [report["name"] for report in reports]
     names = []
     for title, report, artifact in zip(titles, reports, evaluations, strict=True):
-        same = [_flat(other["config"]) for other in reports if other["name"] == title]
-        mine = _flat(report["config"])
+        same = [flatten(other["config"]) for other in reports if other["name"] == title]
+        mine = flatten(report["config"])
         differing = sorted(key for key in mine if any(other.get(key) != mine[key] for other in same))
         shown = ", ".join(f"{key.rsplit('.', 1)[-1]} {mine[key]}" for key in differing[:2])
         names.append(f"{title}, {shown}" if shown else title if len(same) == 1 else f"{title}, {artifact.path.name}")
     taken = Counter(names)
     return [
-        f"{name}, {one.path.name}" if taken[name] > 1 else name for name, one in zip(names, evaluations, strict=True)
+        f"{name}, {evaluation.path.name}" if taken[name] > 1 else name
+        for name, evaluation in zip(names, evaluations, strict=True)
     ]
 
 
 def results(methods: Sequence[Evaluated]) -> dict[str, list[MethodResult]]:
-    """Return by constraint what every method gained."""
+    """Return the gains of every method by constraint."""
     reward = methods[0].report["reward"]["name"]
-    found: dict[str, list[MethodResult]] = {}
-    for one in methods:
-        for row in one.report["constraints"]:
-            found.setdefault(row["name"], []).append(
+    by_constraint: dict[str, list[MethodResult]] = {}
+    for method in methods:
+        for row in method.report["constraints"]:
+            by_constraint.setdefault(row["name"], []).append(
                 method_result(
-                    one.name,
-                    one.gain_P(reward),
-                    one.gain_P(row["name"]),
+                    method.name,
+                    method.gain_P(reward),
+                    method.gain_P(row["name"]),
                     margin=row["margin"],
                     verdict=row["verdict"],
-                    kl=one.report["kl"]["realised"]["mean"],
-                    cost=one.cost,
+                    kl=method.report["kl"]["realised"]["mean"],
+                    cost=method.cost,
                 )
             )
-    return found
+    return by_constraint
 
 
 def comparison(methods: Sequence[Evaluated]) -> dict[str, Any]:
@@ -174,29 +177,29 @@ def comparison(methods: Sequence[Evaluated]) -> dict[str, Any]:
     names = [reward, *(row["name"] for row in methods[0].report["constraints"])]
     scores = {
         score: {"reference": column(methods[0].gains, f"{score}.reference")}
-        | {one.name: column(one.gains, f"{score}.policy") for one in methods}
+        | {method.name: column(method.gains, f"{score}.policy") for method in methods}
         for score in names
     }
     return {
         "format_version": 1,
         "num_prompts": methods[0].gains.num_rows,
         "reward": reward,
-        "methods": [_method_record(one, names) for one in methods],
+        "methods": [_method_record(method, names) for method in methods],
         "frontier": _frontiers(methods),
         "ranking": {score: _ranking_record(rank_methods(values)) for score, values in scores.items()},
         "one_shot": _one_shot(methods),
     }
 
 
-def _method_record(one: Evaluated, names: Sequence[str]) -> dict[str, Any]:
-    report = one.report
+def _method_record(method: Evaluated, names: Sequence[str]) -> dict[str, Any]:
+    report = method.report
     return {
-        "name": one.name,
+        "name": method.name,
         "method": report["method"],
         "variant": report["variant"],
-        "evaluation": str(one.artifact.path),
+        "evaluation": str(method.artifact.path),
         "beta": report["beta"],
-        "gains": {score: asdict(gain_interval(one.gain_P(score))) for score in names},
+        "gains": {score: asdict(gain_interval(method.gain_P(score))) for score in names},
         "constraints": {
             row["name"]: {key: row[key] for key in ("margin", "threshold", "verdict")} for row in report["constraints"]
         },
@@ -204,7 +207,7 @@ def _method_record(one: Evaluated, names: Sequence[str]) -> dict[str, Any]:
         "tails": report["tails"],
         "refusals": report["refusals"],
         "lengths": report["lengths"],
-        "cost": asdict(one.cost),
+        "cost": asdict(method.cost),
     }
 
 
@@ -219,11 +222,11 @@ def _ranking_record(ranking: Ranking) -> dict[str, Any]:
 
 
 def _frontiers(methods: Sequence[Evaluated]) -> dict[str, Any]:
-    """Return by constraint (safety gain, reward gain) that the first method with a prediction expects at every λ."""
-    for one in methods:
-        if one.report["prediction"] and (curves := one.report["examination"]["frontier"]):
+    """Return by constraint the gains (safety, reward) that the first method with a prediction expects at every λ."""
+    for method in methods:
+        if method.report["prediction"] and (curves := method.report["examination"]["frontier"]):
             return {
-                name: {"method": one.name, "safety": curve["margin"], "reward": curve["reward_improvement"]}
+                name: {"method": method.name, "safety": curve["margin"], "reward": curve["reward_improvement"]}
                 for name, curve in curves.items()
                 if curve is not None
             }
@@ -234,18 +237,20 @@ def _frontiers(methods: Sequence[Evaluated]) -> dict[str, Any]:
 
 
 def cost_of(evaluation: Artifact) -> Cost:
-    """Add up what a policy took, over everything it was made from, each artifact once; its evaluation is no part.
+    """Add up the cost of every artifact that a policy was made from, each once, without its evaluation.
 
-    Of a method that loops, every round counts: they are what its trajectory was made from.
+    Every round of a loop counts: its trajectory was made from them.
     """
     policy = evaluation.input("policy")
-    made = {one.path.name: one for root in (policy, *trajectories(evaluation)) for one in _ancestors(root)}
+    made = {
+        artifact.path.name: artifact for root in (policy, *trajectories(evaluation)) for artifact in _ancestors(root)
+    }
     total = Counter[str]()
-    for one in made.values():
-        total["generated"] += one.info["num_tokens"] if one.stage == "generate" else 0
-        total["scored"] += one.info.get("num_tokens", 0) if one.stage == "score" else 0
-        if one.stage == "train":
-            total["trained"] += one.info["summary"]["num_tokens"]
+    for artifact in made.values():
+        total["generated"] += artifact.info["num_tokens"] if artifact.stage == "generate" else 0
+        total["scored"] += artifact.info.get("num_tokens", 0) if artifact.stage == "score" else 0
+        if artifact.stage == "train":
+            total["trained"] += artifact.info["summary"]["num_tokens"]
             total["trainings"] += 1
     seconds = _seconds(evaluation.path.parent, made.keys())
     return Cost(total["generated"], total["scored"], total["trained"], seconds, total["trainings"])
@@ -254,24 +259,24 @@ def cost_of(evaluation: Artifact) -> Cost:
 def trajectories(evaluation: Artifact) -> list[Artifact]:
     """Return the records of loops of this evaluation's method that ended with its policy."""
     policy = as_trained(evaluation.input("policy")).path.name
-    found = [load_artifact(path.parent) for path in sorted(evaluation.path.parent.glob(f"trajectory-*/{MANIFEST}"))]
+    records = [load_artifact(path.parent) for path in sorted(evaluation.path.parent.glob(f"trajectory-*/{MANIFEST}"))]
     return [
-        one
-        for one in found
-        if one.manifest["identity"]["label"] == evaluation.info["method"]
-        and one.manifest["inputs"][f"policy-{one.info['rounds'] - 1}"]["artifact"] == policy
+        record
+        for record in records
+        if record.manifest["identity"]["label"] == evaluation.info["method"]
+        and record.manifest["inputs"][f"policy-{record.info['rounds'] - 1}"]["artifact"] == policy
     ]
 
 
 def _ancestors(artifact: Artifact) -> Iterator[Artifact]:
-    """Yield an artifact and all that it was made from; one may come more than once."""
+    """Yield an artifact and its ancestors; the same ancestor may come more than once."""
     yield artifact
     for name in artifact.manifest["inputs"]:
         yield from _ancestors(artifact.input(name))
 
 
 def _seconds(run: Path, names: Any) -> float | None:
-    """Return how long the artifacts took by the run's log; None where it tells of none of them."""
+    """Return the seconds of the artifacts by the run's log; None where it has none of them."""
     log = run / "log.jsonl"
     if not log.is_file():
         return None
@@ -281,7 +286,7 @@ def _seconds(run: Path, names: Any) -> float | None:
 
 
 def _one_shot(methods: Sequence[Evaluated]) -> dict[str, Any] | None:
-    """Return a loop's training over its one-shot method's, to the margin of the first constraint; None without both."""
+    """Compare a loop's training with its one-shot method's, to the first constraint's margin; None without both."""
     by_method = {evaluated.report["method"]: evaluated for evaluated in methods}
     both = [(by_method.get(name), by_method.get(row.one_shot)) for name, row in METHODS.items() if row.one_shot]
     loop, once = next(((loop, once) for loop, once in both if loop and once), (None, None))
@@ -289,14 +294,9 @@ def _one_shot(methods: Sequence[Evaluated]) -> dict[str, Any] | None:
         return None
     rounds = recorded[-1].read_json(TRAJECTORY)["rounds"]
     row = loop.report["constraints"][0]
-    tokens = [load_artifact(loop.artifact.path.parent / one["policy"]).info["summary"]["num_tokens"] for one in rounds]
-    gains = [one["constraints"][row["name"]]["improvement"] for one in rounds]
-    found: OneShotRatio = one_shot_ratio(once.cost.trained_tokens, tokens, gains, row["margin"])
-    return {"one_shot": once.name, "loop": loop.name, "constraint": row["name"], **asdict(found)}
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """Return dotted keys with their values as JSON."""
-    if isinstance(value, Mapping) and value:
-        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): json.dumps(value, ensure_ascii=False)}
+    tokens = [
+        load_artifact(loop.artifact.path.parent / entry["policy"]).info["summary"]["num_tokens"] for entry in rounds
+    ]
+    gains = [entry["constraints"][row["name"]]["improvement"] for entry in rounds]
+    ratio: OneShotRatio = one_shot_ratio(once.cost.trained_tokens, tokens, gains, row["margin"])
+    return {"one_shot": once.name, "loop": loop.name, "constraint": row["name"], **asdict(ratio)}

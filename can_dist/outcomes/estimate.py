@@ -14,6 +14,7 @@ from can_dist.stages.estimate import demands, load_estimate
 from can_dist.stages.report import lineage_of
 from can_dist.stages.solve import load_solution
 from can_dist.tables.artifacts import MANIFEST, Artifact, load_artifact
+from can_dist.tables.schemas import LOGP_REFERENCE
 
 CONFIG = "config.yaml"
 
@@ -63,7 +64,7 @@ def find_validation(run: Path, solution: Artifact) -> Artifact:
     """
     scores = solution.input("scores")
     tables = [load_artifact(found.parent) for found in sorted(run.glob(f"scores-*/{MANIFEST}"))]
-    names = [REWARD, *load_solution(solution).lam, "logp.reference"]
+    names = [REWARD, *load_solution(solution).lam, LOGP_REFERENCE]
     for table in tables:
         if (
             table.manifest["identity"]["label"] == "reference on validation"

@@ -1,4 +1,4 @@
-"""What leaves a run: a policy or its adapter as a directory with a model card, and preferences for other trainers."""
+"""Exports of a run: a policy or its adapter as a directory with a model card, and preferences for other trainers."""
 
 from __future__ import annotations
 
@@ -31,12 +31,9 @@ def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | N
     ``path`` is a run with one policy, or an artifact of the stages train, merge, strength or evaluate. One file of
     weights is in memory at a time where ``max_shard_mb`` asks for other files than those of the run, none otherwise.
 
-    Raises
-    ------
-    ConfigError
-        When ``out`` exists or cannot be made.
-    DataError
-        When there is no policy, several, or none with an adapter; or it is damaged.
+    Raises:
+        ConfigError: ``out`` exists or cannot be made.
+        DataError: there is no policy, there are several, it has no adapter, or it is damaged.
     """
     check_new(out)
     policy, evaluation = find_policy(path)
@@ -70,21 +67,25 @@ def check_new(out: Path) -> None:
 def find_policy(path: Path) -> tuple[Artifact, Artifact | None]:
     """Return the policy at a path, and its evaluation where there is one.
 
-    Raises
-    ------
-    DataError
-        When there is none, several policies in a run, or several evaluations of the policy.
+    Raises:
+        DataError: there is no policy, there are several in a run, or several evaluations of the policy.
     """
     run = path.parent if (path / MANIFEST).is_file() else path
     made = {name: [load_artifact(p.parent) for p in sorted(run.glob(f"{name}-*/{MANIFEST}"))] for name in STAGES}
     if run != path:
-        one = load_artifact(path)
-        if one.stage not in STAGES:
-            raise DataError(f"{path}: an artifact of the stage {one.stage}, which holds no policy. Give one of train.")
-        return (one.input("policy"), one) if one.stage == "evaluate" else (one, _evaluation_of(one, made["evaluate"]))
-    evaluated = {one.input("policy").path for one in made["evaluate"]}
-    stretched = {one.input("policy").path for one in made["strength"]}
-    whole = [one.path for stage in ("train", "merge", "strength") for one in made[stage]]
+        artifact = load_artifact(path)
+        if artifact.stage not in STAGES:
+            raise DataError(
+                f"{path}: an artifact of the stage {artifact.stage}, which holds no policy. Give one of train."
+            )
+        return (
+            (artifact.input("policy"), artifact)
+            if artifact.stage == "evaluate"
+            else (artifact, _evaluation_of(artifact, made["evaluate"]))
+        )
+    evaluated = {artifact.input("policy").path for artifact in made["evaluate"]}
+    stretched = {artifact.input("policy").path for artifact in made["strength"]}
+    whole = [artifact.path for stage in ("train", "merge", "strength") for artifact in made[stage]]
     policies = sorted(evaluated) or [policy for policy in whole if policy not in stretched]
     if len(policies) != 1:
         names = ", ".join(policy.name for policy in policies) or "none"
@@ -97,15 +98,17 @@ STAGES = ("train", "merge", "strength", "evaluate")
 
 
 def _evaluation_of(policy: Artifact, evaluations: list[Artifact]) -> Artifact | None:
-    found = [one for one in evaluations if one.manifest["inputs"]["policy"]["digest"] == policy.digest]
-    if len(found) > 1:
-        names = ", ".join(one.path.name for one in found)
+    matching = [
+        evaluation for evaluation in evaluations if evaluation.manifest["inputs"]["policy"]["digest"] == policy.digest
+    ]
+    if len(matching) > 1:
+        names = ", ".join(evaluation.path.name for evaluation in matching)
         raise DataError(f"{policy.path}: evaluated more than once ({names}). Give the path of the evaluation to show.")
-    return found[0] if found else None
+    return matching[0] if matching else None
 
 
 def adapters_text(lora: Mapping[str, Any] | None) -> str:
-    """Return what a model card says of the adapters of a training."""
+    """Return the model card's text on the adapters of a training."""
     if not lora:
         return "none, every weight"
     base = f", trained on (and fitting) the base in 4 bits, {lora['quantize']}" if lora.get("quantize") else ""
@@ -113,7 +116,7 @@ def adapters_text(lora: Mapping[str, Any] | None) -> str:
 
 
 def facts_of(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
-    """Return what the model card says of where a policy comes from, all of it read from manifests."""
+    """Return the model card's facts about a policy's origin, all read from manifests."""
     trained = trained_policy(policy)
     identity, summary = trained.manifest["identity"], trained.info["summary"]
     solution = lineage_of(trained, trained).solution
@@ -127,7 +130,7 @@ def facts_of(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
         source, count = report["config"]["prompts"]["source"], report["num_train_prompts"] or "all"
         made_from += [("prompts", f"{_shown(source)}, {count} for training")]
         made_from += [
-            (role, f"{_shown(one['model'])} ({one['digest'][:16]})") for role, one in report["models"].items()
+            (role, f"{_shown(model['model'])} ({model['digest'][:16]})") for role, model in report["models"].items()
         ]
         made_from += [("software", ", ".join(f"{name} {v}" for name, v in report["versions"].items()))]
     options = identity["train"]
@@ -154,7 +157,7 @@ def facts_of(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
 
 
 def _shown(source: str) -> str:
-    """Return the name of a hub repository, or the last part of a path: where it lay concerns nobody else."""
+    """Return the name of a hub repository, or the last part of a path: a user's directories are private."""
     path = Path(source)
     return path.name if path.exists() or path.is_absolute() or source.count("/") > 1 else source
 
@@ -162,12 +165,10 @@ def _shown(source: str) -> str:
 def push(directory: Path, repository: str) -> str:
     """Upload an exported directory to a private repository of the hub; return its address.
 
-    Raises
-    ------
-    ConfigError
-        When ``repository`` is no name of one.
-    EnvironmentProblem
-        When there is no login, no network, the hub refuses, or the repository is there already and is public.
+    Raises:
+        ConfigError: ``repository`` is not a repository's name.
+        EnvironmentProblem: there is no login, no network, the hub refuses, or the repository is there already and is
+            public.
     """
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
@@ -204,17 +205,15 @@ def _first_line(error: Exception) -> str:
 
 
 def export_preferences(path: Path, out: Path, *, split: str = "train") -> dict[str, int]:
-    """Write a run's preferences as a Parquet table that TRL reads; return the counts of rows and of what is left out.
+    """Write a run's preferences as a Parquet table that TRL reads; return the counts of rows and of undecided pairs.
 
     Pairs become TRL's conversational preference format (``prompt``, ``chosen``, ``rejected``) with the probability
     that the chosen one is better, ``p_chosen``, and ``score_chosen``, ``score_rejected`` where scores made the labels.
     TRL reads a preference as certain: a pair with p = ½ says nothing there and is left out. KTO's examples become the
     unpaired format (``prompt``, ``completion``, ``label``), with the ``weight`` of each.
 
-    Raises
-    ------
-    DataError
-        When there is no table of preferences, there are several, or it holds lists, which TRL has no format for.
+    Raises:
+        DataError: there is no table of preferences, there are several, or it holds lists, which TRL has no format for.
     """
     preferences = _find_preferences(path)
     loss = preferences.info["loss"]
@@ -239,13 +238,13 @@ def export_preferences(path: Path, out: Path, *, split: str = "train") -> dict[s
 
 def _find_preferences(path: Path) -> Artifact:
     inside = [path] if (path / MANIFEST).is_file() else [p.parent for p in sorted(path.glob(f"label-*/{MANIFEST}"))]
-    found = [one for one in map(load_artifact, inside) if one.stage == "label"]
-    if len(found) != 1:
-        names = ", ".join(one.path.name for one in found) or "none"
+    tables = [artifact for artifact in map(load_artifact, inside) if artifact.stage == "label"]
+    if len(tables) != 1:
+        names = ", ".join(artifact.path.name for artifact in tables) or "none"
         raise DataError(
             f"{path}: expected one table of preferences, found {names}. Give the path of a label-... artifact."
         )
-    return found[0]
+    return tables[0]
 
 
 def _paired(example: dict[str, Any], loss: str) -> dict[str, Any] | None:

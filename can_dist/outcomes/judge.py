@@ -35,13 +35,13 @@ def comparisons(evaluation: Artifact) -> list[Comparison]:
 
 
 def estimate(evaluations: Sequence[Artifact], spec: JudgeSpec) -> CostEstimate:
-    """Return what judging all of these will cost at most, without a request."""
-    found = [estimate_cost(comparisons(one), spec, _answers(one)) for one in evaluations]
-    completion = [one.completion_tokens for one in found]
+    """Return the cost of judging all evaluations, without a request."""
+    costs = [estimate_cost(comparisons(evaluation), spec, _answers(evaluation)) for evaluation in evaluations]
+    completion = [cost.completion_tokens for cost in costs]
     return CostEstimate(
-        requests=sum(one.requests for one in found),
-        cached=sum(one.cached for one in found),
-        prompt_tokens=sum(one.prompt_tokens for one in found),
+        requests=sum(cost.requests for cost in costs),
+        cached=sum(cost.cached for cost in costs),
+        prompt_tokens=sum(cost.prompt_tokens for cost in costs),
         completion_tokens=None if None in completion else sum(tokens or 0 for tokens in completion),
     )
 
@@ -49,16 +49,13 @@ def estimate(evaluations: Sequence[Artifact], spec: JudgeSpec) -> CostEstimate:
 def judge(evaluation: Artifact, spec: JudgeSpec) -> tuple[Path, dict[str, Any]]:
     """Ask the judge, and write the summary and every verdict as JSON; return its path and the summary.
 
-    Raises
-    ------
-    EnvironmentProblem
-        When the endpoint or its key fails; verdicts so far are kept.
-    DataError
-        When too many comparisons have no verdict.
+    Raises:
+        EnvironmentProblem: the endpoint or its key fails; verdicts so far are kept.
+        DataError: too many comparisons have no verdict.
     """
     rows = judge_pairs(comparisons(evaluation), spec, _answers(evaluation))
     summary = asdict(summarise(rows))
-    # by what decides the verdicts: the endpoint's address, like a retry, is no part of it
+    # the endpoint's address and its retries do not change a verdict, so they are left out
     key = digest_of({"model": spec.model, "criterion": spec.criterion, "request": spec.request})[:8]
     path = evaluation.path.parent / FOLDER / f"{evaluation.path.name}-{spec.criterion}-{key}.json"
     verdicts = [
@@ -82,7 +79,7 @@ def _answers(evaluation: Artifact) -> Path:
 
 
 def _prompt(messages: Sequence[dict[str, str]]) -> str:
-    """Return a lone question as it is, a conversation with who says what."""
+    """Return a lone question as it is, a conversation with the role of each message."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

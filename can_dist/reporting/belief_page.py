@@ -1,7 +1,7 @@
-"""Can the prediction be believed? The section that says so in the report, and as a page of its own.
+"""The section that says whether a prediction can be believed, in the report and as a page of its own.
 
-``write_diagnostics(table, solution, path)`` needs a table of scores and a solution, nothing trained. The report shows
-the same section from the same template (``belief.html.j2``), fed by the record of ``examination.examine``.
+:func:`write_diagnostics` needs a table of scores and a solution, but no trained policy. The report shows the same
+section from the same template (``belief.html.j2``) and record (:func:`can_dist.measuring.examination.examine`).
 """
 
 from __future__ import annotations
@@ -16,17 +16,8 @@ import numpy as np
 from can_dist.dual import DualSolution, ScoreTable
 from can_dist.dual.weights import COLLAPSED_ESS, TRUSTED_ESS
 from can_dist.measuring.examination import examine
-from can_dist.reporting.page import (
-    MISSING,
-    decimals_of,
-    interval_text,
-    number,
-    percent,
-    plain,
-    render,
-    safe_svg,
-    write_whole,
-)
+from can_dist.reporting.page import MISSING, decimals_of, interval_text, number, percent, plain, render, safe_svg
+from can_dist.tables.artifacts import write_text
 
 ESS_COLUMNS = (("min", "least"), ("p10", "10%"), ("median", "median"), ("p90", "90%"), ("max", "most"))
 NUM_INFLUENTIAL = 5
@@ -53,14 +44,14 @@ def write_diagnostics(
     reward_name: str = "reward",
     title: str = "Diagnostics of the dual",
 ) -> None:
-    """Write the diagnostics of a solution as one HTML file that needs nothing but itself; whole or not at all.
+    """Write the diagnostics of a solution as one self-contained HTML file, atomically.
 
-    The same table and solution always give the same bytes. What cannot be examined is said on the page.
+    The same table and solution always give the same bytes. The page says what cannot be examined.
 
     Args:
         table: scores of P prompts that gave ``solution``, in raw units.
         solution: of any estimator and status.
-        path: the file, usually ``diagnostics.html``.
+        path: the file, in an existing directory.
         reward_name: name of the reward in the tables.
         title: heading of the page.
     """
@@ -76,43 +67,43 @@ def write_diagnostics(
         "tiles": list(_tiles(record)),
         "believed": section,
     }
-    write_whole(Path(path), render("belief_page.html.j2", values).encode("utf-8"))
+    write_text(Path(path), render("belief_page.html.j2", values))
 
 
 def believed(
     solution: Mapping[str, Any], examination: Mapping[str, Any] | None, *, reward_name: str
 ) -> dict[str, Any] | None:
-    """Return what the section shows, from JSON-safe records; None without a solution.
+    """Return the values of the section from JSON-safe records; None without a solution.
 
-    Without an examination the solver's own short verdict and its numbers are shown.
+    Without an examination the section shows the solver's own short verdict and numbers.
     """
     if not solution:
         return None
     seen = examination or {}
-    found, summary = seen.get("diagnosis") or {}, solution.get("diagnostics") or {}
+    diagnosis, summary = seen.get("diagnosis") or {}, solution.get("diagnostics") or {}
     ess, weighted = summary.get("ess") or {}, bool(seen.get("weighted"))
     return {
         "headline": seen.get("headline"),
-        "detail": found.get("verdict"),
+        "detail": diagnosis.get("verdict"),
         "solver_verdict": summary.get("verdict"),
         "weighted": weighted,
         "refused": seen.get("refused"),
         "ess": ess if ess.get("median") is not None else {},
         "ess_columns": ESS_COLUMNS,
         "num_responses": _responses_text(summary.get("responses_per_prompt") or {}),
-        "weight_rows": list(_weight_rows(solution, summary, found.get("pareto_k") or {})),
+        "weight_rows": list(_weight_rows(solution, summary, diagnosis.get("pareto_k") or {})),
         "names": list(solution.get("lam") or {}),
-        "estimators": _estimators(solution, found),
-        "disagreement": found.get("disagreement"),
-        "stability": [] if weighted else _stability_rows(found, solution),
-        "influence": (found.get("influence") or [])[:NUM_INFLUENTIAL],
-        "scorers": _scorers(found.get("scorers") or {}),
+        "estimators": _estimators(solution, diagnosis),
+        "disagreement": diagnosis.get("disagreement"),
+        "stability": [] if weighted else _stability_rows(diagnosis, solution),
+        "influence": (diagnosis.get("influence") or [])[:NUM_INFLUENTIAL],
+        "scorers": _scorers(diagnosis.get("scorers") or {}),
         "prediction": _prediction(solution, seen.get("cross_fit"), reward_name),
         "prediction_refused": seen.get("cross_fit_refused"),
         "cross_fit": seen.get("cross_fit") or {},
         "solver": _solver_rows(solution, summary),
         "weights": [] if weighted else list(_weight_panels(seen.get("weights"), summary)),
-        "stability_panels": [] if weighted else list(_stability_panels(found, solution)),
+        "stability_panels": [] if weighted else list(_stability_panels(diagnosis, solution)),
         "duals": list(_dual_panels(seen.get("dual_curves") or {}, solution)),
         "frontiers": list(_frontier_panels(seen.get("frontier") or {}, reward_name, weighted)),
         "needed_ess": TRUSTED_ESS,
@@ -128,7 +119,7 @@ def _responses_text(counts: Mapping[str, Any]) -> str:
 
 
 def _tiles(solution: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """λ and margin of each constraint, for a page that stands alone."""
+    """Yield λ and margin of each constraint, for a page that stands alone."""
     for name, lam in solution["lam"].items():
         error = solution["lam_se"][name]
         parts = [] if error is None else [f"SE {error:.2g}"]
@@ -145,7 +136,7 @@ def _tiles(solution: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _weight_rows(
     solution: Mapping[str, Any], summary: Mapping[str, Any], shapes: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, str]]:
-    """What the weights look like: (measure, value, how to read it)."""
+    """Yield the numbers of the weights: (measure, value, how to read it)."""
     typical = (summary.get("responses_per_prompt") or {}).get("median")
     log_k = math.log(typical) if typical else math.nan
     if (kl := (solution.get("predicted") or {}).get("kl")) is not None:
@@ -165,21 +156,21 @@ def _weight_rows(
         yield "Pareto k̂ by prompt, median", number(median), f"90%: {number(shapes['p90'])}; above 0.7 in {heavy}"
 
 
-def _estimators(solution: Mapping[str, Any], found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per estimator: λ̂ ± SE by constraint, the bound on its error, and why it does not hold."""
+def _estimators(solution: Mapping[str, Any], diagnosis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row per estimator: λ̂ ± SE by constraint, the bound on its error, and the objection to it."""
     rows = []
-    for estimator, lam in (found.get("lam") or {}).items():
-        errors = (found.get("lam_se") or {}).get(estimator) or {}
+    for estimator, lam in (diagnosis.get("lam") or {}).items():
+        errors = (diagnosis.get("lam_se") or {}).get(estimator) or {}
         marks = [mark for mark, other in (("used", solution.get("estimator", "empirical")),
-                                          ("recommended", found["recommended"])) if other == estimator]  # fmt: skip
-        bound = found["bounds"].get(estimator)
+                                          ("recommended", diagnosis["recommended"])) if other == estimator]  # fmt: skip
+        bound = diagnosis["bounds"].get(estimator)
         rows.append(
             {
                 "name": estimator,
                 "marks": ", ".join(marks),
                 "lam": [_with_error(lam[name], errors.get(name)) for name in lam],
                 "bound": "none" if bound is None else percent(bound, 1) if bound < 1 else "over 100%",
-                "objection": (found.get("objections") or {}).get(estimator, ""),
+                "objection": (diagnosis.get("objections") or {}).get(estimator, ""),
             }
         )
     return rows
@@ -193,7 +184,7 @@ def _with_error(value: float | None, error: float | None) -> str:
 
 
 def _lam_text(value: float | None, error: float | None) -> str:
-    """λ̂ with the decimals that its standard error deserves; in three digits where there are too many."""
+    """Return λ̂ with the decimals that its standard error deserves, or three digits where there are too many."""
     if value is None:
         return "none"
     if not error or error < 1e-5:
@@ -201,12 +192,12 @@ def _lam_text(value: float | None, error: float | None) -> str:
     return number(value, decimals_of({"mean": value, "low": value - error, "high": value + error}, None))
 
 
-def _stability_rows(found: Mapping[str, Any], solution: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """λ̂ at K/4, K/2 and K by constraint, with as many decimals as its standard error deserves."""
-    parts = found.get("k_stability") or {}
+def _stability_rows(diagnosis: Mapping[str, Any], solution: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Return λ̂ at K/4, K/2 and K by constraint."""
+    parts = diagnosis.get("k_stability") or {}
     rows = []
     for name in solution["lam"] if parts else ():
-        error = (found["lam_se"].get("empirical") or {}).get(name)
+        error = (diagnosis["lam_se"].get("empirical") or {}).get(name)
         rows.append((name, [_lam_text(value[name], error) for value in parts.values()]))
     return rows
 
@@ -215,7 +206,7 @@ def _scorers(scorers: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for key, label in SCORER_ROWS:
         show = percent if key == "tied" else plain
-        values = [show(one[key]) for one in scorers.values()]
+        values = [show(scorer[key]) for scorer in scorers.values()]
         rows.append((label, [MISSING, *values[1:]] if key == "correlation" else values))  # the reward with itself
     return {"names": list(scorers), "rows": rows if scorers else []}
 
@@ -223,7 +214,7 @@ def _scorers(scorers: Mapping[str, Any]) -> dict[str, Any]:
 def _prediction(
     solution: Mapping[str, Any], crossed: Mapping[str, Any] | None, reward_name: str
 ) -> list[dict[str, str]]:
-    """One row per predicted quantity: its margin, in sample and cross-fitted."""
+    """Return a row per predicted quantity: its margin, in sample and cross-fitted."""
     inside = solution.get("predicted")
     if not inside or not crossed:
         return []
@@ -251,7 +242,7 @@ def _prediction(
 
 
 def _solver_rows(solution: Mapping[str, Any], diagnostics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the solver said, as (what, value) in reading order; what is absent is left out."""
+    """Return the solver's numbers as (name, value) in reading order, without the absent ones."""
     predicted, feasibility = solution.get("predicted") or {}, solution.get("feasibility") or {}
     rows = [
         ("status", solution.get("status")),
@@ -284,14 +275,14 @@ def _weight_panels(weights: Mapping[str, Any] | None, summary: Mapping[str, Any]
     yield {"name": "Largest weight", "svg": safe_svg(svg), "note": note}
 
 
-def _stability_panels(found: Mapping[str, Any], solution: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _stability_panels(diagnosis: Mapping[str, Any], solution: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     from can_dist.reporting.figures.belief import Estimated, stability_svg
 
-    parts, used = found.get("k_stability") or {}, solution.get("estimator", "empirical")
+    parts, used = diagnosis.get("k_stability") or {}, solution.get("estimator", "empirical")
     for index, name in enumerate(solution["lam"] if parts else ()):
-        errors = {estimator: row.get(name) for estimator, row in found["lam_se"].items()}
+        errors = {estimator: row.get(name) for estimator, row in diagnosis["lam_se"].items()}
         estimates = {"empirical, K": parts["K"][name]} | {
-            estimator: row[name] for estimator, row in found["lam"].items() if estimator != "empirical"
+            estimator: row[name] for estimator, row in diagnosis["lam"].items() if estimator != "empirical"
         }
         drawn = []
         for text, value in ({"K/4": parts["K/4"][name], "K/2": parts["K/2"][name]} | estimates).items():
@@ -332,12 +323,14 @@ def _dual_panels(curves: Mapping[str, Any], solution: Mapping[str, Any]) -> Iter
 
 
 def _margin_texts(margins: Sequence[float]) -> list[str]:
-    """Margins a step apart, with the decimals that tell them apart."""
+    """Return margins that are a step apart, with the decimals that tell them apart."""
     step = min(np.diff(margins), default=abs(margins[0]) or 1.0)
     decimals = min(max(1 - math.floor(math.log10(step)), 0), 8)
-    while decimals > 0 and all(math.isclose(round(one, decimals - 1), one, abs_tol=step / 100) for one in margins):
+    while decimals > 0 and all(
+        math.isclose(round(margin, decimals - 1), margin, abs_tol=step / 100) for margin in margins
+    ):
         decimals -= 1
-    return [number(one, decimals) for one in margins]
+    return [number(margin, decimals) for margin in margins]
 
 
 def _frontier_panels(frontiers: Mapping[str, Any], reward_name: str, weighted: bool) -> Iterator[dict[str, Any]]:
@@ -348,15 +341,15 @@ def _frontier_panels(frontiers: Mapping[str, Any], reward_name: str, weighted: b
             continue
         margin = np.array(curve["margin"])
         supported = (_floats(curve["ess"]) >= TRUSTED_ESS) | weighted
-        asked, most = (curve["asked"], plain(curve["asked"])), (curve["attainable"], plain(curve["attainable"]))
+        target, most = (curve["asked"], plain(curve["asked"])), (curve["attainable"], plain(curve["attainable"]))
         for key, quantity, title in (
             ("reward_improvement", "reward gain", f"{reward_name} against the margin of {name}"),
             ("kl", "KL, nats", f"KL against the margin of {name}"),
         ):
             band = np.array([_floats(curve[key + end]) for end in ("", "_low", "_high")])
-            label = f"{title}: asked {asked[1]}, attainable at most {most[1]}"
+            label = f"{title}: asked {target[1]}, attainable at most {most[1]}"
             svg = frontier_svg(
-                margin, band, supported, asked, most, quantity, label=label, prefix=f"frontier{index}{key[:2]}"
+                margin, band, supported, target, most, quantity, label=label, prefix=f"frontier{index}{key[:2]}"
             )
             yield {"name": title, "svg": safe_svg(svg), "note": ""}
 

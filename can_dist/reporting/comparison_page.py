@@ -1,6 +1,6 @@
-"""The comparison of methods as one HTML file that needs nothing but itself, and as pictures.
+"""The comparison of methods as one self-contained HTML page, and as pictures.
 
-Names are hostile text: the template escapes everything but the figures drawn here.
+Names may be hostile text: the template escapes everything but the figures.
 """
 
 from __future__ import annotations
@@ -13,30 +13,32 @@ import numpy as np
 
 from can_dist.measuring.comparison import MethodResult, comparison_table, cost_table, short_count
 from can_dist.reporting.figures.comparison import comparison_svg
-from can_dist.reporting.page import MISSING, decimals_of, interval_text, number, percent, plain, render, safe_svg
+from can_dist.reporting.figures.style import standalone_svg
+from can_dist.reporting.page import (
+    MISSING,
+    decimals_of,
+    interval_text,
+    mean_text,
+    number,
+    percent,
+    plain,
+    render,
+    safe_svg,
+    share_text,
+)
 from can_dist.reporting.run_page import VERDICTS
-
-PAPER = {
-    "--ink": "#1d1c1a",
-    "--muted": "#5e5b55",
-    "--rule": "#d9d5cc",
-    "--reference": "#00619a",
-    "--policy": "#b5470b",
-    "--margin": "#75398a",
-}
-"""The page's colours, for a picture that stands by itself."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawing: ``inline`` takes the colours of the page it stands in, ``standalone`` has its own."""
+    """One drawing: ``inline`` takes the colours of its page, ``standalone`` is a file with its own."""
 
     inline: str
     standalone: str
 
 
 def pictures(results: Mapping[str, Sequence[MethodResult]], record: Mapping[str, Any]) -> dict[str, Picture]:
-    """Draw helpfulness against each constraint; the curve is what a dual predicted, where there is one."""
+    """Draw helpfulness against each constraint, with the frontier that a dual predicted, if any."""
     drawn = {}
     for index, (name, methods) in enumerate(results.items()):
         curve = record["frontier"].get(name, {"safety": [], "reward": []})
@@ -47,22 +49,12 @@ def pictures(results: Mapping[str, Sequence[MethodResult]], record: Mapping[str,
         ]
         frontier = tuple(np.array(known, dtype=np.float64).reshape(-1, 2).T)
         label = f"Helpfulness gain against the gain of {name}: " + "; ".join(
-            f"{one.name} {number(one.reward_gain, sign=True)} against {number(one.safety_gain, sign=True)}"
-            for one in methods
+            f"{result.name} {number(result.reward_gain, sign=True)} against {number(result.safety_gain, sign=True)}"
+            for result in methods
         )
         svg = comparison_svg(methods, (frontier[0], frontier[1]), label=label, prefix=f"compare{index}")
-        drawn[name] = Picture(svg, _standalone(svg))
+        drawn[name] = Picture(svg, standalone_svg(svg))
     return drawn
-
-
-def _standalone(svg: str) -> str:
-    """Make a file of an inline drawing: a namespace, a background, fixed colours, a common font."""
-    for variable, colour in PAPER.items():
-        svg = svg.replace(f"var({variable})", colour)
-    head, body = svg.split(">", 1)
-    namespaces = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif"'
-    background = '<rect width="100%" height="100%" fill="#fcfbf8"/>'
-    return f"{head.replace('<svg', f'<svg {namespaces}', 1)}>{background}{body}\n"
 
 
 def render_comparison(
@@ -71,8 +63,8 @@ def render_comparison(
     """Return the page as text.
 
     Args:
-        record: the numbers of the stage ``compare``.
-        results: by constraint, what every method gained.
+        record: ``compare.json``.
+        results: by constraint, the gains of every method.
         drawn: by constraint, its picture.
     """
     methods = record["methods"]
@@ -80,28 +72,28 @@ def render_comparison(
     values = {
         "title": "Methods compared",
         "num_prompts": record["num_prompts"],
-        "methods": [one["name"] for one in methods],
+        "methods": [entry["name"] for entry in methods],
         "constraints": [
             {
                 "name": name,
-                "table": comparison_table(found),
-                "kinds": [VERDICTS[one.verdict][0] for one in found],
+                "table": comparison_table(gained),
+                "kinds": [VERDICTS[entry.verdict][0] for entry in gained],
                 "picture": {
                     "name": f"{record['reward']} against {name}",
                     "svg": safe_svg(drawn[name].inline),
                     "note": "",
                 },
                 "frontier": record["frontier"].get(name, {}).get("method"),
-                "tails": [_tails(one, name) for one in methods],
+                "tails": [_tails(entry, name) for entry in methods],
             }
-            for name, found in results.items()
+            for name, gained in results.items()
         ],
-        "worst": next((percent(tails["worst_share"]) for one in methods for tails in one["tails"].values()), ""),
-        "refused": any(one["refusals"] for one in methods),
-        "cost": cost_table({one.name: one.cost for one in first}),
+        "worst": next((percent(tails["worst_share"]) for entry in methods for tails in entry["tails"].values()), ""),
+        "refused": any(entry["refusals"] for entry in methods),
+        "cost": cost_table({entry.name: entry.cost for entry in first}),
         "one_shot": _one_shot(record["one_shot"]),
-        "rankings": [_ranking(name, found) for name, found in record["ranking"].items()],
-        "sources": [(one["name"], one["evaluation"]) for one in methods],
+        "rankings": [_ranking(name, ranking) for name, ranking in record["ranking"].items()],
+        "sources": [(entry["name"], entry["evaluation"]) for entry in methods],
         "format_version": record["format_version"],
     }
     return render("comparison.html.j2", values)
@@ -113,21 +105,17 @@ def _tails(method: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {
         "name": method["name"],
         "border": plain(tails["border"]),
-        "cells": [_share(unsafe), _mean(worst), *([_share(refused["policy"])] if refused else []), _mean(length)],
+        "cells": [
+            share_text(unsafe),
+            mean_text(worst),
+            *([share_text(refused["policy"])] if refused else []),
+            mean_text(length),
+        ],
     }
 
 
-def _share(share: Mapping[str, Any]) -> tuple[str, str]:
-    return percent(share["mean"], 1), f"[{percent(share['low'], 1)}, {percent(share['high'], 1)}]"
-
-
-def _mean(mean: Mapping[str, Any]) -> tuple[str, str]:
-    decimals = decimals_of(mean, None)
-    return number(mean["mean"], decimals), interval_text(mean, decimals)
-
-
 def _one_shot(ratio: Mapping[str, Any] | None) -> str:
-    """The sentence about the training that the loop needed for what the one-shot method did in one."""
+    """Return the sentence that compares a loop's training with that of its one-shot method, or ''."""
     if ratio is None:
         return ""
     trainings = f"{ratio['rounds']} training{'' if ratio['rounds'] == 1 else 's'}"
@@ -141,20 +129,20 @@ def _one_shot(ratio: Mapping[str, Any] | None) -> str:
     )
 
 
-def _ranking(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Win rates of row over column, strongest first, with Bradley–Terry strengths."""
-    order = sorted(range(len(found["names"])), key=lambda index: -found["strength"][index])
+def _ranking(name: str, ranking: Mapping[str, Any]) -> dict[str, Any]:
+    """Return win rates of row over column, strongest method first, with Bradley–Terry strengths."""
+    order = sorted(range(len(ranking["names"])), key=lambda index: -ranking["strength"][index])
     rows = []
     for index in order:
-        rates = [found["win"][index][column] for column in order]
-        bounds = {"mean": found["strength"][index], "low": found["low"][index], "high": found["high"][index]}
+        rates = [ranking["win"][index][column] for column in order]
+        bounds = {"mean": ranking["strength"][index], "low": ranking["low"][index], "high": ranking["high"][index]}
         decimals = decimals_of(bounds, None)
         rows.append(
             {
-                "name": found["names"][index],
+                "name": ranking["names"][index],
                 "strength": number(bounds["mean"], decimals, sign=True),
                 "bounds": interval_text(bounds, decimals),
                 "rates": [MISSING if rate is None else percent(rate) for rate in rates],
             }
         )
-    return {"name": name, "columns": [found["names"][index] for index in order], "rows": rows}
+    return {"name": name, "columns": [ranking["names"][index] for index in order], "rows": rows}

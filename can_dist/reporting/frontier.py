@@ -1,4 +1,4 @@
-"""The frontier as a user asks for it: from a table or arrays, and ready to be plotted."""
+"""The frontier of a table or of arrays, ready to be plotted."""
 
 from __future__ import annotations
 
@@ -80,5 +80,5 @@ def frontier(
         'KL from the reference (nats)'
     """
     table = score_table(reward_N, utility_NJ, prompt_N, log_weight_N, names=names, reward=reward, prompt=prompt)
-    found = frontier_table(table, beta=beta, names=names, margins=margins, num_points=num_points, confidence=confidence)
-    return PlottedFrontier(found.names, found.points, found.shape, found.attainable, found.beta, found.confidence)
+    curve = frontier_table(table, beta=beta, names=names, margins=margins, num_points=num_points, confidence=confidence)
+    return PlottedFrontier(curve.names, curve.points, curve.shape, curve.attainable, curve.beta, curve.confidence)

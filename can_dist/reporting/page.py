@@ -1,13 +1,10 @@
-"""What every page is made with: the templates, numbers as words, and a file that appears whole or not at all."""
+"""The parts that all pages share: the templates, and numbers as text."""
 
 from __future__ import annotations
 
 import math
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 MISSING = "–"
@@ -18,11 +15,11 @@ VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
-    """Fill a template of this package in; everything but the figures drawn here is escaped.
+    """Fill in a template of this package; everything but its own figures is escaped.
 
     Args:
         template: its file name in ``can_dist/reporting/templates``.
-        values: what it shows; a name that it asks for and does not find is an error.
+        values: by the names that the template uses; a missing name is an error.
     """
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
@@ -39,14 +36,14 @@ def render(template: str, values: Mapping[str, Any]) -> str:
 
 
 def safe_svg(svg: str) -> Any:
-    """Mark a figure drawn here, in which every label is escaped, as needing no escaping."""
+    """Mark a figure of :mod:`can_dist.reporting.figures`, whose labels are escaped, as needing no escaping."""
     from markupsafe import Markup
 
     return Markup(svg)
 
 
 def decimals_of(interval: Mapping[str, Any], margin: float | None) -> int:
-    """Two digits of the interval's width, the margin's own first three, and enough to tell a bound from the margin."""
+    """Return decimals for two digits of the interval's width, three of the margin, and bounds unlike the margin."""
     low, high = interval.get("low"), interval.get("high")
     width = abs(high - low) if low is not None and high is not None else 0.0
     scale = width or abs(interval.get("mean") or 0.0) or 1.0
@@ -66,7 +63,7 @@ def decimals_of(interval: Mapping[str, Any], margin: float | None) -> int:
 
 
 def number(value: float | None, decimals: int = 2, *, sign: bool = False) -> str:
-    """Fixed decimals with a true minus sign; a dash for what is unknown; no minus before a zero."""
+    """Return a number with fixed decimals and a true minus sign, never before a zero; a dash for an unknown one."""
     if value is None or not math.isfinite(value):
         return MISSING
     text = f"{round(value, decimals) + 0.0:{'+' if sign else ''}.{decimals}f}"
@@ -74,7 +71,7 @@ def number(value: float | None, decimals: int = 2, *, sign: bool = False) -> str
 
 
 def plain(value: Any) -> str:
-    """Any JSON value for reading: three or four significant digits, lists and mappings on one line."""
+    """Return a JSON value for reading: three significant digits, lists and mappings on one line."""
     if value is None:
         return MISSING
     if isinstance(value, bool):
@@ -94,27 +91,23 @@ def plain(value: Any) -> str:
 
 
 def percent(value: float | None, decimals: int = 0) -> str:
-    """Return a share as a percentage; a dash for what is unknown."""
+    """Return a share as a percentage; a dash for an unknown one."""
     return MISSING if value is None or not math.isfinite(value) else f"{100 * value:.{decimals}f}%"
 
 
+def share_text(share: Mapping[str, Any]) -> tuple[str, str]:
+    """Return a share with its interval, both as percentages."""
+    return percent(share["mean"], 1), f"[{percent(share['low'], 1)}, {percent(share['high'], 1)}]"
+
+
+def mean_text(mean: Mapping[str, Any]) -> tuple[str, str]:
+    """Return a mean with its interval, with as many decimals as the interval deserves."""
+    decimals = decimals_of(mean, None)
+    return number(mean["mean"], decimals), interval_text(mean, decimals)
+
+
 def interval_text(interval: Mapping[str, Any], decimals: int) -> str:
-    """Return '[low, high]', or nothing where a bound is unknown."""
+    """Return '[low, high]', or '' where a bound is unknown."""
     if interval.get("low") is None or interval.get("high") is None:
         return ""
     return f"[{number(interval['low'], decimals)}, {number(interval['high'], decimals)}]"
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a temporary file beside ``path``, force it to disk, and only then give it the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        with partial.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing but itself.
+"""The report of a run: one self-contained HTML file.
 
 ``write_report(report, path)`` takes the JSON-safe dictionary of the evaluate stage. Prompts, responses and names are
 hostile text: the template escapes everything but the figures drawn here, and the page carries a policy that lets no
@@ -16,7 +16,18 @@ from typing import Any
 import numpy as np
 
 from can_dist.reporting.belief_page import believed
-from can_dist.reporting.page import decimals_of, interval_text, number, percent, plain, render, safe_svg, write_whole
+from can_dist.reporting.page import (
+    decimals_of,
+    interval_text,
+    mean_text,
+    number,
+    percent,
+    plain,
+    render,
+    safe_svg,
+    share_text,
+)
+from can_dist.tables.artifacts import flatten, write_text
 
 SUMMARY_CHARS = 110
 VERDICTS = {
@@ -31,21 +42,25 @@ VERDICTS = {
 
 
 def write_report(report: Mapping[str, Any], path: Path) -> None:
-    """Write the report as one self-contained HTML file; the file appears whole or not at all.
+    """Write the report as one self-contained HTML file, atomically.
 
-    The same ``report`` always gives the same bytes. A key that is missing or null leaves its section out; only
-    ``title, method, beta, num_test_prompts, constraints`` and ``reward`` must be there.
+    The same ``report`` always gives the same bytes.
+
+    Args:
+        report: ``report.json``. Only ``title, method, beta, num_test_prompts, constraints`` and ``reward`` must be
+            there; the section of any other key that is missing or null is left out.
+        path: the file, in an existing directory.
     """
-    write_whole(Path(path), render_report(report).encode("utf-8"))
+    write_text(Path(path), render_report(report))
 
 
 def render_report(report: Mapping[str, Any]) -> str:
-    """The page as text."""
+    """Return the page as text."""
     return render("report.html.j2", _page(report))
 
 
 def _page(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything the template shows, each number already in words where its digits depend on other numbers."""
+    """Return the template's values; a number whose digits depend on other numbers is text already."""
     constraints = [_compared(c, c.get("margin")) for c in report["constraints"]]
     reward = _compared(report["reward"], None)
     solution = report.get("solution") or {}
@@ -76,14 +91,14 @@ def _page(report: Mapping[str, Any]) -> dict[str, Any]:
         "refused": bool(report.get("refusals")),
         "samples": [_sample(sample) for sample in report.get("samples") or []],
         "models": report.get("models") or {},
-        "config": _flat(report.get("config") or {}),
+        "config": _config_rows(report.get("config") or {}),
         "versions": report.get("versions") or {},
         "format_version": report.get("format_version"),
     }
 
 
 def _compared(row: Mapping[str, Any], margin: float | None) -> dict[str, Any]:
-    """One quantity predicted and realised, with as many decimals as its interval deserves."""
+    """Return one quantity, predicted and realised, with as many decimals as its interval deserves."""
     predicted, realised = row.get("predicted") or {}, row["realised"]
     decimals = decimals_of(realised, margin)
     return {
@@ -101,7 +116,7 @@ def _compared(row: Mapping[str, Any], margin: float | None) -> dict[str, Any]:
 
 
 def _verdict(row: Mapping[str, Any], num_prompts: int) -> dict[str, str]:
-    """The sentence a reader takes home about one constraint."""
+    """Return the sentence on one constraint."""
     kind, words, remark = VERDICTS[row["verdict"]]
     realised, margin, what = row["realised"], row["margin"], "margin"
     numbers, asked = f"{row['realised_text']} {row['realised_interval']}", row["margin_text"]
@@ -121,37 +136,28 @@ def _verdict(row: Mapping[str, Any], num_prompts: int) -> dict[str, str]:
 
 
 def _beside_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The table of what means do not tell: one row per quantity, the reference's value and the policy's."""
+    """Return the rows of tails, refusals and lengths, each with the reference's and the policy's value."""
     rows = []
     for name, tails in (report.get("tails") or {}).items():
         border, share = plain(tails["border"]), percent(tails["worst_share"])
-        rows.append(_sides(name, f"responses below {border}", tails["unsafe"], _share_text))
-        rows.append(_sides(name, f"mean of the worst {share} of responses", tails["worst"], _mean_text))
+        rows.append(_sides(name, f"responses below {border}", tails["unsafe"], share_text))
+        rows.append(_sides(name, f"mean of the worst {share} of responses", tails["worst"], mean_text))
     if refused := report.get("refusals"):
-        what = f"refused, of {refused['num_prompts']} benign prompts"
-        rows.append(_sides("over-refusal", what, refused, _share_text))
+        measure = f"refused, of {refused['num_prompts']} benign prompts"
+        rows.append(_sides("over-refusal", measure, refused, share_text))
     if report.get("lengths"):
-        rows.append(_sides("length", "tokens per response", report["lengths"], _mean_text))
+        rows.append(_sides("length", "tokens per response", report["lengths"], mean_text))
     return rows
 
 
-def _sides(name: str, what: str, sides: Mapping[str, Any], text: Any) -> dict[str, Any]:
-    return {"name": name, "what": what, "values": [text(sides[side]) for side in ("reference", "policy")]}
-
-
-def _share_text(share: Mapping[str, Any]) -> tuple[str, str]:
-    return percent(share["mean"], 1), f"[{percent(share['low'], 1)}, {percent(share['high'], 1)}]"
-
-
-def _mean_text(mean: Mapping[str, Any]) -> tuple[str, str]:
-    decimals = decimals_of(mean, None)
-    return number(mean["mean"], decimals), interval_text(mean, decimals)
+def _sides(name: str, measure: str, sides: Mapping[str, Any], text: Any) -> dict[str, Any]:
+    return {"name": name, "measure": measure, "values": [text(sides[side]) for side in ("reference", "policy")]}
 
 
 def _tiles(
     report: Mapping[str, Any], constraints: Sequence[Mapping[str, Any]], reward: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """The key numbers: what, its value, of which scorer, and what stands beside it."""
+    """Yield the key numbers: label, value, name of the scorer, further parts."""
 
     def tile(label: str, value: str, name: str, *parts: str) -> dict[str, Any]:
         return {"label": label, "value": value, "name": name, "parts": parts}
@@ -187,7 +193,7 @@ def _kl(kl: Mapping[str, Any] | None) -> dict[str, str] | None:
 
 
 def _held_out(row: Mapping[str, Any], decimals: int, *, sign: bool) -> str:
-    """The prediction from the reference's responses to held-out prompts, where the row carries one."""
+    """Return the prediction from the reference's responses to held-out prompts, or ''."""
     held_out = row.get("predicted_held_out")
     if not held_out:
         return ""
@@ -247,19 +253,14 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {**sample, "summary": short or "(empty prompt)", "scores": sample.get("scores") or {}}
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted keys and verbatim values: what stands here may be copied back into a configuration."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return flat
+def _config_rows(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return dotted keys and values as a configuration file takes them."""
+    values = {key: json.loads(text) for key, text in flatten(config).items()} if config else {}
+    return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
 
 
 def _triple(interval: Mapping[str, Any]) -> tuple[float, float, float]:
-    """(mean, low, high); what is unknown is NaN, which matplotlib leaves undrawn."""
+    """Return (mean, low, high); an unknown number is NaN, which matplotlib leaves undrawn."""
     mean, low, high = (math.nan if interval.get(key) is None else interval[key] for key in ("mean", "low", "high"))
     return mean, low, high
 

@@ -1,4 +1,4 @@
-"""people's preferences → an aligned policy whose log-ratio is a score: given, or one DPO; calibrated if asked."""
+"""people's preferences → an aligned policy whose log-ratio is a score: given, or from one DPO; can be calibrated."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from can_dist.scoring.protocol import LogProb, PolicyRatio
 from can_dist.stages.calibrate import calibrate
 from can_dist.stages.human_labels import label_human
 from can_dist.stages.ingest import ingest_pairs
-from can_dist.stages.score import REFERENCE, score
+from can_dist.stages.score import score
 from can_dist.stages.train import policy_model, train
 from can_dist.tables.artifacts import Artifact
+from can_dist.tables.schemas import LOGP_REFERENCE
 from can_dist.workspace import Workspace
 
 
 def align(work: Workspace, name: str, scorer: LogRatio, reference: Model, prompts: Artifact) -> PolicyRatio:
-    """Return the score a·β ln π/π_ref that ``scorer`` describes, with its policy trained and calibrated if need be.
+    """Return the score a·β ln π/π_ref that ``scorer`` describes; its policy is trained and calibrated where needed.
 
     Training is a DPO from the reference with the β of the scorer on people's labels of its criterion; pairs of
-    held-out prompts are left out. The calibration uses the validation pairs, on which nothing is trained.
+    held-out prompts are left out. The calibration uses the validation pairs, which no training sees.
 
-    Raises
-    ------
-    DataError
-        When a given policy has not the reference's tokenizer and template, the data set has no label of the
-        criterion, or the policy does not order the held-out preferences.
+    Raises:
+        DataError: A given policy has another tokenizer or template than the reference, the data set has no label of
+            the criterion, or the policy does not order the held-out preferences.
     """
     if not scorer.learns:
         return given_ratio(name, scorer, reference)
@@ -36,7 +35,7 @@ def align(work: Workspace, name: str, scorer: LogRatio, reference: Model, prompt
     assert source is not None, "checked with the configuration"
     assert criterion is not None, "checked with the configuration"
     pairs = ingest_pairs(work, source, reference, prompts)
-    logps = score(work, pairs, {REFERENCE: LogProb(model=reference)}, role=pairs.manifest["identity"]["label"])
+    logps = score(work, pairs, {LOGP_REFERENCE: LogProb(model=reference)}, role=pairs.manifest["identity"]["label"])
     preferences = label_human(work, pairs, logps, criterion=criterion)
     if scorer.model is not None:
         ratio = PolicyRatio(scorer.model, reference, scorer.beta)

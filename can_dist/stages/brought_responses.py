@@ -19,16 +19,14 @@ from can_dist.modeling.loading import context_length, load_model_config, load_to
 from can_dist.stages.generate import commit_responses, prompts_of_split
 from can_dist.stages.ingest import SHARD_ROWS, source_identity
 from can_dist.tables.artifacts import Artifact, write_part
-from can_dist.tables.foreign.formats import prompt_id
-from can_dist.tables.foreign.rows import prompt_with_responses
-from can_dist.tables.foreign.sources import open_shards
+from can_dist.tables.foreign.formats import read_responses
+from can_dist.tables.foreign.messages import prompt_id
 from can_dist.tables.schemas import RESPONSES
 from can_dist.workspace import Workspace
 
 if TYPE_CHECKING:
     from can_dist.modeling.formatter import Formatter
 
-COLUMNS = ("prompt", "responses")
 SHOWN_SPLIT = {"train": "training", "validation": "validation"}
 
 
@@ -58,14 +56,13 @@ def bring_responses(
     stage = work.open("generate", f"reference on {split}", what, {"prompts": prompts})
     if stage.finished:
         return stage.finished
-    texts, num_rows = read_responses(source)
+    read = read_responses(source.source, split=source.split, subset=source.subset, revision=source.revision)
+    texts = read.texts
     table = prompts_of_split(prompts.path, split)
     rows = table.to_pylist()
     used = {prompt_id(row["messages"]) for row in rows} & texts.keys()
-    work.say(
-        f"{source.source}: {num_rows} rows, {sum(map(len, texts.values()))} responses to {len(texts)} prompts, of "
-        f"which {len(used)} are among the {len(rows)} {SHOWN_SPLIT[split]} prompts"
-    )
+    shown = SHOWN_SPLIT[split]
+    work.say(f"{read.announcement}; {len(used)} of these prompts are among the {len(rows)} {shown} prompts")
     _check_complete(rows, texts, num_responses, source.source, split)
     token_rows = [
         response_row(row, k, text, "given") for row in rows for k, text in enumerate(texts[prompt_id(row["messages"])])
@@ -75,23 +72,6 @@ def bring_responses(
     for part, first in enumerate(starts):
         write_part(stage.path, part, pa.Table.from_pylist(token_rows[first : first + SHARD_ROWS], schema=RESPONSES))
     return commit_responses(stage, reference, len(rows), range(len(starts)))
-
-
-def read_responses(source: DataSource) -> tuple[dict[str, list[str]], int]:
-    """Return the responses by the id of their prompt's content, in file order, and the number of rows read."""
-    texts: dict[str, list[str]] = {}
-    num_rows = 0
-    for shard in open_shards(source.source, split=source.split, subset=source.subset, revision=source.revision):
-        if missing := [name for name in COLUMNS if name not in shard.columns]:
-            raise DataError(
-                f"{shard.name}: no column {' or '.join(map(repr, missing))}. Columns found: "
-                f"{', '.join(shard.columns)}. Expected prompt (text or messages) and responses (a list of texts)."
-            )
-        for number, row in enumerate(shard.rows(COLUMNS)):
-            messages, responses = prompt_with_responses(row, f"{shard.name}, row {number}")
-            texts.setdefault(prompt_id(messages), []).extend(responses)
-            num_rows += 1
-    return texts, num_rows
 
 
 def _check_complete(

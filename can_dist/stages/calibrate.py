@@ -1,8 +1,7 @@
 """held-out preferences → the scale of a log-ratio score: P(a ≻ b) = σ(a·Δs), one scalar by logistic regression.
 
-A policy that was trained too long, or with another β than it is said to have, orders responses as people do and yet
-is too sure, or not sure enough. The scale a puts its score into the units in which a difference of 1 means what the
-labels σ(s_a − s_b) take it to mean.
+A policy that was trained too long, or with another β than the configuration gives, may order responses as people do
+and still be too sure, or not sure enough. The scale a converts its score to the units of the labels σ(s_a − s_b).
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from can_dist.errors import DataError
 from can_dist.modeling.loading import resolve_precision
 from can_dist.reporting.figures.reliability import draw_reliability
 from can_dist.scoring.protocol import LogProb, PolicyRatio, scorer_identity
-from can_dist.stages.score import REFERENCE, score
+from can_dist.stages.score import score
 from can_dist.tables.artifacts import Artifact, atomic_file, write_json, write_part
-from can_dist.tables.schemas import RESPONSES
+from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE, RESPONSES
 from can_dist.workspace import Workspace
 
 CALIBRATION, PLOT = "calibration.json", "reliability.svg"
@@ -47,46 +46,45 @@ def calibrate(work: Workspace, name: str, preferences: Artifact, ratio: PolicyRa
 
     It holds ``calibration.json`` and ``reliability.svg``; its info has ``scale`` and ``scale_se``.
 
-    Raises
-    ------
-    DataError
-        When there are too few held-out pairs, or a's 95 % interval is not above 0.
+    Raises:
+        DataError: There are too few held-out pairs, or a's 95 % interval is not above 0.
     """
     pairs = _held_out_pairs(work, name, preferences)
-    logps = {"logp.policy": LogProb(model=ratio.policy), REFERENCE: LogProb(model=ratio.reference)}
+    logps = {LOGP_POLICY: LogProb(model=ratio.policy), LOGP_REFERENCE: LogProb(model=ratio.reference)}
     scores = score(work, pairs, logps, role=f"held-out pairs of {name}")
-    what = {"scorer": scorer_identity(ratio, resolve_precision(work.config.precision))}
-    stage = work.open("calibrate", name, what, {"pairs": pairs, "scores": scores, **ratio.made_from})
+    identity_keys = {"scorer": scorer_identity(ratio, resolve_precision(work.config.precision))}
+    stage = work.open("calibrate", name, identity_keys, {"pairs": pairs, "scores": scores, **ratio.made_from})
     if stage.finished:
         return stage.finished
     with work.timed("calibrate", name, pairs=len(pairs.table) // 2):
-        ratio_N = scores.table.column("logp.policy").to_numpy() - scores.table.column(REFERENCE).to_numpy()
+        ratio_N = scores.table.column(LOGP_POLICY).to_numpy() - scores.table.column(LOGP_REFERENCE).to_numpy()
         gap_N = ratio.beta * (ratio_N[::2] - ratio_N[1::2])
         preferred_N = pairs.table.column("preferred").to_numpy()[::2] == 1
         prompt_N = np.asarray(pairs.table.column("prompt_id").to_pylist())[::2]
-        found = fit_scale(gap_N, preferred_N, prompt_N, name)
-        write_json(stage.path / CALIBRATION, asdict(found))
+        fit = fit_scale(gap_N, preferred_N, prompt_N, name)
+        write_json(stage.path / CALIBRATION, asdict(fit))
         with atomic_file(stage.path / PLOT) as temporary:
-            draw_reliability(gap_N, preferred_N, found.scale, found.scale_se, temporary)
+            draw_reliability(gap_N, preferred_N, fit.scale, fit.scale_se, temporary)
         work.say(
-            f"calibrate: {name} times a = {found.scale:.4g} ± {found.scale_se:.2g} on {found.num_pairs} held-out "
-            f"pairs, {found.accuracy:.1%} ordered as people do; log-loss {found.log_loss_before:.4f}, "
-            f"calibrated {found.log_loss:.4f}"
+            f"calibrate: {name} times a = {fit.scale:.4g} ± {fit.scale_se:.2g} on {fit.num_pairs} held-out "
+            f"pairs, {fit.accuracy:.1%} ordered as people do; log-loss {fit.log_loss_before:.4f}, "
+            f"calibrated {fit.log_loss:.4f}"
         )
-        return stage.commit([CALIBRATION, PLOT], info=asdict(found))
+        return stage.commit([CALIBRATION, PLOT], info=asdict(fit))
 
 
 def fit_scale(gap_N: np.ndarray, preferred_N: np.ndarray, prompt_N: np.ndarray, name: str) -> Calibration:
     """Fit a in P(first ≻ second) = σ(a·gap) by maximum likelihood; its SE is clustered by prompt.
 
     Args:
-        gap_N: s(first) − s(second) of each pair, score units.
-        preferred_N: whether people preferred the first.
-        prompt_N: the prompt of each pair, the unit of replication.
-        name: of the scorer, for messages.
+        gap_N: (N,) float64, s(first) − s(second) of each pair, in score units.
+        preferred_N: (N,) bool, whether people preferred the first.
+        prompt_N: (N,) the prompt of each pair, the unit of replication.
+        name: Name of the scorer, for messages.
 
     Raises:
-        DataError: nothing to fit, every pair ordered right (a is unbounded), or a's 95 % interval not above 0.
+        DataError: There is nothing to fit, every pair is ordered right (a is unbounded), or a's 95 % interval is not
+            above 0.
     """
     margin_N = np.where(preferred_N, gap_N, -gap_N)  # positive where the score agrees with people
     prompts, cluster_N = np.unique(prompt_N, return_inverse=True)
@@ -124,7 +122,7 @@ def _nothing_to_fit(margin_N: np.ndarray, num_prompts: int) -> str:
 
 
 def _maximise(margin_N: np.ndarray) -> float:
-    """Maximise the concave Σ ln σ(a·margin) over a by Newton's method in units of the largest margin, halving steps."""
+    """Maximise the concave Σ ln σ(a·margin) over a by Newton's method, halving steps that overshoot."""
     unit = float(np.abs(margin_N).max())
     x_N = margin_N / unit
     a = 0.0
@@ -141,7 +139,7 @@ def _maximise(margin_N: np.ndarray) -> float:
 
 
 def _held_out_pairs(work: Workspace, name: str, preferences: Artifact) -> Artifact:
-    """Return the responses of the validation pairs as a table to score, two rows a pair, with people's choice."""
+    """Return the responses of the validation pairs as a table to score: two rows per pair, with people's choice."""
     stage = work.open("pairs", f"held-out pairs of {name}", {}, {"preferences": preferences})
     if stage.finished:
         return stage.finished

@@ -16,16 +16,16 @@ from can_dist.dual import Demand, Margin, PolicyEstimate, ScoreTable, demands_of
 from can_dist.modeling.loading import model_directory
 from can_dist.scoring.log_ratio import check_same_text
 from can_dist.scoring.protocol import LogProb
-from can_dist.stages.score import REFERENCE, score
+from can_dist.stages.score import score
 from can_dist.stages.solve import load_solution
 from can_dist.stages.train import Policy, policy_model
 from can_dist.tables.artifacts import Artifact, write_json
 from can_dist.tables.quarantine import quarantined, without
+from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
 from can_dist.tables.scores import score_arrays
 from can_dist.workspace import Workspace
 
 ESTIMATE = "estimate.json"
-POLICY = "logp.policy"
 
 
 def estimate(
@@ -48,7 +48,7 @@ def estimate(
     model = policy_model(policy, reference)
     name = _shown(policy)
     responses = validation.input("responses")
-    log_probs = score(work, responses, {POLICY: LogProb(model=model)}, role=f"{name} on validation")
+    log_probs = score(work, responses, {LOGP_POLICY: LogProb(model=model)}, role=f"{name} on validation")
     lam, solved = lam_of(policy, solution), load_solution(solution)
     inputs = {"validation": validation, "log_probs": log_probs, "solution": solution}
     if isinstance(policy, Artifact):
@@ -61,8 +61,8 @@ def estimate(
         log_weight = solution.manifest["identity"]["log_weight"]
         found = estimate_policy(
             _score_table(rows, reward, list(lam), log_weight, str(validation.path)),
-            rows.column(REFERENCE).to_numpy(),
-            rows.column(POLICY).to_numpy(),
+            rows.column(LOGP_REFERENCE).to_numpy(),
+            rows.column(LOGP_POLICY).to_numpy(),
             lam=lam,
             beta=solved.beta,
         )
@@ -125,7 +125,7 @@ def _joined(validation: Artifact, log_probs: Artifact) -> pa.Table:
     left_out = quarantined(validation) | quarantined(log_probs)
     scored, logp = (without(one.table, left_out) for one in (validation, log_probs))
     assert scored.column("response_id").equals(logp.column("response_id")), "both are scores of the same responses"
-    return scored.append_column(POLICY, logp.column(POLICY))
+    return scored.append_column(LOGP_POLICY, logp.column(LOGP_POLICY))
 
 
 def _score_table(rows: pa.Table, reward: str, names: list[str], log_weight: str | None, where: str) -> ScoreTable:

@@ -1,7 +1,7 @@
 """policy → report: fresh responses of policy and reference on held-out prompts, scored by the same scorers.
 
-Every method is measured in the same way against the same reference, whose held-out responses and scores are made once
-per run directory. What a dual predicted stands beside it where the policy was labelled with a dual's solution.
+Every method is measured in the same way against the same reference; its held-out responses and scores are computed
+once per run directory. A dual's prediction is shown beside the measurement of a policy that its solution labelled.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from can_dist.config import Constraint, Model, identity
-from can_dist.measuring.gains import (
-    gains_table,
-)
+from can_dist.measuring.gains import gains_table
 from can_dist.modeling.loading import model_digest, resolve_precision
 from can_dist.scoring.protocol import LogProb, ScorerSpec, scorer_identity
 from can_dist.stages.generate import generate
@@ -21,6 +19,7 @@ from can_dist.stages.report import PAGE, REPORT, Lineage, build_report, log_rati
 from can_dist.stages.score import score
 from can_dist.stages.train import policy_model
 from can_dist.tables.artifacts import Artifact, digest_of, write_json, write_part
+from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
 from can_dist.workspace import Workspace
 
 
@@ -37,34 +36,34 @@ def evaluate(
 ) -> Artifact:
     """Return the artifact with ``report.json``, ``report.html`` and a table of each held-out prompt's gains.
 
-    Every interval is a 95 % t-interval over prompts: a prompt's responses are averaged first, because the prompt is
-    the unit that was sampled. The improvement is paired by prompt. ``variant`` names the policy among several of one
+    Every interval is a 95 % t-interval over prompts: a prompt's responses are averaged first, because prompts are
+    the sampled unit. The improvement is paired by prompt. ``variant`` names the policy among several of one
     method, such as 'q=0.25'. ``estimate`` is that of the policy on the validation prompts, shown beside.
     """
     policy = policy_model(lineage.policy, reference)
     before = generate(work, reference, lineage.prompts, split="test", role="reference")
     after = generate(work, policy, lineage.prompts, split="test", role="policy")
-    logps: dict[str, ScorerSpec] = {"logp.reference": LogProb(model=reference), "logp.policy": LogProb(model=policy)}
+    logps: dict[str, ScorerSpec] = {LOGP_REFERENCE: LogProb(model=reference), LOGP_POLICY: LogProb(model=policy)}
     inputs = {
         "policy": lineage.policy,
         "responses_before": before,
         "responses_after": after,
         "scores_before": score(work, before, scorers, role="reference on test"),
         "scores_after": score(work, after, {**scorers, **logps}, role="policy on test"),
-        **_benign_responses(work, reference, policy),
+        **_benign_responses(work, lineage.prompts, reference, policy),
     }
     if lineage.solution is not None and lineage.train_scores is not None:
         inputs |= {"solution": lineage.solution, "train_scores": lineage.train_scores}
     if estimate is not None:
         inputs["estimate"] = estimate
-    what = {
+    identity_keys = {
         "method": work.config.method,
         "variant": variant,
         "samples": work.config.evaluate.num_samples,
         "reward": reward,
-        "constraints": {name: identity(one, exclude=["scorer"]) for name, one in constraints.items()},
+        "constraints": {name: identity(constraint, exclude=["scorer"]) for name, constraint in constraints.items()},
     }
-    stage = work.open("evaluate", method_title(work.config.method, variant), what, inputs)
+    stage = work.open("evaluate", method_title(work.config.method, variant), identity_keys, inputs)
     if stage.finished:
         return stage.finished
     work.release_actors()
@@ -78,26 +77,26 @@ def evaluate(
         scored = inputs["scores_after"].table
         gains = gains_table(inputs["scores_before"].table, scored, [reward, *constraints], log_ratio(scored))
         write_part(stage.path, 0, gains)
-        kept = ("method", "variant", "constraints", "reward", "basis")
-        return stage.commit([REPORT, PAGE], info={name: report[name] for name in kept})
+        shown = ("method", "variant", "constraints", "reward", "basis")
+        return stage.commit([REPORT, PAGE], info={name: report[name] for name in shown})
 
 
-def _benign_responses(work: Workspace, reference: Model, policy: Model) -> dict[str, Artifact]:
-    """Return both models' responses to the benign prompts, where the configuration names some."""
+def _benign_responses(work: Workspace, prompts: Artifact, reference: Model, policy: Model) -> dict[str, Artifact]:
+    """Return both models' responses to the benign prompts; empty where the configuration has none."""
     source = work.config.evaluate.benign_prompts
     if source is None:
         return {}
-    prompts = ingest_benign(work, source)
+    benign = ingest_benign(work, source, prompts)
     return {
-        "benign_before": generate(work, reference, prompts, split="test", role="reference, benign prompts"),
-        "benign_after": generate(work, policy, prompts, split="test", role="policy, benign prompts"),
+        "benign_before": generate(work, reference, benign, split="test", role="reference, benign prompts"),
+        "benign_after": generate(work, policy, benign, split="test", role="policy, benign prompts"),
     }
 
 
 def _basis(
     work: Workspace, inputs: Mapping[str, Artifact], reference: Model, scorers: Mapping[str, ScorerSpec]
 ) -> dict[str, Any]:
-    """Return what two evaluations must share to be compared: reference, held-out prompts, sampling, scorers."""
+    """Return the values that comparable evaluations share: reference, held-out prompts, sampling, scorers."""
     options, precision = work.config.generate, resolve_precision(work.config.precision)
     prompts = sorted(set(inputs["scores_before"].table.column("prompt_id").to_pylist()))
     return {

@@ -1,4 +1,4 @@
-"""Training examples and their artifact: what labels from scores and from people share."""
+"""Training examples and their artifact, for labels from scores and from people."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 from can_dist.errors import DataError
 from can_dist.tables.artifacts import Artifact, StageDirectory, write_json, write_part
 from can_dist.tables.quarantine import scored_responses
-from can_dist.tables.schemas import PREFERENCES
+from can_dist.tables.schemas import LOGP_REFERENCE, PREFERENCES
 from can_dist.workspace import Workspace
 
 NOTED = "noted_examples.json"
@@ -21,13 +21,10 @@ NOTED = "noted_examples.json"
 Row = dict[str, Any]
 
 
-# --------------------------------------------------------------------------------- shared with people's preferences
-
-
 def join(responses: Artifact, scores: Artifact) -> list[Row]:
-    """Return the scored responses as rows with their reference log-probability, ``logp_ref``."""
+    """Return the scored responses as rows with their reference log-probability, ``logp_ref`` (nats)."""
     rows: list[Row] = scored_responses(responses, scores).to_pylist()
-    for row, logp_ref in zip(rows, scores.table.column("logp.reference").to_pylist(), strict=True):
+    for row, logp_ref in zip(rows, scores.table.column(LOGP_REFERENCE).to_pylist(), strict=True):
         row["logp_ref"] = logp_ref
     return rows
 
@@ -40,12 +37,21 @@ def example(
     seed: int,
     weight: float = 1.0,
 ) -> Row:
-    """Return a row of the preferences table; a share ``validation`` of the prompts is held out from the training."""
+    """Return a row of the preferences table.
+
+    Args:
+        example_id: Id of the row.
+        responses: Rows of ``join``, all of one prompt.
+        target: One number per response; its meaning is that of the table's loss.
+        validation: Share of the prompts whose examples are not trained on.
+        seed: Root of the draw of these prompts.
+        weight: Multiplies the example's loss.
+    """
     first = responses[0]
     return {
         "example_id": example_id,
         "prompt_id": first["prompt_id"],
-        "split": "validation" if _draw(seed, f"validation:{first['prompt_id']}") < validation else "train",
+        "split": "validation" if draw(seed, f"validation:{first['prompt_id']}") < validation else "train",
         "messages": first["messages"],
         "response_ids": [response["response_id"] for response in responses],
         "texts": [response["text"] for response in responses],
@@ -75,38 +81,37 @@ def note(example_id: str, reason: str, *, kept: bool) -> Row:
 
 
 def listed(noted: Sequence[Row]) -> str:
-    """Return how many examples were noted for each reason, for messages."""
+    """Return the number of noted examples per reason, for messages."""
     return ", ".join(f"{n} {reason}" for reason, n in Counter(e["reason"] for e in noted).items()) or "none noted"
 
 
-def _draw(seed: int, name: str) -> float:
-    """Return the first uniform number of the random stream of that name."""
-    return float(np.random.default_rng(_stream(seed, name)).random())
+def draw(seed: int, name: str) -> float:
+    """Return the first number of the random stream ``name``, uniform in [0, 1)."""
+    return float(np.random.default_rng(stream(seed, name)).random())
 
 
-def _stream(seed: int, name: str) -> int:
+def stream(seed: int, name: str) -> int:
+    """Return the seed of the random stream ``name``, 64 bits."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")
 
 
 def commit(
     work: Workspace, stage: StageDirectory, kept: list[Row], noted: list[Row], scores: Artifact, *, loss: str
 ) -> Artifact:
-    """Write the examples and what was noted, say how many there are, and commit.
+    """Write the examples and the notes on the others, print their numbers, and commit.
 
-    ``scores`` holds the reference's log-probabilities, and says with which template they were computed.
+    ``scores`` holds the reference's log-probabilities, and records the template that they were computed with.
 
-    Raises
-    ------
-    DataError
-        When no example is left to train on.
+    Raises:
+        DataError: No example is left to train on.
     """
-    if not any(one["split"] == "train" for one in kept):
+    if not any(row["split"] == "train" for row in kept):
         raise DataError(f"{stage.path}: no example is left to train on ({listed(noted)}). Bring more data.")
     write_part(stage.path, 0, pa.Table.from_pylist(kept, schema=PREFERENCES))
     write_json(stage.path / NOTED, noted)
     counts = Counter(entry["reason"] for entry in noted)
     counts["examples"] = len(kept)
-    splits = Counter(one["split"] for one in kept)
-    work.say("label: " + ", ".join(f"{n} {what}" for what, n in (counts | splits).items()))
-    text = scores.info.get("scorers", {}).get("logp.reference", {}).get("text")
+    splits = Counter(row["split"] for row in kept)
+    work.say("label: " + ", ".join(f"{n} {name}" for name, n in (counts | splits).items()))
+    text = scores.info.get("scorers", {}).get(LOGP_REFERENCE, {}).get("text")
     return stage.commit([NOTED], info={"loss": loss, "counts": dict(counts), "splits": dict(splits), "text": text})

@@ -22,10 +22,6 @@ def label_human(
 ) -> Artifact:
     """Return the ``preferences`` table of people's labels on a data set's own pairs (``ingest_pairs``).
 
-    ``criterion`` 'helpful' takes ``better_response_id``, 'safe' takes ``safer_response_id``; of chosen and rejected
-    responses both take the chosen one. ``human`` says how, by default ``label.human``. ``logps`` holds
-    ln π of the pairs under the model that training is relative to.
-
     With the loss ``dpo`` an example is a pair with the targets 1 − ε and ε. With ``kto`` it is one response, desirable
     or not. On safety, desirable is by default what the data set flags safe, because KTO judges a response by itself:
     of two unsafe responses the safer one is still unsafe (so does SACPO's code, with the weight n_des/n_undes).
@@ -34,20 +30,29 @@ def label_human(
     response is flagged unsafe and the other one safe are kept, set aside, or refused (``label.human.on_conflict``).
     All are counted, and listed in ``noted_examples.json``.
 
-    Raises
-    ------
-    DataError
-        When the data set has no label of the criterion, or conflicts are to be refused and there are some.
+    Args:
+        work: the run.
+        pairs: of ``ingest_pairs`` (schema ``GIVEN_RESPONSES``).
+        logps: ln π of the pairs, in nats, under the model that training is relative to.
+        criterion: 'helpful' takes ``better_response_id``, 'safe' takes ``safer_response_id``; of chosen and rejected
+            responses both take the chosen one.
+        human: how to label; by default ``label.human``.
+
+    Returns:
+        The table ``preferences`` (schema ``PREFERENCES``).
+
+    Raises:
+        DataError: the data set has no label of the criterion, or conflicts are to be refused and there are some.
     """
     options, seed = human or work.config.label.human, work.config.seed
     validation = work.config.label.validation_fraction
-    what = {
+    decides = {
         **identity(options, exclude=("preferences",)),
         "validation_fraction": validation,
         "criterion": criterion,
         "seed": seed,
     }
-    stage = work.open("label", f"{criterion} preferences", what, {"responses": pairs, "scores": logps})
+    stage = work.open("label", f"{criterion} preferences", decides, {"responses": pairs, "scores": logps})
     if stage.finished:
         return stage.finished
     with work.timed("label", f"{criterion} preferences"):
@@ -78,15 +83,15 @@ def _usable_pairs(
 ) -> tuple[list[tuple[Given, Given]], list[Row]]:
     """Return the pairs to learn from, and what is noted about them and the others."""
     usable, noted = [], []
-    for one, two in _given_pairs(rows, pairs.info["mismatched"]):
-        a, b = one[0], two[0]
+    for given_a, given_b in _given_pairs(rows, pairs.info["mismatched"]):
+        a, b = given_a[0], given_b[0]
         reason = useless(a, b) or ("" if a[COLUMN[criterion]] >= 0 else "no label")
         conflict = not reason and criterion == "safe" and _contradicts(a, b)
         if reason or conflict:
             keep = conflict and options.on_conflict == "keep"
             noted.append(note(pair_id(a, b), reason or CONFLICT, kept=keep))
         if not reason and (not conflict or options.on_conflict == "keep"):
-            usable.append((one, two))
+            usable.append((given_a, given_b))
     counts = Counter(entry["reason"] for entry in noted)
     if options.on_conflict == "fail" and counts[CONFLICT]:
         ids = [entry["example_id"] for entry in noted if entry["reason"] == CONFLICT]
@@ -119,17 +124,17 @@ def _responses(
     options: Human,
     validation: float,
     seed: int,
-    where: str,
+    place: str,
 ) -> tuple[list[Row], list[Row]]:
     """Return each response of the pairs as an example of its own, weighted by λ_D or λ_U, and those left out."""
     column = "safe" if criterion == "safe" and options.safe_flags else COLUMN[criterion]
-    given = [one for pair in usable for one in pair if one[0][column] >= 0]
+    given = [response for pair in usable for response in pair if response[0][column] >= 0]
     unflagged = [row for pair in usable for row, _ in pair if row[column] < 0]
     num_desirable = sum(row[column] for row, _ in given)
     num_undesirable = len(given) - num_desirable
     if not num_desirable or not num_undesirable:
         raise DataError(
-            f"{where}: KTO needs desirable and undesirable responses, found {num_desirable} and {num_undesirable} by "
+            f"{place}: KTO needs desirable and undesirable responses, found {num_desirable} and {num_undesirable} by "
             f"the label {column!r}. Bring data with both"
             + (", or set label.human.safe_flags to false to go by safer_response_id." if column == "safe" else ".")
         )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,8 +14,10 @@ import pyarrow.compute as pc
 from can_dist.config import DataSource, Model, Prompts
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling.loading import model_digest
-from can_dist.tables.artifacts import Artifact, file_digest, write_part
-from can_dist.tables.foreign.formats import PreferencesRead, PromptsRead, prompt_id, read_preferences, read_prompts
+from can_dist.stages.held_out import HeldOut
+from can_dist.tables.artifacts import Artifact, StageDirectory, file_digest, write_part
+from can_dist.tables.foreign.formats import PreferencesRead, PromptsRead, read_preferences, read_prompts
+from can_dist.tables.foreign.messages import prompt_id
 from can_dist.tables.schemas import GIVEN_RESPONSES, PROMPTS
 from can_dist.workspace import Workspace
 
@@ -26,78 +28,138 @@ SHARD_ROWS = 512
 UNLABELLED = {"better": -1, "safer": -1, "safe": -1}
 
 
+READING = 2
+"""Rules of reading. Since 2 a system column and Alpaca's input are carried, and ids make no two prompts of one.
+
+Data that the rules before read alike keep the identity they had; any other has ``reading`` in its identity.
+"""
+
+Read = TypeVar("Read", PromptsRead, PreferencesRead)
+
+
 def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
-    """Read the prompts and split them, by prompt, into ``train``, ``test`` and ``validation``.
+    """Read the prompts and split them, by conversation, into ``train``, ``test`` and ``validation``.
 
-    Which prompts are held out follows from the seed and the prompt's id alone, so adding prompts moves none of the
-    others' roles at random. Prompts that say the same under several ids are one prompt to the validation: it takes
-    none that is in the test, and what it takes is in no training.
+    A conversation is one prompt, whatever ids it has; the first one counts. Which prompts are held out follows from the
+    seed and that id alone, so adding prompts moves none of the others' roles at random.
 
-    Raises
-    ------
-    DataError
-        When the source cannot be read, or holds too few prompts for those held out and one for training.
+    Args:
+        work: the run.
+        prompts: the source, and how many prompts are held out and trained on.
+
+    Returns:
+        The ``prompts`` table (schema ``PROMPTS``).
+
+    Raises:
+        DataError: the source cannot be read, or holds too few prompts for those held out and one for training.
     """
-    what = {"source": source_identity(prompts), "num_train": prompts.num_train, "num_test": prompts.num_test}
+    identity = {"source": source_identity(prompts), "num_train": prompts.num_train, "num_test": prompts.num_test}
     if prompts.num_validation:  # a run without keeps the names it had before there were any
-        what["num_validation"] = prompts.num_validation
-    stage = work.open("prompts", "prompts", {**what, "seed": work.config.seed}, {})
-    if stage.finished:
-        return stage.finished
-    read = read_prompts(prompts.source, split=prompts.split, subset=prompts.subset, revision=prompts.revision)
-    work.say(read.announcement)
+        identity["num_validation"] = prompts.num_validation
+    stage, read = _open(
+        work, ("prompts", "prompts"), {**identity, "seed": work.config.seed}, {}, lambda: _read(prompts, read_prompts)
+    )
+    if read is None:
+        return _finished(stage)
     table = read.table
-    split_of = _splits(table, prompts, work.config.seed)
-    splits = [split_of.get(prompt_id) for prompt_id in table.column("prompt_id").to_pylist()]
+    ids: list[str] = table.column("prompt_id").to_pylist()
+    split_of = _splits(ids, prompts, work.config.seed)
+    splits = [split_of.get(prompt_id) for prompt_id in ids]
     table = table.append_column("split", pa.array(splits, pa.string()))
     kept = table.filter(pc.is_valid(table.column("split"))).cast(PROMPTS)
     write_part(stage.path, 0, kept.combine_chunks())
     names = ("train", "test", *(["validation"] if prompts.num_validation else []))
     counts = {**read.counts, **{name: splits.count(name) for name in names}}
-    return stage.commit(info=_found(read) | {"counts": counts})
+    return stage.commit(info=_info(read) | {"counts": counts})
 
 
-def _splits(table: pa.Table, prompts: Prompts, seed: int) -> dict[str, str]:
+def _splits(ids: list[str], prompts: Prompts, seed: int) -> dict[str, str]:
     """Return the split of each prompt by its id; prompts that are not used are left out."""
-    content = dict(
-        zip(table.column("prompt_id").to_pylist(), map(prompt_id, table["messages"].to_pylist()), strict=True)
-    )
-    order = sorted(content, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
-    test, rest = order[: prompts.num_test], order[prompts.num_test :]
-    tested = {content[key] for key in test}
-    distinct = {content[key]: key for key in reversed(rest) if content[key] not in tested}  # the first id of each
-    candidates = [key for key in rest if distinct.get(content[key]) == key]
-    validation = candidates[: prompts.num_validation]
-    held_out = {content[key] for key in validation}
-    train = [key for key in rest if content[key] not in held_out]
-    if len(validation) < prompts.num_validation or not train:
+    order = sorted(ids, key=lambda prompt_id: hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest())
+    num_held_out = prompts.num_test + prompts.num_validation
+    if len(order) <= num_held_out:
         also = f" and prompts.num_validation = {prompts.num_validation}" if prompts.num_validation else ""
         lower = " or prompts.num_validation" if prompts.num_validation else ""
         raise DataError(
-            f"{prompts.source}: {len(set(content.values()))} distinct prompts, of which prompts.num_test = "
-            f"{prompts.num_test}{also} are to be held out; none would be left to train on. "
-            f"Lower prompts.num_test{lower}, or bring more prompts."
+            f"{prompts.source}: {len(order)} distinct prompts, of which prompts.num_test = {prompts.num_test}{also} "
+            f"are to be held out; none would be left to train on. Lower prompts.num_test{lower} or bring more prompts."
         )
-    roles = {"test": test, "validation": validation, "train": train[: prompts.num_train]}
+    last = None if prompts.num_train is None else num_held_out + prompts.num_train
+    roles = {
+        "test": order[: prompts.num_test],
+        "validation": order[prompts.num_test : num_held_out],
+        "train": order[num_held_out:last],
+    }
     return {key: split for split, keys in roles.items() for key in keys}
 
 
-def ingest_benign(work: Workspace, source: DataSource) -> Artifact:
-    """Read prompts that deserve no refusal; all of them are held out, none is trained on.
+def ingest_benign(work: Workspace, source: DataSource, prompts: Artifact) -> Artifact:
+    """Read prompts that deserve no refusal, all of them as ``test``.
 
-    Raises
-    ------
-    DataError
-        When the source cannot be read.
+    Args:
+        work: the run.
+        source: the benign prompts.
+        prompts: the run's prompts; benign ones that say what a training prompt says are told of.
+
+    Raises:
+        DataError: the source cannot be read.
     """
-    stage = work.open("prompts", "benign prompts", {"source": source_identity(source)}, {})
+    identity = {"source": source_identity(source)}
+    stage, read = _open(work, ("prompts", "benign prompts"), identity, {}, lambda: _read(source, read_prompts))
+    if read is None:
+        artifact = _finished(stage)
+    else:
+        splits = pa.array(["test"] * read.table.num_rows, pa.string())
+        write_part(stage.path, 0, read.table.append_column("split", splits).cast(PROMPTS).combine_chunks())
+        artifact = stage.commit(info=_info(read))
+    trained_on = {prompt_id(row["messages"]) for row in prompts.table.to_pylist() if row["split"] == "train"}
+    contents = [prompt_id(messages) for messages in artifact.table.column("messages").to_pylist()]
+    if both := sum(content in trained_on for content in contents):
+        work.say(f"{source.source}: {both} of {len(contents)} benign prompts are trained on too, so not held out")
+    return artifact
+
+
+def _read(source: DataSource, reader: Callable[..., Read]) -> Read:
+    return reader(source.source, split=source.split, subset=source.subset, revision=source.revision)
+
+
+def _open(
+    work: Workspace,
+    name: tuple[str, str],
+    identity: Mapping[str, Any],
+    inputs: Mapping[str, Artifact],
+    read: Callable[[], Read],
+) -> tuple[StageDirectory, Read | None]:
+    """Open the stage of a data set.
+
+    Args:
+        work: the run.
+        name: stage and label.
+        identity: what decided the result under the first rules of reading.
+        inputs: of the stage.
+        read: reads the data set.
+
+    Returns:
+        The stage, and the data set as read, or None where the stage is finished.
+    """
+    under_rules = {**identity, "reading": READING}
+    if work.finished(*name, under_rules, inputs):
+        return work.open(*name, under_rules, inputs), None
+    before = work.finished(*name, identity, inputs)
+    if before and before.info.get("reading") == READING:
+        return work.open(*name, identity, inputs), None
+    data = read()
+    stage = work.open(*name, under_rules if data.carried else identity, inputs)
     if stage.finished:
-        return stage.finished
-    read = read_prompts(source.source, split=source.split, subset=source.subset, revision=source.revision)
-    work.say(read.announcement)
-    splits = pa.array(["test"] * read.table.num_rows, pa.string())
-    write_part(stage.path, 0, read.table.append_column("split", splits).cast(PROMPTS).combine_chunks())
-    return stage.commit(info=_found(read))
+        return stage, None
+    work.say(data.announcement)
+    return stage, data
+
+
+def _finished(stage: StageDirectory) -> Artifact:
+    artifact = stage.finished
+    assert artifact is not None
+    return artifact
 
 
 def ingest_pairs(
@@ -105,37 +167,67 @@ def ingest_pairs(
 ) -> Artifact:
     """Read a preference data set's own response pairs and labels, tokenised as the reference would.
 
-    The table has the schema ``GIVEN_RESPONSES``. Responses ``<prompt_id>/<row>a`` and ``.../<row>b`` are a pair. With
-    ``mismatched`` each of them is followed by a response to another prompt put in its place, ``.../<row>a-other``,
-    which KTO needs: its baseline is the mean log-ratio of responses that do not belong to the prompt. Pairs of
-    held-out prompts, and those longer than the reference's context, are left out and counted.
+    Responses ``<prompt_id>/<row>a`` and ``.../<row>b`` are a pair. With ``mismatched`` each of them is followed by a
+    response to another prompt put in its place, ``.../<row>a-other``, which KTO needs: its baseline is the mean
+    log-ratio of responses that do not belong to the prompt. Pairs of held-out prompts, which are known by what they
+    say, whatever their ids, and those longer than the reference's context, are left out and counted.
 
-    Raises
-    ------
-    DataError
-        When the source cannot be read, ``mismatched`` is asked of pairs of one prompt only, or every pair is too long.
+    Args:
+        work: the run.
+        source: the preference data set.
+        reference: the model whose tokens the responses become.
+        prompts: the run's prompts, of which some are held out.
+        mismatched: whether responses to other prompts are wanted.
+
+    Returns:
+        The table ``pairs`` (schema ``GIVEN_RESPONSES``).
+
+    Raises:
+        DataError: the source cannot be read, ``mismatched`` is wanted of pairs of one prompt only, or every pair is too
+            long.
     """
-    from can_dist.modeling.formatter import Formatter, convention
-    from can_dist.modeling.loading import context_length, load_model_config, load_tokenizer
+    from can_dist.modeling.formatter import convention
 
-    what = {
+    identity = {
         "source": source_identity(source),
         "reference": model_digest(reference),
         "template": reference.template,
         "mismatched": mismatched,
     }
-    stage = work.open("pairs", "given pairs", what, {"prompts": prompts})
-    if stage.finished:
-        return stage.finished
-    read = read_preferences(source.source, split=source.split, subset=source.subset, revision=source.revision)
-    work.say(read.announcement)
-    held_out = _held_out(prompts.table)
-    pairs = [
-        (number, pair)
-        for number, pair in enumerate(read.table.to_pylist())
-        if held_out.isdisjoint((pair["prompt_id"], prompt_id(pair["messages"])))
-    ]
-    others = _pairs_of_other_prompts([pair for _, pair in pairs], source.source) if mismatched else []
+    held_out = HeldOut.of(prompts)
+    stage, read = _open(
+        work,
+        ("pairs", "given pairs"),
+        identity,
+        {"prompts": prompts},
+        lambda: held_out.marked(_read(source, read_preferences)),
+    )
+    if read is None:
+        return _finished(stage)
+    pairs = [(n, pair) for n, pair in enumerate(read.table.to_pylist()) if not held_out.says(pair["messages"])]
+    num_held_out = read.table.num_rows - len(pairs)
+    held_out.tell_alike(work, source.source, [pair for _, pair in pairs])
+    rows, too_long = _given_rows(reference, pairs, source.source, mismatched)
+    _tell_too_long(work, source.source, too_long, len(pairs), reference)
+    for part, first in enumerate(range(0, len(rows), SHARD_ROWS)):
+        write_part(stage.path, part, pa.Table.from_pylist(rows[first : first + SHARD_ROWS], schema=GIVEN_RESPONSES))
+    info = _info(read) | {
+        "counts": {**read.counts, "held_out": num_held_out, "too_long": len(too_long)},
+        "mismatched": mismatched,
+        "names_criteria": read.names_criteria,
+        "text": convention(reference),
+    }
+    return stage.commit(info=info)
+
+
+def _given_rows(
+    reference: Model, pairs: Sequence[tuple[int, dict[str, Any]]], source: str, mismatched: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the rows of numbered pairs, tokenised, and which pairs the reference's context does not hold."""
+    from can_dist.modeling.formatter import Formatter
+    from can_dist.modeling.loading import context_length, load_model_config, load_tokenizer
+
+    others = _pairs_of_other_prompts([pair for _, pair in pairs], source) if mismatched else []
     formatter = Formatter(load_tokenizer(reference), reference.template)
     context = context_length(load_model_config(reference, "model"))
     rows: list[dict[str, Any]] = []
@@ -153,60 +245,58 @@ def ingest_pairs(
             too_long.append(f"row {number} ({longest} tokens)")
         else:
             rows += given
-    _tell_too_long(work, source.source, too_long, len(pairs), f"{reference.model}'s context of {context}")
-    for part, first in enumerate(range(0, len(rows), SHARD_ROWS)):
-        write_part(stage.path, part, pa.Table.from_pylist(rows[first : first + SHARD_ROWS], schema=GIVEN_RESPONSES))
-    info = _found(read) | {
-        "counts": {**read.counts, "held_out": read.table.num_rows - len(pairs), "too_long": len(too_long)},
-        "mismatched": mismatched,
-        "names_criteria": read.names_criteria,
-        "text": convention(reference),
-    }
-    return stage.commit(info=info)
+    return rows, too_long
 
 
-def _found(read: PromptsRead | PreferencesRead) -> dict[str, Any]:
+def _info(read: PromptsRead | PreferencesRead) -> dict[str, Any]:
     """What a manifest says about a data set: its format, its counts, and what was set aside for which reason."""
+    carried = {"carried": read.carried} if read.carried else {}
     return {
         "format": read.format,
         "counts": read.counts,
         "reasons": read.reasons,
         "set_aside": list(read.set_aside),
+        "reading": READING,
+        **carried,
     }
 
 
-def check_criteria(asked: Sequence[tuple[Artifact, str]], where: str, do: str) -> None:
-    """Raise ``DataError`` when two criteria are to be learned from one data set that does not tell them apart.
+def check_criteria(lessons: Sequence[tuple[Artifact, str]], method: str, remedy: str) -> None:
+    """Refuse to learn two criteria from one data set that does not tell them apart.
 
-    ``asked`` holds (pairs of ``ingest_pairs``, criterion). Chosen and rejected responses have one criterion without a
-    name: learned as 'helpful' and as 'safe' it would be learned twice.
+    Chosen and rejected responses have one criterion without a name: learned as 'helpful' and as 'safe' it would be
+    learned twice.
+
+    Args:
+        lessons: pairs of ``ingest_pairs``, and the criterion to be learned from them.
+        method: that learns them, for the message.
+        remedy: what the user can do.
+
+    Raises:
+        DataError: two criteria are learned from chosen and rejected responses of one data set.
     """
     seen: dict[str, tuple[str, Artifact]] = {}
-    for pairs, criterion in asked:
+    for pairs, criterion in lessons:
         source = json.dumps(pairs.manifest["identity"]["source"], sort_keys=True)
         before, _ = seen.setdefault(source, (criterion, pairs))
         if before != criterion and not pairs.info["names_criteria"]:
             raise DataError(
-                f"{pairs.path}: the data set says which response was chosen, not by what criterion, and {where} would "
-                f"learn the same labels as '{before}' and as '{criterion}'. {do}"
+                f"{pairs.path}: the data set says which response was chosen, not by what criterion, and {method} would "
+                f"learn the same labels as '{before}' and as '{criterion}'. {remedy}"
             )
 
 
-def _held_out(prompts: pa.Table) -> set[str]:
-    """Return the ids of the prompts that are not trained on, and the ids of what the validation prompts say."""
-    rows = [row for row in prompts.to_pylist() if row["split"] != "train"]
-    said = {prompt_id(row["messages"]) for row in rows if row["split"] == "validation"}
-    return said | {row["prompt_id"] for row in rows}
-
-
-def _tell_too_long(work: Workspace, source: str, too_long: Sequence[str], of: int, limit: str) -> None:
+def _tell_too_long(work: Workspace, source: str, too_long: Sequence[str], of: int, reference: Model) -> None:
     """Say which pairs are left out: cutting them would change what people judged."""
     if not too_long:
         return
-    what = f"{source}: {len(too_long)} of {of} pair(s) longer than {limit} tokens: {', '.join(too_long[:5])}"
+    from can_dist.modeling.loading import context_length, load_model_config
+
+    limit = f"{reference.model}'s context of {context_length(load_model_config(reference, 'model'))}"
+    told = f"{source}: {len(too_long)} of {of} pair(s) longer than {limit} tokens: {', '.join(too_long[:5])}"
     if len(too_long) == of:
-        raise DataError(f"{what}. None is left; use a reference with a longer context.")
-    work.say(f"{what}; left out")
+        raise DataError(f"{told}. None is left; use a reference with a longer context.")
+    work.say(f"{told}; left out")
 
 
 def _labels(pair: dict[str, Any], side: str) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """scores + λ → preferences: examples labelled by s = r + ⟨λ, g⟩, P(a ≻ b) = σ(s_a − s_b) (CAN, 2405.19544, eq. 9).
 
-One row is one training example: a prompt, its responses, and a target per response. What a target means, and so which
-loss the trainer uses, is told by ``info["loss"]`` of the artifact.
+One row is one training example: a prompt, its responses, and a target per response. ``info["loss"]`` of the artifact
+names the trainer's loss, and so the meaning of a target.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from can_dist.config import Label, identity
 from can_dist.errors import DataError
-from can_dist.stages.examples import Row, _draw, _stream, commit, example, join, listed, note, pair_id, useless
+from can_dist.stages.examples import Row, commit, draw, example, join, listed, note, pair_id, stream, useless
 from can_dist.stages.solve import load_solution
 from can_dist.tables.artifacts import Artifact
 from can_dist.workspace import Workspace
@@ -31,29 +31,35 @@ def label(
     beta: float,
     unit: Mapping[str, float] | None = None,
 ) -> Artifact:
-    """Return the ``preferences`` table of s = r + ⟨λ, g⟩; ``lam`` is a dual's solution, or λ by name of its score.
+    """Return the ``preferences`` table of s = r + ⟨λ, g⟩.
 
-    ``unit`` divides scores by name first: the paper's code labels log-ratios without their β (``label.as_published``).
+    Empty responses, and pairs of equal tokens, teach nothing and are left out. Pairs of equal score (ties) are kept:
+    their target holds the log-ratios equal. All of these are counted, and listed in ``noted_examples.json``.
 
-    Empty responses, and pairs of twice the same tokens, teach nothing and are set aside. Pairs of equal score (ties)
-    are kept: their target holds the log-ratios equal. All of them are counted, and listed in ``noted_examples.json``.
+    Args:
+        work: The run.
+        responses: The ``responses`` to compare, or the given pairs.
+        scores: Their ``scores``, with ln π_ref.
+        lam: A ``solve`` artifact, or λ by name of its score.
+        reward: Name of the score r.
+        beta: KL weight β; the weights of a list are softmax(s/β).
+        unit: Divides scores by name first: the paper's code labels log-ratios without their β
+            (``label.as_published``).
 
-    Raises
-    ------
-    DataError
-        When no example is left, or all scores of every example are equal, so that there is nothing to learn; or the
-        solution is of other scorers than those of ``scores``.
+    Raises:
+        DataError: No example is left; all scores of every example are equal, so that there is nothing to learn; or the
+            solution is of other scorers than those of ``scores``.
     """
     options = work.config.label
-    what = {**identity(options, exclude=["preferences", "human"]), "seed": work.config.seed, "reward": reward}
+    identity_keys = {**identity(options, exclude=["preferences", "human"]), "seed": work.config.seed, "reward": reward}
     inputs = {"responses": responses, "scores": scores}
     if isinstance(lam, Artifact):
         inputs["solution"] = lam
     else:
-        what["lam"] = dict(lam)
+        identity_keys["lam"] = dict(lam)
     if unit:
-        what["unit"] = dict(unit)
-    stage = work.open("label", "preferences", {**what, "beta": beta}, inputs)
+        identity_keys["unit"] = dict(unit)
+    stage = work.open("label", "preferences", {**identity_keys, "beta": beta}, inputs)
     if stage.finished:
         return stage.finished
     with work.timed("label", "preferences"):
@@ -87,15 +93,17 @@ def combined_score(scores: Artifact, lam: Mapping[str, float], reward: str, unit
 def check_scorers(scores: Artifact, solved: Artifact, names: Sequence[str]) -> None:
     """Raise ``DataError`` unless the columns ``names`` of two tables of scores are of the same scorers.
 
-    λ is a price in units of the scores it was solved on; on another version's scores it is the price of nothing.
+    λ is a price in units of the scores it was solved on; it has no meaning for scores of another scorer.
     """
     mine, theirs = scores.info["scorers"], solved.info["scorers"]
     for name in names:
         differing = sorted(key for key in mine[name] | theirs[name] if mine[name].get(key) != theirs[name].get(key))
         if differing:
-            found = ", ".join(f"{key} {theirs[name].get(key)!r}, here {mine[name].get(key)!r}" for key in differing)
+            differences = ", ".join(
+                f"{key} {theirs[name].get(key)!r}, here {mine[name].get(key)!r}" for key in differing
+            )
             raise DataError(
-                f"{scores.path}, score {name!r}: λ was solved on scores of another scorer ({found}). "
+                f"{scores.path}, score {name!r}: λ was solved on scores of another scorer ({differences}). "
                 "Score both with one model, or solve again."
             )
 
@@ -124,7 +132,7 @@ def _pair_target(name: str, a: Row, b: Row, options: Label, seed: int) -> tuple[
         return a["score"], b["score"]
     p = _sigmoid(a["score"] - b["score"])
     if options.labels == "sampled":
-        p = float(_draw(seed, f"label:{name}") < p)
+        p = float(draw(seed, f"label:{name}") < p)
     return p, 1.0 - p
 
 
@@ -141,13 +149,13 @@ def _label_lists(rows: list[Row], options: Label, seed: int, beta: float) -> tup
                 noted.append(note(row["response_id"], "equal responses", kept=False))
             else:
                 distinct[tokens] = row
-        left = list(distinct.values())
-        if len(left) < 2:
+        compared = list(distinct.values())
+        if len(compared) < 2:
             noted.append(note(name, "less than two responses", kept=False))
             continue
-        logit_K = np.array([row["score"] for row in left]) / beta
+        logit_K = np.array([row["score"] for row in compared]) / beta
         weight_K = np.exp(logit_K - logit_K.max())
-        kept.append(example(name, left, (weight_K / weight_K.sum()).tolist(), options.validation_fraction, seed))
+        kept.append(example(name, compared, (weight_K / weight_K.sum()).tolist(), options.validation_fraction, seed))
     return kept, noted
 
 
@@ -159,7 +167,7 @@ def _by_prompt(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _lists(rows: list[Row], options: Label) -> Iterator[tuple[str, list[Row]]]:
-    """Yield an id and the responses that are compared: a given pair, else all responses of a prompt."""
+    """Yield the id and the responses of each list: a given pair, else all responses of a prompt."""
     if options.pairs == "preferences":
         yield from ((pair_id(a, b), [a, b]) for a, b in _pairs(rows, options, 0))
         return
@@ -167,14 +175,14 @@ def _lists(rows: list[Row], options: Label) -> Iterator[tuple[str, list[Row]]]:
 
 
 def _pairs(rows: list[Row], options: Label, seed: int) -> Iterator[tuple[Row, Row]]:
-    """Yield the pairs: neighbouring rows of given pairs, else all or some pairs of each prompt's responses."""
+    """Yield the pairs: neighbouring rows of given pairs, else all or a draw of the pairs of each prompt's responses."""
     if options.pairs == "preferences":
         yield from zip(rows[::2], rows[1::2], strict=True)
         return
     for prompt_id, members in _by_prompt(rows).items():
         pairs = list(combinations(members, 2))
         if options.pairs_per_prompt != "all" and options.pairs_per_prompt < len(pairs):
-            random = np.random.default_rng(_stream(seed, f"pairs:{prompt_id}"))
+            random = np.random.default_rng(stream(seed, f"pairs:{prompt_id}"))
             chosen = sorted(random.choice(len(pairs), size=options.pairs_per_prompt, replace=False).tolist())
             pairs = [pairs[index] for index in chosen]
         yield from pairs

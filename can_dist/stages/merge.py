@@ -10,14 +10,11 @@ from can_dist.workspace import Workspace
 
 
 def merge(work: Workspace, policy_a: Artifact, policy_b: Artifact, *, q: float) -> Artifact:
-    """Return the artifact whose ``policy/`` is the merge, as that of a trained policy; ``q`` weighs ``policy_a``.
+    """Return the artifact whose ``policy/`` is the merge, laid out like that of ``train``; ``q`` weighs ``policy_a``.
 
-    Raises
-    ------
-    ConfigError
-        When q is not in [0, 1].
-    DataError
-        When the policies are not of one architecture and tokenizer, or one of them is damaged.
+    Raises:
+        ConfigError: q is not in [0, 1].
+        DataError: The policies differ in architecture or tokenizer, or a file of them is damaged.
     """
     from can_dist.training.merge import merge_policies
 
@@ -27,7 +24,7 @@ def merge(work: Workspace, policy_a: Artifact, policy_b: Artifact, *, q: float) 
     policy_a.check()
     policy_b.check()
     out = stage.path / POLICY
-    shutil.rmtree(out, ignore_errors=True)  # whole, but left without a manifest by a kill
+    shutil.rmtree(out, ignore_errors=True)  # a kill may have left it without a manifest
     with work.timed("merge", f"q={q:g}"):
         largest = work.config.train.max_shard_size_mb
         merge_policies(policy_a.path / POLICY, policy_b.path / POLICY, out, q, largest)

@@ -1,4 +1,4 @@
-"""The record of an evaluation: everything that the report, the comparison and the model card show."""
+"""The record of an evaluation: all values that the report, the comparison and the model card show."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ from can_dist.measuring.ray import ray
 from can_dist.stages.estimate import demands, load_estimate
 from can_dist.stages.solve import load_solution
 from can_dist.stages.strength import STRENGTH
+from can_dist.stages.train import drift_warning
 from can_dist.tables.artifacts import Artifact
 from can_dist.tables.quarantine import quarantined, scored_responses
+from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
 from can_dist.training import CURVE
-from can_dist.training.metrics import loss_above_start
 from can_dist.workspace import Workspace
 
 REPORT, PAGE = "report.json", "report.html"
@@ -41,9 +42,9 @@ PACKAGES = ("can-dist", "torch", "transformers", "deepspeed", "ray", "numpy", "p
 
 @dataclass(frozen=True)
 class Lineage:
-    """The artifacts an evaluation sets beside the policy; those of a dual are None where the method has none.
+    """The artifacts that an evaluation reads beside the policy; those of a dual are None where the method has none.
 
-    ``solution`` is the one the policy's preferences were labelled with, ``train_scores`` the table that gave it.
+    ``solution`` labelled the policy's preferences; ``train_scores`` is the table that it was solved on.
     """
 
     policy: Artifact
@@ -53,13 +54,13 @@ class Lineage:
 
 
 def lineage_of(policy: Artifact, prompts: Artifact) -> Lineage:
-    """Find the dual's solution that a policy's preferences were labelled with, and the scores that gave it, if any."""
-    found = as_trained(policy)
+    """Find the dual's solution that labelled a policy's preferences, and the scores it was solved on, if any."""
+    ancestor = as_trained(policy)
     for name in ("preferences", "solution"):
-        if name not in found.manifest["inputs"]:
+        if name not in ancestor.manifest["inputs"]:
             return Lineage(policy, prompts)
-        found = found.input(name)
-    return Lineage(policy, prompts, found, found.input("scores"))
+        ancestor = ancestor.input(name)
+    return Lineage(policy, prompts, solution=ancestor, train_scores=ancestor.input("scores"))
 
 
 def as_trained(policy: Artifact) -> Artifact:
@@ -98,8 +99,8 @@ def build_report(
         "prediction": dual["prediction"],
         "unpredicted": dual["unpredicted"],
         "constraints": [
-            constraint_row(name, one, before, after) | dual["lam"].get(name, {}) | dual["scores"].get(name, {})
-            for name, one in constraints.items()
+            constraint_row(name, constraint, before, after) | dual["lam"].get(name, {}) | dual["scores"].get(name, {})
+            for name, constraint in constraints.items()
         ],
         "reward": {"name": reward, **dual["scores"].get(reward, {}), "realised": improvement(before, after, reward)},
         "kl": kl,
@@ -121,23 +122,23 @@ def build_report(
 
 
 def _dual(inputs: Mapping[str, Artifact], before: pa.Table, reward: str, method: str) -> dict[str, Any]:
-    """Return what the dual says of this policy: its solution, its examination, and what it predicted by score."""
-    found: dict[str, Any] = {"solution": None, "examination": None, "prediction": None, "unpredicted": None}
-    found |= {"lam": {}, "scores": {}, "kl": {}, "num_prompts": None}
+    """Return the dual's part of the record: its solution, its examination, and its prediction by score."""
+    record: dict[str, Any] = {"solution": None, "examination": None, "prediction": None, "unpredicted": None}
+    record |= {"lam": {}, "scores": {}, "kl": {}, "num_prompts": None}
     if "solution" not in inputs:
-        return found | {"unpredicted": _why_unpredicted(method)}
+        return record | {"unpredicted": _why_unpredicted(method)}
     solution = load_solution(inputs["solution"])
     log_weight = inputs["solution"].manifest["identity"]["log_weight"]
     table = score_table(inputs["train_scores"].table, reward, solution, log_weight)
     examination = examine(table, solution, reward_name=reward)
-    found |= {"solution": solution.to_dict(), "examination": examination, "lam": multipliers(solution)}
-    found["num_prompts"] = solution.diagnostics["num_prompts"]
+    record |= {"solution": solution.to_dict(), "examination": examination, "lam": multipliers(solution)}
+    record["num_prompts"] = solution.diagnostics["num_prompts"]
     solved, measured = (inputs[name].info["scorers"] for name in ("train_scores", "scores_before"))
     if any(solved[name] != measured.get(name) for name in (reward, *solution.lam)):
         unpredicted = "λ* was solved with other scores than those measured here, so its prediction is in other units."
-        return found | {"unpredicted": unpredicted}
+        return record | {"unpredicted": unpredicted}
     scores, kl = predictions(held_out_prediction(before, reward, solution), examination, reward, solution)
-    return found | {"prediction": prediction_source(examination, solution, before), "scores": scores, "kl": kl}
+    return record | {"prediction": prediction_source(examination, solution, before), "scores": scores, "kl": kl}
 
 
 def _estimated(inputs: Mapping[str, Artifact], before: pa.Table, reward: str) -> dict[str, Any] | None:
@@ -164,19 +165,19 @@ def _estimated(inputs: Mapping[str, Artifact], before: pa.Table, reward: str) ->
 
 
 def _why_unpredicted(method: str) -> str:
-    """Return why a policy that was not labelled with a dual's own solution has no prediction beside it."""
+    """Return why a policy that no dual's solution labelled has no prediction."""
     title = method_title(method)
     if METHODS[method].steers:
         return (
-            f"{title} chose this policy’s λ by what its trained policies measured, not by the dual, so what the dual "
-            "predicts of λ* is no prediction of it; the trajectory in the run directory has what each round measured."
+            f"{title} chose this policy’s λ by measurements of its trained policies, not by the dual, so the dual's "
+            "prediction for λ* is not one for it; the trajectory in the run directory has each round's measurements."
         )
     return f"{title} trained this policy for no dual’s solution, so nothing predicted it."
 
 
 def log_ratio(after: pa.Table) -> np.ndarray:
     """Return ln π(y|x) − ln π_ref(y|x) of the policy's own responses; its mean is the KL divergence."""
-    return column(after, "logp.policy") - column(after, "logp.reference")
+    return column(after, LOGP_POLICY) - column(after, LOGP_REFERENCE)
 
 
 def _refusals(inputs: Mapping[str, Artifact]) -> dict[str, Any] | None:
@@ -201,17 +202,17 @@ def _training(policy: Artifact) -> dict[str, Any] | None:
 
 
 def _counts(inputs: Mapping[str, Artifact]) -> dict[str, int]:
-    """Return what became of every response (in = scored + quarantined) and of the training examples."""
+    """Return the counts of responses (in = scored + quarantined) and of training examples, by name."""
     named = {
         "train_scores": "training responses",
         "scores_before": "held-out responses of the reference",
         "scores_after": "held-out responses of the policy",
     }
     counts: dict[str, int] = {}
-    for name, what in named.items():
+    for name, title in named.items():
         if name in inputs:
             scored, left_out = inputs[name].num_rows, len(quarantined(inputs[name]))
-            counts |= {what: scored + left_out, f"{what}, scored": scored, f"{what}, quarantined": left_out}
+            counts |= {title: scored + left_out, f"{title}, scored": scored, f"{title}, quarantined": left_out}
     trained = as_trained(inputs["policy"])
     if "preferences" in trained.manifest["inputs"]:
         labelled = trained.input("preferences").info["counts"]
@@ -223,8 +224,8 @@ def _models(inputs: Mapping[str, Artifact]) -> dict[str, dict[str, str]]:
     scorers = inputs["scores_after"].info["scorers"]
     models = {"policy": {"model": inputs["policy"].path.name, "digest": inputs["policy"].digest}}
     for name, info in scorers.items():
-        if name != "logp.policy":
-            role = "reference" if name == "logp.reference" else name
+        if name != LOGP_POLICY:
+            role = "reference" if name == LOGP_REFERENCE else name
             models[role] = {"model": info["model"], "digest": str(info.get("weights") or info.get("source"))}
     return models
 
@@ -239,12 +240,12 @@ def _warnings(work: Workspace, before: pa.Table, after: pa.Table) -> list[str]:
         )
     means = {}
     for who, table in (("reference", before), ("policy", after)):
-        found = lengths(table)
-        means[who] = found["mean"]
-        if found["truncated_fraction"] > 0.05:
+        length = lengths(table)
+        means[who] = length["mean"]
+        if length["truncated_fraction"] > 0.05:
             warnings.append(
-                f"{found['truncated_fraction']:.0%} of the {who}'s responses were cut at generate.max_new_tokens = "
-                f"{options.max_new_tokens}; their scores may depend on what is missing."
+                f"{length['truncated_fraction']:.0%} of the {who}'s responses were cut at generate.max_new_tokens = "
+                f"{options.max_new_tokens}; their scores may depend on the missing text."
             )
     longer = means["policy"] / max(means["reference"], 1.0)
     if not 0.67 < longer < 1.5:
@@ -255,7 +256,7 @@ def _warnings(work: Workspace, before: pa.Table, after: pa.Table) -> list[str]:
 
 
 def _drift(kl: Mapping[str, Any], policy: Artifact) -> list[str]:
-    """Pairs fix only differences of log-ratios, so a policy can fit them and still leave the reference behind."""
+    """Return warnings of drift: pairs fix only differences of log-ratios, so a policy can fit them and still drift."""
     warnings = []
     predicted, realised = kl.get("predicted"), kl["realised"]
     if predicted is not None and realised["low"] > 2 * predicted:
@@ -263,14 +264,13 @@ def _drift(kl: Mapping[str, Any], policy: Artifact) -> list[str]:
             f"The policy is {realised['mean']:.2f} nats from the reference, more than twice the {predicted:.2f} "
             "predicted: training drifted. Lower train.learning_rate or add train.warmup_steps."
         )
-    loss = loss_above_start(policy.read_json(CURVE)) if "summary" in policy.info else None
-    if loss is not None:
-        warnings.append(f"The last training loss, {loss:.3f}, is above its start at ln 2 = 0.693: the policy drifted.")
+    if "summary" in policy.info and (warning := drift_warning(policy.read_json(CURVE))):
+        warnings.append(warning[0].upper() + warning[1:])
     return warnings
 
 
 def _samples(inputs: Mapping[str, Artifact], names: list[str], count: int) -> list[dict[str, Any]]:
-    """The first response of both models to the first prompts of the held-out split."""
+    """Return the first response of both models to the first prompts of the held-out split."""
     rows = {}
     for who in ("before", "after"):
         responses = scored_responses(inputs[f"responses_{who}"], inputs[f"scores_{who}"]).to_pylist()

@@ -42,26 +42,22 @@ from can_dist.tables.artifacts import (
     write_part,
 )
 from can_dist.tables.quarantine import QUARANTINED, quarantined, without
-from can_dist.tables.schemas import RESPONSES, SCORE_KEYS, check_schema, check_unique
+from can_dist.tables.schemas import LOGP_REFERENCE, RESPONSES, SCORE_KEYS, check_schema, check_unique
 from can_dist.workspace import Workspace
-
-REFERENCE = "logp.reference"
 
 
 def score(work: Workspace, responses: Artifact, scorers: Mapping[str, ScorerSpec], *, role: str) -> Artifact:
     """Return the ``scores`` table: the responses' keys, lengths, and one float64 column per scorer.
 
-    Columns are named after the scorers, log-probabilities ``logp.<name>``; each column's metadata tells model,
-    weights digest, template and sign. Every score is higher-is-better: a cost model enters with ``sign: -1``.
+    Columns are named after the scorers, log-probabilities ``logp.<name>``; each column's metadata holds the model,
+    weights digest, template and sign. Higher is better in every score: a cost model enters with ``sign: -1``.
 
-    Raises
-    ------
-    DataError
-        When a score is not finite (response ids listed), a model is not what its spec says, log-ratios are relative
-        to different references, or log-probabilities are asked of a model with another template than the responses'.
+    Raises:
+        DataError: A score is not finite (response ids listed), a model does not fit its spec, log-ratios are relative
+            to different references, or a model for log-probabilities has another template than the responses.
     """
     columns = {name: _column(work, responses, name, spec, role) for name, spec in scorers.items()}
-    check_one_reference({name: artifact.info["scorer"] for name, artifact in columns.items()}, REFERENCE)
+    check_one_reference({name: artifact.info["scorer"] for name, artifact in columns.items()}, LOGP_REFERENCE)
     stage = work.open("scores", role, {"columns": list(columns)}, {"responses": responses, **columns})
     if stage.finished:
         return stage.finished
@@ -80,8 +76,10 @@ def score(work: Workspace, responses: Artifact, scorers: Mapping[str, ScorerSpec
 
 
 def _check_every_prompt(responses: Artifact, scored: pa.Table) -> None:
-    there = set(scored.column("prompt_id").to_pylist())
-    if empty := [key for key in dict.fromkeys(responses.table.column("prompt_id").to_pylist()) if key not in there]:
+    scored_ids = set(scored.column("prompt_id").to_pylist())
+    if empty := [
+        key for key in dict.fromkeys(responses.table.column("prompt_id").to_pylist()) if key not in scored_ids
+    ]:
         raise DataError(
             f"{responses.path}: every response of {len(empty)} prompt(s) is quarantined: {', '.join(empty[:5])}. "
             "Remove these prompts."
@@ -99,12 +97,12 @@ def _column(work: Workspace, responses: Artifact, name: str, spec: ScorerSpec, r
 def _score_one(
     work: Workspace, responses: Artifact, name: str, spec: ActorSpec, role: str, num_outputs: int | None = None
 ) -> Artifact:
-    """Score every response with one scorer, a shard per part of the responses; ``num_outputs`` numbers each, or one."""
+    """Score every response with one scorer, a shard per part; a score is one number, or ``num_outputs`` numbers."""
     precision = resolve_precision(work.config.precision)
-    what = scorer_identity(spec, precision)
+    scorer_keys = scorer_identity(spec, precision)
     label = f"{name}, {role}"
-    stage = work.open("score", label, {"column": name, "scorer": what}, {"responses": responses})
-    # rows that belong together, as the pairs of people's preferences do, are not torn apart
+    stage = work.open("score", label, {"column": name, "scorer": scorer_keys}, {"responses": responses})
+    # only sampled responses may be left out: rows of a given pair belong together
     allowed = work.config.cluster.max_quarantine if responses.stage == "generate" else 0
     if stage.finished:
         return _check_allowed(stage.finished, allowed)
@@ -116,7 +114,7 @@ def _score_one(
     job = ScoreJob(
         name,
         spec,
-        canonical_json(what),
+        canonical_json(scorer_keys),
         precision,
         responses.path,
         stage.path,
@@ -124,34 +122,33 @@ def _score_one(
         work.config.cluster.on_nonfinite,
         num_outputs,
     )
-    done = stage.finished_parts()
+    finished = stage.finished_parts()
     with work.timed("score", label, responses=sum(rows.values())):
-        todo = {shard: n for shard, n in rows.items() if shard not in done}
+        todo = {shard: n for shard, n in rows.items() if shard not in finished}
         if work.config.cluster.score_cache:
             todo = _take_from_cache(work, job, todo, label)
         work.run_shards(job, todo, f"score ({label})")
         if work.config.cluster.score_cache:
             _put_into_cache(job, rows)
         num_tokens = sum(responses.table.column("num_tokens").to_pylist())
-        found = job.quarantined()
-        if found:
-            work.say(f"score ({label}): {len(found)} of {sum(rows.values())} responses are quarantined")
-        _check_number(stage.path, found, allowed)  # actors that found some at the same time knew nothing of each other
-        left_out = {QUARANTINED: found} if found else {}
-        _check_rows(stage, sum(rows.values()) - len(found))
+        left_out = job.quarantined()
+        if left_out:
+            work.say(f"score ({label}): {len(left_out)} of {sum(rows.values())} responses are quarantined")
+        _check_number(stage.path, left_out, allowed)  # each actor counts only those that it saw
+        _check_rows(stage, sum(rows.values()) - len(left_out))
         return stage.commit(
             files=job.quarantine_files(),
             info={
-                "scorer": {"name": name, "model": shown_name(spec), **what, **text},
+                "scorer": {"name": name, "model": shown_name(spec), **scorer_keys, **text},
                 "num_tokens": num_tokens,
-                **left_out,
+                **({QUARANTINED: left_out} if left_out else {}),
             },
             parts=rows,
         )
 
 
 def _check_allowed(scores: Artifact, allowed: int) -> Artifact:
-    """Return finished scores, if they leave out no more responses than the configuration allows now."""
+    """Return finished scores; raise if they leave out more responses than the configuration allows now."""
     _check_number(scores.path, quarantined(scores), allowed)
     return scores
 
@@ -166,20 +163,21 @@ def _check_number(path: Path, left_out: Mapping[str, str], allowed: int) -> None
 
 def _score_ratio(work: Workspace, responses: Artifact, name: str, spec: PolicyRatio, role: str) -> Artifact:
     """Subtract the reference's log-probabilities, scored once for all, from those of the aligned policy."""
-    logp = _score_one(work, responses, f"logp.{name}", LogProb(model=spec.policy), role)
-    logp_ref = _score_one(work, responses, REFERENCE, LogProb(model=spec.reference), role)
+    column = f"logp.{name}"
+    logp = _score_one(work, responses, column, LogProb(model=spec.policy), role)
+    logp_ref = _score_one(work, responses, LOGP_REFERENCE, LogProb(model=spec.reference), role)
     left_out = quarantined(logp) | quarantined(logp_ref)
-    both = [without(one.table, left_out) for one in (logp, logp_ref)]
+    both = [without(scores.table, left_out) for scores in (logp, logp_ref)]
     keys = both[0].select(SCORE_KEYS.names)
     if not keys.equals(both[1].select(SCORE_KEYS.names)):
         raise DataError(f"{logp.path}: its response ids are not those of {logp_ref.path}.")
-    values_N = log_ratio(both[0].column(f"logp.{name}"), both[1].column(REFERENCE), spec)
+    values_N = log_ratio(both[0].column(column), both[1].column(LOGP_REFERENCE), spec)
     inputs = {"logp": logp, "logp_ref": logp_ref, **spec.made_from}
     return _derived(work, name, spec, role, inputs, keys, values_N, left_out)
 
 
 def _score_choice(work: Workspace, responses: Artifact, name: str, spec: MultiHead, role: str) -> Artifact:
-    """Weigh the outputs of a classifier, computed once for all the scores that are made of them."""
+    """Weigh the outputs of a classifier; they are computed once for all scores made of them."""
     weight_L = np.array(output_weights(spec, load_model_config(spec, "sequence classifier")))
     column = f"outputs.{Path(spec.model).name}"
     outputs = _score_one(work, responses, column, Outputs(body=spec), role, len(weight_L))
@@ -198,28 +196,28 @@ def _derived(
     values_N: np.ndarray,
     left_out: Mapping[str, str],
 ) -> Artifact:
-    """Commit a column that is arithmetic on columns that actors scored."""
-    what = scorer_identity(spec, resolve_precision(work.config.precision))
-    stage = work.open("score", f"{name}, {role}", {"column": name, "scorer": what}, inputs)
+    """Commit a column computed from columns that actors scored."""
+    scorer_keys = scorer_identity(spec, resolve_precision(work.config.precision))
+    stage = work.open("score", f"{name}, {role}", {"column": name, "scorer": scorer_keys}, inputs)
     if stage.finished:
         return stage.finished
-    field = pa.field(name, pa.float64(), metadata={"scorer": canonical_json(what)})
+    field = pa.field(name, pa.float64(), metadata={"scorer": canonical_json(scorer_keys)})
     write_part(stage.path, 0, keys.append_column(field, pa.array(values_N)).combine_chunks())
-    info = {"scorer": {"name": name, "model": shown_name(spec), **what}}
+    info = {"scorer": {"name": name, "model": shown_name(spec), **scorer_keys}}
     return stage.commit(info=info | ({QUARANTINED: dict(left_out)} if left_out else {}))
 
 
 def _check_rows(stage: StageDirectory, expected: int) -> None:
     """Raise ``DataError`` unless every response has a score or is quarantined."""
-    if (found := stage.parts_table().num_rows) != expected:
+    if (num_scores := stage.parts_table().num_rows) != expected:
         raise DataError(
-            f"{stage.path}: {found} scores where {expected} responses are not quarantined. Delete the directory and "
-            "run again."
+            f"{stage.path}: {num_scores} scores where {expected} responses are not quarantined. Delete the directory "
+            "and run again."
         )
 
 
 def _take_from_cache(work: Workspace, job: ScoreJob, shards: Mapping[int, int], label: str) -> dict[int, int]:
-    """Write what is known of these shards, and return those that an actor must complete."""
+    """Write the shards whose scores are all cached, and return the others, which actors must complete."""
     left, num_known = {}, 0
     with open_cache() as cache:
         for shard, num_rows in shards.items():
@@ -260,7 +258,7 @@ class ScoreJob:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What one response's score is: a number, or several."""
+        """Shape of one response's score: () for a number, (L,) for several."""
         return () if self.num_outputs is None else (self.num_outputs,)
 
     def load(self) -> Any:
@@ -268,7 +266,7 @@ class ScoreJob:
         return load_scorer(self.spec, self.precision)
 
     def process(self, loaded: Any, shard: int) -> None:
-        """Score and commit one part; a score that is not a finite number never leaves the actor."""
+        """Score and commit one part; a score that is not finite raises, or its response is left out."""
         table = self.read(shard)
         known = self.known_path(shard)
         value_N = load(known.read_bytes())[self.name] if known.is_file() else self._unknown(table.num_rows)
@@ -288,7 +286,7 @@ class ScoreJob:
         return None if spec is None else replace(self, spec=spec)
 
     def row_names(self, shard: int) -> list[str]:
-        """Return what the responses of a shard are called."""
+        """Return the names of the responses of a shard, for messages."""
         left = without(self.read(shard), self.quarantined(shard))
         return [f"response {name!r}" for name in left.column("response_id").to_pylist()]
 
@@ -305,13 +303,13 @@ class ScoreJob:
         write_json(self._quarantine_path(shard), self.quarantined(shard) | reasons)
 
     def quarantined(self, shard: int | None = None) -> dict[str, str]:
-        """Return the responses of a shard, or of all, that are left out, with the reasons."""
+        """Return the ids left out of a shard, or of all shards, with the reasons."""
         paths = [self._quarantine_path(shard)] if shard is not None else [self.out / n for n in self.quarantine_files()]
         files = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
         return {response_id: why for file in files for response_id, why in file.items()}
 
     def quarantine_files(self) -> list[str]:
-        """Return the names of the files that say what is left out; each belongs to a part."""
+        """Return the names of the files that list the ids left out, one per part that has any."""
         return sorted(path.name for path in self.out.glob("quarantined-*.json"))
 
     def _quarantine_path(self, shard: int) -> Path:
@@ -328,7 +326,7 @@ class ScoreJob:
         return check_schema(table, RESPONSES, f"{self.responses}, part {shard}")
 
     def known_path(self, shard: int) -> Path:
-        """Return where the scores of a part that are known from the cache lie, NaN for the others; gone at commit."""
+        """Return the file of a part's cached scores, NaN for the others; it is removed at commit."""
         return self.out / f".tmp-known-{shard:05d}.safetensors"
 
     def commit(self, shard: int, table: pa.Table, value_N: np.ndarray) -> None:
@@ -344,21 +342,21 @@ class ScoreJob:
         return np.full((num_rows, *self.shape), np.nan)
 
     def _leave_out(self, shard: int, table: pa.Table, value_N: np.ndarray) -> None:
-        """Quarantine the responses of a shard whose scores are no finite numbers, if the configuration allows it."""
-        found = dict(zip(table.column("response_id").to_pylist(), value_N.tolist(), strict=True))
-        num_left_out = len(self.quarantined()) + len(found)
+        """Quarantine the responses of a shard whose scores are not finite, if the configuration allows it."""
+        bad = dict(zip(table.column("response_id").to_pylist(), value_N.tolist(), strict=True))
+        num_left_out = len(self.quarantined()) + len(bad)
         if self.on_nonfinite == "fail" or num_left_out > self.max_quarantine:
-            listed = ", ".join(f"{response_id} ({value})" for response_id, value in list(found.items())[:5])
+            listed = ", ".join(f"{response_id} ({value})" for response_id, value in list(bad.items())[:5])
             raise DataError(
-                f"scorer {self.name!r}: {len(found)} score(s) are not finite numbers: {listed}. Look at these "
+                f"scorer {self.name!r}: {len(bad)} score(s) are not finite numbers: {listed}. Look at these "
                 "responses and at the model's precision. Sampled responses may be left out: cluster.on_nonfinite: "
                 f"quarantine, and cluster.max_quarantine, which is {self.max_quarantine}, at least {num_left_out}."
             )
-        self._quarantine(shard, {response_id: f"its score is {value}" for response_id, value in found.items()})
+        self._quarantine(shard, {response_id: f"its score is {value}" for response_id, value in bad.items()})
 
 
 def is_known(value_N: np.ndarray) -> np.ndarray:
-    """Tell of each response whether all numbers of its score, (N, …), are finite; returns (N,) bool."""
+    """Return whether all numbers of each response's score, (N, …), are finite: (N,) bool."""
     return np.isfinite(value_N.reshape(len(value_N), -1)).all(axis=1)
 
 

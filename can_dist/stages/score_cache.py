@@ -1,15 +1,14 @@
 """Scores kept across runs, so that no text is scored twice: one SQLite file, by scorer and text.
 
 A key is the SHA-256 of the scorer's identity (weights or declared model, text convention, sign, precision) and of the
-conversation, the response and its tokens; a value is the number as the score column holds it, bit for bit. No text is
-kept. Only the process that runs the stage opens the file, so actors on other machines need not share it.
+conversation, the response and its tokens. A value is the number as the score column holds it, bit for bit. No text is
+kept. Only the driver opens the file, so actors on other machines need not share it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -20,6 +19,7 @@ import pyarrow as pa
 
 from can_dist.errors import EnvironmentProblem
 from can_dist.tables.artifacts import canonical_json
+from can_dist.tables.cache import cache_directory
 
 AT_ONCE = 500
 """Keys per query; SQLite takes 999 parameters."""
@@ -31,12 +31,10 @@ NAN = np.array(np.nan, dtype="<f8").tobytes()
 def open_cache() -> Iterator[sqlite3.Connection]:
     """Open ``can_dist/scores.sqlite`` in XDG_CACHE_HOME or ~/.cache; other processes may have it open too.
 
-    Raises
-    ------
-    EnvironmentProblem
-        When it cannot be opened, is damaged, or stays locked for a minute.
+    Raises:
+        EnvironmentProblem: It cannot be opened, is damaged, or stays locked for a minute.
     """
-    path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "can_dist" / "scores.sqlite"
+    path = cache_directory() / "scores.sqlite"
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
@@ -61,20 +59,20 @@ def score_keys(identity: str, responses: pa.Table) -> list[bytes]:
 
 
 def look_up(cache: sqlite3.Connection, keys: Sequence[bytes], shape: tuple[int, ...] = ()) -> np.ndarray:
-    """Return the scores kept under these keys, (N, *shape) float64, NaN where there is none."""
-    found: dict[bytes, bytes] = {}
+    """Return the scores of these keys, (N, *shape) float64, NaN for a key without one."""
+    kept: dict[bytes, bytes] = {}
     for start in range(0, len(keys), AT_ONCE):
         some = keys[start : start + AT_ONCE]
         marks = ",".join("?" * len(some))
-        found.update(cache.execute(f"SELECT key, value FROM scores WHERE key IN ({marks})", some))
+        kept.update(cache.execute(f"SELECT key, value FROM scores WHERE key IN ({marks})", some))
     unknown = NAN * math.prod(shape)
-    values = np.frombuffer(b"".join(found.get(key, unknown) for key in keys), dtype="<f8").astype(np.float64)
+    values = np.frombuffer(b"".join(kept.get(key, unknown) for key in keys), dtype="<f8").astype(np.float64)
     return values.reshape(len(keys), *shape)
 
 
 def keep(cache: sqlite3.Connection, keys: Sequence[bytes], value_N: np.ndarray) -> None:
-    """Keep finite scores, (N, …) float64; what is kept already stays as it is. On disk when this returns."""
-    # 8 bytes each: as a number of its own SQLite would make 0.0 of -0.0
+    """Keep finite scores, (N, …) float64; a key that has a score keeps it. They are on disk when this returns."""
+    # as 8 bytes each: SQLite's own numbers would turn -0.0 into 0.0
     rows = [(key, v.tobytes()) for key, v in zip(keys, value_N.astype("<f8"), strict=True) if np.isfinite(v).all()]
     with cache:
         cache.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?)", rows)

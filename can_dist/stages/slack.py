@@ -1,7 +1,7 @@
 """policy samples → slack, and the step on it: the dual's gradient at λ, measured instead of predicted.
 
 For π_θ = π_λ the slack E_π g − E_{π_ref} g − b is ∇D(λ) (CAN, arXiv 2405.19544), so λ ← [λ − η·slack]_+ descends the
-dual (C-DPO, arXiv 2403.02475; CAID, arXiv 2505.19387), whatever a training misses of π_λ.
+dual (C-DPO, arXiv 2403.02475; CAID, arXiv 2505.19387). The measured slack includes all errors of a training.
 """
 
 from __future__ import annotations
@@ -38,23 +38,21 @@ def measure(
     """Return the artifact of a policy's measured slack (``measurement.json``), from scores of its fresh samples.
 
     Means are over prompts of the prompts' means, in score units, and so are the standard errors: a prompt's responses
-    are averaged first, because the prompt is the unit that was sampled. A margin is measured against the reference's
+    are averaged first, because prompts are the sampled unit. A margin is measured against the reference's
     responses to the same prompts, paired by prompt; a threshold against the policy's mean alone. ``log_weight`` names
     a column of both tables with log-weights over an enumerated set of responses, as in ``solve``.
 
-    Raises
-    ------
-    DataError
-        When the tables are not over the same prompts, or over fewer than two.
+    Raises:
+        DataError: The tables are not over the same prompts, or over fewer than two.
     """
-    what = {
+    identity_keys = {
         "reward": reward,
         "constraints": {
             name: {"margin": c.margin, "threshold": c.threshold, "equal": c.equal} for name, c in constraints.items()
         },
         "log_weight": log_weight,
     }
-    stage = work.open("measure", "slack", what, {"scores": scores, "reference_scores": reference_scores})
+    stage = work.open("measure", "slack", identity_keys, {"scores": scores, "reference_scores": reference_scores})
     if stage.finished:
         return stage.finished
     with work.timed("measure", "slack"):
@@ -74,7 +72,7 @@ def measure(
             "constraints": {name: _slack(constraint, mean_P, ref_P) for (name, constraint), mean_P, ref_P in rows},
         }
         write_json(stage.path / MEASUREMENT, measured)
-        work.say("measure: " + _describe(measured["constraints"]))
+        work.say("measure: " + describe_slack(measured["constraints"]))
         return stage.commit([MEASUREMENT], info=measured)
 
 
@@ -89,7 +87,7 @@ def _slack(constraint: Constraint, mean_P: FloatArray, reference_P: FloatArray) 
     if constraint.margin is not None:
         slack, error = _mean(mean_P - reference_P - constraint.margin)
     else:
-        assert constraint.threshold is not None  # as Constraint sees to
+        assert constraint.threshold is not None  # Constraint demands one of both
         slack, error = _mean(mean_P - constraint.threshold)
     improvement = float(np.mean(mean_P - reference_P))
     means = {"mean": float(mean_P.mean()), "improvement": improvement}
@@ -101,8 +99,9 @@ def _mean(value_P: FloatArray) -> tuple[float, float]:
     return float(value_P.mean()), float(value_P.std(ddof=1) / np.sqrt(value_P.shape[0]))
 
 
-def _describe(constraints: Mapping[str, Mapping[str, Any]]) -> str:
-    return ", ".join(f"slack of {name} {one['slack']:+.4g} ± {one['se']:.2g}" for name, one in constraints.items())
+def describe_slack(constraints: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the slack and standard error of each constraint, for messages."""
+    return ", ".join(f"slack of {name} {row['slack']:+.4g} ± {row['se']:.2g}" for name, row in constraints.items())
 
 
 def step_sizes(scores: Artifact, solution: Artifact, step_size: StepSize, *, reward: str) -> dict[str, float]:

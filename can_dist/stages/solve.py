@@ -30,25 +30,23 @@ def solve(
     """Return the artifact of the dual's solution (``solution.json``).
 
     ``log_weight`` names a column of log-weights, such as ``logp.reference`` over an enumerated set of responses;
-    sampled responses weigh the same.
+    without it all responses weigh the same, as samples do.
 
     The estimator and the confidence are those of the configuration's ``solve`` section.
 
-    Raises
-    ------
-    InfeasibleConstraint
-        With the attainable margins, before anything is trained.
+    Raises:
+        InfeasibleConstraint: The margins cannot be met; the message names those that can. Nothing is trained.
     """
     margins = [Margin(name, c.margin, c.threshold, c.equal) for name, c in constraints.items()]
     options = work.config.solve
-    what = {
+    identity_keys = {
         **identity(options),
         "reward": reward,
         "constraints": {m.name: {"margin": m.margin, "threshold": m.threshold, "equal": m.equal} for m in margins},
         "beta": beta,
         "log_weight": log_weight,
     }
-    stage = work.open("solve", "dual", what, {"scores": scores})
+    stage = work.open("solve", "dual", identity_keys, {"scores": scores})
     if stage.finished:
         return stage.finished
     with work.timed("solve", "dual"):
@@ -74,7 +72,7 @@ def load_solution(artifact: Artifact) -> DualSolution:
 
 
 def describe(solution: DualSolution) -> str:
-    """One line per solve for people: λ*, how it was estimated, what was added to the margins, what it is worth."""
+    """Return a line for people: λ*, its estimator, the amount added to the margins, and the verdict."""
     lam = ", ".join(
         f"{name} {value:.4f}" + (f" ± {error:.4f}" if np.isfinite(error := solution.lam_se[name] or np.nan) else "")
         for name, value in solution.lam.items()

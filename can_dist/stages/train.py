@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ FAILURE = "FAILURE.json"
 
 
 Policy = Model | Artifact
-"""A language model: one that the configuration names, or a trained policy."""
+"""A language model: a configured one, or a trained policy."""
 
 
 def train(
@@ -51,21 +51,23 @@ def train(
 ) -> Artifact:
     """Return the ``policy`` artifact: ``policy/`` is a Hugging Face directory of safetensors.
 
-    The log-ratios are relative to ``reference``, whose log-probabilities the preferences hold, as they say which loss;
-    the weights are at first those of ``start``, by default the reference's. ``epochs`` replaces ``train.num_epochs``.
-
-    Unfinished training goes on from its newest checkpoint. Inside a launched process group (``deepspeed``,
+    Unfinished training continues from its newest checkpoint. Inside a launched process group (``deepspeed``,
     ``torchrun``) this process is one of the ranks; otherwise Ray Train starts them.
 
-    Raises
-    ------
-    ConfigError
-        When the weights to start from are those of a trained policy and ``train.lora.quantize`` asks for 4 bits.
-    DataError
-        When the preferences' reference log-probabilities were computed with another template than the reference's.
-    NumericalError
-        When a loss or gradient is not finite (step, rank, example ids), or the loss of the reference's own weights
-        is not what log-ratios of zero give.
+    Args:
+        work: The run.
+        reference: The log-ratios are relative to it; the preferences hold its log-probabilities.
+        preferences: The examples, and the name of their loss.
+        beta: KL weight β.
+        start: The initial weights, by default the reference's.
+        epochs: Replaces ``train.num_epochs``.
+
+    Raises:
+        ConfigError: The initial weights are those of a trained policy, and ``train.lora.quantize`` is set.
+        DataError: The preferences' reference log-probabilities were computed with another template than the
+            reference's.
+        NumericalError: A loss or gradient is not finite (step, rank, example ids), or the loss of the reference's own
+            weights is not that of log-ratios of zero.
     """
     config = _with_epochs(work.config, epochs)
     policies = {"reference": reference} if start is None else {"reference": reference, "start": start}
@@ -76,7 +78,7 @@ def train(
     if stage.finished:
         return stage.finished
     require_convention(models["reference"], preferences.info.get("text"), str(preferences.path))
-    for name in (FAILURE, STOP, f"{RANKS}/{HANG}"):  # of an attempt before this one
+    for name in (FAILURE, STOP, f"{RANKS}/{HANG}"):  # left by an earlier attempt
         (stage.path / name).unlink(missing_ok=True)
     spec, steps = _spec(config, stage.path, models, preferences, beta), _total_steps(config, preferences)
     if _launched():
@@ -87,6 +89,11 @@ def train(
             if int(os.environ["RANK"]) != 0:
                 raise SystemExit(0)  # rank 0 commits for all
             return _commit(work, stage)
+    return _train_on_ray(work, config, stage, spec, steps)
+
+
+def _train_on_ray(work: Workspace, config: Config, stage: StageDirectory, spec: str, steps: int) -> Artifact:
+    """Run the ranks on Ray, raise the error that they left, or commit the policy."""
     work.release_actors()
     connect(config.cluster)
     with interruptible():
@@ -96,7 +103,7 @@ def train(
             _run_ray_train(config, stage, spec)
         _raise_failure(stage.path)
         artifact = _commit(work, stage)
-    if (stage.path / STOP).exists():  # asked after the last step
+    if (stage.path / STOP).exists():  # requested after the last step
         (stage.path / STOP).unlink()
         raise Interrupted("stopped by a signal; the policy is committed, run again to continue.")
     return artifact
@@ -115,14 +122,14 @@ def _check_start(config: Config, start: Policy) -> None:
 
 
 def refuse_requantizing(why: str) -> ConfigError:
-    """Return the error of a trained policy that would be read into 4 bits."""
+    """Return the error for a trained policy that would be quantized again; ``why`` begins its message."""
     return ConfigError(
         f"train.lora.quantize: {why}. Rounded to 4 bits again it would lose part of what it learnt. Leave quantize out."
     )
 
 
 def policy_model(policy: Policy, reference: Model) -> Model:
-    """Return the model that a policy is; a trained one is used with the text convention of ``reference``."""
+    """Return a policy as a model; a trained one gets the text convention of ``reference``."""
     if isinstance(policy, Model):
         return policy
     policy.check()
@@ -132,7 +139,7 @@ def policy_model(policy: Policy, reference: Model) -> Model:
 def _open(
     work: Workspace, config: Config, models: Mapping[str, Model], inputs: Mapping[str, Artifact], beta: float
 ) -> StageDirectory:
-    what = {
+    identity_keys = {
         **{name: model_digest(model) for name, model in models.items()},
         "template": models["reference"].template,
         "train": identity(config.train, exclude=["ds_config"]),
@@ -140,15 +147,15 @@ def _open(
         "beta": beta,
         "seed": config.seed,
         "precision": resolve_precision(config.precision),
-        "record": 3,  # what is kept beside the weights; 2: the curve, and the adapter; 3: the probe
+        "record": 3,  # the files beside the weights; 2: the curve, and the adapter; 3: the probe
     }
-    return work.open("train", "policy", what, inputs)
+    return work.open("train", "policy", identity_keys, inputs)
 
 
 def _spec(config: Config, directory: Path, models: Mapping[str, Model], preferences: Artifact, beta: float) -> str:
     from can_dist.training.engine import TrainSpec
 
-    # Ray Train's workers start in another directory than the driver
+    # Ray Train's workers start in a directory of their own
     absolute = {name: m.model_copy(update={"model": _absolute(m.model)}) for name, m in models.items()}
     return TrainSpec(
         directory=directory.resolve(),
@@ -178,7 +185,7 @@ def _total_steps(config: Config, preferences: Artifact) -> int:
 
 
 def _run_ray_train(config: Config, stage: StageDirectory, spec: str) -> None:
-    """Start the ranks as one Ray Train worker group; a group that dies starts again from its newest checkpoint."""
+    """Run the ranks as one Ray Train worker group; a group that dies is restarted from its newest checkpoint."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     connect(config.cluster)
@@ -215,21 +222,25 @@ def _run_ray_train(config: Config, stage: StageDirectory, spec: str) -> None:
             if type(error).__module__.startswith("ray."):
                 why = (
                     read_hang(stage.path)
-                    or f"{_what_died(error)}\nThe same command goes on from the newest checkpoint."
+                    or f"{_dead_ranks(error)}\nThe same command goes on from the newest checkpoint."
                 )
                 raise EnvironmentProblem(f"training stopped, after {cluster.max_failures} restart(s): {why}") from error
             raise
 
 
-def _what_died(error: Exception) -> str:
-    """Return which ranks' processes died; where none did, what Ray says, with the ranks' own tracebacks."""
+def _dead_ranks(error: Exception) -> str:
+    """Return which ranks' processes died; if none did, Ray's message with the ranks' own tracebacks."""
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
-    # the others end because of them, with errors of the network
-    died = {rank: str(one) for rank, one in failures.items() if type(one).__name__ == "WorkerHealthCheckFailedError"}
+    # the other ranks fail because of them, with network errors
+    died = {
+        rank: str(failure)
+        for rank, failure in failures.items()
+        if type(failure).__name__ == "WorkerHealthCheckFailedError"
+    }
     if not died:
         return str(error)
-    found = {rank: re.search(r"pid: (\d+).*?ip: (\S+)", text, re.DOTALL) for rank, text in died.items()}
-    named = [f"rank {rank}" + (f" (process {m[1]} on {m[2]})" if m else "") for rank, m in sorted(found.items())]
+    places = {rank: re.search(r"pid: (\d+).*?ip: (\S+)", text, re.DOTALL) for rank, text in died.items()}
+    named = [f"rank {rank}" + (f" (process {m[1]} on {m[2]})" if m else "") for rank, m in sorted(places.items())]
     return (
         f"{', '.join(named)} died. Killed, out of memory, or its node was lost: see the node's logs (dmesg), and raise "
         "cluster.max_failures if that is to be expected."
@@ -237,7 +248,7 @@ def _what_died(error: Exception) -> str:
 
 
 def _ray_worker(config: dict[str, Any]) -> None:
-    """One rank. An error of ours is told to the driver, not raised: Ray would start again and meet it again."""
+    """Run one rank; a ``CanDistError`` reaches the driver by file: if it were raised, Ray would restart the group."""
     from can_dist.training.engine import TrainSpec, train_worker
 
     try:
@@ -262,18 +273,18 @@ def _watch(directory: Path, total: int) -> Iterator[None]:
     def follow() -> None:
         with progress("train", total=total, unit="step") as bar:
             finished = False
-            told: list[float] = []
+            shown: list[float] = []
             hang = ""
             while not finished:
                 finished = stop.wait(1.0)
-                if (found := read_hang(directory)) != hang:
-                    hang = found
+                if (message := read_hang(directory)) != hang:
+                    hang = message
                     bar.write(f"can-dist: train: {hang}", file=sys.stderr)
                 metrics = read_metrics(directory / METRICS)
                 resumed = [line[RESUMED] for line in metrics if RESUMED in line]
-                if resumed and resumed != told:
-                    told = resumed
-                    bar.write(f"can-dist: train: going on from checkpoint step-{int(told[-1]):06d}", file=sys.stderr)
+                if resumed and resumed != shown:
+                    shown = resumed
+                    bar.write(f"can-dist: train: going on from checkpoint step-{int(shown[-1]):06d}", file=sys.stderr)
                 lines = [line for line in metrics if "loss" in line]
                 if lines:
                     bar.set_postfix(loss=f"{lines[-1]['loss']:.4f}", refresh=False)
@@ -295,18 +306,26 @@ def _raise_failure(directory: Path) -> None:
         raise getattr(errors, failure["type"])(failure["message"])
 
 
-def _warn_if_drifting(work: Workspace, curve: Mapping[str, Any]) -> None:
+def drift_warning(curve: Mapping[str, Sequence[Sequence[float]]]) -> str:
+    """Return the sentence on a training whose last loss is above the reference's on the same examples, or ''.
+
+    Args:
+        curve: ``curve.json`` of a ``train`` artifact: [step, value] of each loss, in units of the training's loss.
+    """
     loss = loss_above_start(curve)
-    if loss is not None:
-        work.say(
-            f"train: warning: the last training loss is {loss:.4f}, above the reference's on the same examples: the "
-            "policy drifted. Lower train.learning_rate, add train.warmup_steps, or train longer before trusting it."
-        )
+    if loss is None:
+        return ""
+    return (
+        f"the last training loss is {loss:.4f}, above the reference's {curve['reference_loss'][-1][1]:.4f} on the same "
+        "examples: the policy drifted. Lower train.learning_rate, add train.warmup_steps, or train longer before "
+        "trusting it."
+    )
 
 
 def _commit(work: Workspace, stage: StageDirectory) -> Artifact:
     curve = training_curve(stage.path)
-    _warn_if_drifting(work, curve)
+    if warning := drift_warning(curve):
+        work.say(f"train: warning: {warning}")
     written = [p for folder in (POLICY, ADAPTER) for p in (stage.path / folder).rglob("*") if p.is_file()]
     files = [CURVE, PROBE, *(str(p.relative_to(stage.path)) for p in written)]
     summary = json.loads((stage.path / SUMMARY).read_text(encoding="utf-8"))

@@ -6,19 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from can_dist.stages.slack import _describe
+from can_dist.stages.slack import describe_slack
 from can_dist.tables.artifacts import Artifact, write_json
 from can_dist.workspace import Workspace
 
 TRAJECTORY, PLOT = "trajectory.json", "trajectory.svg"
 
 
-# ----------------------------------------------------------------------------------------------------- the step on λ
-
-
 @dataclass(frozen=True)
 class Round:
-    """A turn of the loop: λ, the policy trained for it, and its measured slack."""
+    """A round of the loop: λ, the policy trained for it, and its measured slack."""
 
     lam: Mapping[str, float]
     policy: Artifact
@@ -26,34 +23,31 @@ class Round:
 
     @property
     def constraints(self) -> Mapping[str, Mapping[str, Any]]:
-        """What was measured of each constraint."""
+        """Measured slack, its standard error and the means, by constraint."""
         measured: Mapping[str, Mapping[str, Any]] = self.measurement.info["constraints"]
         return measured
-
-
-# ----------------------------------------------------------------------------------------------------- what happened
 
 
 def trajectory(work: Workspace, rounds: Sequence[Round], *, is_settled: bool | None = None) -> Artifact:
     """Return the artifact of λ and the measured slack round by round: ``trajectory.json`` and ``trajectory.svg``.
 
-    ``is_settled`` tells of a loop with a stopping rule whether it was met.
+    ``is_settled`` is whether the loop's stopping rule was met; None for a loop without one.
     """
     from can_dist.reporting.figures.trajectory import draw_trajectory
 
-    inputs = {f"policy-{number}": one.policy for number, one in enumerate(rounds)}
-    inputs |= {f"measurement-{number}": one.measurement for number, one in enumerate(rounds)}
-    what = {"lam": [dict(one.lam) for one in rounds], "settled": is_settled}
-    stage = work.open("trajectory", work.config.method, what, inputs)
+    inputs = {f"policy-{number}": turn.policy for number, turn in enumerate(rounds)}
+    inputs |= {f"measurement-{number}": turn.measurement for number, turn in enumerate(rounds)}
+    identity_keys = {"lam": [dict(turn.lam) for turn in rounds], "settled": is_settled}
+    stage = work.open("trajectory", work.config.method, identity_keys, inputs)
     if stage.finished:
         return stage.finished
-    turns = [{"lam": dict(one.lam), "policy": one.policy.path.name, **one.measurement.info} for one in rounds]
+    turns = [{"lam": dict(turn.lam), "policy": turn.policy.path.name, **turn.measurement.info} for turn in rounds]
     write_json(stage.path / TRAJECTORY, {"method": work.config.method, "settled": is_settled, "rounds": turns})
     draw_trajectory(turns, stage.path / PLOT)
     if is_settled is False:
         work.say(
             f"{work.config.method}: warning: after {len(rounds)} round(s) the safety has not settled: "
-            f"{_describe(rounds[-1].constraints)}. Allow more rounds, or lower the step size if λ swings."
+            f"{describe_slack(rounds[-1].constraints)}. Allow more rounds, or lower the step size if λ swings."
         )
     work.say(f"{work.config.method}: λ and slack of every round: {stage.path / PLOT}")
     return stage.commit([TRAJECTORY, PLOT], info={"rounds": len(rounds), "settled": is_settled})

@@ -1,4 +1,4 @@
-"""Artifacts: what a stage leaves behind, addressed by content and committed so that a reader sees all of it or none.
+"""Artifacts: the outputs of stages, addressed by content and committed so that a reader sees all of one or none.
 
 An artifact is a directory ``RUN/<stage>-<key>/``. ``key`` is a digest of the stage's name, the format version, the
 configuration that decides the result, and the digests of its inputs. ``STAGE.json`` (written first) says what the
@@ -68,10 +68,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _sync_directory(directory: Path) -> None:
@@ -97,7 +102,7 @@ class Artifact:
 
     @property
     def info(self) -> Mapping[str, Any]:
-        """What the stage recorded beside its files (counts, models, statistics)."""
+        """The stage's record beside its files (counts, models, statistics)."""
         info: Mapping[str, Any] = self.manifest["info"]
         return info
 
@@ -108,7 +113,7 @@ class Artifact:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the table, as the manifest tells."""
+        """Rows of the table, by the manifest."""
         return sum(entry["rows"] for entry in self.manifest["files"] if "rows" in entry)
 
     @cached_property
@@ -203,7 +208,7 @@ class StageDirectory:
         return load_artifact(self.path) if (self.path / MANIFEST).is_file() else None
 
     def finished_parts(self) -> set[int]:
-        """Numbers of the parts whose commit is whole; anything else is removed to be made again."""
+        """Return the numbers of the parts whose commit is whole; any other part is removed, to be made again."""
         done = set()
         for path in self._parts():
             try:
@@ -229,10 +234,8 @@ class StageDirectory:
     ) -> Artifact:
         """Write the manifest over all parts and the named further files; from now on the artifact exists.
 
-        Raises
-        ------
-        DataError
-            When the parts there are not those of ``parts``, where given, or one has lost its sidecar.
+        Raises:
+            DataError: the parts are not those of ``parts``, where given, or one has lost its sidecar.
         """
         for left_by_a_kill in self.path.glob(".tmp-*"):
             left_by_a_kill.unlink()
@@ -305,6 +308,15 @@ def open_stage(
     return StageDirectory(path, stage, whole, inputs, reason)
 
 
+def find_finished(
+    run: Path, stage: str, label: str, identity: Mapping[str, Any], inputs: Mapping[str, Artifact]
+) -> Artifact | None:
+    """Return the artifact that :func:`open_stage` would find finished, or None; nothing is created."""
+    whole = {"stage": stage, "label": label, "format_version": FORMAT_VERSION, **identity}
+    path = run / f"{stage}-{_key(whole, {name: artifact.digest for name, artifact in inputs.items()})}"
+    return load_artifact(path) if (path / MANIFEST).is_file() else None
+
+
 def _key(identity: Mapping[str, Any], input_digests: Mapping[str, str]) -> str:
     return digest_of({"identity": identity, "inputs": input_digests})[:16]
 
@@ -334,7 +346,7 @@ def _why_not_reused(
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    old, new = _flatten(before), _flatten(after)
+    old, new = flatten(before), flatten(after)
     return [
         f"{key} was {old.get(key, 'absent')}, is {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())
@@ -342,10 +354,10 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
     ]
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
     """Return dotted keys with their values as JSON, which is what the key of an artifact is made of."""
     if isinstance(value, Mapping) and value:
-        return {k: v for key, inner in value.items() for k, v in _flatten(inner, f"{prefix}{key}.").items()}
+        return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{prefix}{key}.").items()}
     return {prefix.rstrip("."): canonical_json(value)}
 
 

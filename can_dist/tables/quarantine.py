@@ -1,4 +1,4 @@
-"""Responses without a score, because they end every actor that scores them: recorded, and left out everywhere alike."""
+"""Responses that kill every actor that scores them: they have no score, are recorded, and are left out everywhere."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ QUARANTINED = "quarantined"
 
 
 def quarantined(scores: Artifact) -> dict[str, str]:
-    """Return the reason why each response that scores leave out has none, by response id."""
+    """Return by response id the reason why a response has no score."""
     return dict(scores.info.get(QUARANTINED, {}))
 
 
 def without(table: pa.Table, response_ids: Collection[str]) -> pa.Table:
-    """Return the rows of a table but those of some responses."""
+    """Return a table without the rows of some responses."""
     if not response_ids:
         return table
     left_out = pa.array(sorted(response_ids), pa.string())
@@ -27,12 +27,10 @@ def without(table: pa.Table, response_ids: Collection[str]) -> pa.Table:
 
 
 def scored_responses(responses: Artifact, scores: Artifact) -> pa.Table:
-    """Return the responses that scores are about, row by row: all but the quarantined ones.
+    """Return the responses of a score table, row by row: all but the quarantined ones.
 
-    Raises
-    ------
-    DataError
-        When the scores are those of other responses.
+    Raises:
+        DataError: the scores belong to other responses.
     """
     table = without(responses.table, quarantined(scores))
     if not table.column("response_id").equals(scores.table.column("response_id")):

@@ -1,4 +1,4 @@
-"""Arrow schemas of the tables that pass between stages, and the one check at every boundary."""
+"""Arrow schemas of the tables that pass between stages, and their check at every boundary."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ RESPONSES = pa.schema(
 
 SCORE_KEYS = pa.schema([("prompt_id", pa.string()), ("response_id", pa.string())])
 
-# responses that a data set brings, with people's labels of each: 1 yes, 0 no, -1 not labelled
+# columns of a score table: ln π_ref(y|x), and ln π(y|x) of a trained policy, in nats
+LOGP_REFERENCE, LOGP_POLICY = "logp.reference", "logp.policy"
+
+# responses of a data set with people's labels: 1 yes, 0 no, -1 not labelled
 GIVEN_RESPONSES = pa.schema(
     [
         *RESPONSES,
@@ -49,14 +52,23 @@ PREFERENCES = pa.schema(
         ("token_ids", pa.list_(pa.list_(pa.int32()))),
         ("logp_ref", pa.list_(pa.float64())),  # nats, sum over each response's tokens
         ("scores", pa.list_(pa.float64())),  # s = r + ⟨λ, g⟩ of each response; empty where people labelled
-        ("target", pa.list_(pa.float64())),  # one number per response; its meaning is that of the table's loss
+        ("target", pa.list_(pa.float64())),  # one number per response; the table's loss says its meaning
         ("weight", pa.float64()),  # multiplies the example's loss
     ]
 )
 
 
-def check_schema(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
-    """Return the table if it has the columns of ``schema`` without nulls, or raise ``DataError`` naming each misfit."""
+def check_schema(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
+    """Return the table, whose columns must be those of ``schema``, without nulls.
+
+    Args:
+        table: it may have more columns.
+        schema: names and types of the columns.
+        source: the table's name in messages.
+
+    Raises:
+        DataError: a column is missing, of another type, or has nulls; the message names all of them.
+    """
     problems = []
     for field in schema:
         index = table.schema.get_field_index(field.name)
@@ -67,7 +79,7 @@ def check_schema(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
         elif table.column(field.name).null_count:
             problems.append(f"column {field.name!r} has nulls at rows {null_rows(table.column(field.name))}")
     if problems:
-        raise DataError(f"{where}: " + "; ".join(problems) + f". Columns found: {', '.join(table.column_names)}.")
+        raise DataError(f"{source}: " + "; ".join(problems) + f". Columns found: {', '.join(table.column_names)}.")
     return table
 
 
@@ -77,8 +89,12 @@ def null_rows(column: pa.ChunkedArray, limit: int = 5) -> list[int]:
     return rows[:limit]
 
 
-def check_unique(table: pa.Table, column: str, where: str) -> None:
-    """Raise ``DataError`` with up to five values of ``column`` that occur more than once, and their rows."""
+def check_unique(table: pa.Table, column: str, source: str) -> None:
+    """Check that no value of ``column`` occurs twice.
+
+    Raises:
+        DataError: with up to five repeated values and their rows.
+    """
     counts = pc.value_counts(table.column(column).combine_chunks())
     repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
     if not repeated:
@@ -86,17 +102,22 @@ def check_unique(table: pa.Table, column: str, where: str) -> None:
     values = table.column(column).to_pylist()
     shown = [f"{value!r} at rows {[i for i, v in enumerate(values) if v == value][:3]}" for value in repeated[:5]]
     raise DataError(
-        f"{where}: {column} must be unique, {len(repeated)} value(s) repeat: {'; '.join(shown)}. Remove the duplicates."
+        f"{source}: {column} must be unique, {len(repeated)} value(s) repeat: {'; '.join(shown)}. "
+        "Remove the duplicates."
     )
 
 
-def require_columns(table: pa.Table, columns: Sequence[str], where: str) -> None:
-    """Raise ``DataError`` when a named column is absent or there twice, listing what is there."""
+def require_columns(table: pa.Table, columns: Sequence[str], source: str) -> None:
+    """Check that each named column is there once.
+
+    Raises:
+        DataError: a column is absent or there twice; the message lists the columns of the table.
+    """
     missing = [name for name in columns if name not in table.column_names]
     if missing:
         raise DataError(
-            f"{where}: no column {', '.join(map(repr, missing))}. Columns found: {', '.join(table.column_names)}."
+            f"{source}: no column {', '.join(map(repr, missing))}. Columns found: {', '.join(table.column_names)}."
         )
     twice = [name for name in columns if table.column_names.count(name) > 1]
     if twice:
-        raise DataError(f"{where}: column {', '.join(map(repr, twice))} is there more than once. Rename or drop one.")
+        raise DataError(f"{source}: column {', '.join(map(repr, twice))} is there more than once. Rename or drop one.")

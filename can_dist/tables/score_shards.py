@@ -20,8 +20,10 @@ import pyarrow.parquet as pq
 
 from can_dist.errors import DataError
 from can_dist.tables.artifacts import MANIFEST, load_artifact
+from can_dist.tables.ids import plain_ids
+from can_dist.tables.json_rows import is_json
 from can_dist.tables.schemas import require_columns
-from can_dist.tables.scores import check_distinct, check_numeric, schema_difference, score_files, unreadable
+from can_dist.tables.scores import check_distinct, check_numeric, doubles, schema_difference, score_files, unreadable
 
 IntArray = npt.NDArray[np.int64]
 
@@ -40,15 +42,21 @@ class ShardIndex:
 def open_score_shards(path: Path, columns: Sequence[str]) -> list[Path]:
     """Return the files of a score table after the checks that need no scores.
 
-    Raises
-    ------
-    DataError
-        For a missing or cut file, a part missing by its name (part-00001-of-00004), columns that are absent or not
-        numbers, and files whose schemas differ (shown side by side).
+    Args:
+        path: a Parquet or Arrow file, a directory of them, or an artifact.
+        columns: the reward and the utilities.
+
+    Raises:
+        DataError: a missing or cut file, a part missing by its name (part-00001-of-00004), columns that are absent or
+            not numbers, files whose schemas differ (shown side by side), or JSON.
     """
     if (path / MANIFEST).is_file():
         load_artifact(path).check()
     paths = score_files(path)
+    if is_json(paths[0]):
+        raise DataError(
+            f"{path}: a JSON file cannot be read block by block. Write it as Parquet, or give --engine memory."
+        )
     check_distinct(columns[0], columns[1:], str(path))
     first = _schema(paths[0])
     require_columns(first.empty_table(), ["prompt_id", *columns], str(paths[0]))
@@ -63,18 +71,17 @@ def open_score_shards(path: Path, columns: Sequence[str]) -> list[Path]:
 def index_shard(path: Path, columns: Sequence[str]) -> ShardIndex:
     """Read a shard once: group its rows by prompt and check every score.
 
-    Raises
-    ------
-    DataError
-        For null ids, repeated response ids, rows of a prompt that are not side by side, and scores that are null, NaN
-        or infinite, each with its row.
+    Raises:
+        DataError: null ids, repeated response ids, rows of a prompt that are not side by side, and scores that are
+            null, NaN or infinite, each with its row.
     """
     ids = [name for name in ("prompt_id", "response_id") if name in _schema(path).names]
     starts, hashes, row, last = [], [], 0, None
     for batch in _batches(path, [*ids, *columns]):
         for name in columns:
             _check_finite(batch, name, path, row)
-        prompt = _text(batch.column(0), path, row)
+        _check_no_null(batch.column(0), path, row)
+        prompt = plain_ids(batch.column(0), "prompt_id", str(path), row).cast(pa.string())
         if "response_id" in ids and pc.count_distinct(batch.column(1)).as_py() < batch.num_rows:
             raise DataError(f"{path}: a response_id is repeated in rows {row} to {row + batch.num_rows - 1}. Keep one.")
         changes = pc.not_equal(prompt[1:], prompt[:-1]).to_numpy(zero_copy_only=False)
@@ -97,28 +104,27 @@ def check_once(paths: Sequence[Path], indexes: Sequence[ShardIndex]) -> None:
     order = np.argsort(hash_P, kind="stable")
     again = np.flatnonzero(hash_P[order][1:] == hash_P[order][:-1])
     if again.size:
-        one, two = (int(shard_P[order[again[0] + step]]) for step in (0, 1))
-        shared = np.intersect1d(indexes[one].hash_P, indexes[two].hash_P)
-        names = ", ".join(_prompt_of(paths[two], indexes[two], value) for value in shared[:3])
-        whole = shared.size == indexes[two].hash_P.size
+        first, second = (int(shard_P[order[again[0] + step]]) for step in (0, 1))
+        shared = np.intersect1d(indexes[first].hash_P, indexes[second].hash_P)
+        names = ", ".join(_prompt_of(paths[second], indexes[second], value) for value in shared[:3])
+        num_prompts = indexes[second].hash_P.size
+        whole = shared.size == num_prompts
         raise DataError(
-            f"{paths[two]}: {shared.size} of its {indexes[two].hash_P.size} prompts ({names}) are in {paths[one].name} "
+            f"{paths[second]}: {shared.size} of its {num_prompts} prompts ({names}) are in {paths[first].name} "
             f"too: {'a shard counted twice; remove one' if whole else 'write each prompt to one shard'}."
         )
 
 
-def check_complete(where: Path, hash_P: npt.NDArray[np.uint64], expected_P: npt.NDArray[np.uint64]) -> None:
+def check_complete(place: Path, hash_P: npt.NDArray[np.uint64], expected_P: npt.NDArray[np.uint64]) -> None:
     """Check that the prompts with scores are those expected, by the hashes of their ids (:func:`id_hashes`).
 
-    Raises
-    ------
-    DataError
-        Counting the prompts that are missing, and those that are not expected.
+    Raises:
+        DataError: counts the prompts that are missing, and those that are not expected.
     """
     missing, unknown = np.setdiff1d(expected_P, hash_P), np.setdiff1d(hash_P, expected_P)
     if missing.size or unknown.size:
         raise DataError(
-            f"{where}: {missing.size} of {expected_P.size} expected prompts have no scores, and {unknown.size} prompts "
+            f"{place}: {missing.size} of {expected_P.size} expected prompts have no scores, and {unknown.size} prompts "
             "with scores were not expected: a shard is missing, or one belongs to another run."
         )
 
@@ -149,7 +155,8 @@ def read_blocks(
 
 def id_hashes(ids: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
     """Return the hashes of distinct prompt ids, as in :class:`ShardIndex`."""
-    return np.array([_hash(str(value)) for value in pc.unique(ids).to_pylist()], dtype=np.uint64)
+    texts = plain_ids(pc.unique(ids).drop_null(), "prompt_id", "the table of prompts").to_pylist()
+    return np.array([_hash(str(text)) for text in texts], dtype=np.uint64)
 
 
 def _hash(text: str) -> int:
@@ -183,30 +190,26 @@ def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
 
 
 def _floats(column: pa.Array, narrow: bool) -> npt.NDArray[Any]:
-    values = column if narrow else column.cast(pa.float64(), safe=False)
+    values = column if narrow else doubles(column)
     array: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False)
     return array
 
 
-def _text(column: pa.Array, path: Path, row: int) -> pa.Array:
-    """Return the ids as text; nulls are refused."""
+def _check_no_null(column: pa.Array, path: Path, row: int) -> None:
     if column.null_count:
         null = row + int(pc.index(pc.is_null(column), True).as_py())
         raise DataError(f"{path}: prompt_id is null at row {null}. Every row needs the id of its prompt.")
-    if pa.types.is_nested(column.type):
-        raise DataError(f"{path}: prompt_id is {column.type}, expected text or whole numbers.")
-    return column.cast(pa.string())
 
 
 def _check_finite(batch: pa.RecordBatch, name: str, path: Path, row: int) -> None:
-    values = pc.fill_null(batch.column(name).cast(pa.float64(), safe=False), float("nan")).to_numpy()
+    values = pc.fill_null(doubles(batch.column(name)), float("nan")).to_numpy()
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
-        found = batch.column(name)[int(bad[0])].as_py()
+        value = batch.column(name)[int(bad[0])].as_py()
         raise DataError(
             f"{path}: column {name!r} has {bad.size} value(s) that are null, NaN or infinite in rows {row} to "
             f"{row + batch.num_rows - 1}, first row {row + int(bad[0])} ({batch.column(0)[int(bad[0])].as_py()}): "
-            f"{found}. Remove these prompts or score them again."
+            f"{value}. Remove these prompts or score them again."
         )
 
 
@@ -214,10 +217,10 @@ def _check_side_by_side(path: Path, index: ShardIndex, start_P: IntArray) -> Non
     order = np.argsort(index.hash_P, kind="stable")
     again = np.flatnonzero(index.hash_P[order][1:] == index.hash_P[order][:-1])
     if again.size:
-        one, two = int(order[again[0]]), int(order[again[0] + 1])
+        first, second = int(order[again[0]]), int(order[again[0] + 1])
         raise DataError(
-            f"{path}: the rows of prompt {_prompt_of(path, index, index.hash_P[one])} are not side by side (from row "
-            f"{start_P[one]}, and again from row {start_P[two]}). Sort the table by prompt_id to stream it."
+            f"{path}: the rows of prompt {_prompt_of(path, index, index.hash_P[first])} are not side by side (from row "
+            f"{start_P[first]}, and again from row {start_P[second]}). Sort the table by prompt_id to stream it."
         )
 
 

@@ -1,25 +1,33 @@
-"""Reading score tables: the run's own, or any Parquet/Arrow/JSONL table a user already has."""
+"""Reading score tables: the run's own, or any Parquet, Arrow or JSON table a user already has."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from can_dist.errors import DataError
 from can_dist.tables.artifacts import MANIFEST, load_artifact
+from can_dist.tables.ids import ID_COLUMNS, id_column, plain_ids
+from can_dist.tables.json_rows import is_json, json_rows
+from can_dist.tables.misfits import show
 from can_dist.tables.schemas import check_unique, null_rows, require_columns
 
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
 """Files a table can be sharded over and streamed from."""
 
 
+_NUMBER = re.compile(r"-?[0-9.]+(?:[eE][-+]?[0-9]+)?|NaN|-?Infinity")
 _PART_OF = re.compile(r"^(?P<stem>.*?)-?(?P<index>\d+)-of-(?P<count>\d+)$")
 
 
@@ -33,7 +41,10 @@ class Scores:
 
 
 def read_score_table(path: Path) -> pa.Table:
-    """Read a Parquet, Arrow IPC or JSONL file, a directory of Parquet/Arrow parts of one schema, or an artifact."""
+    """Read a Parquet, Arrow IPC or JSON file, a directory of Parquet/Arrow parts of one schema, or an artifact.
+
+    JSON may be lines or an array, plain or .gz. Its ids are the texts in the file, whatever they look like.
+    """
     if (path / MANIFEST).is_file():
         return load_artifact(path).table
     paths = score_files(path)
@@ -62,11 +73,11 @@ def score_files(path: Path) -> list[Path]:
 
 def _check_none_missing(paths: Sequence[Path]) -> None:
     """Where files are named part-00001-of-00004, all four must be there."""
-    found: dict[tuple[str, int], set[int]] = {}
+    parts: dict[tuple[str, int], set[int]] = {}
     for path in paths:
         if match := _PART_OF.match(path.stem):
-            found.setdefault((match["stem"], int(match["count"])), set()).add(int(match["index"]))
-    for (stem, count), numbers in found.items():
+            parts.setdefault((match["stem"], int(match["count"])), set()).add(int(match["index"]))
+    for (stem, count), numbers in parts.items():
         first = 0 if 0 in numbers else 1
         if missing := sorted(set(range(first, first + count)) - numbers):
             raise DataError(
@@ -104,6 +115,8 @@ def unreadable(path: Path) -> Iterator[None]:
 
 
 def _read_file(path: Path) -> pa.Table:
+    if is_json(path):
+        return _read_json(path)
     with unreadable(path):
         if path.suffix == ".parquet":
             import pyarrow.parquet as pq
@@ -117,11 +130,45 @@ def _read_file(path: Path) -> pa.Table:
                         "Arrow file format: write it with pyarrow.ipc.new_file, pyarrow.feather or as Parquet."
                     )
                 return pa.ipc.open_file(source).read_all()
-        if path.suffix in (".jsonl", ".json"):
-            import pyarrow.json
-
-            return pyarrow.json.read_json(path)
     raise DataError(f"{path}: unknown kind of file {path.suffix!r}. Expected .parquet, .arrow, .feather or .jsonl.")
+
+
+def _read_json(path: Path) -> pa.Table:
+    """Return the columns of a JSON file: ids as :func:`id_column` reads them, numbers, truth values, else texts."""
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty. Expected a table with a prompt_id column and scores.")
+    values: dict[str, list[Any]] = {}
+    num_rows = 0
+    for row in json_rows(path):
+        for name, value in row.items():
+            column = values.setdefault(name, [])
+            column.extend([None] * (num_rows - len(column)))
+            column.append(value)
+        num_rows += 1
+    for column in values.values():
+        column.extend([None] * (num_rows - len(column)))
+    return pa.table({name: _json_column(name, column, str(path)) for name, column in values.items()})
+
+
+def _json_column(name: str, values: list[Any], place: str) -> pa.Array:
+    if name in ID_COLUMNS:
+        return id_column(values, name, place)
+    kinds = {type(value) for value in values} - {type(None)}
+    if not kinds:
+        return pa.nulls(len(values))
+    if kinds <= {int, float}:
+        return pa.array([None if value is None else _float(value) for value in values], pa.float64())
+    if kinds == {bool}:
+        return pa.array(values, pa.bool_())
+    return pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
+
+
+def _float(value: float) -> float:
+    """Return a JSON number as a double; whole numbers beyond the largest one are infinite, which is refused later."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _check_not_twice(paths: Sequence[Path], tables: Sequence[pa.Table]) -> None:
@@ -134,67 +181,92 @@ def _check_not_twice(paths: Sequence[Path], tables: Sequence[pa.Table]) -> None:
                 )
 
 
-def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], where: str) -> Scores:
+def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], place: str) -> Scores:
     """Take the columns a dual needs out of a table, checked.
 
-    Raises
-    ------
-    DataError
-        When a column is missing or not numeric, ids are null or repeated, scores are null, NaN or infinite (rows
-        listed), the table is empty, or every prompt has a single response.
+    Args:
+        table: N rows with ``prompt_id`` and the columns named.
+        reward: name of the reward's column.
+        constraints: names of the utilities' columns, J of them.
+        place: the file, for messages.
+
+    Raises:
+        DataError: a column is missing or not numeric, ids are null, repeated or of a type that is none, scores are
+            null, NaN or infinite (rows listed), the table is empty, or every prompt has a single response.
     """
-    require_columns(table, ["prompt_id", reward, *constraints], where)
-    check_distinct(reward, constraints, where)
+    require_columns(table, ["prompt_id", reward, *constraints], place)
+    check_distinct(reward, constraints, place)
     if table.num_rows == 0:
-        raise DataError(f"{where}: the table has no rows.")
-    prompt_N = _prompt_ids(table.column("prompt_id"), where)
+        raise DataError(f"{place}: the table has no rows.")
+    if table.column("prompt_id").null_count:
+        raise DataError(f"{place}: prompt_id is null at rows {null_rows(table.column('prompt_id'))}.")
+    prompt_N = np.asarray(plain_ids(table.column("prompt_id"), "prompt_id", place).to_pylist())
     if "response_id" in table.column_names:
-        check_unique(table, "response_id", where)
-    columns = [_finite_column(table, name, where) for name in (reward, *constraints)]
+        check_unique(table, "response_id", place)
+    columns = [_finite_column(table, name, place) for name in (reward, *constraints)]
     _, counts = np.unique(prompt_N, return_counts=True)
     if counts.max() == 1:
         raise DataError(
-            f"{where}: every prompt has one response (K = 1), so no response can be preferred to another and the dual "
+            f"{place}: every prompt has one response (K = 1), so no response can be preferred to another and the dual "
             "knows nothing. Sample at least 2 responses per prompt (generate.num_responses)."
         )
     utilities = np.stack(columns[1:], axis=1) if constraints else np.empty((table.num_rows, 0))
     return Scores(prompt_N, columns[0], utilities)
 
 
-def _prompt_ids(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    if column.null_count:
-        raise DataError(f"{where}: prompt_id is null at rows {null_rows(column)}.")
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_nested(kind):
-        raise DataError(f"{where}: prompt_id is {kind}, expected text or whole numbers.")
-    if not pa.types.is_integer(kind):
-        column = column.cast(pa.string())  # text that looks like dates is read from JSON as timestamps
-    return np.asarray(column.to_pylist())
-
-
-def _finite_column(table: pa.Table, name: str, where: str) -> np.ndarray:
+def _finite_column(table: pa.Table, name: str, place: str) -> npt.NDArray[np.float64]:
     column = table.column(name)
-    check_numeric(column.type, name, where)
-    values = pc.fill_null(column.cast(pa.float64(), safe=False), float("nan")).to_numpy()
+    check_numeric(column.type, name, place, column)
+    values = pc.fill_null(doubles(column), float("nan")).to_numpy()
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
         ids = table.column("response_id" if "response_id" in table.column_names else "prompt_id")
-        found = [column[int(row)].as_py() for row in bad[:5]]
-        listed = "; ".join(f"row {row} ({ids[int(row)].as_py()}): {v}" for row, v in zip(bad[:5], found, strict=True))
+        listed = "; ".join(
+            f"row {row} ({ids[int(row)].as_py()}): {column[int(row)].as_py()}" for row in bad[:5].tolist()
+        )
         raise DataError(
-            f"{where}: column {name!r} has {bad.size} value(s) that are null, NaN or infinite: {listed}. "
+            f"{place}: column {name!r} has {bad.size} value(s) that are null, NaN or infinite: {listed}. "
             "Remove these prompts or score them again."
         )
     return np.asarray(values, dtype=np.float64)
 
 
-def check_distinct(reward: str, constraints: Sequence[str], where: str) -> None:
+def doubles(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
+    """Return numbers of any type as float64, the nearest ones.
+
+    Decimals go through their text: Arrow's own conversion makes 0.09999999999999999 of 0.1 (measured, 26.0.1).
+    """
+    if pa.types.is_decimal(column.type):
+        column = column.cast(pa.string())
+    return column.cast(pa.float64(), safe=False)
+
+
+def check_distinct(reward: str, constraints: Sequence[str], place: str) -> None:
     """Raise ``DataError`` when the reward is a constraint too."""
     if reward in constraints:
-        raise DataError(f"{where}: column {reward!r} is both the reward and a constraint. Name two different columns.")
+        raise DataError(f"{place}: column {reward!r} is both the reward and a constraint. Name two different columns.")
 
 
-def check_numeric(kind: pa.DataType, name: str, where: str) -> None:
-    """Raise ``DataError`` unless a column of this type can hold scores."""
-    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
-        raise DataError(f"{where}: column {name!r} is {kind}, expected numbers.")
+def check_numeric(kind: pa.DataType, name: str, place: str, column: pa.ChunkedArray | None = None) -> None:
+    """Raise ``DataError`` unless a column of this type can hold scores.
+
+    Args:
+        kind: type of the column.
+        name: of the column.
+        place: the file.
+        column: its values, of which the first that is no number is shown.
+    """
+    if pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind):
+        return
+    shown = "" if column is None else _first_text(column)
+    raise DataError(f"{place}: column {name!r} is {kind}, expected numbers.{shown}")
+
+
+def _first_text(column: pa.ChunkedArray) -> str:
+    """Say which row of a column of texts is the first that is not spelled like a number; '' where none is."""
+    if not pa.types.is_string(column.type):
+        return ""
+    for row, text in enumerate(column.to_pylist()):
+        if text is not None and not _NUMBER.fullmatch(text):
+            return f" Row {row} holds {show(text)}; write numbers, without quotation marks."
+    return ""

@@ -83,10 +83,8 @@ class Batch:
 def load_examples(preferences: Artifact, formatter: Formatter, context: int) -> tuple[list[Example], list[Example]]:
     """Return (training examples, validation examples) of a preferences artifact, in table order.
 
-    Raises
-    ------
-    DataError
-        When an example does not fit the model's context (example ids listed).
+    Raises:
+        DataError: when an example does not fit the model's context (example ids listed).
     """
     table = check_schema(preferences.table, PREFERENCES, str(preferences.path))
     splits: dict[str, list[Example]] = {"train": [], "validation": []}
@@ -110,7 +108,7 @@ def load_examples(preferences: Artifact, formatter: Formatter, context: int) -> 
 
 
 def about_long(examples: Sequence[Example], budget: int) -> str:
-    """Say how many examples are longer than the budget of a pass, which is kept by none of theirs; '' of none."""
+    """Return a message counting the examples longer than ``budget`` (each gets its own pass), or ''."""
     sizes = [example.num_tokens for example in examples]
     if not sizes or max(sizes) <= budget:
         return ""

@@ -50,11 +50,9 @@ class Checkpoint:
 def save(engine: Any, directory: Path, step: int, *, adapters_only: bool) -> None:
     """Write and commit the checkpoint of ``step`` on all ranks; keep the two newest.
 
-    Raises
-    ------
-    EnvironmentProblem
-        On all ranks, when it does not fit on the disk or a rank could not write its part. The checkpoints before it
-        are kept.
+    Raises:
+        EnvironmentProblem: on all ranks, when it does not fit on the disk or a rank could not write its part. The
+            checkpoints before it are kept.
     """
     path, first = directory / f"step-{step:06d}", dist.get_rank() == 0
     with ranks.agreed():
@@ -90,12 +88,9 @@ def newest(directory: Path) -> Checkpoint | None:
     All files are compared with their digests, by all ranks, before any of them reads a pickle. What is not whole is
     told and passed over.
 
-    Raises
-    ------
-    EnvironmentProblem
-        When others can write the checkpoints: DeepSpeed reads them as pickles, which run code.
-    DataError
-        When none of those that were committed is whole any more.
+    Raises:
+        EnvironmentProblem: when others can write the checkpoints: DeepSpeed reads them as pickles, which run code.
+        DataError: when none of those that were committed is whole any more.
     """
     with ranks.agreed():
         refuse_foreign(directory)
@@ -195,10 +190,9 @@ def _notes_failures(engine: Any) -> Iterator[list[str]]:
 def writing(path: Path, checkpoints: Path) -> Iterator[None]:
     """Tell of a failure to write ``path`` as of one to write a checkpoint; these are in ``checkpoints``.
 
-    Raises
-    ------
-    EnvironmentProblem
-        With the path, the cause, what is free, and the checkpoint that the same command goes on from.
+    Raises:
+        EnvironmentProblem: with the path, the cause, what is free, and the checkpoint that the same command goes on
+            from.
     """
     try:
         yield

@@ -32,12 +32,10 @@ def export_policy(engine: Any, tokenizer: Any, out: Path, max_shard_mb: int) -> 
 
     A training of adapters also leaves them beside ``out`` as ``adapter``, the directory that peft reads.
 
-    Raises
-    ------
-    DataError
-        When the written tensors are not exactly those of the architecture.
-    EnvironmentProblem
-        On all ranks, when it does not fit on the disk or cannot be written; what was written is removed.
+    Raises:
+        DataError: when the written tensors are not exactly those of the architecture.
+        EnvironmentProblem: on all ranks, when it does not fit on the disk or cannot be written; what was written is
+            removed.
     """
     module, writes = engine.module.lm, dist.get_rank() == 0
     saved = out.parent / CHECKPOINTS

@@ -56,10 +56,8 @@ class Plan:
 def rank_memory(settings: Config, memory: str | None) -> int:
     """Return the bytes of a rank: what was given, a GPU's, or the machine's free memory divided by its ranks.
 
-    Raises
-    ------
-    ConfigError
-        When the size cannot be read, or there is no GPU to ask.
+    Raises:
+        ConfigError: when the size cannot be read, or there is no GPU to ask.
     """
     if memory is not None:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", memory.strip(), re.IGNORECASE)
@@ -85,10 +83,8 @@ def rank_memory(settings: Config, memory: str | None) -> int:
 def make_plan(settings: Config, memory_bytes: int) -> Plan:
     """Count a configuration; ``memory_bytes`` is what a rank has.
 
-    Raises
-    ------
-    ConfigError
-        When the base is to be quantized, which is not counted.
+    Raises:
+        ConfigError: when the base is to be quantized, which is not counted.
     """
     if settings.train.lora is not None and settings.train.lora.quantize is not None:
         raise ConfigError("plan: train.lora.quantize is not counted. Plan without it: with it, less is needed.")

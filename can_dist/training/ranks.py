@@ -32,11 +32,9 @@ def join(hang_timeout_s: float) -> None:
 
     From here on SIGTERM and SIGINT of a launched rank are a wish, see ``stop_wanted``.
 
-    Raises
-    ------
-    EnvironmentProblem
-        When the ranks do not find each other; or, on all ranks, when one of them would wait for the lock of a killed
-        build. The group is left.
+    Raises:
+        EnvironmentProblem: when the ranks do not find each other; or, on all ranks, when one of them would wait for the
+            lock of a killed build. The group is left.
     """
     if threading.current_thread() is threading.main_thread():  # in Ray's workers the driver handles signals
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -33,10 +33,8 @@ def check_reference(engine: Any, examples: Sequence[Example], layout: str, preci
 
     The loss at the start does not see what a small β makes small, nor what both responses of a pair have in common.
 
-    Raises
-    ------
-    NumericalError
-        When they differ by more than rounding; ``where`` is the table that holds them.
+    Raises:
+        NumericalError: when they differ by more than rounding; ``where`` is the table that holds them.
     """
     stored_R = [example.logp_ref[0] for example in examples[:PROBE_EXAMPLES]]
     _, live_R = probe(engine, examples, layout)

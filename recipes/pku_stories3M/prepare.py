@@ -223,7 +223,7 @@ def prepare(data: Path, out: Path, num_prompts: int, seed: int) -> None:
     write_rows(out / "benign.jsonl", [{"prompt": prompt} for prompt in benign_prompts(data)])
     report: dict[str, Any] = {"seed": seed, "num_prompts": len(prompts), "num_preferences": len(rows)}
     for name, result in fits(data, out, formatter.full_ids, seed):
-        report[name] = {key: value for key, value in result.items() if key != "path"}
+        report[name] = result
         click.echo(f"{name}: {json.dumps(report[name])}")
     report["samples"] = spread_on_samples(out, reference, prompts[:40], num_responses=8)
     click.echo(f"samples of {reference.name}: {json.dumps(report['samples'])}")

@@ -24,7 +24,7 @@ from can_dist.stages.score import score
 from can_dist.tables.artifacts import MANIFEST, load_artifact, verify_run
 from can_dist.workspace import Workspace
 
-CRASHFS = Path(__file__).parents[1] / "crashfs"
+CRASHFS = Path(__file__).parents[1] / "helpers" / "faults" / "crashfs"
 # one process that has imported everything, from which every run is forked: a run costs half a second instead of ten.
 # Not Ray, which reads its authentication from the environment when it is imported
 FORKS = multiprocessing.get_context("forkserver")

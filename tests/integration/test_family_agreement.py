@@ -20,12 +20,12 @@ from can_dist.algorithms.dpo import dpo
 from can_dist.algorithms.pecan import pecan
 from can_dist.algorithms.sacpo import sacpo
 from can_dist.config import Config, validate_config
-from can_dist.run import LOGP, REWARD
+from can_dist.run import REWARD
 from can_dist.stages import slack as measure
 from can_dist.stages.human_labels import Criterion
 from can_dist.stages.train import POLICY
 from can_dist.tables.artifacts import Artifact, open_stage, write_part
-from can_dist.tables.schemas import GIVEN_RESPONSES
+from can_dist.tables.schemas import GIVEN_RESPONSES, LOGP_REFERENCE
 
 MARGIN = 0.6
 METHODS = {"sacpo": sacpo, "cdpo": cdpo, "caid": caid}
@@ -36,7 +36,9 @@ class MeasuredRun(EnumeratedRun):
 
     def measure(self, policy: Any, prompts: Any, reference_scores: Artifact, reward: Any, constraints: Any) -> Artifact:
         scores = self.score(self.enumerated, reward, constraints, policy)
-        return measure.measure(self._work, scores, reference_scores, constraints, reward=REWARD, log_weight=LOGP)
+        return measure.measure(
+            self._work, scores, reference_scores, constraints, reward=REWARD, log_weight=LOGP_REFERENCE
+        )
 
 
 def with_method(config: Config, method: str, options: dict[str, Any]) -> Config:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import train_world as tw
+from plain_losses import HEADS, LORA, SMALL, log_ratios, pair_losses
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch.nn.functional import logsigmoid
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,7 +28,6 @@ from can_dist.tables.artifacts import MANIFEST
 from can_dist.training.batches import global_batch
 
 NUM_TRAIN, BATCH_SIZE, TOTAL = 22, 9, 6  # batches of 9, 9, 4, twice
-LORA = {"r": 2, "alpha": 8, "dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +42,6 @@ def undisturbed(world: tw.World) -> str:
     outcome = tw.launch(spec)
     assert outcome.codes == [0, 0], outcome.output
     return spec
-
-
-def log_ratios(model: torch.nn.Module, row: dict) -> list[torch.Tensor]:
-    """ln π_θ/π_ref of each response of a row, one sequence at a time."""
-    return [
-        tw.logp_one(model, tw.prompt_tokens(row), tokens) - ref
-        for tokens, ref in zip(row["token_ids"], row["logp_ref"], strict=True)
-    ]
-
-
-def pair_losses(model: torch.nn.Module, rows: list[dict]) -> torch.Tensor:
-    """−p ln σ(z) − (1−p) ln σ(−z) of each row, one sequence at a time."""
-    losses = []
-    for row in rows:
-        ratio_a, ratio_b = log_ratios(model, row)
-        z = tw.BETA * (ratio_a - ratio_b)
-        losses.append(-row["target"][0] * logsigmoid(z) - row["target"][1] * logsigmoid(-z))
-    return torch.stack(losses)
 
 
 def regression_losses(model: torch.nn.Module, rows: list[dict]) -> torch.Tensor:
@@ -424,10 +405,6 @@ def test_export_of_tied_embeddings_in_several_files_in_bf16(world: tw.World) -> 
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.9
     assert not torch.equal(policy.lm_head.weight, model.lm_head.weight)
-
-
-SMALL = {"vocab_size": 32, "eos_token_id": tw.END, "pad_token_id": 0, "bos_token_id": None}
-HEADS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 @pytest.mark.slow

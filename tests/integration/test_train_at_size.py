@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_world as tw
-from test_train import HEADS, LORA, SMALL, pair_losses
+from plain_losses import HEADS, LORA, SMALL, pair_losses
 from tiny import make_tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,

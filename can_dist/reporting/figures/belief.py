@@ -1,4 +1,4 @@
-"""The figures of the diagnostics: dual curves, weights, stability, frontier; drawn as in ``plots``, in its style.
+"""The figures of the diagnostics: dual curves, weights, stability, frontier.
 
 Each figure shows one question: is the minimum sharp, who carries the weight, does λ̂ still move with the number of
 responses, and what does a margin cost. Names that a user chose stand in the HTML around the figure.
@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from can_dist.reporting.figures.style import (
+    DASHED,
+    DOTTED,
     HEIGHT_IN,
     INK,
     MARGIN,
@@ -27,7 +29,6 @@ from can_dist.reporting.figures.style import (
     svg_text,
 )
 
-DASHES = (0, (5, 2))
 ROW_HEIGHT_IN = 0.34
 LINE = 0.085
 """Height of a line of text as a share of the axis."""
@@ -37,17 +38,17 @@ CLOSE = 0.34
 
 @dataclass(frozen=True)
 class Curve:
-    """The dual of one margin along λ: its values on a common grid, where it is least, and its name in the figure."""
+    """The dual of one margin along λ: values on a common grid, minimiser, name; ``chosen`` is the user's margin."""
 
     value_G: npt.NDArray[np.float64]
     lam_min: float
     text: str
-    asked: bool
+    chosen: bool
 
 
 @dataclass(frozen=True)
 class Estimated:
-    """One λ̂ of the stability figure: value and half-width of its interval, NaN where it does not exist."""
+    """One λ̂ of the stability figure: its value and its interval's half-width, NaN where it does not exist."""
 
     text: str
     value: float
@@ -65,28 +66,30 @@ def dual_svg(
     label: str,
     prefix: str,
 ) -> str:
-    """Draw the dual along one multiplier for the margin asked and its neighbours.
+    """Draw the dual along one multiplier for the chosen margin and its neighbours.
 
     Args:
         lam_G: values of λ.
-        curves: one per margin, in increasing order; exactly one was asked for.
+        curves: one per margin, in increasing order; exactly one is chosen.
         lam: λ̂ and its 95% interval; NaN bounds where it has none.
-        text: what stands over λ̂.
-        label: read out in place of the figure.
+        text: label above λ̂.
+        label: text that a screen reader reads in place of the figure.
         prefix: makes the ids of this figure unlike those of the others on the page.
     """
     with panel(HEIGHT_IN) as (figure, ax):
         if np.isfinite(lam[1:]).all():
             ax.axvspan(lam[1], lam[2], color=MARGIN, alpha=0.18, linewidth=0)
-        ax.axvline(lam[0], color=MARGIN, linewidth=1.4, linestyle=DASHES)
+        ax.axvline(lam[0], color=MARGIN, linewidth=1.4, linestyle=DASHED)
         places = _label_places([curve.value_G for curve in curves])
-        for curve, place in sorted(zip(curves, places, strict=True), key=lambda pair: pair[0].asked):
-            colour, width = (INK, 2.0) if curve.asked else (MUTED, 0.9)
+        for curve, place in sorted(zip(curves, places, strict=True), key=lambda pair: pair[0].chosen):
+            colour, width = (INK, 2.0) if curve.chosen else (MUTED, 0.9)
             ax.plot(lam_G, curve.value_G, color=colour, linewidth=width)
             least = float(np.interp(curve.lam_min, lam_G, curve.value_G))
-            face = MARGIN if curve.asked else "none"
-            edge = MARGIN if curve.asked else MUTED
-            ax.plot([curve.lam_min], [least], "o", color=edge, markerfacecolor=face, markersize=8 if curve.asked else 5)
+            face = MARGIN if curve.chosen else "none"
+            edge = MARGIN if curve.chosen else MUTED
+            ax.plot(
+                [curve.lam_min], [least], "o", color=edge, markerfacecolor=face, markersize=8 if curve.chosen else 5
+            )
             ax.annotate(curve.text, (lam_G[-1], place), xytext=(5, 0), textcoords="offset points",
                         annotation_clip=False, ha="left", va="center", color=colour)  # fmt: skip
         ax.set_xlim(lam_G[0], lam_G[-1])
@@ -101,7 +104,7 @@ def dual_svg(
 def ess_svg(
     edges: Sequence[float], count: Sequence[int], median: float, needed: float, *, label: str, prefix: str
 ) -> str:
-    """Draw how the effective sample sizes of the prompts are distributed, and the median that would be needed."""
+    """Draw the distribution of the prompts' effective sample sizes, their median and the median that is needed."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     with panel(HEIGHT_IN) as (figure, ax):
@@ -116,7 +119,7 @@ def ess_svg(
         ax.xaxis.set_major_locator(FixedLocator(ticks))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xticks(ticks, [str(tick) for tick in ticks])
-        ax.axvline(needed, color=MARGIN, linewidth=1.6, linestyle=DASHES)
+        ax.axvline(needed, color=MARGIN, linewidth=1.6, linestyle=DASHED)
         ax.axvline(median, color=INK, linewidth=1.4)
         _two_labels(ax, (median, f"median {median:.3g}", INK), (needed, f"{needed:g} needed", MARGIN))
         ax.set_xlabel("effective responses of a prompt")
@@ -125,14 +128,14 @@ def ess_svg(
 
 
 def largest_weight_svg(weight_Q: Sequence[float], even: float, *, label: str, prefix: str) -> str:
-    """Draw the largest weight of each prompt, sorted, given as equally spaced quantiles, beside even weights."""
+    """Draw equally spaced quantiles of the prompts' largest weights, beside an even weight."""
     from matplotlib.ticker import PercentFormatter
 
     with panel(HEIGHT_IN) as (figure, ax):
         share = np.linspace(0.0, 1.0, len(weight_Q))
         ax.fill_between(share, weight_Q, color=REFERENCE, alpha=0.25, linewidth=0)
         ax.plot(share, weight_Q, color=REFERENCE, linewidth=1.8)
-        ax.axhline(even, color=MARGIN, linewidth=1.4, linestyle=DASHES)
+        ax.axhline(even, color=MARGIN, linewidth=1.4, linestyle=DASHED)
         above = "bottom" if even < 0.85 else "top"
         ax.annotate(f"even weights {even:.2g}", (1.0, even), xytext=(-4, 3 if above == "bottom" else -3),
                     textcoords="offset points", ha="right", va=above, color=MARGIN)  # fmt: skip
@@ -151,7 +154,7 @@ def stability_svg(rows: Sequence[Estimated], *, label: str, prefix: str) -> str:
         for y, row in zip(places, rows, strict=True):
             colour = POLICY if row.used else REFERENCE
             if row.used:
-                ax.axvline(row.value, color=POLICY, linewidth=1.0, linestyle=DASHES)
+                ax.axvline(row.value, color=POLICY, linewidth=1.0, linestyle=DASHED)
             ax.plot([row.value - row.half, row.value + row.half], [y, y], color=colour, linewidth=2.0, marker="|",
                     markersize=8, markeredgewidth=1.5)  # fmt: skip
             face = "none" if row.open_marker else colour
@@ -170,7 +173,7 @@ def frontier_svg(
     margin_G: npt.NDArray[np.float64],
     band_3G: npt.NDArray[np.float64],
     supported_G: npt.NDArray[np.bool_],
-    asked: tuple[float, str],
+    target: tuple[float, str],
     attainable: tuple[float, str],
     quantity: str,
     *,
@@ -182,36 +185,36 @@ def frontier_svg(
     Args:
         margin_G: margins, increasing.
         band_3G: the quantity, its lower and its upper bound; NaN where the margin cannot be met.
-        supported_G: where the weights are spread enough to be believed; drawn solid there, dashed elsewhere.
-        asked: the margin asked for, and as it should read.
-        attainable: the most attainable, and as it should read.
+        supported_G: whether enough responses carry the weight; the line is solid there and dashed elsewhere.
+        target: the chosen margin, and its text.
+        attainable: the most attainable margin, and its text.
         quantity: name of the y axis.
-        label: read out in place of the figure.
+        label: text that a screen reader reads in place of the figure.
         prefix: makes the ids of this figure unlike those of the others on the page.
     """
     value_G, low_G, high_G = band_3G
     with panel(HEIGHT_IN) as (figure, ax):
         ax.fill_between(margin_G, low_G, high_G, color=REFERENCE, alpha=0.2, linewidth=0)
-        ax.plot(margin_G, value_G, color=REFERENCE, linewidth=1.4, linestyle=(0, (3, 2)))
+        ax.plot(margin_G, value_G, color=REFERENCE, linewidth=1.4, linestyle=DASHED)
         ax.plot(margin_G, np.where(supported_G, value_G, np.nan), color=REFERENCE, linewidth=2.2)
-        low, high = min(margin_G[0], asked[0]), max(attainable[0], asked[0])
+        low, high = min(margin_G[0], target[0]), max(attainable[0], target[0])
         reach = 0.03 * (high - low or 1.0)
         ax.set_xlim(low - reach, high + reach)
-        ax.axvline(attainable[0], color=MUTED, linewidth=1.4, linestyle=(0, (1, 1.5)))
-        ax.axvline(asked[0], color=MARGIN, linewidth=1.4, linestyle=DASHES)
-        at = np.flatnonzero(margin_G == asked[0])
+        ax.axvline(attainable[0], color=MUTED, linewidth=1.4, linestyle=DOTTED)
+        ax.axvline(target[0], color=MARGIN, linewidth=1.4, linestyle=DASHED)
+        at = np.flatnonzero(margin_G == target[0])
         if at.size and np.isfinite(value_G[at[0]]):
-            ax.plot([asked[0]], [value_G[at[0]]], "o", color=MARGIN, markersize=8)
+            ax.plot([target[0]], [value_G[at[0]]], "o", color=MARGIN, markersize=8)
         ax.margins(y=0.08)
         few_ticks(ax)
         name_axis(ax.xaxis, "margin")
         name_axis(ax.yaxis, quantity)
-        _two_labels(ax, (asked[0], f"asked {asked[1]}", MARGIN), (attainable[0], f"at most {attainable[1]}", MUTED))
+        _two_labels(ax, (target[0], f"asked {target[1]}", MARGIN), (attainable[0], f"at most {attainable[1]}", MUTED))
         return svg_text(figure, label, prefix)
 
 
 def _label_places(values: Sequence[npt.NDArray[np.float64]]) -> list[float]:
-    """Return where to name each curve beside its end: there, or moved apart where the names would touch.
+    """Return the height of each curve's name: that of its end, or moved apart where two names would touch.
 
     The curves come in increasing order of their margin, so their ends fall.
     """

@@ -24,8 +24,12 @@ from can_dist.measuring.comparison import (
     confidence_ellipse,
 )
 from can_dist.reporting.figures.style import (
+    DASHED,
+    DOTTED,
     INK,
+    LINES,
     MARGIN,
+    MARKERS,
     MUTED,
     POLICY,
     REFERENCE,
@@ -38,8 +42,6 @@ from can_dist.reporting.figures.style import (
 HEIGHT_IN, LEGEND_ROW_IN = 4.0, 0.24
 SHORT_NAME, NAME_WIDTH = 20, 46
 """Characters of a name that leaves room for a second column of the legend, and of a line of one that does not."""
-MARKERS = "osD^vPX*<>hp"
-LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
 COLOURS = (POLICY, REFERENCE, INK)
 NUM_EDGE = 96
 
@@ -78,14 +80,14 @@ def comparison_svg(
         ax.axhline(0.0, color=MUTED, linewidth=0.6, zorder=0)
         ax.axvline(0.0, color=MUTED, linewidth=0.6, zorder=0)
         for margin in margins:
-            ax.axvline(margin, color=MARGIN, linewidth=1.6, linestyle=(0, (5, 2)), zorder=1)
+            ax.axvline(margin, color=MARGIN, linewidth=1.6, linestyle=DASHED, zorder=1)
         entries = []
-        for place, (one, name) in enumerate(zip(results, names, strict=True)):
-            entries.append(_draw_method(ax, name, confidence_ellipse(one, confidence), place))
+        for place, (result, name) in enumerate(zip(results, names, strict=True)):
+            entries.append(_draw_method(ax, name, confidence_ellipse(result, confidence), place))
         (cross,) = ax.plot([0.0], [0.0], "+", color=MUTED, markersize=11, markeredgewidth=1.8, label="reference")
         entries.append(cross)
         if curve_2[0].size:
-            dots = {"color": MUTED, "linewidth": 1.6, "linestyle": (0, (1, 1.5)), "label": "predicted frontier"}
+            dots = {"color": MUTED, "linewidth": 1.6, "linestyle": DOTTED, "label": "predicted frontier"}
             entries += ax.plot(*curve_2, zorder=1, **dots)
         ax.margins(0.1)
         few_ticks(ax)

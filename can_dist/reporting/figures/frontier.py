@@ -17,6 +17,7 @@ from can_dist.dual import Frontier
 from can_dist.dual.table import FloatArray
 from can_dist.dual.weights import TRUSTED_ESS
 from can_dist.errors import ConfigError
+from can_dist.reporting.figures.style import BLUE, DASHED, DOTTED, GREY, ORANGE, paper_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,23 +25,6 @@ if TYPE_CHECKING:
 FORMATS = ("svg", "pdf", "png")
 CURVE_SIZE_IN = (7.2, 2.6)
 MAP_SIZE_IN = (4.6, 3.6)
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe-Ito: told apart by colour-blind readers and in grey
-STYLE: dict[str, Any] = {
-    "axes.linewidth": 0.7,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 8.5,
-    "font.family": ["DejaVu Sans"],
-    "font.size": 8.0,
-    "legend.fontsize": 7.5,
-    "legend.frameon": False,
-    "pdf.fonttype": 42,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "can-dist",
-    "text.parse_math": False,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-}
 
 
 def check_format(path: Path) -> None:
@@ -55,16 +39,13 @@ def frontier_figure(curve: Frontier) -> Figure:
     Raises:
         ConfigError: more than two constraints, or a map of two of which one never varies within a prompt.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     if len(curve.names) > 2:
         raise ConfigError(f"frontier of {', '.join(curve.names)}: a picture has one or two constraints; choose two.")
-    with matplotlib.rc_context(STYLE):
-        one = len(curve.names) == 1
-        figure = Figure(CURVE_SIZE_IN if one else MAP_SIZE_IN, layout="constrained")
-        (_curves if one else _map)(figure, curve)
-    return figure
+    size_in, draw = (CURVE_SIZE_IN, _curves) if len(curve.names) == 1 else (MAP_SIZE_IN, _map)
+    with paper_figure(size_in) as figure:
+        draw(figure, curve)
+    drawn: Figure = figure
+    return drawn
 
 
 def draw_frontier(curve: Frontier, path: Path, kind: str) -> None:
@@ -73,12 +54,7 @@ def draw_frontier(curve: Frontier, path: Path, kind: str) -> None:
     Raises:
         ConfigError: as :func:`frontier_figure`.
     """
-    import matplotlib
-
-    # no date: the same frontier gives the same bytes
-    date = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
-    with matplotlib.rc_context(STYLE):
-        frontier_figure(curve).savefig(path, format=kind, dpi=300, metadata=date)
+    save_figure(frontier_figure(curve), path, kind)
 
 
 def _curves(figure: Any, curve: Frontier) -> None:
@@ -98,9 +74,9 @@ def _curves(figure: Any, curve: Frontier) -> None:
         if key != "reward_improvement":
             low = np.maximum(low, 0.0)  # as λ and KL are
         ax.fill_between(margin, low, high, color=BLUE, alpha=0.2, linewidth=0)
-        ax.plot(margin, value, color=BLUE, linewidth=1.4, linestyle=(0, (3, 1.5)))
+        ax.plot(margin, value, color=BLUE, linewidth=1.4, linestyle=DASHED)
         ax.plot(margin, np.where(trusted, value, np.nan), color=BLUE, linewidth=1.6)
-        ax.axvline(attainable, color=ORANGE, linewidth=1.1, linestyle=(0, (1, 1.2)))
+        ax.axvline(attainable, color=ORANGE, linewidth=1.1, linestyle=DOTTED)
         ax.set_ylim(*_limits(value, low, high))
         ax.set_ylabel(label)
         ax.margins(x=0.03)
@@ -123,9 +99,9 @@ def _legend(figure: Any, band: str, all_trusted: bool, attainable: float) -> Non
 
     entries: list[tuple[Any, str]] = [(Patch(color=BLUE, alpha=0.2, linewidth=0), band)]
     if not all_trusted:
-        dashed = Line2D([], [], color=BLUE, linewidth=1.4, linestyle=(0, (3, 1.5)))
+        dashed = Line2D([], [], color=BLUE, linewidth=1.4, linestyle=DASHED)
         entries.append((dashed, f"median ESS below {TRUSTED_ESS:g}: biased by finite K"))
-    most = Line2D([], [], color=ORANGE, linewidth=1.1, linestyle=(0, (1, 1.2)))
+    most = Line2D([], [], color=ORANGE, linewidth=1.1, linestyle=DOTTED)
     entries.append((most, f"most attainable, {attainable:.3g}"))
     handles, labels = zip(*entries, strict=True)
     figure.legend(handles, labels, loc="outside upper center", ncols=3, handlelength=2.2, columnspacing=1.6)
@@ -151,7 +127,7 @@ def _map(figure: Any, curve: Frontier) -> None:
     ax.clabel(lines, fmt="%.3g", fontsize=6.5)
     ax.plot(x[0], y[0], "o", color="black", markersize=4.5)
     ax.annotate("λ = 0", (x[0], y[0]), xytext=(0, -5), textcoords="offset points", ha="center", va="top")
-    line = {"color": ORANGE, "linewidth": 1.1, "linestyle": (0, (1, 1.2))}
+    line = {"color": ORANGE, "linewidth": 1.1, "linestyle": DOTTED}
     ax.axvline(curve.attainable[first], **line)
     ax.axhline(curve.attainable[second], **line)
     ax.set_xlim(*_padded(x, curve.attainable[first]))

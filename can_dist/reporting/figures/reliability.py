@@ -1,4 +1,5 @@
-"""Does a score mean what its labels take it to mean? Predicted against observed preferences, as trained and scaled."""
+"""Whether a score means what its labels take it to mean: predicted against observed preferences, before and after
+calibration."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from can_dist.reporting.figures.frontier import BLUE, GREY, ORANGE, STYLE
+from can_dist.reporting.figures.style import BLUE, DOTTED, GREY, ORANGE, paper_figure, save_figure
 
 SIZE_IN = (3.5, 3.3)
 MAX_BINS, PAIRS_PER_BIN = 10, 20
@@ -21,15 +22,9 @@ def draw_reliability(gap_N: np.ndarray, preferred_N: np.ndarray, scale: float, s
     ``gap_N`` is s(first) − s(second) of held-out pairs with a = 1, ``preferred_N`` whether people preferred the first.
     Bins hold equally many pairs; the bars are 95 % Wilson intervals that take the pairs as independent.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(SIZE_IN, layout="constrained")
+    with paper_figure(SIZE_IN) as figure:
         ax = figure.subplots()
-        ax.plot(
-            [0.5, 1], [0.5, 1], color=GREY, linewidth=0.8, linestyle=(0, (1, 1.5)), label="people agree as predicted"
-        )
+        ax.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=0.8, linestyle=DOTTED, label="people agree as predicted")
         agrees_N = (gap_N > 0) == preferred_N
         decided_N = gap_N != 0
         for a, colour, marker, face, name in (
@@ -42,8 +37,7 @@ def draw_reliability(gap_N: np.ndarray, preferred_N: np.ndarray, scale: float, s
         ax.set_xlabel("predicted share that prefers the higher score, σ(a·|Δs|)")
         ax.set_ylabel("share of people who do")
         figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left")
-        # no date: the same pairs give the same bytes
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        save_figure(figure, path, "svg")
 
 
 def reliability_bins(predicted_N: np.ndarray, agrees_N: np.ndarray) -> np.ndarray:

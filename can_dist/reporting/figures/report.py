@@ -1,4 +1,4 @@
-"""The report's figures, each one small SVG to be set inline in HTML.
+"""The report's figures, each a small SVG inline in HTML.
 
 A panel is drawn about as wide as a phone, so that its text stays readable there; a page sets several side by side.
 Colours leave this file as CSS variables (``var(--ink)``), so one drawing serves the light and the dark page. The
@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from can_dist.reporting.figures.style import (
+    DASHED,
+    DOTTED,
     HEIGHT_IN,
     MARGIN,
     MUTED,
@@ -41,15 +43,20 @@ def forest_svg(
     label: str,
     prefix: str,
 ) -> str:
-    """One quantity: (mean, low, high) as predicted, if it was, and as realised, beside zero and the margin.
+    """Draw one quantity, predicted and realised, beside zero and the margin.
 
-    ``texts`` are the two means and ``margin`` its value as they should read; ``label`` is read out in place of the
-    figure; ``prefix`` makes the ids of this figure unlike those of the others on the page.
+    Args:
+        predicted: mean and interval (mean, low, high); None without a prediction.
+        realised: the same of the trained policy.
+        texts: the two means as text.
+        margin: its value, and its text; None for a quantity without one.
+        label: text that a screen reader reads in place of the figure.
+        prefix: makes the ids of this figure unlike those of the others on the page.
     """
     with panel(FOREST_HEIGHT_IN if predicted else FOREST_HEIGHT_IN - 0.4) as (figure, ax):
         ax.axvline(0.0, color=MUTED, linewidth=0.8)
         if margin is not None:
-            ax.axvline(margin[0], color=MARGIN, linewidth=1.6, linestyle=(0, (5, 2)))
+            ax.axvline(margin[0], color=MARGIN, linewidth=1.6, linestyle=DASHED)
         rows = [(1, predicted, REFERENCE, "D", "none"), (0, realised, POLICY, "o", POLICY)]
         for y, values, colour, marker, face in rows:
             if values is None:
@@ -72,13 +79,13 @@ def forest_svg(
 
 
 def density_svg(reference: Sequence[float], policy: Sequence[float], *, label: str, prefix: str) -> tuple[str, int]:
-    """The distribution of one score under the reference and the policy, and how many values lie beyond the axis."""
+    """Draw a score's distribution under reference and policy; also return how many values lie beyond the axis."""
     before, after = _finite(reference), _finite(policy)
     edges = _bin_edges(np.concatenate([before, after]))
     outside = sum(int(np.sum((values < edges[0]) | (values > edges[-1]))) for values in (before, after))
     with panel(HEIGHT_IN) as (figure, ax):
         for values, name, colour, line, hatch in (
-            (before, "reference", REFERENCE, (0, (4, 2)), "////"),
+            (before, "reference", REFERENCE, DASHED, "////"),
             (after, "policy", POLICY, "solid", None),
         ):
             count, _ = np.histogram(values, edges)
@@ -91,7 +98,7 @@ def density_svg(reference: Sequence[float], policy: Sequence[float], *, label: s
         top = ax.get_ylim()[1] * 1.08
         ax.set_ylim(0.0, top)
         for values, colour, line, marker in (
-            (before, REFERENCE, (0, (4, 2)), "D"),
+            (before, REFERENCE, DASHED, "D"),
             (after, POLICY, "solid", "o"),
         ):
             mean = float(values.mean()) if values.size else math.nan
@@ -109,7 +116,7 @@ def density_svg(reference: Sequence[float], policy: Sequence[float], *, label: s
 def training_svg(
     loss: Sequence[Sequence[float]], eval_loss: Sequence[Sequence[float]], *, label: str, prefix: str
 ) -> str:
-    """The training loss, the evaluation loss where there is one, and ln 2."""
+    """Draw the training loss, the evaluation loss where there is one, and ln 2, the start of a pairwise loss."""
     x, y = _finite_pairs(loss)
     with panel(HEIGHT_IN) as (figure, ax):
         if x.size > MANY_STEPS:
@@ -119,8 +126,8 @@ def training_svg(
             ax.plot(x, y, color=REFERENCE, linewidth=1.8, label="training")
         eval_x, eval_y = _finite_pairs(eval_loss)
         if eval_x.size:
-            ax.plot(eval_x, eval_y, color=POLICY, linewidth=1.6, linestyle=(0, (4, 2)), marker="o", label="evaluation")
-        ax.axhline(LN_2, color=MARGIN, linewidth=1.3, linestyle=(0, (1, 1.5)), label="ln 2")
+            ax.plot(eval_x, eval_y, color=POLICY, linewidth=1.6, linestyle=DASHED, marker="o", label="evaluation")
+        ax.axhline(LN_2, color=MARGIN, linewidth=1.3, linestyle=DOTTED, label="ln 2")
         few_ticks(ax, whole=True)
         ax.set_xlabel("optimiser step")
         name_axis(ax.yaxis, "loss")
@@ -133,7 +140,7 @@ def _legend_above(ax: Any) -> None:
 
 
 def _finite(values: Sequence[float]) -> np.ndarray:
-    """The finite values; a JSON null counts as missing."""
+    """Return the finite values; a JSON null counts as missing."""
     array = np.asarray([math.nan if value is None else value for value in values], dtype=float)
     return array[np.isfinite(array)]
 
@@ -146,7 +153,7 @@ def _finite_pairs(pairs: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _bin_edges(values: np.ndarray) -> np.ndarray:
-    """Equal bins over the values, or over five quartile ranges around the middle half where outliers reach further."""
+    """Return equal bins over the values, at most five quartile ranges beyond the middle half."""
     if not values.size:
         return np.linspace(0.0, 1.0, 11)
     low, high = float(values.min()), float(values.max())
@@ -161,7 +168,7 @@ def _bin_edges(values: np.ndarray) -> np.ndarray:
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean over a window centred on each value; at the ends, over the part of the window that exists."""
+    """Return the mean over a window centred on each value, cut at the ends."""
     kernel = np.ones(2 * (max(width, 2) // 2) + 1)
     total = np.convolve(values, kernel, mode="same")
     return np.asarray(total / np.convolve(np.ones_like(values), kernel, mode="same"))

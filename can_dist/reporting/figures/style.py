@@ -1,4 +1,9 @@
-"""What all figures share: palette, sizes, ticks, and SVG that follows the page's colours."""
+"""The style of all figures: the palette, sizes, lines and markers, ticks, and SVG that takes the page's colours.
+
+A figure of a page (:func:`panel`, :func:`svg_text`) is drawn in stand-in colours that become CSS variables, so one
+drawing serves the light and the dark page. A figure for a paper (:func:`paper_figure`, :func:`save_figure`) is a file
+with colours of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,65 +12,118 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
+from pathlib import Path
 from typing import Any
 
 WIDTH_IN, HEIGHT_IN = 5.3, 3.1
 
-# A stand-in that no plot would use by chance -> the CSS variable the page defines for each colour scheme.
-INK, MUTED, RULE, REFERENCE, POLICY, MARGIN = "#010901", "#020902", "#030903", "#040904", "#050905", "#060906"
-CSS_COLOUR = {
-    INK: "var(--ink)",
-    MUTED: "var(--muted)",
-    RULE: "var(--rule)",
-    REFERENCE: "var(--reference)",
-    POLICY: "var(--policy)",
-    MARGIN: "var(--margin)",
+LIGHT = {
+    "ink": "#1d1c1a",
+    "muted": "#5e5b55",
+    "rule": "#d9d5cc",
+    "reference": "#00619a",
+    "policy": "#b5470b",
+    "margin": "#75398a",
 }
-STYLE: dict[str, Any] = {
+"""The light page's colours, by the names of their CSS variables."""
+INK, MUTED, RULE, REFERENCE, POLICY, MARGIN = STAND_INS = (
+    "#010901",
+    "#020902",
+    "#030903",
+    "#040904",
+    "#050905",
+    "#060906",
+)
+"""Colours that no plot would use by chance, in the order of ``LIGHT``; :func:`svg_text` replaces them."""
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's colours for figures on white: colour-blind readers can tell them apart."""
+BLUE, ORANGE, GREY = *SERIES[:2], "#555555"
+
+MARKERS = "osD^vPX*<>hp"
+LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
+DASHED, DOTTED = (0, (5, 2)), (0, (1, 1.5))
+
+COMMON_STYLE: dict[str, Any] = {
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.family": ["DejaVu Sans"],
+    "legend.frameon": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "can-dist",
-    "font.family": ["DejaVu Sans"],
+    "text.parse_math": False,
+}
+PAGE_STYLE: dict[str, Any] = COMMON_STYLE | {
     "font.size": 11.0,
     "text.color": INK,
     "axes.edgecolor": MUTED,
     "axes.facecolor": "none",
     "axes.labelcolor": MUTED,
     "axes.linewidth": 0.8,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
     "figure.facecolor": "none",
     "hatch.linewidth": 0.8,
     "legend.fontsize": 11.0,
-    "legend.frameon": False,
     "legend.handlelength": 2.4,
-    "text.parse_math": False,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
 }
+PAPER_STYLE: dict[str, Any] = COMMON_STYLE | {
+    "axes.linewidth": 0.7,
+    "axes.titlesize": 8.5,
+    "font.size": 8.0,
+    "legend.fontsize": 7.5,
+    "pdf.fonttype": 42,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+}
 
 
 @contextmanager
 def panel(height_in: float) -> Iterator[tuple[Any, Any]]:
-    """A figure with one pair of axes in the house style, whatever the user's matplotlibrc says."""
+    """Give a figure of a page and its one pair of axes, whatever the user's matplotlibrc says."""
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    with matplotlib.style.context(["default", STYLE]):
+    with matplotlib.style.context(["default", PAGE_STYLE]):
         figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
         yield figure, figure.add_subplot()
 
 
+@contextmanager
+def paper_figure(size_in: tuple[float, float]) -> Iterator[Any]:
+    """Give an empty figure for a paper, whatever the user's matplotlibrc says."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    with matplotlib.style.context(["default", PAPER_STYLE]):
+        yield Figure(size_in, layout="constrained")
+
+
+def save_figure(figure: Any, path: Path, kind: str) -> None:
+    """Write a figure for a paper as svg, pdf or png, without a date: the same figure gives the same bytes."""
+    import matplotlib.style
+
+    date = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+    with matplotlib.style.context(["default", PAPER_STYLE]):
+        figure.savefig(path, format=kind, dpi=300, metadata=date)
+
+
 def svg_text(figure: Any, label: str, prefix: str) -> str:
-    """The figure as an ``<svg>`` element for an HTML page: theme colours, own ids, no metadata, no outside address."""
+    """Return a figure as an ``<svg>`` element of an HTML page, without metadata or outside addresses.
+
+    Args:
+        figure: drawn in the stand-in colours.
+        label: text that a screen reader reads in place of the figure.
+        prefix: makes the ids of this figure unlike those of the others on the page.
+    """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    for colour, variable in CSS_COLOUR.items():
-        text = text.replace(colour, variable)
+    for stand_in, name in zip(STAND_INS, LIGHT, strict=True):
+        text = text.replace(stand_in, f"var(--{name})")
     text = text.replace('xlink:href="#', 'href="#')
     text = re.sub(r'(?<=id=")|(?<=url\(#)|(?<=href="#)', f"{prefix}-", text)
     box = re.search(r'viewBox="[^"]*"', text)
@@ -74,8 +132,18 @@ def svg_text(figure: Any, label: str, prefix: str) -> str:
     return f'<svg role="img" aria-label="{escape(label)}" {box.group()}>\n{body}'
 
 
+def standalone_svg(svg: str) -> str:
+    """Return a page's figure as a file: with a namespace, a background, the light page's colours, a common font."""
+    for name, colour in LIGHT.items():
+        svg = svg.replace(f"var(--{name})", colour)
+    head, body = svg.split(">", 1)
+    namespaces = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif"'
+    background = '<rect width="100%" height="100%" fill="#fcfbf8"/>'
+    return f"{head.replace('<svg', f'<svg {namespaces}', 1)}>{background}{body}\n"
+
+
 def name_axis(axis: Any, name: str) -> None:
-    """Label an axis; a common factor of its ticks (1e−5) joins the label, for its corner may belong to the legend."""
+    """Label an axis. A common factor of its ticks (1e−5) joins the label: the legend may cover the axis's corner."""
     axis.set_label_text(name)
     axis.figure.draw_without_rendering()
     corner = axis.get_offset_text()
@@ -85,7 +153,7 @@ def name_axis(axis: Any, name: str) -> None:
 
 
 def few_ticks(ax: Any, *, x: bool = True, y: bool = True, whole: bool = False) -> None:
-    """At most five steps on the axes named; ``whole`` keeps those of x to whole numbers."""
+    """Set at most five ticks on each chosen axis; ``whole`` keeps those of x to whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     round_steps = (1, 2, 2.5, 5, 10)

@@ -8,21 +8,19 @@ listed.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 
-from can_dist.errors import ConfigError, DataError
-from can_dist.tables.foreign.known_formats import find_format
+from can_dist.errors import ConfigError
+from can_dist.tables.foreign.messages import prompt_id
 from can_dist.tables.foreign.rated import RatedPrompts
-from can_dist.tables.foreign.rows import Format, Pair, Parsed, Rated, SetAside
-from can_dist.tables.foreign.sources import Row, Shard, open_shards
+from can_dist.tables.foreign.rows import ANSWERED, Answered, Pair, Rated, SetAside
+from can_dist.tables.foreign.scan import Ids, Scan
 from can_dist.tables.schemas import MESSAGES
 
 PROMPTS_READ = pa.schema([("prompt_id", pa.string()), ("messages", MESSAGES)])
@@ -43,12 +41,17 @@ PREFERENCES_READ = pa.schema(
 
 @dataclass(frozen=True)
 class PromptsRead:
-    """Prompts as read: ``table`` (schema ``PROMPTS_READ``, one row per id) and what was found.
+    """Prompts as read.
 
-    ``counts``: ``rows`` read, ``prompts`` in the table, ``repeated`` rows merged into an earlier prompt,
-    ``same_messages`` (further ids of the file for messages already seen), ``set_aside``.
-    ``reasons``: how many rows were set aside for what. ``set_aside``: one line per row set aside, with file, row and
-    reason.
+    Attributes:
+        table: schema ``PROMPTS_READ``, one row per conversation.
+        format: key of the format found.
+        announcement: one line that tells how the source was read.
+        counts: ``rows`` read, ``prompts`` in the table, ``repeated`` rows merged into an earlier prompt,
+            ``same_messages`` (further ids of the file for messages already seen, merged too), ``set_aside``.
+        reasons: how many rows were set aside for what.
+        set_aside: one line per row set aside, with file, row and reason.
+        carried: how many rows hold what earlier versions dropped or kept twice, by kind; empty for most data.
     """
 
     table: pa.Table
@@ -57,17 +60,24 @@ class PromptsRead:
     counts: dict[str, int]
     reasons: dict[str, int]
     set_aside: tuple[str, ...] = ()
+    carried: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PreferencesRead:
-    """Pairs as read: ``table`` (schema ``PREFERENCES_READ``) and what was found.
+    """Pairs as read.
 
-    ``counts``: ``rows`` read, ``used`` of them, ``pairs`` in the table, ``prompts`` (distinct messages),
-    ``equal_responses``, ``empty_responses`` (pairs with at least one), ``disagreements`` (better and safer differ),
-    ``conflicts`` (rows whose response called safer is unsafe, the other safe), ``set_aside``.
-    ``reasons``: how many rows were set aside for what. ``set_aside``: one line per row set aside, with file, row and
-    reason. ``names_criteria``: whether the data set says by what a response is better, not only which was chosen.
+    Attributes:
+        table: schema ``PREFERENCES_READ``, one row per pair.
+        format: key of the format found.
+        announcement: one line that tells how the source was read.
+        counts: ``rows`` read, ``used`` of them, ``pairs`` in the table, ``prompts`` (distinct messages),
+            ``equal_responses``, ``empty_responses`` (pairs with at least one), ``disagreements`` (better and safer
+            differ), ``conflicts`` (rows whose response called safer is unsafe, the other safe), ``set_aside``.
+        reasons: how many rows were set aside for what.
+        set_aside: one line per row set aside, with file, row and reason.
+        names_criteria: whether the data set says by what a response is better, not only which was chosen.
+        carried: as in ``PromptsRead``.
     """
 
     table: pa.Table
@@ -77,13 +87,22 @@ class PreferencesRead:
     reasons: dict[str, int]
     set_aside: tuple[str, ...]
     names_criteria: bool
+    carried: dict[str, int] = field(default_factory=dict)
 
 
-def prompt_id(messages: Sequence[Mapping[str, str]]) -> str:
-    """Return the id of a prompt: first 16 hex digits of the SHA-256 of ``[[role, content], ...]`` as compact JSON."""
-    pairs = [[message["role"], message["content"]] for message in messages]
-    text = json.dumps(pairs, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+@dataclass(frozen=True)
+class ResponsesRead:
+    """Brought responses as read.
+
+    Attributes:
+        texts: the responses by the id of their prompt's content (``prompt_id(messages)``), in file order.
+        num_rows: rows read.
+        announcement: one line that tells how the source was read.
+    """
+
+    texts: dict[str, list[str]]
+    num_rows: int
+    announcement: str
 
 
 def read_prompts(
@@ -104,7 +123,8 @@ def read_prompts(
         limit: stop after this many prompts.
 
     Returns:
-        ``table: prompt_id, messages``. Ids are the file's ``prompt_id`` column where it has one, else ``prompt_id()``.
+        ``table: prompt_id, messages``, one row per conversation. Ids are those of the file's ``prompt_id`` column where
+        it has one (of several ids of a conversation the first), else ``prompt_id()``.
 
     Raises:
         DataError: no such source, unknown columns, a damaged file, a bad row, duplicate ids in a prompt-only file, or
@@ -113,16 +133,14 @@ def read_prompts(
         EnvironmentProblem: the hub cannot be reached.
     """
     _check_limit(limit)
-    scan = _Scan(source)
+    scan, ids = Scan(source), Ids()
     messages_of: dict[str, list[dict[str, str]]] = {}
-    ids = _Ids()
-    for where, form, row, parsed in scan.rows(split, subset, revision, pairs_only=False):
+    for place, form, row, parsed in scan.rows(split, subset, revision):
         if isinstance(parsed, SetAside):
             continue
-        own = prompt_id(parsed.messages)
-        key = ids.add(row, own, where, given=scan.has_ids, unique=not form.pairs)
-        if key not in messages_of:
-            messages_of[key] = parsed.messages
+        content = prompt_id(parsed.messages)
+        key = ids.add(row, content, place, given=scan.has_ids, unique=not form.pairs)
+        messages_of.setdefault(key, parsed.messages)
         if len(messages_of) == limit:
             break
     ids.check()
@@ -130,17 +148,53 @@ def read_prompts(
         "rows": scan.num_rows,
         "prompts": len(messages_of),
         "repeated": scan.num_rows - len(scan.set_aside) - len(messages_of),
-        "same_messages": len(messages_of) - len(ids.contents),
+        "same_messages": len(ids.other_ids),
         "set_aside": len(scan.set_aside),
     }
     scan.check_any(len(messages_of))
     table = pa.table([list(messages_of), list(messages_of.values())], schema=PROMPTS_READ)
-    text = f"{counts['rows']} rows, {len(ids.contents)} distinct prompts" + _notes(
+    text = f"{counts['rows']} rows, {len(messages_of)} distinct prompts" + _notes(
         (counts["repeated"], "repeated rows merged"),
-        (counts["same_messages"], "prompts repeat under another prompt_id"),
+        (counts["same_messages"], "of them under another prompt_id"),
         (counts["set_aside"], f"rows set aside ({scan.reasons()})"),
     )
-    return PromptsRead(table, scan.key, scan.announce(text), counts, dict(scan.why), tuple(scan.set_aside))
+    return PromptsRead(
+        table, scan.key, scan.announce(text), counts, dict(scan.why), tuple(scan.set_aside), _carried(scan, ids)
+    )
+
+
+def _carried(scan: Scan, ids: Ids) -> dict[str, int]:
+    other_ids = {"further ids of a conversation": len(ids.other_ids)} if ids.other_ids else {}
+    return {**scan.joined, **other_ids}
+
+
+def read_responses(
+    source: str | Path, *, split: str = "train", subset: str | None = None, revision: str | None = None
+) -> ResponsesRead:
+    """Read responses that somebody brings: ``prompt`` (text or messages) and ``responses`` (a list of texts).
+
+    Several rows of one prompt add up. A system column is part of the prompt, as in ``read_prompts``.
+
+    Args:
+        source: as in ``read_prompts``.
+        split: as in ``read_prompts``.
+        subset: as in ``read_prompts``.
+        revision: as in ``read_prompts``.
+
+    Raises:
+        DataError: as ``read_prompts``.
+        ConfigError: an argument that cannot mean anything.
+        EnvironmentProblem: the hub cannot be reached.
+    """
+    scan = Scan(source, ANSWERED)
+    texts: dict[str, list[str]] = {}
+    for _, _, _, parsed in scan.rows(split, subset, revision):
+        assert isinstance(parsed, Answered)
+        texts.setdefault(prompt_id(parsed.messages), []).extend(parsed.texts)
+    scan.check_any(scan.num_rows)
+    num_responses = sum(map(len, texts.values()))
+    text = f"{scan.num_rows} rows, {num_responses} responses to {len(texts)} prompts"
+    return ResponsesRead(texts, scan.num_rows, scan.announce(text))
 
 
 def read_preferences(
@@ -172,25 +226,24 @@ def read_preferences(
         EnvironmentProblem: the hub cannot be reached.
     """
     _check_limit(limit)
-    scan = _Scan(source)
-    ids, rated = _Ids(), RatedPrompts()
+    scan, ids, rated = Scan(source), Ids(), RatedPrompts()
     pairs: list[tuple[str, Pair]] = []
-    for where, _, row, parsed in scan.rows(split, subset, revision, pairs_only=True):
+    for place, _, row, parsed in scan.rows(split, subset, revision, pairs_only=True):
         if not isinstance(parsed, Pair | Rated):
             continue
-        key = ids.add(row, prompt_id(parsed.messages), where, given=scan.has_ids, unique=False)
+        key = ids.add(row, prompt_id(parsed.messages), place, given=scan.has_ids, unique=False)
         if isinstance(parsed, Rated):
-            rated.add(key, parsed, where)
+            rated.add(key, parsed, place)
             continue
         pairs.append((key, parsed))
         if len(pairs) == limit:
             break
     ids.check()
-    for where, reason in rated.unused():
-        scan.put_aside(where, reason)
+    for place, reason in rated.unused():
+        scan.put_aside(place, reason)
     pairs += itertools.islice(rated.pairs(), limit)
     scan.check_any(len(pairs))
-    return _preferences(scan, pairs)
+    return _preferences(scan, pairs, _carried(scan, ids))
 
 
 def _check_limit(limit: int | None) -> None:
@@ -207,18 +260,18 @@ def _properties(pair: Pair) -> dict[str, int]:
     }
 
 
-def _preferences(scan: _Scan, pairs: Sequence[tuple[str, Pair]]) -> PreferencesRead:
+def _preferences(scan: Scan, pairs: Sequence[tuple[str, Pair]], carried: dict[str, int]) -> PreferencesRead:
     names = ("equal_responses", "empty_responses", "disagreements", "conflicts")
-    found: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
     for _, pair in pairs:
-        found.update(_properties(pair))
+        totals.update(_properties(pair))
     num_prompts = len({prompt_id(pair.messages) for _, pair in pairs})
     counts = {
         "rows": scan.num_rows,
         "used": scan.num_rows - len(scan.set_aside),
         "pairs": len(pairs),
         "prompts": num_prompts,
-        **{name: int(found[name]) for name in names},
+        **{name: int(totals[name]) for name in names},
         "set_aside": len(scan.set_aside),
     }
     text = f"{counts['rows']} rows, {len(pairs)} pairs, {num_prompts} distinct prompts" + _notes(
@@ -228,143 +281,21 @@ def _preferences(scan: _Scan, pairs: Sequence[tuple[str, Pair]]) -> PreferencesR
         (counts["conflicts"], "safer_response_id contradicting is_response_i_safe"),
         (counts["set_aside"], f"rows set aside ({scan.reasons()})"),
     )
+    remark = ""
     if scan.form.better_first:
-        text += "; chosen comes first by construction, so shuffle before comparing positions"
+        remark = "; chosen comes first by construction, so shuffle before comparing positions"
     rows = [(key, p.messages, p.a, p.b, p.better, p.safer, p.safe_a, p.safe_b) for key, p in pairs]
     return PreferencesRead(
         pa.table([list(column) for column in zip(*rows, strict=True)], schema=PREFERENCES_READ),
         scan.key,
-        scan.announce(text),
+        scan.announce(text, remark),
         counts,
         dict(scan.why),
         tuple(scan.set_aside),
         scan.form.names_criteria,
+        carried,
     )
 
 
 def _notes(*notes: tuple[int, str]) -> str:
-    return "".join(f", {count} {what}" for count, what in notes if count)
-
-
-# ----------------------------------------------------------------------------------------------------- ids and rows
-
-
-@dataclass
-class _Ids:
-    """The ids seen, each with the content it stands for; duplicates are gathered so that one error names several."""
-
-    first: dict[str, tuple[str, str]] = field(default_factory=dict)  # id → (content id, where)
-    contents: set[str] = field(default_factory=set)
-    clashes: list[str] = field(default_factory=list)
-
-    def add(self, row: Row, content: str, where: str, *, given: bool, unique: bool) -> str:
-        """Return the row's id: its ``prompt_id`` if the file has that column, else that of its content."""
-        key = _given_id(row.get("prompt_id"), where) if given else content
-        known, first_where = self.first.setdefault(key, (content, where))
-        self.contents.add(content)
-        if given and first_where != where and (unique or known != content):
-            self.clashes.append(f"{key!r} at {first_where} and {where}")
-        return key
-
-    def check(self) -> None:
-        if self.clashes:
-            raise DataError(
-                f"prompt_id must stand for one prompt, {len(self.clashes)} row(s) repeat an id: "
-                f"{'; '.join(self.clashes[:5])}.\n"
-                "  Remove the duplicates, or drop the column prompt_id to have ids computed."
-            )
-
-
-def _given_id(value: object, where: str) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, str) and value.strip():
-        return value
-    raise DataError(
-        f"{where}, field 'prompt_id': found {value!r}, expected a non-empty string or an integer.\n"
-        "  Fill it in, or drop the column to have ids computed."
-    )
-
-
-class _Scan:
-    """One pass over a source: parsed rows in order, and what there is to announce."""
-
-    def __init__(self, source: str | Path) -> None:
-        self.source = str(source)
-        self.key = ""
-        self.columns: tuple[str, ...] = ()
-        self.has_ids = False
-        self.num_rows = 0
-        self.set_aside: list[str] = []
-        self._form: Format | None = None
-        self._first = ""
-        self.why: Counter[str] = Counter()
-
-    def rows(
-        self, split: str, subset: str | None, revision: str | None, *, pairs_only: bool
-    ) -> Iterator[tuple[str, Format, Row, Parsed]]:
-        """Yield where, format, row and parsed row; rows set aside are also recorded here."""
-        for shard in open_shards(self.source, split=split, subset=subset, revision=revision):
-            form = self._format(shard, pairs_only)
-            self.has_ids = "prompt_id" in shard.columns
-            needed = [name for name in (*form.reads, "prompt_id") if name in shard.columns]
-            for number, row in enumerate(shard.rows(needed)):
-                where = f"{shard.name}, row {number}"
-                parsed = form.parse(row, where)
-                self._check_kind(form.kind(row), where)
-                self.num_rows += 1
-                if isinstance(parsed, SetAside):
-                    self.put_aside(where, parsed.reason)
-                yield where, form, row, parsed
-
-    def _format(self, shard: Shard, pairs_only: bool) -> Format:
-        form = find_format(shard.columns, shard.name, pairs_only=pairs_only)
-        if self._form is None:
-            self._form, self._first, self.columns = form, shard.name, shard.columns
-        elif form is not self._form:
-            raise DataError(
-                f"{shard.name}: {form.title} (columns {', '.join(shard.columns)}), "
-                f"but {self._first} is {self._form.title}.\n"
-                "  Expected one format in all shards. Read them one by one."
-            )
-        return form
-
-    def _check_kind(self, key: str, where: str) -> None:
-        self.key = self.key or key
-        if key != self.key:
-            raise DataError(
-                f"{where}: a row in format {key!r}, but the rows before are in format {self.key!r} "
-                "(text and message lists mixed).\n  Expected one format in all rows. Split the file in two."
-            )
-
-    def put_aside(self, where: str, reason: str) -> None:
-        self.set_aside.append(f"{where}: {reason}")
-        self.why[reason] += 1
-
-    def reasons(self) -> str:
-        return "; ".join(f"{count} × {reason}" for reason, count in self.why.items())
-
-    def check_any(self, num_kept: int) -> None:
-        """Raise ``DataError`` when the source gave nothing: no rows, or all of them set aside."""
-        if num_kept:
-            return
-        if self.num_rows:
-            raise DataError(
-                f"{self.source}: all {self.num_rows} rows were set aside ({self.reasons()}). No row is usable."
-            )
-        raise DataError(
-            f"{self.source}: the file is empty (no rows). Expected at least one row; write or download it again."
-        )
-
-    @property
-    def form(self) -> Format:
-        """The format found, after the first row."""
-        assert self._form is not None
-        return self._form
-
-    def announce(self, text: str) -> str:
-        found = [name for name in (*self.form.reads, "prompt_id") if name in self.columns]
-        ignored = [name for name in self.columns if name not in found]
-        tail = f"; ignored columns: {', '.join(ignored)}" if ignored else ""
-        name = Path(self.source).name if Path(self.source).expanduser().exists() else self.source
-        return f"{name}: {self.form.title_of(self.key)} (found {', '.join(found)}): {text}{tail}"
+    return "".join(f", {count} {kind}" for count, kind in notes if count)

@@ -13,7 +13,7 @@ from can_dist.tables.foreign.rows import FORMATS, Format
 KNOWN = (*RATED_FORMATS, *FORMATS)
 
 
-def find_format(columns: Sequence[str], where: str, *, pairs_only: bool = False) -> Format:
+def find_format(columns: Sequence[str], place: str, *, pairs_only: bool = False) -> Format:
     """Return the first format of ``KNOWN`` whose columns are all there.
 
     Raises:
@@ -28,9 +28,9 @@ def find_format(columns: Sequence[str], where: str, *, pairs_only: bool = False)
     typos = [
         (near[0], name) for name in missing if (near := difflib.get_close_matches(name, columns, n=1, cutoff=0.75))
     ]
-    rename = "; ".join(f"is {found!r} meant to be {name!r}?" for found, name in typos)
+    rename = "; ".join(f"is {typo!r} meant to be {name!r}?" for typo, name in typos)
     raise DataError(
-        f"{where}: unknown {'preference ' if pairs_only else ''}format.\n"
+        f"{place}: unknown {'preference ' if pairs_only else ''}format.\n"
         f"  Columns found: {', '.join(columns)}.\n"
         "  Formats known:\n" + "".join(f"    {form.title}: {form.needs_text()}\n" for form in known) + "  Nearest: "
         f"{nearest.title}, missing {', '.join(missing)}"

@@ -11,33 +11,25 @@ bad row is in.
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from can_dist.errors import ConfigError, DataError, EnvironmentProblem
-
-Row = dict[str, Any]
-"""One row of a source: column name to value."""
+from can_dist.tables.foreign.json_type import row_decoder
+from can_dist.tables.json_rows import JSON_ENDINGS, Row, json_rows
 
 _KINDS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".jsonl.gz": "json",
-    ".ndjson.gz": "json",
-    ".json.gz": "json",
+    **dict.fromkeys(JSON_ENDINGS, "json"),
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
@@ -161,8 +153,8 @@ def _of_split(path: Path, files: list[Path], split: str) -> list[Path]:
         match = _SPLIT.search(file.name.lower())
         name = None if match is None else _SPLIT_ALIASES.get(match[1], match[1])
         by_split.setdefault(name, []).append(file)
-    asked = _SPLIT_ALIASES.get(split, split)
-    if set(by_split) == {None} and asked == "train":
+    wanted = _SPLIT_ALIASES.get(split, split)
+    if set(by_split) == {None} and wanted == "train":
         return files
     if None in by_split and len(by_split) > 1:
         named = [f.name for f in files if f not in by_split[None]]
@@ -170,13 +162,13 @@ def _of_split(path: Path, files: list[Path], split: str) -> list[Path]:
             f"{path}: some files carry a split in their name ({named[:3]}), others none "
             f"({[f.name for f in by_split[None]][:3]}).\n  Name one file, or move the others away."
         )
-    if asked not in by_split:
-        found = sorted(name for name in by_split if name is not None)
-        raise DataError(f"{path}: no split {split!r}; file names show {found or 'no split'}. Set split accordingly.")
-    several = sorted({whole[file] for file in by_split[asked] if file in whole})
+    if wanted not in by_split:
+        names = sorted(name for name in by_split if name is not None)
+        raise DataError(f"{path}: no split {split!r}; file names show {names or 'no split'}. Set split accordingly.")
+    several = sorted({whole[file] for file in by_split[wanted] if file in whole})
     if len(several) > 1:  # such as train_prefs and train_sft, whose rows are not of one kind
         raise DataError(f"{path}: split {split!r} may be any of {', '.join(several)}. Set split to one of them.")
-    return by_split[asked]
+    return by_split[wanted]
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -204,7 +196,7 @@ def _open_file(path: Path) -> Shard:
 
 
 def _open_json(path: Path) -> Shard:
-    rows = _json_rows(path)
+    rows = json_rows(path)
     first = list(itertools.islice(rows, _PEEK_ROWS))
     if not first:
         raise DataError(f"{path}: the file is empty (no rows). Expected one JSON object per line.")
@@ -212,60 +204,8 @@ def _open_json(path: Path) -> Shard:
     return Shard(str(path), columns, lambda _: itertools.chain(first, rows))
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
-    """Rows of a JSON array (a .json file that starts with ``[``) or of JSON lines; blank lines are skipped."""
-    name = path.name.lower()
-    try:
-        with cast("IO[bytes]", gzip.open(path) if name.endswith(".gz") else path.open("rb")) as file:
-            if name.endswith((".json", ".json.gz")) and file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                file.seek(0)
-                yield from _json_array(path, file.read())
-                return
-            file.seek(0)
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _json_object(path, line, number)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: damaged or truncated gzip ({error}). Download or compress it again.") from error
-
-
-def _json_object(path: Path, line: bytes, number: int) -> Row:
-    try:
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}, line {number}: malformed JSON ({error}).\n"
-            f"  Found {show(line.decode('utf-8', 'replace').strip())}; expected one JSON object per line. "
-            "Correct the line or write the file again."
-        ) from error
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{path}, line {number}: found {show(row)}, expected one JSON object per line. Correct the line."
-        )
-    return row
-
-
-def _json_array(path: Path, text: bytes) -> list[Row]:
-    try:
-        rows = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}: malformed JSON ({error}). Expected an array of objects; write the file again."
-        ) from error
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: found {show(row)}, expected an object. Correct the row.")
-    return cast("list[Row]", rows)
-
-
-def show(value: object) -> str:
-    """Return ``repr(value)``, cut to fit a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _damaged(path: Path, what: str, error: Exception) -> DataError:
-    return DataError(f"{path}: truncated or damaged {what} ({error}). Write or download the file again.")
+def _damaged(path: Path, kind: str, error: Exception) -> DataError:
+    return DataError(f"{path}: truncated or damaged {kind} ({error}). Write or download the file again.")
 
 
 def _open_parquet(path: Path) -> Shard:
@@ -277,7 +217,8 @@ def _open_parquet(path: Path) -> Shard:
     def batches(columns: Sequence[str]) -> Iterator[Any]:
         return cast("Iterator[Any]", file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns)))
 
-    return Shard(str(path), tuple(file.schema_arrow.names), lambda columns: _batch_rows(path, batches(columns)))
+    schema = file.schema_arrow
+    return Shard(str(path), tuple(schema.names), lambda columns: _batch_rows(path, schema, batches(columns)))
 
 
 def _open_arrow(path: Path) -> Shard:
@@ -296,7 +237,7 @@ def _open_arrow(path: Path) -> Shard:
     return Shard(
         str(path),
         tuple(reader.schema.names),
-        lambda columns: _batch_rows(path, (b.select(list(columns)) for b in batches)),
+        lambda columns: _batch_rows(path, reader.schema, (b.select(list(columns)) for b in batches)),
     )
 
 
@@ -318,11 +259,14 @@ def _check_stream_end(path: Path, buffer: Any) -> None:
         )
 
 
-def _batch_rows(path: Path, batches: Iterator[Any]) -> Iterator[Row]:
+def _batch_rows(path: Path, schema: pa.Schema, batches: Iterator[Any]) -> Iterator[Row]:
+    decoded, number = row_decoder(schema, path), 0
     try:
         for batch in batches:
             batch.validate(full=True)
-            yield from batch.to_pylist()
+            for row in batch.to_pylist():
+                yield decoded(row, number)
+                number += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(path, "data", error) from error
 
@@ -335,7 +279,7 @@ def _open_hub(name: str, split: str, subset: str | None, revision: str | None) -
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-    where = f"{name} (hub, split {split!r}" + (f", revision {revision}" if revision else "") + ")"
+    place = f"{name} (hub, split {split!r}" + (f", revision {revision}" if revision else "") + ")"
     try:
         table = datasets.load_dataset(name, name=subset, split=split, revision=revision)
     except DatasetNotFoundError as error:
@@ -349,5 +293,5 @@ def _open_hub(name: str, split: str, subset: str | None, revision: str | None) -
             "  Correct the path, or get the network back, or name a local copy."
         ) from error
     except (DatasetsError, ValueError, OSError) as error:  # unknown split or subset, a loading script, bad files
-        raise DataError(f"{where}: datasets cannot load it: {error}\n  Set split, subset or revision.") from error
-    return Shard(where, tuple(table.column_names), lambda columns: iter(table.select_columns(list(columns))))
+        raise DataError(f"{place}: datasets cannot load it: {error}\n  Set split, subset or revision.") from error
+    return Shard(place, tuple(table.column_names), lambda columns: iter(table.select_columns(list(columns))))

@@ -1,0 +1,111 @@
+"""The pages of the docs site: their blocks run, in order, as a reader would type them.
+
+``bash`` and ``python`` blocks run here; ``yaml`` blocks are valid; ``console`` blocks start trainings or clusters, so
+their commands are only parsed, by the very parsers that would run them.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from can_dist.cli import cli
+from can_dist.config import validate_config
+from can_dist.config.yaml_files import merge, parse_yaml
+from can_dist.train import train
+
+ROOT = Path(__file__).parents[3]
+DOCS = ROOT / "docs"
+PAGES = ["index.md", "start.md", "concepts.md", "comparison.md", "faq.md", "reference/python.md"]
+PAGES += sorted(str(path.relative_to(DOCS)) for path in (DOCS / "howto").glob("*.md"))
+BASE: dict[str, Any] = {
+    "prompts": {"source": "prompts.jsonl", "num_validation": 0},
+    "strength": 1,
+    "reference": {"model": "./reference"},
+    "reward": {"kind": "callable", "function": "scorers:num_words"},
+    "constraints": {"safety": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 1.0}},
+}
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def lines(code: str) -> list[list[str]]:
+    return [shlex.split(line) for line in code.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+# the blocks of scorers.md are parts of a configuration; test_scorer_docs.py has them
+CONFIGURED = [
+    page
+    for page in sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
+    if page != "scorers.md" and any(language == "yaml" for language, _ in blocks(page))
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    there: dict[str, Any] = {}
+    for language, code in blocks(page):
+        if language == "python":
+            exec(compile(code, page, "exec"), there)
+        for words in lines(code) if language == "bash" else []:
+            assert words[0] == "can-dist", f"{page}: a bash block runs can-dist only"
+            done = CliRunner().invoke(cli, words[1:], catch_exceptions=False)
+            assert done.exit_code == 0, done.output
+            written = [words[index + 1] for index, word in enumerate(words) if word in ("--plot", "--report")]
+            assert all((tmp_path / name).stat().st_size > 1000 for name in written)
+
+
+@pytest.mark.parametrize("page", CONFIGURED)
+def test_configurations_of_a_page_are_valid(page: str) -> None:
+    for code in [code for language, code in blocks(page) if language == "yaml"]:
+        given = parse_yaml(code, page)
+        base = {
+            name: value for name, value in BASE.items() if name not in ("reward", "constraints") or name not in given
+        }
+        validate_config(merge(base, given))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(language == "console" for language, _ in blocks(page))])
+def test_commands_of_a_page_parse(page: str) -> None:
+    for code in [code for language, code in blocks(page) if language == "console"]:
+        for words in lines(code):
+            if words[0] == "make":
+                assert set(words[1:]) <= TARGETS
+            elif words[0] == "can-dist":
+                command, rest = cli.commands[words[1]], words[2:]
+                if words[1] == "export":
+                    command, rest = command.commands[rest[0]], rest[1:]  # type: ignore[attr-defined]
+                command.make_context(words[1], rest)
+            elif words[0] == "deepspeed":
+                train.make_context("train", words[words.index("can_dist.train") + 1 :])
+            else:
+                assert words[0] == "ray"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    assert [str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md") if str(p.relative_to(DOCS)) not in navigation] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_and_files_that_a_page_names_exist(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:tests|benchmarks|recipes|can_dist|ray_jobs)/[\w./-]+\.\w+)`", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_python_page_has_every_public_name() -> None:
+    import can_dist
+
+    shown = re.findall(r"^::: ([\w.]+)$", (DOCS / "reference" / "python.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(can_dist.__all__) - {"PlottedFrontier"} <= {name.rpartition(".")[2] for name in shown}

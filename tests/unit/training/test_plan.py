@@ -1,0 +1,204 @@
+"""The plan's arithmetic against numbers made by hand, its budget, and the command as its users meet it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from can_dist.cli import plan as cli_plan
+from can_dist.config import Config
+from can_dist.config.sections import Train
+from can_dist.errors import ConfigError
+from can_dist.training import memory as m
+from can_dist.training.deepspeed_config import build_ds_config
+from can_dist.training.plan import rank_memory
+
+SIZES = m.Parameters(trained=(1000, 10, 7), frozen=())
+CONFIG = """\
+prompts: {{source: THIS_FILE, num_test: 2, num_validation: 0}}
+strength: 1
+reference: {{model: {model}}}
+reward: {{kind: callable, function: "builtins:len"}}
+constraints: {{safety: {{scorer: {{kind: callable, function: "builtins:len"}}, margin: 1.0}}}}
+generate: {{max_new_tokens: 500}}
+train: {{tokens_per_pack: 128}}
+""".replace("THIS_FILE", __file__)  # the plan looks whether the prompts exist, no more
+
+
+def zero(num_ranks: int = 4, on_gpu: bool = True, precision: str = "bf16", **options: object) -> m.Zero:
+    ds_config = build_ds_config({"zero_optimization": {"stage": 3, **options}}, Train(), precision)
+    return m.Zero.of(ds_config, num_ranks=num_ranks, on_gpu=on_gpu, precision=precision)
+
+
+def test_every_tensor_is_divided_and_padded_alone() -> None:
+    assert m.share(SIZES.trained, 4) == 250 + 3 + 2
+
+
+def test_bf16_states_are_sixteen_bytes_of_a_parameter() -> None:
+    found = m.states(SIZES, zero()).device
+    sizes = {name: found[name] // 255 for name in ("parameters", "master", "optimizer", "gradients")}
+    assert sizes == {"parameters": 2, "master": 4, "optimizer": 8, "gradients": 2}
+
+
+def test_adapters_alone_have_gradients_and_optimizer_states() -> None:
+    found = m.states(m.Parameters(trained=(8,), frozen=(1000,)), zero()).device
+    assert (found["parameters"], found["master"], found["optimizer"], found["gradients"]) == (504, 8, 16, 4)
+
+
+def test_gradients_that_add_up_in_float32_take_more() -> None:
+    ds_config = build_ds_config(
+        {"zero_optimization": {"stage": 3}, "data_types": {"grad_accum_dtype": "fp32"}}, Train(), "bf16"
+    )
+    wide = m.Zero.of(ds_config, num_ranks=4, on_gpu=True, precision="bf16")
+    assert m.gradients(SIZES, wide) == 2 * m.gradients(SIZES, zero())
+
+
+def test_zero_2_is_not_counted() -> None:
+    ds_config = build_ds_config({"zero_optimization": {"stage": 2}}, Train(lora={}), "bf16")
+    with pytest.raises(ConfigError, match=r"plan: train.ds_config is for ZeRO-2; only ZeRO-3 is counted"):
+        m.Zero.of(ds_config, num_ranks=4, on_gpu=True, precision="bf16")
+
+
+def test_one_rank_gathers_nothing() -> None:
+    assert m.live(SIZES, zero(num_ranks=1)) == m.gathered(SIZES, zero(num_ranks=1)) == 0
+
+
+@pytest.mark.parametrize(("distance", "live"), [(10**9, 1017), (100, 50 + 1000), (0, 1000)])
+def test_parameters_are_kept_for_half_the_reuse_distance(distance: int, live: int) -> None:
+    options = {"stage3_max_reuse_distance": distance, "stage3_param_persistence_threshold": 0}
+    assert m.live(SIZES, zero(**options)) == min(live, SIZES.total)
+
+
+def test_small_parameters_persist() -> None:
+    assert m.persistent(SIZES, zero(stage3_param_persistence_threshold=10)) == 17
+
+
+def test_a_gpu_holds_the_whole_bucket_and_a_cpu_what_was_written() -> None:
+    assert m.buckets(SIZES, zero(reduce_bucket_size=5000)) == 2 * (5000 + 1017)
+    assert m.buckets(SIZES, zero(reduce_bucket_size=5000, on_gpu=False, precision="fp32")) == 4 * 2 * 1017
+
+
+def test_offload_moves_states_to_the_host() -> None:
+    offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    found = m.states(SIZES, zero(**offload))
+    assert set(found.host) == {"parameters", "master", "optimizer", "gradients"}
+    assert set(found.device) == {"buckets", "gathered"}
+    assert m.states(SIZES, zero(**offload, on_gpu=False, precision="fp32")).host == {}  # one memory
+
+
+def test_nvme_moves_states_to_the_disk_and_leaves_buffers() -> None:
+    found = m.states(SIZES, zero(offload_optimizer={"device": "nvme", "nvme_path": "/tmp"}))
+    assert set(found.disk) == {"master", "optimizer"}
+    assert found.host["swap_buffers"] == 4 * 255 * 4
+
+
+def test_the_budget_lies_on_the_line() -> None:
+    # 100 bytes and 2 per token; a tenth is kept free
+    assert m.largest_budget(1000, {50: 200, 100: 300}, step=500) == 400
+    assert m.largest_budget(100, {50: 200, 100: 300}, step=50) == 0
+    assert m.largest_budget(1000, {50: 200, 100: 300}, step=901) == 0
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration whose model is a config.json and nothing else."""
+    from transformers import LlamaConfig
+
+    root = tmp_path_factory.mktemp("plan")
+    LlamaConfig(
+        vocab_size=2000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    ).save_pretrained(root / "lm")
+    (root / "run.yaml").write_text(CONFIG.format(model=root / "lm"))
+    return root / "run.yaml"
+
+
+def plan(config: Path, *arguments: str) -> dict:
+    done = CliRunner().invoke(
+        cli_plan.plan, [str(config), "--json", "--memory", "1GB", *arguments], standalone_mode=False
+    )
+    assert done.exception is None, done.exception
+    return json.loads(done.stdout)
+
+
+def test_counts_are_exact_without_weights(config: Path) -> None:
+    found = plan(config)
+    layer = 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32
+    assert found["elements"] == found["trained_elements"] == 2 * 2000 * 32 + 2 * layer + 32
+    assert found["pass_bytes"] > found["step_bytes"] > 0
+    assert found["kept_bytes_per_token"] > found["other_kept_bytes_per_token"]  # the other: with checkpointing
+    assert found["logits_bytes"] == 128 * 2000 * 4
+
+
+def test_the_largest_pack_fits_and_a_larger_one_does_not(config: Path) -> None:
+    memory = 200_000_000
+    found = plan(config, "--memory", "200MB")
+    largest = found["largest_tokens_per_pack"]
+    assert largest > 128
+    assert plan(config, "--set", f"train.tokens_per_pack={largest}")["pass_bytes"] <= 0.9 * memory
+    assert plan(config, "--set", f"train.tokens_per_pack={largest * 11 // 10}")["pass_bytes"] > 0.9 * memory
+
+
+def test_recomputing_every_second_layer_keeps_less_than_none_and_more_than_all(config: Path) -> None:
+    kept = [
+        plan(config, "--set", f"train.activation_checkpointing={every}")["kept_bytes"] for every in ("true", 2, "false")
+    ]
+    assert kept == sorted(set(kept))
+    done = CliRunner().invoke(
+        cli_plan.plan, [str(config), "--memory", "1GB", "--set", "train.activation_checkpointing=2"]
+    )
+    assert "activations with checkpointing (one layer in 2)" in done.output
+
+
+def test_adapters_train_few_parameters_and_keep_activations(config: Path) -> None:
+    found = plan(config, "--set", "train.lora={r: 2}")
+    assert 0 < found["trained_elements"] < found["elements"] / 10
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_experts_are_counted(tmp_path: Path, precision: str) -> None:
+    from transformers import MixtralConfig
+
+    sizes = {"vocab_size": 2000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4).save_pretrained(tmp_path)
+    (tmp_path / "run.yaml").write_text(CONFIG.format(model=tmp_path))
+    found = plan(tmp_path / "run.yaml", "--set", f"precision={precision}")
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 4 * 3 * 32 * 64 + 4 * 32 + 2 * 32
+    assert found["elements"] == 2 * 2000 * 32 + 2 * layer + 32
+    assert found["pass_bytes"] > found["step_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [("StableLmConfig", "its layers do not hand on the table of segments"), ("Gemma2Config", "softcap")],
+)
+def test_a_model_that_is_padded_is_not_counted(tmp_path: Path, kind: str, why: str) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 2000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    getattr(transformers, kind)(**sizes, num_attention_heads=2, num_key_value_heads=1).save_pretrained(tmp_path)
+    (tmp_path / "run.yaml").write_text(CONFIG.format(model=tmp_path))
+    done = CliRunner().invoke(cli_plan.plan, [str(tmp_path / "run.yaml"), "--memory", "1GB"], standalone_mode=False)
+    assert isinstance(done.exception, ConfigError)
+    assert f"takes no segments ({why}), so it is trained in padded batches" in str(done.exception)
+
+
+def test_the_text_ends_in_a_verdict(config: Path) -> None:
+    done = CliRunner().invoke(cli_plan.plan, [str(config), "--memory", "1MB"], standalone_mode=False)
+    assert done.stdout.splitlines()[-1].startswith("verdict     nothing fits")
+
+
+@pytest.mark.parametrize("size", ["lots", "140", "3 parsecs", "-1GB"])
+def test_a_size_that_is_none_is_refused(size: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--memory {size}: expected a number with MB, GB, TB"):
+        rank_memory(Config.model_construct(), size)
+
+
+@pytest.mark.parametrize(("text", "size"), [("140GB", 140 * 10**9), ("1.5 GiB", 3 * 2**29), ("80gb", 80 * 10**9)])
+def test_sizes(text: str, size: int) -> None:
+    assert rank_memory(Config.model_construct(), text) == size
