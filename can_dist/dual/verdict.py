@@ -69,11 +69,15 @@ def estimate_line(estimate: PolicyEstimate, demands: Sequence[Demand]) -> str:
     parts = []
     for name, gain in estimate.improvement.items():
         of = f" of {asked[name]:+.2f}" if name in asked else ""
-        parts.append(f"{name} {gain.mean:+.2f} ± {gain.high - gain.mean:.2f}{of}")
-    parts += [f"reward {estimate.reward_improvement.mean:+.2f}", f"KL {estimate.kl.mean:.2f}"]
+        parts.append(f"{name} {_signed(gain.mean)} ± {gain.high - gain.mean:.2f}{of}")
+    parts += [f"reward {_signed(estimate.reward_improvement.mean)}", f"KL {estimate.kl.mean:.2f}"]
     for name, value in (("length", estimate.length.mean), ("direction", estimate.direction.mean)):
         parts += [] if math.isnan(value) else [f"{name} {value:.2f}"]
     return ", ".join(parts)
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}"  # no −0.00
 
 
 def _distance(estimate: PolicyEstimate, demand: Demand) -> float:

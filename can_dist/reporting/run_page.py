@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from can_dist.reporting.belief_page import believed
+from can_dist.reporting.estimate_panel import estimated
 from can_dist.reporting.page import (
     decimals_of,
     interval_text,
@@ -80,6 +81,7 @@ def _page(report: Mapping[str, Any]) -> dict[str, Any]:
         "forest": [_forest_panel(row, i) for i, row in enumerate([*constraints, reward])],
         "densities": list(_density_panels(report.get("scores") or {})),
         "believed": believed(solution, report.get("examination"), reward_name=report["reward"]["name"]),
+        "estimated": estimated(report),
         "training": _training_panel(report.get("training") or {}),
         "lengths": report.get("lengths") or {},
         "counts": report.get("counts") or {},

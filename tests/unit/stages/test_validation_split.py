@@ -34,6 +34,7 @@ def open_run(tmp_path: Path, rows: list[dict[str, Any]], prompts: dict[str, Any]
         "reference": {"model": str(tmp_path / "lm"), "template": "{prompt}"},
         "reward": SCORER,
         "constraints": {"calm": {"scorer": SCORER, "margin": 0.1}},
+        "strength": 1,
         **sections,
     }
     return Workspace(tmp_path / "run", validate_config(config))
