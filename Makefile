@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+GPU_PYTHON ?= 3.12
 
-.PHONY: setup demo test test-all test-vllm lint docs bench clean
+.PHONY: setup demo test test-all test-vllm lint docs bench gpu gpu-wheels clean
 
 setup: $(VENV)/.installed
 
@@ -58,6 +59,14 @@ bench: setup
 	$(BIN)/python benchmarks/train_vs_trl.py
 	$(BIN)/python benchmarks/score_vs_pipeline.py
 	$(BIN)/python benchmarks/scaling.py
+
+# what one GPU is asked in nine minutes; GPU_ARGS='--device cpu' checks the script itself. The environment is that of PYTHON
+gpu:
+	PYTHON=$(PYTHON) benchmarks/gpu.sh $(GPU_ARGS)
+
+# what a bare GPU machine lacks, for its Python
+gpu-wheels:
+	PYTHON=$(PYTHON) benchmarks/gpu_wheels.sh $(GPU_PYTHON) gpu-wheels
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -72,10 +72,10 @@ def pass_row(num_scores: int, dtype: Any, repeats: int, threads: int) -> dict[st
     """Time one pass, the peer, and at 10^7 the other ways to make the pass."""
     reward, utility = columns(num_scores, dtype)
     counts = np.full(num_scores // NUM_RESPONSES, NUM_RESPONSES)
-    blocks, asked = [Block(counts, (reward, utility))], Pass("sums", (0, 1), (1.0, 1.0), (LAM,), BETA)
+    blocks, request = [Block(counts, (reward, utility))], Pass("sums", (0, 1), (1.0, 1.0), (LAM,), BETA)
     reward_PK, utility_PK = (torch.from_numpy(column).view(-1, NUM_RESPONSES) for column in (reward, utility))
     functions: dict[str, Callable[[], Any]] = {
-        "ours": lambda: run_pass(blocks, asked),
+        "ours": lambda: run_pass(blocks, request),
         "logsumexp": lambda: torch.logsumexp(reward_PK, 1),
     }
     if num_scores <= 10**7 and dtype is np.float64:
@@ -110,20 +110,20 @@ def solve_rows(num_scores: int, folder: Path) -> list[dict[str, Any]]:
         np.save(directory / f"{name}.npy", column)
     write_shards(directory / "shards", num_scores)
     rows = []
-    for kind, where in (("memory", directory), ("streamed", directory / "shards")):
-        command = [sys.executable, str(Path(__file__).with_name("solve_once.py")), kind, str(where)]
+    for kind, place in (("memory", directory), ("streamed", directory / "shards")):
+        command = [sys.executable, str(Path(__file__).with_name("solve_once.py")), kind, str(place)]
         rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     return rows
 
 
 def report(record: dict[str, Any]) -> str:
     """Return the results as Markdown."""
-    where = record["machine"]
+    about = record["machine"]
     lines = [
         "# One Newton pass over 10^7 and 10^8 scores",
         "",
-        f"Measured {where['date']} on {where['cores']} cores of {where['cpu']} (load {where['load_average']:.1f}), "
-        f"Python {where['python']}, NumPy {where['numpy']}, torch {where['torch']}, numba {where['numba']}.",
+        f"Measured {about['date']} on {about['cores']} cores of {about['cpu']} (load {about['load_average']:.1f}), "
+        f"Python {about['python']}, NumPy {about['numpy']}, torch {about['torch']}, numba {about['numba']}.",
         "`python benchmarks/dual_scale.py` writes this file; what is compared is said at its top.",
         "",
         "| scores | type | our pass | torch.logsumexp | ratio | NumPy blocks | torch blocks |",

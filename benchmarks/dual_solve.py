@@ -72,11 +72,11 @@ def solve_row(name: str, setting: dict[str, Any], repeats: int) -> dict[str, Any
         return published_pgd(reward, utility, threshold, beta, lr=setting["lr"])
 
     (time_ours, cpu_ours), (time_peer, cpu_peer) = alternate(ours, peer, repeats).tolist()
-    solution, found = ours(), peer()
+    solution, peer_result = ours(), peer()
     table = ScoreTable.build(reward.ravel(), utility.ravel(), prompt)
     residual = float("nan")
-    if found.lam is not None:
-        residual = float(abs(predict(table, [found.lam], beta, [margin]).slack_J[0]) / setting["sd"][1])
+    if peer_result.lam is not None:
+        residual = float(abs(predict(table, [peer_result.lam], beta, [margin]).slack_J[0]) / setting["sd"][1])
     return {
         "setting": name,
         "ours_seconds": time_ours,
@@ -84,13 +84,13 @@ def solve_row(name: str, setting: dict[str, Any], repeats: int) -> dict[str, Any
         "ratio": time_peer / time_ours,
         "ratio_of_cpu_time": cpu_peer / cpu_ours,
         "ours_lambda": solution.lam["g"],
-        "peer_lambda": found.lam,
+        "peer_lambda": peer_result.lam,
         "ours_residual": solution.kkt_residual,
         "peer_residual": residual,
         "residual_ratio": residual / max(solution.kkt_residual, 1e-17),
         "ours_steps": solution.num_steps,
-        "peer_steps": found.num_steps,
-        "peer_rounds": found.num_rounds,
+        "peer_steps": peer_result.num_steps,
+        "peer_rounds": peer_result.num_rounds,
     }
 
 
@@ -115,12 +115,12 @@ def frontier_row(setting: dict[str, Any], num_points: int, measured: int, repeat
     peer_times, solves, gaps = [], [], []
     for index in chosen:
         start = time.perf_counter()
-        found = bisect_threshold(
+        bisected = bisect_threshold(
             reward, utility, float(curve.points[index].lam_J[0]), beta, bracket=bracket, lr=setting["lr"]
         )
         peer_times.append(time.perf_counter() - start)
-        solves.append(found.num_solves)
-        gaps.append(abs(found.threshold - centre - float(curve.points[index].margin_J[0])))
+        solves.append(bisected.num_solves)
+        gaps.append(abs(bisected.threshold - centre - float(curve.points[index].margin_J[0])))
     peer = float(np.mean(peer_times)) * num_points
     return {
         "num_points": num_points,
@@ -140,18 +140,18 @@ def bootstrap_row(setting: dict[str, Any], num_replicates: int, repeats: int) ->
     constraints = [Margin("g", setting["margin"])]
     table = ScoreTable.build(reward, utility, prompt)
     solution = solve_dual(reward, utility, prompt, beta=setting["beta"], constraints=constraints)
-    (one, cpu_one), (many, cpu_many) = alternate(
+    (single, cpu_one), (many, cpu_many) = alternate(
         lambda: solve_dual(reward, utility, prompt, beta=setting["beta"], constraints=constraints),
         lambda: bootstrap(table, solution, num_replicates=num_replicates),
         repeats,
     ).tolist()
-    found = bootstrap(table, solution, num_replicates=num_replicates)
+    replicates = bootstrap(table, solution, num_replicates=num_replicates)
     return {
         "num_replicates": num_replicates,
         "seconds": many,
-        "solves": many / one,
+        "solves": many / single,
         "solves_of_cpu_time": cpu_many / cpu_one,
-        "bootstrap_se": found.lam_se["g"],
+        "bootstrap_se": replicates.lam_se["g"],
         "sandwich_se": solution.lam_se["g"],
     }
 

@@ -93,12 +93,12 @@ def other_table(num_tables: int) -> tuple[list[str], list[Row]]:
     ]
     rows = []
     for law, scale in product([name for name in LAWS if name != "gaussian"], (0.5, 1.0, 2.0, 10.0)):
-        found = [measure(World(law, scale, num_responses=count), num_tables) for count in (8, 32, 128)]
-        rows += found
-        last = found[-1]
+        measured = [measure(World(law, scale, num_responses=count), num_tables) for count in (8, 32, 128)]
+        rows += measured
+        last = measured[-1]
         shown = " | ".join(_number(last.lam[name]) for name in NAMES)
-        trusted = ", ".join(f"{sum(row.trusted)}/{num_tables}" for row in found)
-        known = [row.worst_trusted for row in found if row.worst_trusted == row.worst_trusted]
+        trusted = ", ".join(f"{sum(row.trusted)}/{num_tables}" for row in measured)
+        known = [row.worst_trusted for row in measured if row.worst_trusted == row.worst_trusted]
         worst = max(known, default=float("nan"))
         lines.append(
             f"| {law} | {scale:g} | {last.population:.3f} | {shown} | {_most(last.chosen)} | {trusted} | "

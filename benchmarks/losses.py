@@ -134,8 +134,12 @@ def real(run_dir: Path) -> None:
     """Read the MoCAN evaluations of a run directory."""
     from can_dist.outcomes.compare import find_evaluations
 
-    found = [one for one in find_evaluations([run_dir]) if one.info["method"] == "mocan"]
-    save("losses_real", [measured(one) for one in found], "Held-out prompts of recipes/pku_stories3M/compare.yaml.")
+    evaluations = [evaluation for evaluation in find_evaluations([run_dir]) if evaluation.info["method"] == "mocan"]
+    save(
+        "losses_real",
+        [measured(evaluation) for evaluation in evaluations],
+        "Held-out prompts of recipes/pku_stories3M/compare.yaml.",
+    )
 
 
 def measured(evaluation: Any) -> dict[str, Any]:
@@ -171,9 +175,9 @@ def report(labels: str, **numbers: float) -> dict[str, Any]:
     return {"labels": labels, **numbers}
 
 
-def save(name: str, rows: list[dict[str, Any]], what: str) -> None:
+def save(name: str, rows: list[dict[str, Any]], title: str) -> None:
     """Write the rows as JSON, with the machine and the date."""
-    record = {"what": what, "machine": machine(), "rows": rows}
+    record = {"what": title, "machine": machine(), "rows": rows}
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

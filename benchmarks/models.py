@@ -1,7 +1,11 @@
-"""Models of the benchmarks: a given directory, or a shape with random weights; and a classifier on its body."""
+"""Models of the benchmarks: a given directory, or a shape with random weights; and a classifier on its body.
+
+python benchmarks/models.py random-7b --directory /dev/shm/models --device cuda
+"""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from pairs import DATA
@@ -10,6 +14,34 @@ SMALL = DATA / "models" / "stories3M-qa-sft"
 # fields of LlamaConfig, and the dtype; a tokenizer with fewer ids than the vocabulary will do
 RANDOM: dict[str, tuple[dict[str, int | bool], str]] = {
     "random-7b": ({"max_position_embeddings": 4096, "pad_token_id": 0}, "bfloat16"),  # Llama-2-7B
+    "random-3b": (  # Llama-3.2-3B
+        {
+            "vocab_size": 128256,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 4096,
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+        },
+        "bfloat16",
+    ),
+    "random-1b": (  # Llama-3.2-1B
+        {
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 4096,
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+        },
+        "bfloat16",
+    ),
     # the small model's body under a head of more weights than the body, as Gemma 3 270M has (62 %; here 57 %)
     "random-wide-head": (
         {
@@ -25,11 +57,31 @@ RANDOM: dict[str, tuple[dict[str, int | bool], str]] = {
         },
         "float32",
     ),
+    # nothing is learnt from its speed: the GPU's script on a CPU
+    "random-tiny": (
+        {
+            "vocab_size": 6000,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "pad_token_id": 0,
+        },
+        "float32",
+    ),
 }
 
 
-def language_model(name: str, directory: Path) -> str:
-    """Return the directory of a model; a name of ``RANDOM`` is written into ``directory``."""
+def language_model(name: str, directory: Path, device: str = "cpu") -> str:
+    """Return the directory of a model.
+
+    Args:
+        name: A directory, or a name of ``RANDOM``.
+        directory: Where the latter is written.
+        device: Draws the weights: 7B takes minutes on a CPU and a second on a GPU.
+    """
     if name not in RANDOM:
         return name
     import torch
@@ -38,7 +90,9 @@ def language_model(name: str, directory: Path) -> str:
     fields, dtype = RANDOM[name]
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, dtype))
-    LlamaForCausalLM(LlamaConfig(**fields)).save_pretrained(directory / name)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**fields))
+    model.save_pretrained(directory / name)
     torch.set_default_dtype(torch.float32)
     AutoTokenizer.from_pretrained(SMALL).save_pretrained(directory / name)
     return str(directory / name)
@@ -57,3 +111,18 @@ def write_classifier(model: str, directory: Path) -> str:
     classifier.save_pretrained(directory)
     AutoTokenizer.from_pretrained(model).save_pretrained(directory)
     return str(directory)
+
+
+def main() -> None:
+    """Write models."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="+", choices=list(RANDOM), metavar="NAME")
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments = parser.parse_args()
+    for name in arguments.names:
+        print(language_model(name, arguments.directory, arguments.device))
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,8 @@ from comm_model import Assumptions, model_table
 from machine import machine
 from models import SMALL
 from pairs import SHAPES, make_pairs
-from train_side import Job, free_port, train_spec, write_preferences
+from train_job import Job, free_port
+from train_ours import train_spec, write_preferences
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
@@ -64,8 +65,8 @@ def time_ranks(job: Job, preferences: Path, world_size: int) -> list[float]:
         ]
         if any([process.wait() for process in ranks]):
             sys.exit("a rank failed")
-        found: list[float] = json.loads(output.read_text())
-        return found
+        seconds: list[float] = json.loads(output.read_text())
+        return seconds
 
 
 def ranks_row(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -73,7 +74,8 @@ def ranks_row(arguments: argparse.Namespace) -> dict[str, Any]:
     from can_dist.config import Model
     from can_dist.modeling.formatter import Formatter
     from can_dist.modeling.loading import load_tokenizer
-    from can_dist.scoring.protocol import LogProb, Response, load_scorer
+    from can_dist.scoring.kinds import load_scorer
+    from can_dist.scoring.protocol import LogProb, Response
 
     model = Model(model=arguments.model)
     job = Job("ours", arguments.shape, arguments.model, "", arguments.num_pairs, arguments.num_pairs // 2, 512)
@@ -137,18 +139,18 @@ def actors_row(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _row(times: dict[int, list[list[float]]], tokens: int) -> dict[str, Any]:
-    one, two = (statistics.median(wall for wall, _ in times[size]) for size in (1, 2))
+    alone, two = (statistics.median(wall for wall, _ in times[size]) for size in (1, 2))
     cpu = [statistics.median(cpu for _, cpu in times[size]) for size in (1, 2)]
-    return {"tokens": tokens, "one_seconds": one, "two_seconds": two, "speed_up": one / two, "cpu_seconds": cpu}
+    return {"tokens": tokens, "one_seconds": alone, "two_seconds": two, "speed_up": alone / two, "cpu_seconds": cpu}
 
 
 def write_page(record: dict[str, Any] | None) -> None:
     """Put the tables between the page's markers."""
     page = _between(PAGE.read_text(encoding="utf-8"), "model", model_table(PACKS, SIZES, Assumptions()))
     if record is not None:
-        where = record["machine"]
+        about = record["machine"]
         lines = [
-            f"{where['date'][:10]}; {where['cpu']}, {where['cores']} cores, load average {where['load_average']:.0f}; "
+            f"{about['date'][:10]}; {about['cpu']}, {about['cores']} cores, load average {about['load_average']:.0f}; "
             f"{record['shape']} pairs, medians of {record['rounds']} rounds in turn.",
             "",
             "| | one, s | two, s | speed-up |",

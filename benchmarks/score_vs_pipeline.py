@@ -10,8 +10,8 @@ All in one process, in turn, on the same texts and the same weights, tokenising 
 - padded to 512: every text padded to 512 tokens, batches of 16;
 - bare: the model's forward alone over as many tokens as are left with each prompt once, in full rows, ready made.
 
-The scores of the first three must agree, else the comparison is void. ``--device cuda`` (bf16, 7B shape with random
-weights) is the same program, to be run on an H200; it has not been run, and there are no numbers for it.
+The scores of the first three must agree, else the comparison is void. ``--device cuda`` (bf16) is the same program and
+a section of ``gpu.sh``; it has not been run, and there are no numbers for it. There wall seconds decide.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from pairs import SHAPES, random_lengths, words_of
 from can_dist.config import SequenceClassifier
 from can_dist.modeling.formatter import Formatter
 from can_dist.modeling.loading import load_tokenizer
-from can_dist.scoring.protocol import Response, load_scorer
+from can_dist.scoring.kinds import load_scorer
+from can_dist.scoring.protocol import Response
 
 RESULTS = Path(__file__).parent / "results" / "score_vs_pipeline.json"
 NUM_RESPONSES, HABIT_LENGTH, HABIT_BATCH = 16, 512, 16
@@ -91,14 +92,14 @@ def pipeline_scorer(directory: str, texts: Sequence[str], device: str) -> Callab
 
     def score(batch_size: int) -> np.ndarray:
         order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))  # the longest first, as it advises
-        found = classify(
+        outputs = classify(
             [texts[row] for row in order],
             batch_size=batch_size,
             function_to_apply="none",
             add_special_tokens=False,  # the template holds them
         )
         scores = np.empty(len(texts))
-        scores[order] = [one["score"] for one in found]
+        scores[order] = [output["score"] for output in outputs]
         return scores
 
     return score
@@ -113,7 +114,7 @@ def habit_scorer(directory: str, texts: Sequence[str], device: str) -> Callable[
 
     @torch.inference_mode()
     def score() -> np.ndarray:
-        found = []
+        parts = []
         for start in range(0, len(texts), HABIT_BATCH):
             inputs = tokenizer(
                 list(texts[start : start + HABIT_BATCH]),
@@ -124,8 +125,8 @@ def habit_scorer(directory: str, texts: Sequence[str], device: str) -> Callable[
                 return_tensors="pt",
             ).to(device)
             logits = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).logits
-            found.append(logits[:, 0].float().cpu().numpy())
-        return np.concatenate(found)
+            parts.append(logits[:, 0].float().cpu().numpy())
+        return np.concatenate(parts)
 
     return score
 
@@ -161,8 +162,8 @@ def compare(directory: str, shape: str, arguments: argparse.Namespace) -> dict[s
     scorer = load_scorer(spec, "bf16" if arguments.device == "cuda" else "fp32")
     by_pipeline = pipeline_scorer(directory, texts.whole, arguments.device)
     habit = habit_scorer(directory, texts.whole, arguments.device)
-    found = {"ours": scorer.score(texts.responses), "pipeline": by_pipeline(16), "padded to 512": habit()}
-    differences = require_same_scores(found, TOLERANCE[arguments.device])
+    scores_of = {"ours": scorer.score(texts.responses), "pipeline": by_pipeline(16), "padded to 512": habit()}
+    differences = require_same_scores(scores_of, TOLERANCE[arguments.device])
     search = {size: alternate({"once": lambda size=size: by_pipeline(size)}, 1)["once"] for size in arguments.batches}
     best = min(search, key=lambda size: search[size][arguments.device == "cpu"])
     times = alternate(
@@ -186,10 +187,10 @@ def compare(directory: str, shape: str, arguments: argparse.Namespace) -> dict[s
     }
 
 
-def require_same_scores(found: dict[str, np.ndarray], tolerance: float) -> float:
+def require_same_scores(scores_of: dict[str, np.ndarray], tolerance: float) -> float:
     """Return the largest difference of a score from ours, relative to the largest score, or stop."""
-    ours = found["ours"]
-    worst = max(float(np.abs(other - ours).max() / np.abs(ours).max()) for other in found.values())
+    ours = scores_of["ours"]
+    worst = max(float(np.abs(other - ours).max() / np.abs(ours).max()) for other in scores_of.values())
     if not worst <= tolerance:
         sys.exit(f"void: the scores differ by {worst:.2g} of the largest, more than {tolerance:g}")
     return worst
@@ -197,31 +198,33 @@ def require_same_scores(found: dict[str, np.ndarray], tolerance: float) -> float
 
 def table(record: dict[str, Any]) -> str:
     """Return the results as Markdown."""
-    where = record["machine"]
+    about, on_cpu = record["machine"], record["device"] == "cpu"
+    hardware = f"{about['cpu']}, one core, one thread, float32" if on_cpu else f"{about['gpu']}, bf16"
+    kind, other = ("CPU", "wall") if on_cpu else ("wall", "CPU")
     lines = [
         "# Scoring beside transformers' pipeline",
         "",
-        f"{where['date'][:10]}; {where['cpu']}, {record['device']}, one core, one thread, float32; torch "
-        f"{where['torch']}, transformers {where['transformers']}; load average {where['load_average']:.0f} on "
-        f"{where['cores']} cores, so the ratios of CPU seconds are the ones to read (wall behind them). "
+        f"{about['date'][:10]}; {hardware}; torch {about['torch']}, transformers {about['transformers']}; load average "
+        f"{about['load_average']:.0f} on {about['cores']} cores, so the ratios of {kind} seconds are the ones to read "
+        f"({other} behind them). "
         f"{record['num_prompts']} prompts × {NUM_RESPONSES} responses, medians of {record['rounds']} rounds in turn. "
         "Written by `benchmarks/score_vs_pipeline.py`.",
         "",
-        "| texts | tokens: unshared/shared | ours CPU s | pipeline, best batch | **faster** (target 1.7×) "
+        f"| texts | tokens: unshared/shared | ours {kind} s | pipeline, best batch | **faster** (target 1.7×) "
         "| padded to 512 | **faster** (target 3×) | bare forward | ours/bare (target 1.15) | largest difference |",
         "|" + "---|" * 10,
     ]
     for row in record["rows"]:
-        cpu, wall = row["cpu_seconds"], row["wall_seconds"]
+        first, second = (row[f"{name.lower()}_seconds"] for name in (kind, other))
 
-        def over(name: str, cpu: dict[str, float] = cpu, wall: dict[str, float] = wall) -> str:
-            return f"**{cpu[name] / cpu['ours']:.2f}×** ({wall[name] / wall['ours']:.2f}×)"
+        def over(name: str, first: dict[str, float] = first, second: dict[str, float] = second) -> str:
+            return f"**{first[name] / first['ours']:.2f}×** ({second[name] / second['ours']:.2f}×)"
 
         lines.append(
-            f"| {row['shape']} | {row['tokens_unshared_over_shared']:.2f} | {cpu['ours']:.2f} "
-            f"| {cpu['pipeline']:.2f} ({row['pipeline_batch']}) | {over('pipeline')} "
-            f"| {cpu['padded to 512']:.2f} | {over('padded to 512')} | {cpu['bare']:.2f} "
-            f"| {cpu['ours'] / cpu['bare']:.2f} | {row['largest_relative_difference']:.0e} |"
+            f"| {row['shape']} | {row['tokens_unshared_over_shared']:.2f} | {first['ours']:.2f} "
+            f"| {first['pipeline']:.2f} ({row['pipeline_batch']}) | {over('pipeline')} "
+            f"| {first['padded to 512']:.2f} | {over('padded to 512')} | {first['bare']:.2f} "
+            f"| {first['ours'] / first['bare']:.2f} | {row['largest_relative_difference']:.0e} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -243,7 +246,7 @@ def main() -> None:
         os.sched_setaffinity(0, {arguments.core})
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        model = language_model(arguments.model, Path(scratch) / "lm")
+        model = language_model(arguments.model, Path(scratch) / "lm", arguments.device)
         directory = write_classifier(model, Path(scratch) / "classifier")
         rows = [compare(directory, shape, arguments) for shape in arguments.shapes]
     record = {

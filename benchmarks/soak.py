@@ -24,7 +24,8 @@ import pyarrow as pa
 from machine import machine
 
 from can_dist.config import SequenceClassifier, validate_config
-from can_dist.scoring.protocol import Response, load_scorer
+from can_dist.scoring.kinds import load_scorer
+from can_dist.scoring.protocol import Response
 from can_dist.stages.score import score
 from can_dist.tables.artifacts import Artifact, open_stage, verify_run, write_part
 from can_dist.tables.schemas import RESPONSES
@@ -101,14 +102,14 @@ class Disturbance(threading.Thread):
 
 def at_work(driver: psutil.Process) -> dict[int, psutil.Process]:
     """Return the actors of this driver that are in the middle of a shard, by process id."""
-    found = {}
+    children = {}
     for child in driver.children(recursive=True):
         try:
             if child.cmdline()[:1] == ["ray::ShardWorker.run"]:
-                found[child.pid] = child
+                children[child.pid] = child
         except psutil.Error:
             continue
-    return found
+    return children
 
 
 def private_mb(process: psutil.Process) -> float:
@@ -162,14 +163,14 @@ def main() -> None:
     options.add_argument("--shard-rows", type=int, default=5_000)
     options.add_argument("--seconds-between-kills", type=float, default=30.0)
     options.add_argument("--out", type=Path, default=RESULT)
-    asked = options.parse_args()
+    given = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         run = Path(folder) / "run"
         spec = SequenceClassifier(
             model=str(make_classifier(DATA / "models" / "stories260K", Path(folder) / "model")),
             template="{prompt} ",
         )
-        responses = make_responses(run, asked.responses, asked.shard_rows)
+        responses = make_responses(run, given.responses, given.shard_rows)
         config = validate_config(
             {
                 "prompts": {"source": "unused.jsonl"},
@@ -179,7 +180,7 @@ def main() -> None:
                 "cluster": {"num_actors": 2, "shard_attempts": 20},
             }
         )
-        work, disturbance = Workspace(run, config), Disturbance(asked.seconds_between_kills)
+        work, disturbance = Workspace(run, config), Disturbance(given.seconds_between_kills)
         disturbance.start()
         began = time.monotonic()
         try:
@@ -194,19 +195,19 @@ def main() -> None:
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     lost = [line for line in lines if line.get("event") == "actor died"]
     result = {
-        "responses": asked.responses,
+        "responses": given.responses,
         "shards": num_shards,
         "kills": len(disturbance.kills),
         "actor_deaths_seen_by_the_driver": len(lost),
         "seconds": round(seconds, 1),
-        "responses_per_second": round(asked.responses / seconds, 1),
+        "responses_per_second": round(given.responses / seconds, 1),
         "lost": 0,
         "twice": 0,
         "memory": grows(disturbance.memory),
         "machine": machine("ray", "torch", "transformers", "pyarrow"),
         "samples": disturbance.memory[:: max(1, len(disturbance.memory) // 60)],
     }
-    asked.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in result.items() if key != "samples"}, indent=1))
 
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from can_dist.algorithms.pecan import pecan as pecan
     from can_dist.algorithms.sacpo import sacpo as sacpo
     from can_dist.config import Beaver as Beaver
-    from can_dist.config import Constraint as Constraint
     from can_dist.config import Guard as Guard
     from can_dist.config import HttpScorer as HttpScorer
     from can_dist.config import LogRatio as LogRatio
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from can_dist.config import PythonCallable as PythonCallable
     from can_dist.config import SequenceClassifier as SequenceClassifier
     from can_dist.config import load_config as load_config
+    from can_dist.config.sections import Constraint as Constraint
     from can_dist.dual import DualSolution as DualSolution
     from can_dist.dual import Margin as Margin
     from can_dist.dual import solve_dual as solve_dual

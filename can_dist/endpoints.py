@@ -7,14 +7,17 @@ is in no configuration, file, log or message.
 
 from __future__ import annotations
 
+import ipaddress
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies_environment, proxy_bypass
 
 from can_dist.config.endpoints import Endpoint
 from can_dist.errors import EnvironmentProblem
 
 if TYPE_CHECKING:
-    from openai import APIError, APIStatusError, OpenAI
+    from openai import APIError, APIStatusError, AsyncOpenAI, OpenAI
 
 
 def read_key(where: str, endpoint: Endpoint) -> str:
@@ -36,15 +39,85 @@ def read_key(where: str, endpoint: Endpoint) -> str:
 
 
 def open_client(where: str, base_url: str, endpoint: Endpoint) -> OpenAI:
-    """Open a blocking client, for use by several threads; the caller closes it. Errors are those of ``read_key``."""
-    from openai import OpenAI
+    """Open a blocking client, for use by several threads; the caller closes it.
 
-    key = read_key(where, endpoint)
-    return OpenAI(api_key=key, base_url=base_url, timeout=endpoint.timeout_s, max_retries=endpoint.max_retries)
+    Raises:
+        EnvironmentProblem: The key is not in the environment, or a proxy of the environment cannot be used.
+    """
+    from openai import DefaultHttpxClient, OpenAI
+
+    return OpenAI(http_client=_connection(DefaultHttpxClient, where, base_url), **_options(where, base_url, endpoint))
+
+
+def open_async_client(where: str, base_url: str, endpoint: Endpoint) -> AsyncOpenAI:
+    """Open a client for coroutines; the caller closes it. Errors are those of ``open_client``."""
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+    connection = _connection(DefaultAsyncHttpxClient, where, base_url)
+    return AsyncOpenAI(http_client=connection, **_options(where, base_url, endpoint))
+
+
+def _options(where: str, base_url: str, endpoint: Endpoint) -> dict[str, Any]:
+    return {
+        "api_key": read_key(where, endpoint),
+        "base_url": base_url,
+        "timeout": endpoint.timeout_s,
+        "max_retries": endpoint.max_retries,
+    }
+
+
+def _connection(kind: Any, where: str, url: str) -> Any:
+    """Return the library's HTTP client: without proxies to this machine itself, whatever the environment says."""
+    proxies = [name for name in ("http", "https", "all") if name in getproxies_environment()]
+    if proxies and is_loopback(urlsplit(url).hostname or ""):
+        return kind(trust_env=False)
+    try:
+        return kind()
+    except (ImportError, ValueError) as error:
+        variables = ", ".join(_variable(name) for name in proxies)
+        raise EnvironmentProblem(
+            f"{where}: the proxy that the environment names ({variables}) cannot be used: {error}. Unset the variable "
+            "or give a proxy whose address begins with http:// (for socks5:// install the client's extra 'socks')."
+        ) from None
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host name or address is this machine's own."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def about_proxy(error: APIError) -> str:
+    """Say which variable sends a request through a proxy and how to go without; '' where none does."""
+    address = urlsplit(str(error.request.url))
+    host = address.hostname or ""
+    proxies = getproxies_environment()
+    name = next((name for name in (address.scheme, "all") if name in proxies), None)
+    if name is None or is_loopback(host) or proxy_bypass(host):
+        return ""
+    return (
+        f" The environment variable {_variable(name)} sends this request through a proxy: where the endpoint is to be "
+        f"reached directly, add {host} to NO_PROXY."
+    )
+
+
+def _variable(scheme: str) -> str:
+    """Return the name of the environment variable that sets the proxy of a scheme, as it is written there."""
+    return next((name for name in os.environ if name.lower() == f"{scheme}_proxy"), f"{scheme.upper()}_PROXY")
 
 
 def refused(where: str, endpoint: Endpoint, error: APIStatusError) -> str:
     """Say what an HTTP status means. The body is not quoted: it may repeat the key or the prompt."""
+    return f"{_status(where, endpoint, error)}{'' if error.status_code in CONTENT else about_proxy(error)}"
+
+
+CONTENT = (400, 413, 422, 429)
+"""What an endpoint says of a request itself, so that it was reached."""
+
+
+def _status(where: str, endpoint: Endpoint, error: APIStatusError) -> str:
     status = error.status_code
     if status in (401, 403):
         name = endpoint.api_key_env
@@ -75,8 +148,11 @@ def unreachable(where: str, endpoint: Endpoint, error: APIError) -> str:
     if isinstance(error, APITimeoutError):
         return (
             f"{where}: no answer within {endpoint.timeout_s:g} s, in {endpoint.max_retries + 1} attempts. Lower "
-            "concurrency or raise timeout_s."
+            f"concurrency or raise timeout_s.{about_proxy(error)}"
         )
     if isinstance(error, APIConnectionError):
-        return f"{where}: no connection in {endpoint.max_retries + 1} attempts. Is it running, and is base_url right?"
+        return (
+            f"{where}: no connection in {endpoint.max_retries + 1} attempts. Is it running, and is base_url right?"
+            f"{about_proxy(error)}"
+        )
     return ""

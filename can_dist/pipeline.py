@@ -71,7 +71,8 @@ def run_method(
             check_pinned(config)
             check_sources(config)
             prompts = run.prompts()
-            preflight(config)
+            for note in preflight(config, prompts):
+                run.say(note)
             policies = RUN[config.method](run, config, prompts)
         except StageReached as reached:
             return [reached.artifact]

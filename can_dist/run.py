@@ -8,7 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from can_dist.config import METHODS, Config, Constraint, DataSource, Human, LogRatio, Model, Scorer, Step
+from can_dist.config import METHODS, Config, DataSource, Human, LogRatio, Model, Scorer, Step
+from can_dist.config.sections import Constraint
 from can_dist.errors import ConfigError, DataError
 from can_dist.scoring.log_ratio import score_columns
 from can_dist.scoring.protocol import LogProb, PolicyRatio, ScorerSpec

@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from can_dist.algorithms.ascent import next_lam
-from can_dist.config import Caid, Constraint, Model, Scorer
+from can_dist.config import Caid, Model, Scorer
+from can_dist.config.sections import Constraint
 from can_dist.run import Run
 from can_dist.stages.trajectory import Round
 from can_dist.tables.artifacts import Artifact

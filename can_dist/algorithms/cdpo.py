@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from can_dist.algorithms.ascent import next_lam, settled
-from can_dist.config import Cdpo, Constraint, Model, Scorer
+from can_dist.config import Cdpo, Model, Scorer
+from can_dist.config.sections import Constraint
 from can_dist.run import Run
 from can_dist.stages.trajectory import Round
 from can_dist.tables.artifacts import Artifact

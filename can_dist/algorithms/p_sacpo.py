@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from can_dist.algorithms.sacpo import sacpo
-from can_dist.config import Constraint, Model, PSacpo, Sacpo, Scorer
+from can_dist.config import Model, PSacpo, Sacpo, Scorer
+from can_dist.config.sections import Constraint
 from can_dist.run import Run
 from can_dist.tables.artifacts import Artifact
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from can_dist.config import Constraint, Model, Scorer
+from can_dist.config import Model, Scorer
+from can_dist.config.sections import Constraint
 from can_dist.run import Run
 from can_dist.tables.artifacts import Artifact
 

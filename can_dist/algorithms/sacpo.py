@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from can_dist.config import Constraint, Model, Sacpo, Scorer
+from can_dist.config import Model, Sacpo, Scorer
+from can_dist.config.sections import Constraint
 from can_dist.run import REWARD, Run
 from can_dist.stages.human_labels import Criterion
 from can_dist.stages.train import Policy

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from can_dist.cluster.exposure import exposure
+from can_dist.cluster.ray_directory import session_directory
 from can_dist.config import Cluster
 from can_dist.errors import EnvironmentProblem
 
@@ -58,7 +59,7 @@ def connect(cluster: Cluster) -> None:
         # the workers import from the driver's paths: a user's scorer lies in the current directory
         paths = [str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
-        options |= {"address": "local", "include_dashboard": False}
+        options |= {"address": "local", "include_dashboard": False, "_temp_dir": session_directory()}
     else:
         options |= {"address": address, "runtime_env": {"env_vars": forwarded(os.environ)}}
     try:

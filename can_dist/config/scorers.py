@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from can_dist.config.base import Strict, runtime
 from can_dist.config.endpoints import Address, Endpoint
 from can_dist.config.methods import METHODS, Method
 from can_dist.config.sources import DataSource
+
+SET_HERE = {"conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"}
+"""Arguments of transformers' ``apply_chat_template`` that are no options of a template."""
 
 
 class Model(Strict):
@@ -22,14 +26,36 @@ class Model(Strict):
         None,
         description="Plain template, e.g. 'USER: {prompt} ASSISTANT:'; default: the tokenizer's chat template.",
     )
+    template_options: dict[str, Any] = Field(
+        default_factory=dict, description="Passed to the chat template, e.g. {enable_thinking: false}."
+    )
     trust_remote_code: bool = Field(False, description="Run code shipped with the model; off unless you have read it.")
+
+    @field_validator("model")
+    @classmethod
+    def _at_home(cls, model: str) -> str:
+        try:
+            return str(Path(model).expanduser()) if model.startswith("~") else model
+        except RuntimeError:
+            raise ValueError("there is no such home directory; write the path without '~'") from None
 
     @field_validator("template")
     @classmethod
     def _names_the_prompt(cls, template: str | None) -> str | None:
         if template is not None and "{prompt}" not in template:
             raise ValueError("must contain {prompt}")
+        if template is not None and "{response}" in template:
+            raise ValueError("ends where the response begins; leave out {response}, which follows it by itself")
         return template
+
+    @field_validator("template_options")
+    @classmethod
+    def _read_by_the_template(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if taken := sorted(SET_HERE & options.keys()):
+            raise ValueError(f"{', '.join(taken)}: set by can-dist; give what the chat template itself reads")
+        if options and info.data.get("template") is not None:
+            raise ValueError("a plain template reads no options; leave out template or template_options")
+        return options
 
 
 class SequenceClassifier(Model):
@@ -44,7 +70,17 @@ class SequenceClassifier(Model):
     max_length: int | None = Field(
         None, ge=8, description="Refuse longer texts (tokens); default: the model's context."
     )
+    text_pair: bool | None = Field(
+        None,
+        description="Encoders: true reads tokenizer(prompt, response), two texts; false reads one text, by template.",
+    )
     tokens_per_pass: int = runtime(4096, "Tokens of one forward pass; halved for good where they do not fit.", ge=1)
+
+    @model_validator(mode="after")
+    def _pair_or_template(self) -> SequenceClassifier:
+        if self.text_pair and (self.template is not None or self.template_options):
+            raise ValueError("text_pair reads the prompt and the response as they are; leave out template")
+        return self
 
 
 class MultiHead(SequenceClassifier):
@@ -92,9 +128,6 @@ class Guard(Model):
     unsafe_word: str = Field("unsafe", min_length=1, description="Verdict on an unsafe conversation, one token.")
     before_verdict: str = Field("", description="What the model writes before its verdict, after its chat template.")
     template: None = Field(None, description="Always the tokenizer's chat template.")
-    template_options: dict[str, Any] = Field(
-        default_factory=dict, description="Passed to the chat template: guideline, guardian_config, categories."
-    )
     output: Literal["log_odds", "probability"] = Field(
         "log_odds", description="log_odds: ln P(safe)/P(unsafe) (nats, unbounded); probability: P(safe) of the two."
     )
@@ -102,13 +135,6 @@ class Guard(Model):
         None, ge=8, description="Refuse longer texts (tokens); default: the model's context."
     )
     tokens_per_pass: int = runtime(4096, "Tokens of one forward pass; halved for good where they do not fit.", ge=1)
-
-    @field_validator("template_options")
-    @classmethod
-    def _read_by_the_template(cls, options: dict[str, Any]) -> dict[str, Any]:
-        if taken := sorted({"conversation", "chat_template", "tokenize", "add_generation_prompt"} & options.keys()):
-            raise ValueError(f"{', '.join(taken)}: set by the scorer; give what the chat template itself reads")
-        return options
 
 
 PLACEHOLDERS = ("{prompt}", "{response}", "{text}", "{messages}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
@@ -16,8 +16,10 @@ from can_dist.config import Config
 from can_dist.doctor.finding import Finding, error, note, ok, warning
 from can_dist.training.extensions import VARIABLE, build_directories, describe, stale_locks, unsafe_reason
 
+if TYPE_CHECKING:
+    from can_dist.modeling.attention import Attention
+
 OLDEST_PYTHON = (3, 10)
-FLASH_ATTENTION = "flash_attn"
 
 
 def check_environment(config: Config | None) -> list[Finding]:
@@ -27,7 +29,7 @@ def check_environment(config: Config | None) -> list[Finding]:
         *packages(declared(), installed_version),
         *gpus(config),
         communication(),
-        attention(importlib.util.find_spec(FLASH_ATTENTION) is not None, attention_kind()),
+        attention(attention_here()),
         *extensions(),
     ]
 
@@ -68,9 +70,9 @@ def packages(requirements: Iterable[str], version_of: Callable[[str], str | None
         if version is None and is_extra:
             continue
         if version is None or not requirement.specifier.contains(version, prereleases=True):
-            found = f"{version or 'not installed'}, required is {requirement.specifier}"
+            told = f"{version or 'not installed'}, required is {requirement.specifier}"
             remedy = f"pip install '{requirement.name}{requirement.specifier}', or run make setup."
-            findings.append((warning if is_extra else error)(requirement.name, found, remedy))
+            findings.append((warning if is_extra else error)(requirement.name, told, remedy))
         elif requirement.name in ("ray", "deepspeed", "torch", "transformers"):
             good.append(f"{requirement.name} {version}")
     if findings or good:
@@ -82,21 +84,24 @@ def gpus(config: Config | None) -> list[Finding]:
     """List the GPUs that torch sees, and compare with what the configuration asks of this machine."""
     import torch
 
+    from can_dist.modeling.precision import OLDEST_BF16
+
     names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    asked = max(config.cluster.gpus_per_actor, config.cluster.gpus_per_worker) if config else 0
+    wanted = max(config.cluster.gpus_per_actor, config.cluster.gpus_per_worker) if config else 0
     if names:
         shown = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in names)
-        return [ok("GPUs", f"{shown}; CUDA {torch.version.cuda}, bf16")]
-    found = f"none that torch {torch.__version__} can use; models run in fp32 on CPU"
+        precision = "bf16" if torch.cuda.get_device_capability() >= OLDEST_BF16 else "fp32: too old for bf16"
+        return [ok("GPUs", f"{shown}; CUDA {torch.version.cuda}, {precision}")]
+    told = f"none that torch {torch.__version__} can use; models run in fp32 on CPU"
     if shutil.which("nvidia-smi"):
         remedy = "Install a torch that is built for the CUDA version that nvidia-smi shows."
-        return [warning("GPUs", f"{found}, though nvidia-smi is there", remedy)]
-    if asked and config is not None and not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+        return [warning("GPUs", f"{told}, though nvidia-smi is there", remedy)]
+    if wanted and config is not None and not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
         remedy = (
             "Set cluster.gpus_per_actor and cluster.gpus_per_worker to 0, or cluster.address to a cluster with GPUs."
         )
-        return [warning("GPUs", f"{found}, and the configuration asks for {asked:g} each", remedy)]
-    return [note("GPUs", found)]
+        return [warning("GPUs", f"{told}, and the configuration asks for {wanted:g} each", remedy)]
+    return [note("GPUs", told)]
 
 
 def communication() -> Finding:
@@ -115,23 +120,27 @@ def communication() -> Finding:
     return ok("communication", f"{shown}; ranks use {needed}")
 
 
-def attention(has_flash: bool, kind: str) -> Finding:
-    """Say which attention scoring and training use (``kind``, of ``segments.backend``), and which sampling does."""
-    flash = "is installed" if has_flash else "is not installed"
-    found = f"flash-attn {flash}; scoring and training use {kind}, sampling torch's sdpa (transformers' default)"
-    if kind == "varlen_attn":
-        return note("attention", found, "To score and train by flash-attn: pip install 'can-dist[gpu]'.")
-    return ok("attention", found)
+def attention(chosen: Attention) -> Finding:
+    """Say by which attention scoring and training compute packs and why, and by which sampling does."""
+    from can_dist.modeling.attention import HEAD_STEP, SDPA, VARLEN, WIDEST_HEAD
+
+    reach = "" if chosen.kind == SDPA else f", for heads of a multiple of {HEAD_STEP} up to {WIDEST_HEAD} numbers"
+    told = f"scoring and training: {chosen}{reach}; sampling: torch's sdpa (transformers' default)"
+    if chosen.remedy:
+        return warning("attention", told, f"{chosen.remedy[0].upper()}{chosen.remedy[1:]}.")
+    if chosen.kind == VARLEN:
+        return note("attention", told, "To score and train by flash-attn: pip install 'can-dist[gpu]'.")
+    return ok("attention", told)
 
 
-def attention_kind() -> str:
-    """Return what segments are computed by on this machine, in the precision that ``auto`` is here."""
+def attention_here() -> Attention:
+    """Return the attention of packs on this machine, in the precision that ``auto`` is here."""
     import torch
 
-    from can_dist.modeling.segments import backend
+    from can_dist.modeling.attention import attention_for
 
     has_gpu = torch.cuda.is_available()
-    return backend("cuda" if has_gpu else "cpu", torch.bfloat16 if has_gpu else torch.float32)
+    return attention_for("cuda" if has_gpu else "cpu", torch.bfloat16 if has_gpu else torch.float32)
 
 
 def extensions() -> list[Finding]:
@@ -142,7 +151,7 @@ def extensions() -> list[Finding]:
             remedy = f"chmod 700 {directory}, or set {VARIABLE} to a directory of your own."
             findings.append(error("compiled extensions", f"{directory} {reason}", remedy))
         if locks := stale_locks(directory):
-            found = f"left by a killed build, and waited for without end: {describe(locks)}"
+            told = f"left by a killed build, and waited for without end: {describe(locks)}"
             remedy = f"If nothing compiles there now: rm {' '.join(str(lock.path) for lock in locks)}"
-            findings.append(error("compiled extensions", found, remedy))
+            findings.append(error("compiled extensions", told, remedy))
     return findings or [ok("compiled extensions", f"no stale lock in {', '.join(map(str, build_directories()))}")]

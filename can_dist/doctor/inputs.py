@@ -11,8 +11,9 @@ from typing import Any
 
 from can_dist.config import Config, DataSource, Guard, Model, PythonCallable, SequenceClassifier
 from can_dist.config.endpoints import Endpoint, GenerateEndpoint
+from can_dist.config.sections import Lora
 from can_dist.config.walk import ReadAs, endpoints, models, read_as, scorers, sources
-from can_dist.doctor.finding import Finding, error, ok
+from can_dist.doctor.finding import Finding, Severity, error, note, ok
 from can_dist.errors import CanDistError
 
 # of one trained parameter in a checkpoint: weight, its fp32 copy and AdamW's two averages; and of an exported one
@@ -28,16 +29,46 @@ def check_inputs(config: Config) -> list[Finding]:
     for key, scorer in scorers(config).items():
         if isinstance(scorer, PythonCallable):
             findings.append(checked(key, partial(check_function, scorer.function)))
+    if all(finding.severity < Severity.ERROR for finding in findings):  # else it would say the same again
+        findings += conversations(config)
+        if config.train.lora is not None:
+            findings.append(checked("train.lora", partial(check_lora, config.reference, config.train.lora)))
     return [*findings, checked("train.ds_config", partial(check_ds_config, config.train.ds_config))]
 
 
-def checked(what: str, check: Callable[[], str]) -> Finding:
-    """Run a check that says what it found; an error of ours becomes a finding."""
+def checked(name: str, check: Callable[[], str]) -> Finding:
+    """Run a check that returns what there is; an error of ours becomes a finding."""
     try:
-        return ok(what, check())
+        return ok(name, check())
     except CanDistError as problem:
-        found, _, remedy = str(problem).partition(". ")
-        return error(what, found, remedy or "Correct it.")
+        return _problem(name, problem)
+
+
+def _problem(name: str, problem: CanDistError) -> Finding:
+    trouble, _, remedy = str(problem).partition(". ")
+    return error(name, trouble, remedy or "Correct it.")
+
+
+def conversations(config: Config) -> list[Finding]:
+    """Write one prompt of each kind by every template that will read it, as a run does before it samples."""
+    from can_dist.stages.conversations import check_conversations
+
+    try:
+        notes = check_conversations(config)
+    except CanDistError as problem:
+        return [_problem("conversations", problem)]
+    return [note("conversations", line) for line in notes] or [
+        ok("conversations", "every template writes every message of each kind of prompt")
+    ]
+
+
+def check_lora(reference: Model, lora: Lora) -> str:
+    """Check that adapters can be merged; return where they go."""
+    from can_dist.modeling.adapters import check_adapters
+
+    check_adapters(reference, lora)
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    return f"adapters on {targets} can be merged"
 
 
 def check_data(kind: ReadAs, source: DataSource) -> str:
@@ -57,18 +88,18 @@ def check_data(kind: ReadAs, source: DataSource) -> str:
 
 def check_function(function: str) -> str:
     """Import a Python scorer; return what it is."""
-    from can_dist.modeling.loading import import_callable
+    from can_dist.scoring.python_callable import import_callable
 
     import_callable(function)
     return f"{function} can be imported"
 
 
 def check_endpoint(key: str, endpoint: Endpoint) -> str:
-    """Check that the secret of an endpoint is in the environment, as far as it takes one; nothing is sent."""
-    from can_dist.endpoints import read_key
+    """Check the secret of an endpoint, as far as it takes one, and the proxy on the way; nothing is sent."""
+    from can_dist.endpoints import open_client
 
-    read_key(key, endpoint)
     address = endpoint.base_url if isinstance(endpoint, GenerateEndpoint) else getattr(endpoint, "url", "")
+    open_client(key, address, endpoint).close()
     return f"{getattr(endpoint, 'model', '')} at {address}; nothing was sent to it"
 
 
@@ -84,23 +115,28 @@ def check_model(spec: Model) -> str:
     """Check that a model can be loaded without its weights, and that its tokenizer is the one it was made for.
 
     Raises:
-        DataError: when files are missing, the tokenizer knows more tokens than the model has embeddings, a special
-            token is beyond them, or a scorer is no classifier with one output.
-        ConfigError: when a conversation could not be written as text (no chat template and no ``template``), or the
+        DataError: Files are missing or damaged, the model is an adapter, the checkpoint is not its configuration's, the
+            tokenizer knows more tokens than the model has embeddings, a special token is beyond them, or a scorer is
+            no classifier with one output.
+        ConfigError: A conversation could not be written as text (no chat template and no ``template``), or the
             verdicts of a guard are no tokens.
     """
-    from can_dist.modeling.formatter import Formatter
-    from can_dist.modeling.loading import check_vocabulary, looks_local, model_digest
-    from can_dist.scoring.protocol import check_scorer_opens
+    from can_dist.modeling.formatter import open_formatter
+    from can_dist.modeling.loading import check_causal_lm, check_vocabulary, looks_local, model_digest
+    from can_dist.modeling.stored import refuse_adapter
+    from can_dist.scoring.kinds import check_scorer_opens
 
     path = Path(spec.model).expanduser()
+    refuse_adapter(path)
     has_files = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
     if not has_files and (path.is_dir() or looks_local(spec.model)):
         model_digest(spec)  # tells which is missing
     tokenizer, architecture = check_vocabulary(spec)
     if isinstance(spec, SequenceClassifier | Guard):
         check_scorer_opens(spec)
-    Formatter(tokenizer, spec.template)
+    else:
+        check_causal_lm(spec)
+        open_formatter(spec)
     rows = architecture.get_text_config().vocab_size
     return (
         f"{spec.model}: {architecture.model_type}, {len(tokenizer)} tokens for {rows} embeddings, {template_of(spec)}"
@@ -109,6 +145,8 @@ def check_model(spec: Model) -> str:
 
 def template_of(spec: Model) -> str:
     """Say where the text convention comes from."""
+    if isinstance(spec, SequenceClassifier) and spec.text_pair:
+        return "pairs of texts"
     return "plain template" if spec.template is not None else "chat template"
 
 

@@ -8,15 +8,19 @@ from pathlib import Path
 
 from can_dist.config import METHODS, Config, LogRatio, Model
 from can_dist.config.walk import models, scorers, sources
-from can_dist.endpoints import read_key
+from can_dist.endpoints import open_client
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling import quantized
-from can_dist.modeling.loading import check_trainable, check_vocabulary, model_digest, resolve_precision
+from can_dist.modeling.adapters import check_adapters
+from can_dist.modeling.loading import check_causal_lm, check_trainable, check_vocabulary, model_digest
+from can_dist.modeling.precision import resolve_precision
 from can_dist.modeling.vllm_engine import check_installed
+from can_dist.scoring.kinds import check_scorer_opens, scorer_identity
 from can_dist.scoring.log_ratio import check_same_text
-from can_dist.scoring.protocol import check_scorer_opens, scorer_identity
+from can_dist.stages.conversations import check_conversations
 from can_dist.stages.ingest import source_identity
 from can_dist.stages.train import refuse_requantizing
+from can_dist.tables.artifacts import Artifact
 from can_dist.training.deepspeed_config import build_ds_config, read_ds_config
 from can_dist.training.extensions import check_build_directories
 from can_dist.training.trackers import check_trackers
@@ -24,17 +28,33 @@ from can_dist.training.trackers import check_trackers
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def preflight(config: Config) -> None:
+def preflight(config: Config, prompts: Artifact | None = None) -> list[str]:
     """Raise the error that a later stage would meet after hours, now. Data sources are ``check_sources``'s.
 
+    Args:
+        config: The configuration.
+        prompts: The prompts, where they have been read already.
+
+    Returns:
+        What a user should know and is no error.
+
     Raises:
-        DataError: a model does not exist, a tokenizer is not its model's, a scorer's model is not what its kind says,
-            or an aligned policy reads text unlike the reference.
-        ConfigError: a Python scorer cannot be imported, the verdicts of a guard are no tokens, the DeepSpeed file is
-            not usable, the reference is stored quantized, a package is missing (of an engine, of 4-bit weights, of a
-            tracker), or code of a hub model that is not pinned would run.
-        EnvironmentProblem: the key of an endpoint is not in the environment, vLLM needs GPUs and the actors get none,
-            training would wait for the lock of a killed build or load extensions that others can write.
+        DataError: Something in the data or the models is wrong:
+            - a model does not exist, is incomplete or damaged, or is an adapter;
+            - a tokenizer is not its model's, or a checkpoint is not its configuration's;
+            - a scorer's model is not what its kind says, or holds tensors that nothing reads;
+            - a template refuses a conversation, or leaves one of its messages out;
+            - an aligned policy reads text unlike the reference.
+        ConfigError: Something cannot be done as configured:
+            - a Python scorer cannot be imported, or a guard's verdicts are no tokens;
+            - a model has no chat template and no template, or several chat templates and no default;
+            - adapters are asked for where they cannot be merged;
+            - the DeepSpeed file is not usable, or the reference is stored quantized;
+            - the package of an engine, of 4-bit weights or of a tracker is not installed;
+            - code of a hub model that is not pinned is to be run.
+        EnvironmentProblem: Something is missing around the run:
+            - the key of an endpoint, GPUs for vLLM, or a way to an endpoint that a proxy stands in;
+            - training would wait for the lock of a killed build, or load extensions that others can write.
     """
     if "RANK" not in os.environ:  # launched ranks look together, each on its node, and fail together
         check_build_directories()
@@ -47,17 +67,22 @@ def preflight(config: Config) -> None:
         _check_quantize(config)
     model_digest(config.reference)
     check_vocabulary(config.reference)
+    check_causal_lm(config.reference)
     check_trainable(config.reference)
+    if config.train.lora is not None:
+        check_adapters(config.reference, config.train.lora)
     if config.generate.engine == "vllm":
         check_installed(config.cluster.gpus_per_actor)
     if config.generate.endpoint is not None:
-        read_key(f"generate.endpoint {config.generate.endpoint.model}", config.generate.endpoint)
+        endpoint = config.generate.endpoint
+        open_client(f"generate.endpoint {endpoint.model}", endpoint.base_url, endpoint).close()
     for scorer in scorers(config).values():
         if isinstance(scorer, LogRatio):
             _check_log_ratio(scorer, config.reference)
             continue
         scorer_identity(scorer, resolve_precision(config.precision))
         check_scorer_opens(scorer)
+    return check_conversations(config, prompts)
 
 
 def _check_quantize(config: Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
+from can_dist.cluster.ray_directory import session_directory
 from can_dist.config import Cluster
 from can_dist.doctor.finding import Finding, error, note, ok, warning
 from can_dist.errors import EnvironmentProblem
@@ -16,13 +17,24 @@ def check_ray(cluster: Cluster) -> list[Finding]:
     """Connect to the cluster that the configuration or RAY_ADDRESS names; starts none."""
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address is None:
-        return [ok("Ray", "no address given: a run starts a local Ray, which demands a token of its own")]
+        return [_local()]
     if address.startswith("http"):
         remedy = "Give the driver host:port of the head (6379 by default); the URL is for ray job submit."
         return [error("Ray", f"{address} is the address of a job server, not of a cluster", remedy)]
     if problem := _unreachable(address):
         return [error("Ray", problem, "Start the head, or correct cluster.address or RAY_ADDRESS.")]
     return _connected(cluster, address)
+
+
+def _local() -> Finding:
+    """Say where a local Ray would keep its sessions."""
+    try:
+        directory = session_directory()
+    except EnvironmentProblem as problem:
+        found, _, remedy = str(problem).partition(". ")
+        return error("Ray", found, remedy)
+    place = f"; its sessions lie in {directory}, since TMPDIR is too long for its sockets" if directory else ""
+    return ok("Ray", f"no address given: a run starts a local Ray, which demands a token of its own{place}")
 
 
 def _unreachable(address: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, field_validator
 
 from can_dist.config.endpoints import Address, Endpoint
-from can_dist.endpoints import read_key, refused, unreachable
+from can_dist.endpoints import open_async_client, refused, unreachable
 from can_dist.errors import EnvironmentProblem
 from can_dist.judging.prompts import Criterion
 
@@ -66,12 +66,10 @@ def open_client(spec: JudgeSpec) -> AsyncOpenAI:
     """Open the client of an endpoint; the caller closes it.
 
     Raises:
-        EnvironmentProblem: the environment variable of the key is missing, empty or no possible key.
+        EnvironmentProblem: the environment variable of the key is missing, empty or no possible key, or a proxy of the
+            environment cannot be used.
     """
-    from openai import AsyncOpenAI
-
-    key = read_key(_where(spec), spec)
-    return AsyncOpenAI(api_key=key, base_url=spec.base_url, timeout=spec.timeout_s, max_retries=spec.max_retries)
+    return open_async_client(_where(spec), spec.base_url, spec)
 
 
 async def ask(client: AsyncOpenAI, spec: JudgeSpec, messages: list[dict[str, str]]) -> Answer:

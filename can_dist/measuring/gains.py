@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from scipy import stats
 
-from can_dist.config import Constraint
+from can_dist.config.sections import Constraint
 from can_dist.dual import Interval
 from can_dist.measuring.tails import cvar, fraction_unsafe, over_refusal_rate, prompt_mean
 

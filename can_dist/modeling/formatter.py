@@ -1,16 +1,23 @@
-"""The one formatter: every stage turns conversations into tokens through this file, so all see the same string."""
+"""The one formatter: every stage turns conversations into tokens through this file, so all see the same string.
+
+A response's tokens are what the model would have sampled: they follow the prompt that asks for a response, and end
+with the token at which generation stops. What a chat template writes elsewhere (an empty block of thought before a
+past turn, a newline after its end token) belongs to whole conversations only.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from can_dist.config import Model
+from can_dist.config import Model, SequenceClassifier
 from can_dist.errors import ConfigError, DataError
-from can_dist.modeling.loading import load_tokenizer
+from can_dist.modeling.loading import end_token_ids, generation_config, has_own_marks, load_tokenizer
 from can_dist.tables.artifacts import digest_of
 
 if TYPE_CHECKING:
@@ -26,76 +33,216 @@ FIXED_CLOCK = (
     + " }}{% endmacro +%}"
 )
 """Put before a template, takes the place of transformers' clock, which no argument replaces."""
+TOKENISATION = 2
+"""Version of the tokens of a response that comes as text (1: with whatever the template wrote around it)."""
+PLACEHOLDER = "zqresponsezq"
+"""Stands for a response while a template is asked what it writes around one; no template changes its letters."""
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError)
+"""What a chat template raises for a conversation that it does not take."""
+ALIKE = 8
+"""Characters before a response that tell whether a prompt and a whole conversation introduce it in the same way."""
 
 
 class Formatter:
     """Turns messages and responses into token ids by the chat template, or by a plain ``'... {prompt} ...'`` template.
 
-    Special tokens come from the template. A plain template gets the tokenizer's beginning-of-sequence token if the
-    tokenizer itself would add it, and the response ends with the end-of-sequence token.
+    Special tokens come from the chat template. A plain template gets the tokenizer's beginning-of-sequence token if
+    the tokenizer itself would add it and the template does not spell it out; the response ends with the
+    end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
-        if template is None and not tokenizer.chat_template:
-            raise ConfigError(
-                f"model {tokenizer.name_or_path!r}: its tokenizer has no chat template. Set template for it, "
-                "for example 'USER: {prompt} ASSISTANT:'."
-            )
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+        end_ids: Sequence[int] = (),
+    ) -> None:
+        """``options`` are the chat template's; ``end_ids`` end a response beside the tokenizer's own end token."""
+        if template is None:
+            check_chat_template(tokenizer, options)
         self.tokenizer = tokenizer
         self.template = template
-        adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-        self._bos = [tokenizer.bos_token_id] if adds_bos else []
+        self.options = dict(options)
+        self.end_ids = sorted({tokenizer.eos_token_id, *end_ids} - {None})
+        self._bos = _added_bos(tokenizer)
 
     @property
     def digest(self) -> str:
-        """Digest of the template, the plain one or the tokenizer's."""
-        return digest_of(self.template or self.tokenizer.chat_template)
+        """Digest of the template, the plain one or the tokenizer's, with its options where there are some."""
+        template = self.template or self.tokenizer.chat_template
+        return digest_of([template, self.options] if self.options else template)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids up to the point where the model's response begins."""
+        """Return the token ids up to the point where the model's response begins."""
         if self.template is not None:
-            return self._bos + self._encode(self.plain_prompt(messages))
+            return self._with_bos(self._encode(self.plain_prompt(messages)))
         return self._encode(self._render(messages, add_generation_prompt=True))
 
-    def response_ids(self, messages: Sequence[Message], text: str) -> list[int]:
-        """Token ids of a complete response given as text, as the reference would have produced it, its end included."""
-        prompt, whole = self.prompt_ids(messages), self.full_ids(messages, text)
-        if whole[: len(prompt)] == prompt:
-            return whole[len(prompt) :]
-        # the template or the tokenizer joins prompt and response: encode the response on its own
-        return [*self._encode(text), self.tokenizer.eos_token_id]
+    def response_ids(self, messages: Sequence[Message], text: str, *, is_complete: bool = True) -> list[int]:
+        """Return the token ids of a response given as text, as the model would have sampled it.
+
+        Args:
+            messages: The conversation that the response answers.
+            text: The response; white space at its ends is not part of it.
+            is_complete: Whether it ends with the end token; False for a response that was cut.
+
+        Raises:
+            DataError: The template refuses the conversation, writes no response, or no end token after one.
+        """
+        if self.template is not None:
+            prompt, lead, end = self.plain_prompt(messages), "", str(self.tokenizer.eos_token)
+        else:
+            prompt = self._render(messages, add_generation_prompt=True)
+            lead, end = self._around_response(messages, prompt)
+        response = lead + text.strip() + (end if is_complete else "")
+        ids, whole = self._encode(prompt), self._encode(prompt + response)
+        # where the tokenizer joins prompt and response, the response is encoded on its own
+        return whole[len(ids) :] if whole[: len(ids)] == ids else self._encode(response)
+
+    def read_back(self, token_ids: Sequence[int], text: str) -> str | None:
+        """Return what the tokens of a response read as where that is another text, white space aside; else None."""
+        read = str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return None if "".join(read.split()) == "".join(text.split()) else read
 
     def full_ids(self, messages: Sequence[Message], text: str) -> list[int]:
-        """Token ids of the whole conversation, as a score model reads it."""
+        """Return the token ids of the whole conversation, as a score model reads it."""
+        if self.template is None:
+            return self._encode(self._whole(messages, text))
+        filled = self.plain_prompt(messages) + text
+        if self.tokenizer.eos_token_id is None:  # an encoder, whose tokenizer puts marks of its own around a text
+            ids: list[int] = self.tokenizer(filled).input_ids
+            return ids
+        return [*self._with_bos(self._encode(filled)), self.tokenizer.eos_token_id]
+
+    def full_text(self, messages: Sequence[Message], text: str) -> str:
+        """Return the whole conversation as a score model reads it, as text."""
+        return self._whole(messages, text) if self.template is None else self.plain_prompt(messages) + text
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """Return the text up to the point where the model's response begins."""
         if self.template is not None:
-            return [*self._bos, *self._encode(self.plain_prompt(messages) + text), self.tokenizer.eos_token_id]
-        return self._encode(
-            self._render([*messages, {"role": "assistant", "content": text}], add_generation_prompt=False)
-        )
+            return self.plain_prompt(messages)
+        return self._render(messages, add_generation_prompt=True)
 
     def plain_prompt(self, messages: Sequence[Message]) -> str:
         """Return the plain template's text up to the response, without special tokens."""
         assert self.template is not None
-        if len(messages) != 1:
+        if len(messages) != 1 or messages[0]["role"] != "user":
+            kind = f"{len(messages)} messages" if len(messages) != 1 else f"one message of {messages[0]['role']!r}"
             raise DataError(
-                f"a conversation of {len(messages)} messages does not fit the plain template {self.template!r}. "
+                f"a conversation of {kind} does not fit the plain template {self.template!r}. "
                 "Use a tokenizer with a chat template, or single-turn prompts."
             )
         return self.template.replace("{prompt}", messages[0]["content"])
 
+    def frames_responses(self) -> bool:
+        """Tell whether a response stands in more than white space, its end token and what asks for it."""
+        if self.template is not None:
+            return False
+        messages = [{"role": "user", "content": PLACEHOLDER[::-1]}]
+        prompt = self.prompt_text(messages)
+        lead, end = self._around_response(messages, prompt)
+        return self._whole(messages, PLACEHOLDER) != prompt + lead + PLACEHOLDER + end
+
+    def _around_response(self, messages: Sequence[Message], prompt: str) -> tuple[str, str]:
+        """Return the white space that the template writes before a response, and what ends one: up to its end token.
+
+        ``prompt`` is the text that asks for the response. Anything but white space that stands before a response in
+        the whole conversation alone is the template's, not the model's: a block of thought that nobody thought.
+        """
+        before, is_written, after = self._whole(messages, PLACEHOLDER).partition(PLACEHOLDER)
+        if not is_written:
+            raise DataError(
+                f"model {self.tokenizer.name_or_path!r}: its chat template does not write the assistant's turn after "
+                f"{_roles(messages)}. Give a template that does."
+            )
+        self.check_asks(messages)
+        begin, expected = before.rstrip(), prompt.rstrip()
+        is_alike = begin[-ALIKE:] == expected[-ALIKE:]
+        space, asked_space = before[len(begin) :], prompt[len(expected) :]
+        lead = space.removeprefix(asked_space) if is_alike and space.startswith(asked_space) else ""
+        return lead, self._end_of_response(after)
+
+    def check_asks(self, messages: Sequence[Message]) -> None:
+        """Raise ``DataError`` where the chat template takes no ``add_generation_prompt`` and should."""
+        if self.template is not None:
+            return
+        prompt = self.prompt_text(messages)
+        before = self._whole(messages, PLACEHOLDER).partition(PLACEHOLDER)[0]
+        is_alike = before.rstrip()[-ALIKE:] == prompt.rstrip()[-ALIKE:]
+        if not is_alike and prompt == self._render(messages, add_generation_prompt=False):
+            raise DataError(
+                f"model {self.tokenizer.name_or_path!r}: its chat template begins a response with {before[-40:]!r}, "
+                "and does not write that where it is asked for one (add_generation_prompt): prompts would end before "
+                "the assistant's turn. Correct the template."
+            )
+
+    def _end_of_response(self, after: str) -> str:
+        """Return what follows a response up to the first token that ends one."""
+        tokens = [token for index in self.end_ids if (token := str(self.tokenizer.decode([index])))]
+        places = [after.find(token) + len(token) for token in tokens if token in after]
+        if not places:
+            raise DataError(
+                f"model {self.tokenizer.name_or_path!r}: after a response its chat template writes {after!r}, which "
+                f"holds none of the tokens that end one ({', '.join(tokens)}): no response could be told to end. "
+                "Correct the template, or add its end token to eos_token_id in generation_config.json."
+            )
+        return after[: min(places)]
+
+    def _whole(self, messages: Sequence[Message], text: str) -> str:
+        return self._render([*messages, {"role": "assistant", "content": text}], add_generation_prompt=False)
+
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         try:
-            return render_chat(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
+            return render_chat(self.tokenizer, messages, add_generation_prompt=add_generation_prompt, **self.options)
+        except TEMPLATE_ERRORS as error:
             raise DataError(
-                f"model {self.tokenizer.name_or_path!r}: its chat template refuses a conversation of {roles}: {error}. "
+                f"model {self.tokenizer.name_or_path!r}: its chat template refuses a conversation of "
+                f"{_roles(messages)}: {error}. "
                 "See which roles and turns the template takes, and remove or rewrite these prompts."
             ) from None
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        return ids if ids[:1] == self._bos else [*self._bos, *ids]
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
+
+
+def open_formatter(spec: Model) -> Formatter:
+    """Return the formatter of a model: of its tokenizer, its template with its options, and its end tokens."""
+    tokenizer = load_tokenizer(spec)
+    ends_texts = not isinstance(spec, SequenceClassifier)
+    end_ids = end_token_ids(generation_config(spec), tokenizer) if ends_texts else ()
+    return Formatter(tokenizer, spec.template, spec.template_options, end_ids)
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], kind: str = "model") -> None:
+    """Raise ``ConfigError`` unless a tokenizer has one chat template, or a default one, that reads the options."""
+    owner = f"{kind} {tokenizer.name_or_path!r}"
+    template = tokenizer.chat_template
+    if not template:
+        pair = " Or set text_pair: true, for a model that reads question and answer as two texts." * has_own_marks(
+            tokenizer
+        )
+        raise ConfigError(
+            f"{owner}: its tokenizer has no chat template. Set template for it, "
+            f"for example 'USER: {{prompt}} ASSISTANT:'.{pair}"
+        )
+    if isinstance(template, dict) and "default" not in template:
+        raise ConfigError(
+            f"{owner}: its tokenizer has several chat templates and none called default: "
+            f"{', '.join(sorted(template))}. Copy the one to use, such as additional_chat_templates/"
+            f"{min(template)}.jinja, to chat_template.jinja in the model's directory."
+        )
+    written = str(tokenizer.get_chat_template())
+    if unread := [option for option in options if not re.search(rf"\b{re.escape(option)}\b", written)]:
+        raise ConfigError(
+            f"{owner}: its chat template does not read template_options {', '.join(unread)}. Correct the "
+            "name, or leave it out."
+        )
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
@@ -106,26 +253,47 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
     return str(tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, **options))
 
 
-def convention(model: Model) -> dict[str, str | None]:
+def text_identity(model: Model) -> dict[str, Any]:
+    """Return what decides, beside its files, how the texts of a model are written; for the identity of a stage."""
+    named: dict[str, Any] = {"template": model.template}
+    if model.template_options:
+        named["template_options"] = dict(model.template_options)
+    if model.template is not None and model.template[:1] in ("<", "["):  # no token of a beginning looks otherwise
+        tokenizer = load_tokenizer(model)
+        if _added_bos(tokenizer) and model.template.startswith(str(tokenizer.bos_token)):
+            named["beginning"] = "once"  # before, the tokenizer's own stood before it
+    return named
+
+
+def response_identity(model: Model) -> dict[str, Any]:
+    """Return ``text_identity``, and the version of the tokens of responses that come as text, where it matters."""
+    tokens = {"tokenisation": TOKENISATION} if open_formatter(model).frames_responses() else {}
+    return {**text_identity(model), **tokens}
+
+
+def convention(model: Model) -> dict[str, Any]:
     """Return what a manifest says of how a model's texts are written: the plain template, if any, and a digest."""
-    return {"plain": model.template, "digest": Formatter(load_tokenizer(model), model.template).digest}
+    formatter = open_formatter(model)
+    options = {"options": formatter.options} if formatter.options else {}
+    return {"plain": model.template, "digest": formatter.digest, **options}
 
 
-def require_convention(model: Model, written: Mapping[str, Any] | None, where: str) -> dict[str, str | None]:
-    """Return a model's convention, which must be the one that the manifest of the artifact at ``where`` tells.
+def require_convention(model: Model, written: Mapping[str, Any] | None, origin: str) -> dict[str, Any]:
+    """Check that a model writes text by the convention of an artifact, and return it.
 
-    ``written`` is None where the manifest tells none, as those of earlier versions.
+    Args:
+        model: The model that is to read or continue the artifact's texts.
+        written: The convention that the artifact's manifest records; None where it records none (older artifacts).
+        origin: The artifact, for messages.
 
-    Raises
-    ------
-    DataError
-        When they differ; both are named.
+    Raises:
+        DataError: The conventions differ; both are named.
     """
-    mine = convention(model)
-    if written is None or written["digest"] == mine["digest"]:
-        return mine
+    own = convention(model)
+    if written is None or written["digest"] == own["digest"]:
+        return own
     raise DataError(
-        f"{where}: made with {_shown(written)}, but model {model.model!r} writes texts with {_shown(mine)}: the same "
+        f"{origin}: made with {_shown(written)}, but model {model.model!r} writes texts with {_shown(own)}: the same "
         "tokens would be other texts. Give every stage of a run the same template and tokenizer."
     )
 
@@ -133,4 +301,15 @@ def require_convention(model: Model, written: Mapping[str, Any] | None, where: s
 def _shown(written: Mapping[str, Any]) -> str:
     if written["plain"] is not None:
         return f"the template {written['plain']!r}"
-    return f"a tokenizer's chat template (digest {written['digest'][:12]})"
+    options = f", template_options {written['options']}" if written.get("options") else ""
+    return f"a tokenizer's chat template (digest {written['digest'][:12]}{options})"
+
+
+def _added_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the beginning-of-sequence token that a tokenizer adds to a text by itself, or nothing."""
+    adds = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return [tokenizer.bos_token_id] if adds else []
+
+
+def _roles(messages: Sequence[Message]) -> str:
+    return ", ".join(message["role"] for message in messages)

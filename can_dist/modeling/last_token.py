@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from can_dist.modeling.packs import Pack, make_text_pack
-from can_dist.modeling.probe import announcement, exact_layout, floating_weight, probe_groups, values_alone
+from can_dist.modeling.probe import exact_layout, floating_weight, probe_groups, values_alone
 from can_dist.modeling.segments import NAME, attend_by, register
 
 if TYPE_CHECKING:
@@ -68,7 +68,6 @@ def choose_text_layout(read: LastToken, say: Callable[[str], None]) -> str:
     groups = probe_groups(int(read.model.config.get_text_config().vocab_size))
     alone_RX = values_alone(read, make_text_pack, groups, weight)
     tolerance = TEXT_TOLERANCE[weight.dtype] * float(alone_RX.norm())
-    layout = exact_layout(read, make_text_pack, groups, weight, alone_RX, tolerance, "outputs", say)
-    if layout != "padded":
-        say(announcement(layout, weight))
+    layout, sentence = exact_layout(read, make_text_pack, groups, weight, alone_RX, tolerance, "outputs", say)
+    say(sentence)
     return layout

@@ -6,20 +6,20 @@ import contextlib
 import functools
 import json
 import logging
-import sys
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from can_dist.config import Beaver, Model, MultiHead, SequenceClassifier
+from can_dist.config import Beaver, Model, SequenceClassifier
 from can_dist.errors import ConfigError, DataError
-from can_dist.modeling import quantized
+from can_dist.modeling import quantized, stored
 from can_dist.tables.artifacts import digest_of, file_digest
 
 if TYPE_CHECKING:
-    import torch
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from can_dist.modeling.precision import torch_dtype
 
 # what decides a model's output: weights, architecture, tokenizer, template, and code shipped with it
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
@@ -28,10 +28,8 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 def model_digest(spec: Model) -> str:
     """Return a digest of a model's files (local), or of its pinned hub commit.
 
-    Raises
-    ------
-    DataError
-        When a path that looks local does not exist, or has no configuration or safetensors.
+    Raises:
+        DataError: A path that looks local does not exist, is an adapter, or has no configuration or safetensors.
     """
     path = Path(spec.model).expanduser()
     if not path.is_dir():
@@ -40,6 +38,7 @@ def model_digest(spec: Model) -> str:
                 f"model {spec.model!r}: no such directory. Give a model directory or a hub id 'owner/name'."
             )
         return digest_of({"hub": spec.model, "commit": _hub_commit(spec)})
+    stored.refuse_adapter(path)
     if not (path / "config.json").is_file():
         raise DataError(f"model {spec.model!r}: no config.json in the directory. Expected a Hugging Face model.")
     if not list(path.glob("*.safetensors")):
@@ -65,6 +64,7 @@ def _hub_commit(spec: Model) -> str:
     try:
         config = cached_file(spec.model, "config.json", revision=spec.revision)
     except OSError as error:
+        _refuse_hub_adapter(spec)
         raise DataError(f"model {spec.model!r}: not a local directory, and the hub answered: {error}") from None
     return str(extract_commit_hash(config, None) or spec.revision)
 
@@ -72,10 +72,8 @@ def _hub_commit(spec: Model) -> str:
 def model_directory(spec: Model) -> Path:
     """Return the directory that a model's files lie in: its own, or that of the hub's cache.
 
-    Raises
-    ------
-    DataError
-        When it is neither a directory nor on the hub.
+    Raises:
+        DataError: It is neither a directory nor on the hub.
     """
     local = Path(spec.model).expanduser()
     if local.is_dir():
@@ -86,54 +84,56 @@ def model_directory(spec: Model) -> Path:
     return Path(snapshot_download(spec.model, revision=spec.revision, allow_patterns=["*.safetensors*", "*.json"]))
 
 
-def resolve_precision(precision: str) -> str:
-    """Return 'bf16' or 'fp32': auto is bf16 on a GPU and fp32 on CPU, where bf16 is 30-170 times slower."""
-    import torch
+def _refuse_hub_adapter(spec: Model) -> None:
+    """Raise ``DataError`` when what the hub has under a model's name is an adapter."""
+    from transformers.utils import cached_file
 
-    if precision != "auto":
-        return precision
-    return "bf16" if torch.cuda.is_available() else "fp32"
-
-
-def torch_dtype(precision: str) -> torch.dtype:
-    """Return the torch dtype of a precision name."""
-    import torch
-
-    return torch.bfloat16 if resolve_precision(precision) == "bf16" else torch.float32
+    try:
+        file = cached_file(spec.model, stored.ADAPTER, revision=spec.revision)
+    except OSError:
+        return
+    raise DataError(stored.about_adapter(spec.model, stored.read_json(Path(str(file)))))
 
 
-def device() -> str:
-    """Return the device that models live on in this process."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+STATISTICS = {"mean", "std"}
+"""Tensors in which makers (OpenRLHF) keep what they normalise a model's scores by."""
+LEFT_OVER = re.compile(
+    r"^(lm_head|embed_out|cls|lm_predictions|mask_predictions|discriminator_predictions|generator_\w+)\.|"
+    r"\.(masked_bias|inv_freq|position_ids)$"
+)
+"""What a checkpoint may still hold of the language model that a score model was trained from, or of its buffers."""
 
 
 def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; its padding token defaults to its end of sequence."""
     from transformers import AutoTokenizer
 
-    with _named(spec.model, "tokenizer"):
+    with named_errors(spec.model, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
-    for where_from in ("is_local", "local_files_only"):  # would make a saved policy's bytes depend on the machine
-        tokenizer.init_kwargs.pop(where_from, None)
-    if tokenizer.eos_token_id is None:
+    for argument in ("is_local", "local_files_only"):  # would make a saved policy's bytes depend on the machine
+        tokenizer.init_kwargs.pop(argument, None)
+    if tokenizer.eos_token_id is None and not (isinstance(spec, SequenceClassifier) and has_own_marks(tokenizer)):
         raise DataError(f"model {spec.model!r}: its tokenizer has no end-of-sequence token, so no response can end.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def has_own_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether a tokenizer puts marks around a text and between two, as encoders' do: ``[CLS] a [SEP] b [SEP]``."""
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        return False
+    return bool(tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False))
+
+
 def check_vocabulary(spec: Model) -> tuple[PreTrainedTokenizerBase, Any]:
     """Return a model's tokenizer and configuration, checked to be made for each other; loads no weights.
 
-    Raises
-    ------
-    DataError
-        When the tokenizer knows more tokens than the model has embeddings, or a special token is beyond them: on a
-        CPU such a token is an index error in the middle of a stage, on a GPU the end of the process.
+    Raises:
+        DataError: The tokenizer knows more tokens than the model has embeddings, or a special token is beyond them: on
+            a CPU such a token is an index error in the middle of a stage, on a GPU the end of the process.
     """
     tokenizer, config = load_tokenizer(spec), load_model_config(spec, "model")
     rows = int(config.get_text_config().vocab_size)
@@ -168,9 +168,9 @@ def load_causal_lm(spec: Model, precision: str, quantize: str | None = None) -> 
 
     role = "causal language model"
     if quantize is None:
-        model = _from_checkpoint(AutoModelForCausalLM, spec, precision, role)
+        model = load_whole(AutoModelForCausalLM, spec, precision, role)
     else:
-        model = _from_checkpoint(
+        model = load_whole(
             AutoModelForCausalLM, spec, precision, role, quantized.loading_options(torch_dtype(precision))
         )
         quantized.make_trainable(model, spec.model)
@@ -178,12 +178,19 @@ def load_causal_lm(spec: Model, precision: str, quantize: str | None = None) -> 
     return model
 
 
+def check_causal_lm(spec: Model) -> None:
+    """Raise what opening a causal language model would raise, as far as its files tell without reading weights."""
+    from transformers import AutoModelForCausalLM
+
+    check_weights(AutoModelForCausalLM, spec, "causal language model")
+
+
 def empty_causal_lm(spec: Model, precision: str) -> PreTrainedModel:
     """Make a causal language model from its configuration alone, for counting: its weights are not read."""
     from transformers import AutoModelForCausalLM
 
     config = load_model_config(spec, "causal language model")
-    with _named(spec.model, "causal language model"):
+    with named_errors(spec.model, "causal language model"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch_dtype(precision), trust_remote_code=spec.trust_remote_code
         )
@@ -191,27 +198,28 @@ def empty_causal_lm(spec: Model, precision: str) -> PreTrainedModel:
     return model
 
 
-def load_sequence_classifier(spec: SequenceClassifier, precision: str) -> PreTrainedModel:
-    """Load a sequence classifier or Beaver model; refuse one whose head was not in the checkpoint.
-
-    transformers initialises a missing head at random with only a warning, so a causal language model given as a
-    reward model would yield noise.
-    """
-    from transformers import AutoModelForSequenceClassification
-
-    check_sequence_classifier(spec)
-    kind: Any = AutoModelForSequenceClassification
-    if isinstance(spec, Beaver):
-        from can_dist.modeling.beaver import LlamaForScore
-
-        kind = LlamaForScore
-    return _from_checkpoint(kind, spec, precision, "sequence classifier").eval()
-
-
-def _from_checkpoint(
-    kind: Any, spec: Model, precision: str, role: str, options: Mapping[str, Any] = MappingProxyType({})
+def load_whole(
+    kind: Any,
+    spec: Model,
+    precision: str,
+    role: str,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Any:
-    with _named(spec.model, role):
+    """Load a model of a class of transformers; every weight must come from the checkpoint, in the shape of its config.
+
+    Args:
+        kind: Class with ``from_pretrained``.
+        spec: The model.
+        precision: 'bf16' or 'fp32'.
+        role: What it is loaded as, for messages.
+        options: Further arguments of ``from_pretrained``.
+        tell: Takes a line on tensors of the checkpoint that nothing reads and that have no part in a score.
+
+    Raises:
+        DataError: The model cannot be opened, or a weight is missing, has another shape, or (of a scorer) is not read.
+    """
+    with named_errors(spec.model, role):
         model, info = kind.from_pretrained(
             spec.model,
             revision=spec.revision,
@@ -219,50 +227,81 @@ def _from_checkpoint(
             use_safetensors=True,
             dtype=torch_dtype(precision),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused in our words
             **options,
         )
-    if info["missing_keys"]:
-        raise DataError(
-            f"model {spec.model!r}: weights missing from the checkpoint: {_some(info['missing_keys'])}; they would be "
-            f"random. Give a complete, trained {role}."
-        )
-    # weights that nothing reads: of another layout than the configuration's
-    if isinstance(spec, Beaver) and info["unexpected_keys"]:
-        raise DataError(
-            f"model {spec.model!r}: the checkpoint holds weights of another layout: {_some(info['unexpected_keys'])}. "
-            "Give a Beaver score model as it was published."
-        )
+    if unread := refuse_unfit(spec, role, model.config, info):
+        tell(f"nothing reads these tensors of the checkpoint, which have no part in a score: {_some(unread)}")
     return model
 
 
-def check_sequence_classifier(spec: SequenceClassifier) -> None:
-    """Raise ``DataError`` unless a model's configuration has the head and outputs its spec says; loads no weights."""
-    config = load_model_config(spec, "sequence classifier")
-    if isinstance(spec, Beaver):
-        from can_dist.modeling.beaver import check_beaver
-
-        check_beaver(spec, config)
+def check_weights(kind: Any, spec: Model, role: str) -> None:
+    """Raise what ``load_whole`` would raise of a local model, from the headers of its files; no weights are read."""
+    path = Path(spec.model).expanduser()
+    if not path.is_dir():
         return
-    architectures = config.architectures or []
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
-        raise DataError(
-            f"scorer model {spec.model!r}: its checkpoint is a {', '.join(architectures) or 'model without head'}, "
-            "not a sequence classifier; its score head would be random. Give a trained reward or cost model."
+    stored.stored_tensors(path)
+    config = load_model_config(spec, role)
+    if spec.trust_remote_code or getattr(config, "quantization_config", None) is not None:
+        return  # what such a model makes of its files is known when it is opened
+    with named_errors(spec.model, role):
+        _, info = kind.from_pretrained(
+            str(path), use_safetensors=True, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
         )
-    if isinstance(spec, MultiHead):
-        output_weights(spec, config)
-    elif config.num_labels != 1:
+    refuse_unfit(spec, role, config, info)
+
+
+def refuse_unfit(spec: Model, role: str, config: Any, info: Mapping[str, Any]) -> list[str]:
+    """Compare a checkpoint with the model that its configuration makes, by what transformers says of its names.
+
+    Returns:
+        The tensors of a score model that nothing reads and that have no part in its score.
+
+    Raises:
+        DataError: Weights are missing, have another shape, or are not read and may have a part in a score.
+    """
+    unread = sorted(name for name in info["unexpected_keys"] if not LEFT_OVER.search(name))
+    if getattr(config, "normalize_reward", None) is False:
+        unread = [name for name in unread if name not in STATISTICS]
+    if info["mismatched_keys"]:
+        name, stored_shape, made_shape = min(info["mismatched_keys"])
         raise DataError(
-            f"scorer model {spec.model!r}: has {config.num_labels} outputs, expected 1 score per response. "
-            "Choose one with 'kind: multi_head'."
+            f"model {spec.model!r}: the checkpoint's {name} has the shape {list(stored_shape)}, config.json makes it "
+            f"{list(made_shape)}. Give the config.json that was saved with these weights."
         )
+    if info["missing_keys"]:
+        instead = f" It holds {_some(unread)} instead, which nothing reads." if unread else ""
+        raise DataError(
+            f"model {spec.model!r}: weights missing from the checkpoint: {_some(info['missing_keys'])}; they would be "
+            f"random.{instead} Give a complete, trained {role}."
+        )
+    statistics = STATISTICS & set(unread)
+    if isinstance(spec, SequenceClassifier) and not isinstance(spec, Beaver) and statistics:
+        raise DataError(
+            f"scorer model {spec.model!r}: the checkpoint holds {' and '.join(sorted(statistics))} of its scores, "
+            "which nothing reads, and config.json does not say whether its maker's loader normalises by them. Write "
+            '"normalize_reward": false into config.json if its score is the raw one.'
+        )
+    if isinstance(spec, Beaver) and unread:
+        raise DataError(
+            f"model {spec.model!r}: the checkpoint holds weights of another layout: {_some(unread)}. "
+            "Give a Beaver score model as it was published."
+        )
+    if isinstance(spec, SequenceClassifier) and unread:
+        raise DataError(
+            f"scorer model {spec.model!r}: the checkpoint holds tensors that nothing reads: {_some(unread)}; the score "
+            "may not be its maker's. Use a model that transformers reads whole, or remove them from the checkpoint if "
+            "the score does not need them."
+        )
+    return sorted(set(info["unexpected_keys"]) - set(unread)) if isinstance(spec, SequenceClassifier) else []
 
 
 def load_model_config(spec: Model, role: str) -> Any:
     """Return a model's configuration; ``role`` says in messages what it is loaded as."""
     from transformers import AutoConfig
 
-    with _named(spec.model, role):
+    stored.refuse_adapter(Path(spec.model))
+    with named_errors(spec.model, role):
         return AutoConfig.from_pretrained(spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
 
 
@@ -276,6 +315,13 @@ def generation_config(spec: Model) -> GenerationConfig:
         return GenerationConfig.from_model_config(load_model_config(spec, "causal language model"))
 
 
+def end_token_ids(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every token id that ends a response: the tokenizer's and the model's own."""
+    declared: Any = getattr(generation_config, "eos_token_id", None)
+    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    return sorted({tokenizer.eos_token_id, *declared})
+
+
 def check_trainable(spec: Model) -> None:
     """Raise ``ConfigError`` when a model's weights are quantized; reads its configuration only."""
     quantization = getattr(load_model_config(spec, "causal language model"), "quantization_config", None)
@@ -286,51 +332,6 @@ def check_trainable(spec: Model) -> None:
             "train.lora.quantize: nf4 loads its base in 4 bits under adapters (QLoRA), and writes a policy in full "
             "precision."
         )
-
-
-def output_weights(spec: MultiHead, config: Any) -> list[float]:
-    """Return the weight of each output of a classifier in its score, (L,), in the order of the outputs.
-
-    Raises
-    ------
-    DataError
-        When a chosen output does not exist, listing those that do.
-    """
-    names = [str(config.id2label[number]) for number in range(config.num_labels)]
-    if isinstance(spec.output, int):
-        chosen: dict[str, float] = {names[spec.output]: 1.0} if 0 <= spec.output < len(names) else {}
-    else:
-        chosen = spec.weights or {str(spec.output): 1.0}
-    if not chosen or not set(chosen) <= set(names) or len(set(names)) < len(names):
-        asked = ", ".join(sorted(set(chosen) - set(names))) or spec.output
-        raise DataError(
-            f"scorer model {spec.model!r}: no single output {asked}. Its outputs are "
-            f"{', '.join(f'{number}: {name}' for number, name in enumerate(names))}."
-        )
-    return [chosen.get(name, 0.0) for name in names]
-
-
-def callable_identity(function: str) -> dict[str, str]:
-    """Return what identifies a Python scorer: its name and the digest of its module's file."""
-    import_callable(function)
-    source = getattr(sys.modules[function.partition(":")[0]], "__file__", None)
-    return {"function": function, "source": file_digest(Path(source)) if source else "builtin"}
-
-
-def import_callable(function: str) -> Any:
-    """Import ``module:function``."""
-    import importlib
-
-    module_name, _, name = function.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(
-            f"scorer {function!r}: cannot import {module_name!r} ({error}). Start the command where it can be imported."
-        ) from None
-    if not callable(getattr(module, name, None)):
-        raise ConfigError(f"scorer {function!r}: module {module_name!r} has no function {name!r}.")
-    return getattr(module, name)
 
 
 def context_length(model_or_config: Any) -> int:
@@ -352,19 +353,26 @@ def context_length(model_or_config: Any) -> int:
 
 
 @contextlib.contextmanager
-def _named(model: str, role: str) -> Iterator[None]:
+def named_errors(model: str, role: str) -> Iterator[None]:
     """Name the model in whatever transformers has to say about it, and keep its advice off the screen."""
-    logger = logging.getLogger("transformers.modeling_utils")
+    from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
+
+    logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"model {model!r}: cannot be loaded as a {role}: {error}") from None
     finally:
         logger.setLevel(level)
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _some(names: Any, limit: int = 4) -> str:

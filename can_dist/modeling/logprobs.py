@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import linear
 
 from can_dist.modeling.packs import Group, Pack, make_pack
-from can_dist.modeling.probe import announcement, exact_layout, floating_weight, probe_groups, values_alone
+from can_dist.modeling.probe import exact_layout, floating_weight, probe_groups, values_alone
 from can_dist.modeling.segments import NAME, attend_by, register
 
 # float32 logits of a pack; of more rows, one chunk has logits at a time and the backward pass makes them anew
@@ -184,8 +184,9 @@ def choose_layout(model: ResponseModel, forward: Callable[[Pack], torch.Tensor],
     groups = probe_groups(int(model.lm.config.get_text_config().vocab_size))
     alone_R = values_alone(forward, make_pack, groups, weight)
     tolerance = PROBE_TOLERANCE[weight.dtype] * float(alone_R.norm())
-    layout = exact_layout(forward, make_pack, groups, weight, alone_R, tolerance, "log-probabilities", say)
+    layout, sentence = exact_layout(forward, make_pack, groups, weight, alone_R, tolerance, "log-probabilities", say)
     if layout == "padded":
+        say(sentence)
         return layout
     if model.chunked_head:
         model.head_bytes = 1  # one row in a chunk
@@ -193,7 +194,7 @@ def choose_layout(model: ResponseModel, forward: Callable[[Pack], torch.Tensor],
         model.chunked_head = error <= tolerance
         model.head_bytes = HEAD_BYTES
     head = "" if model.chunked_head else "; all logits of a pack at once, since the head is not plainly linear"
-    say(f"{announcement(layout, weight)}{head}")
+    say(f"{sentence}{head}")
     return layout
 
 

@@ -46,20 +46,18 @@ def check_probe(model: Any, directory: str, precision: str, logp: Callable[..., 
 
     ``directory`` is where it was loaded from; ``logp`` computes ln π(response | prompt) of (model, prompt, response).
 
-    Raises
-    ------
-    DataError
-        When the log-probabilities are not those of the engine, up to rounding.
+    Raises:
+        DataError: The log-probabilities are not those of the engine, up to rounding.
     """
     rows, tolerance = _read(directory)
     tolerance = max(tolerance, TOLERANCE[precision])
     expected_R = [expected for _, _, expected in rows]
-    found_R = [logp(model, prompt, response) for prompt, response, _ in rows]
-    if not math.dist(found_R, expected_R) <= tolerance * math.hypot(*expected_R):
+    computed_R = [logp(model, prompt, response) for prompt, response, _ in rows]
+    if not math.dist(computed_R, expected_R) <= tolerance * math.hypot(*expected_R):
         here = Path(directory).parent
         raise DataError(
-            f"{directory}: not the policy that was trained: its log-probabilities of {len(found_R)} responses are "
-            f"{_nats(found_R)} nats, the engine that trained it computed {_nats(expected_R)} ({PROBE}). "
+            f"{directory}: not the policy that was trained: its log-probabilities of {len(computed_R)} responses are "
+            f"{_nats(computed_R)} nats, the engine that trained it computed {_nats(expected_R)} ({PROBE}). "
             f"The export went wrong: delete {here} and run again, and report it if it comes back."
         )
 

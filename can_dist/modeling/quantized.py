@@ -39,10 +39,8 @@ def make_trainable(model: torch.nn.Module, name: str) -> None:
     The kernel of the repacked weights has no gradient, and training goes on with it without an error, on gradients
     that miss what lies below.
 
-    Raises
-    ------
-    ConfigError
-        When a layer's width is no multiple of a block: bitsandbytes 0.50 reads such weights wrongly on a CPU.
+    Raises:
+        ConfigError: A layer's width is no multiple of a block: bitsandbytes 0.50 reads such weights wrongly on a CPU.
     """
     from bitsandbytes.nn import Linear4bit
 

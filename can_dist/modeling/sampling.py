@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
-from can_dist.config import Generate
+from can_dist.config.sections import Generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,13 +60,6 @@ def row_seed(seed: int, prompt_id: str, index: int) -> int:
     """Return the 63-bit seed of response ``index`` of a prompt."""
     content = f"{seed}\x00{prompt_id}\x00{index}".encode()
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1
-
-
-def end_token_ids(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every token id that ends a response: the tokenizer's and the model's own."""
-    declared: Any = getattr(generation_config, "eos_token_id", None)
-    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    return sorted({tokenizer.eos_token_id, *declared})
 
 
 @torch.inference_mode()

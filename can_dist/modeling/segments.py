@@ -1,4 +1,4 @@
-"""Attention over packed sequences that share a prefix: one table of segments, three back-ends, no padding.
+"""Attention over packed sequences that share a prefix: one table of segments, three kernels, no padding.
 
 A group is a prompt and its N responses, laid out in one row as [P|A|B|…]; a pack is several groups one after another.
 The queries of a segment are its own rows; its keys are the rows of its prefix, then its own. The mask is causal and
@@ -11,8 +11,6 @@ Shapes: S segments, T rows of a pack, K key rows of all segments, H heads, G hea
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -21,6 +19,9 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from can_dist.errors import EnvironmentProblem
+from can_dist.modeling.attention import FLASH, SDPA, Attention, attention_for, grouped, torch_varlen
+
 NAME = "can_segments"  # among transformers' attention implementations
 # arguments that would change the numbers of an attention, and that this one does not take
 NOT_TAKEN = ("softcap", "s_aux", "position_bias", "head_mask")
@@ -28,10 +29,19 @@ NOT_TAKEN = ("softcap", "s_aux", "position_bias", "head_mask")
 
 @dataclass(frozen=True)
 class Segments:
-    """The table: ``lengths`` of the segments in row order, and which segment is the prefix of each (−1: none).
+    """The table of a pack's segments; the tensors say the same for varlen kernels.
 
-    The tensors say the same for varlen kernels: offsets of queries and keys (S+1, int32), the row of every key
-    (K, int64). ``not_taken`` collects what a model asked of the attention in vain, ``windows`` those it was told of.
+    Attributes:
+        lengths: Rows of each segment, in row order.
+        prefixes: Which segment is the prefix of each; −1 for none.
+        query_offsets: First row of each segment, and the end; (S+1,) int32.
+        key_offsets: First key of each segment, and the end; (S+1,) int32.
+        key_rows: The row of every key; (K,) int64.
+        longest_query: Rows of the longest segment.
+        longest_key: Keys of the segment that has most.
+        not_taken: Collects arguments that a model gave the attention in vain.
+        windows: Collects the windows that the attention was told of.
+        kernels: Collects the kernels that served.
     """
 
     lengths: tuple[int, ...]
@@ -43,12 +53,14 @@ class Segments:
     longest_key: int
     not_taken: set[str] = field(default_factory=set)
     windows: set[int] = field(default_factory=set)
+    kernels: set[Attention] = field(default_factory=set)
 
 
 def segment_table(shapes: Sequence[tuple[int, Sequence[int]]]) -> Segments:
-    """Return the table of a pack: per group the length of the prompt and those of its responses.
+    """Return the table of a pack. A prompt with one response is one plain causal segment.
 
-    A prompt with one response is one plain causal segment.
+    Args:
+        shapes: Per group the tokens of the prompt and of each response.
     """
     lengths: list[int] = []
     prefixes: list[int] = []
@@ -83,24 +95,13 @@ def segment_table(shapes: Sequence[tuple[int, Sequence[int]]]) -> Segments:
 def map_tensors(instance: Any, function: Any) -> Any:
     """Return a copy of a dataclass with ``function`` applied to its tensors and to the dataclasses inside it."""
     changed = {}
-    for name in (one.name for one in fields(instance)):
+    for name in (member.name for member in fields(instance)):
         value = getattr(instance, name)
         if isinstance(value, torch.Tensor):
             changed[name] = function(value)
         elif hasattr(value, "__dataclass_fields__"):
             changed[name] = map_tensors(value, function)
     return replace(instance, **changed)
-
-
-@functools.cache
-def backend(device: str, dtype: torch.dtype) -> str:
-    """Return which attention serves: 'flash_attn', 'varlen_attn' of torch, or 'sdpa' segment by segment."""
-    # the varlen kernels exist for CUDA and half precision only
-    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return "sdpa"
-    if importlib.util.find_spec("flash_attn") is not None:
-        return "flash_attn"
-    return "varlen_attn" if importlib.util.find_spec("torch.nn.attention.varlen") is not None else "sdpa"
 
 
 def segment_attention(
@@ -115,24 +116,44 @@ def segment_attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend by the table: ``query`` (1, H, T, D), ``key`` and ``value`` (1, G, T, D) → (1, T, H, D).
+    """Attend by the table; the signature is that of transformers' AttentionInterface.
 
-    The signature is that of transformers' AttentionInterface. ``sliding_window`` is the number of keys, its own
-    included, that a query sees. Dropout of attention weights is left out on purpose: a log-ratio needs π_θ and π_ref
-    to be the same function at the start.
+    Dropout of attention weights is left out on purpose: a log-ratio needs π_θ and π_ref to be the same function at the
+    start.
 
-    Raises
-    ------
-    TypeError
-        When the model does not hand on the table, or has more or fewer keys than queries.
+    Args:
+        module: The layer that calls; not used.
+        query: (1, H, T, D).
+        key: (1, G, T, D), H a multiple of G.
+        value: (1, G, T, D).
+        attention_mask: A mask of the model's own, which is noted as not taken.
+        segments: The table.
+        scaling: What the scores are multiplied by; 1/√D when None.
+        sliding_window: Keys, its own included, that a query sees.
+        **others: Further arguments of the model; those of ``NOT_TAKEN`` are noted.
+
+    Returns:
+        The output, (1, T, H, D), and None in the place of the weights.
+
+    Raises:
+        TypeError: When the model does not hand on the table, or has more or fewer keys than queries: the probe takes
+            it for a model that cannot be packed.
+        EnvironmentProblem: When the kernel does not take our arguments, which no model is to blame for.
     """
     table = noted(segments, query, key, attention_mask, sliding_window, others)
     # a window that holds the longest key range hides nothing
     window = sliding_window if sliding_window and sliding_window < table.longest_key else None
-    kind = backend(query.device.type, query.dtype)
-    if kind == "sdpa":
-        return _by_segment(query, key, value, table, scaling, window), None
-    return _varlen(kind, query, key, value, table, scaling, window), None
+    attention = attention_for(query.device.type, query.dtype, (query.shape[-1], value.shape[-1]))
+    table.kernels.add(attention)
+    try:
+        if attention.kind == SDPA:
+            return _by_segment(query, key, value, table, scaling, window), None
+        return _varlen(attention.kind, query, key, value, table, scaling, window), None
+    except TypeError as error:
+        raise EnvironmentProblem(
+            f"{attention} does not take the arguments of this version of can-dist: {error}. Install versions of torch "
+            "and flash-attn that pyproject.toml allows."
+        ) from error
 
 
 def noted(
@@ -204,14 +225,14 @@ def _varlen(
     k, v = (x[0].transpose(0, 1).index_select(0, segments.key_rows) for x in (key, value))
     offsets = (segments.query_offsets, segments.key_offsets, segments.longest_query, segments.longest_key)
     left = -1 if window is None else window - 1
-    if kind == "flash_attn":
+    if kind == FLASH:
         from flash_attn import flash_attn_varlen_func
 
         out = flash_attn_varlen_func(q, k, v, *offsets, softmax_scale=scaling, causal=True, window_size=(left, 0))
     else:
-        from torch.nn.attention.varlen import varlen_attn
-
-        out = varlen_attn(q, k, v, *offsets, scale=scaling, window_size=(left, 0), enable_gqa=True)
+        varlen = torch_varlen()
+        assert varlen is not None
+        out = grouped(varlen)(q, k, v, *offsets, scale=scaling, window_size=(left, 0))
     return out[None]
 
 
@@ -235,15 +256,15 @@ def noting_windows() -> Iterator[set[int]]:
     """
     from transformers import AttentionMaskInterface
 
-    found: set[int] = set()
+    sizes: set[int] = set()
 
     def note(*_: Any, local_size: int | None = None, **__: Any) -> None:
         if local_size:  # 0 where the configuration turns its window off
-            found.add(local_size)
+            sizes.add(local_size)
 
     AttentionMaskInterface.register(NAME, note)
     try:
-        yield found
+        yield sizes
     finally:
         del AttentionMaskInterface._global_mapping[NAME]
 
@@ -251,10 +272,8 @@ def noting_windows() -> Iterator[set[int]]:
 def attend_by(model: Any, implementation: str) -> None:
     """Set the attention of a transformers model, where it is another.
 
-    Raises
-    ------
-    TypeError
-        When the model's attention cannot be set, being code of its own.
+    Raises:
+        TypeError: When the model's attention cannot be set, being code of its own.
     """
     if model.config._attn_implementation != implementation:
         model.set_attn_implementation(implementation)

@@ -13,9 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from can_dist.config import Generate, Model
+from can_dist.config import Model
+from can_dist.config.sections import Generate
 from can_dist.errors import ConfigError, EnvironmentProblem
-from can_dist.modeling.loading import torch_dtype
+from can_dist.modeling.precision import torch_dtype
 
 CPU_CACHE_GB = "4"
 """Of each actor without GPUs, unless VLLM_CPU_KVCACHE_SPACE says another: vLLM would take 90 % of the machine."""
@@ -24,12 +25,9 @@ CPU_CACHE_GB = "4"
 def check_installed(num_gpus: float) -> None:
     """Raise when vLLM is not installed, or is one for GPUs and an actor has none.
 
-    Raises
-    ------
-    ConfigError
-        When the package is not there.
-    EnvironmentProblem
-        When ``num_gpus``, those of an actor, is 0 and the package is not the one for CPUs.
+    Raises:
+        ConfigError: The package is not there.
+        EnvironmentProblem: When ``num_gpus``, those of an actor, is 0 and the package is not the one for CPUs.
     """
     if find_spec("vllm") is None:
         raise ConfigError(
@@ -119,11 +117,9 @@ def requests(
 def read_output(output: Any, prompt_ids: Sequence[int], end_ids: Sequence[int]) -> tuple[list[int], str]:
     """Return (token ids with the end token, 'stop' or 'length') of vLLM's ``RequestOutput`` to one request.
 
-    Raises
-    ------
-    EnvironmentProblem
-        When it is of another prompt, ended for another reason, or its end token was left out: ln π_ref would be of
-        another response.
+    Raises:
+        EnvironmentProblem: It is of another prompt, ended for another reason, or its end token was left out: ln π_ref
+            would be of another response.
     """
     completion = output.outputs[0]
     tokens, reason = list(completion.token_ids), completion.finish_reason

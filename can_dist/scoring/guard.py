@@ -7,19 +7,18 @@ verdict words' logits right after the prompt, so nothing is generated: ln P(safe
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 
 from can_dist.config import Guard
 from can_dist.errors import ConfigError, DataError
-from can_dist.modeling.formatter import render_chat
+from can_dist.modeling.formatter import TEMPLATE_ERRORS, Message, check_chat_template, render_chat
 from can_dist.modeling.last_token import LastToken, choose_text_layout
-from can_dist.modeling.loading import check_vocabulary, context_length, device, load_causal_lm
+from can_dist.modeling.loading import check_causal_lm, check_vocabulary, context_length, load_causal_lm
+from can_dist.modeling.precision import device
 from can_dist.scoring.protocol import Response
 from can_dist.scoring.token_budget import Passes, say
 from can_dist.scoring.whole_texts import check_lengths, outputs_of_texts
@@ -103,24 +102,19 @@ def verdict_doubt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sp
 def check_guard(spec: Guard) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a guard, checked to have a chat template and one token for each verdict.
 
-    Raises
-    ------
-    ConfigError
-        When it has no chat template or one that does not read an option, or a verdict is no single token or both are
-        the same.
+    Raises:
+        ConfigError: It has no chat template, several without a default, or one that does not read an option; or a
+            verdict is no single token, or both are the same.
+        DataError: Its files are incomplete or damaged.
     """
     tokenizer, _ = check_vocabulary(spec)
+    check_causal_lm(spec)
     if not tokenizer.chat_template:
         raise ConfigError(
             f"guard {spec.model!r}: its tokenizer has no chat template, which says how the conversation is shown. Add "
             "the one its makers publish as chat_template.jinja."
         )
-    template = tokenizer.get_chat_template()
-    if unread := [name for name in spec.template_options if not re.search(rf"\b{re.escape(name)}\b", template)]:
-        raise ConfigError(
-            f"guard {spec.model!r}: its chat template does not read template_options {', '.join(unread)}. Correct the "
-            "name, or leave it out."
-        )
+    check_chat_template(tokenizer, spec.template_options, "guard")
     safe, unsafe = verdict_ids(tokenizer, spec)
     if safe == unsafe:
         raise ConfigError(
@@ -150,21 +144,38 @@ def _one_token(tokenizer: PreTrainedTokenizerBase, spec: Guard, field: str) -> i
 def guard_ids(tokenizer: PreTrainedTokenizerBase, spec: Guard, response: Response) -> list[int]:
     """Return the token ids of a conversation as the guard reads it, up to the place of its verdict.
 
-    Raises
-    ------
-    DataError
-        When the chat template refuses the conversation.
+    Raises:
+        DataError: The chat template refuses the conversation.
     """
-    messages = [*response.messages, {"role": "assistant", "content": response.text}]
-    try:
-        text = render_chat(tokenizer, messages, add_generation_prompt=True, **spec.template_options)
-    except TemplateError as error:
-        raise DataError(
-            f"guard {spec.model!r}: its chat template refuses response {response.response_id!r}: {error}. See "
-            "template_options, and which roles and turns the template takes."
-        ) from None
-    ids, whole = (tokenizer(one, add_special_tokens=False).input_ids for one in (text, text + spec.before_verdict))
+    text = guard_text(tokenizer, spec, response.messages, response.text, f"response {response.response_id!r}")
+    ids, whole = (tokenizer(part, add_special_tokens=False).input_ids for part in (text, text + spec.before_verdict))
     if whole[: len(ids)] == ids:
         return list(whole)
     # the tokenizer joins it to the prompt's end ("\n\n" twice is one token of Llama 3); the guard writes it after
     return [*ids, *tokenizer(spec.before_verdict, add_special_tokens=False).input_ids]
+
+
+def guard_text(
+    tokenizer: PreTrainedTokenizerBase, spec: Guard, messages: Sequence[Message], text: str, name: str
+) -> str:
+    """Return a conversation as the guard reads it, up to where it begins to write; ``name`` is for messages.
+
+    Raises:
+        DataError: The chat template refuses the conversation.
+    """
+    whole = [*messages, {"role": "assistant", "content": text}]
+    try:
+        return render_chat(tokenizer, whole, add_generation_prompt=True, **spec.template_options)
+    except TEMPLATE_ERRORS as error:
+        raise DataError(
+            f"guard {spec.model!r}: its chat template refuses {name}: {error}. See "
+            "template_options, and which roles and turns the template takes."
+        ) from None
+
+
+def text_of_guard(spec: Guard) -> Callable[[Sequence[Message], str], str]:
+    """Return what writes a conversation with its response as the guard reads it."""
+    tokenizer = check_guard(spec)
+    return lambda messages, text: guard_text(
+        tokenizer, spec, messages, text, f"a conversation of {', '.join(turn['role'] for turn in messages)}"
+    )

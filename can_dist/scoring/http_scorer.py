@@ -17,6 +17,7 @@ import numpy as np
 from can_dist.config import HttpScorer
 from can_dist.endpoints import open_client, refused, unreachable
 from can_dist.errors import DataError, EnvironmentProblem
+from can_dist.modeling.formatter import Message
 from can_dist.scoring.protocol import Response
 
 if TYPE_CHECKING:
@@ -46,12 +47,11 @@ class HttpEndpointScorer:
 def score_batch(client: OpenAI, spec: HttpScorer, batch: Sequence[Response]) -> list[float]:
     """Send one request and return a finite number for each response.
 
-    Raises
-    ------
-    EnvironmentProblem
-        When the endpoint is down, slow, rate-limited beyond all retries, or refuses the key or the address.
-    DataError
-        When it refuses the request, or its answer is not JSON, lacks the field, or holds another count or no numbers.
+    Raises:
+        EnvironmentProblem: The endpoint is down, slow, rate-limited beyond all retries, or refuses the key or the
+            address.
+        DataError: It refuses the request, or its answer is not JSON, lacks the field, or holds another count or no
+            numbers.
     """
     from openai import APIError, APIStatusError
 
@@ -89,6 +89,15 @@ def fill(value: Any, spec: HttpScorer, batch: Sequence[Response]) -> Any:
     return filled if "*" in spec.value.split(".") else filled[0]
 
 
+def request_text(spec: HttpScorer, messages: Sequence[Message], text: str) -> str:
+    """Return the request for one response as JSON text.
+
+    Raises:
+        DataError: A conversation of several messages is to be sent as ``{prompt}`` or ``{text}``.
+    """
+    return json.dumps(fill(spec.request, spec, [Response("to be sampled", messages, text, [])]), ensure_ascii=False)
+
+
 def _response(spec: HttpScorer, response: Response) -> str:
     return response.text
 
@@ -118,10 +127,8 @@ def _text(spec: HttpScorer, response: Response) -> str:
 def values_at(answer: Any, spec: HttpScorer, count: int, where: str) -> list[Any]:
     """Return what lies at the path ``spec.value`` of an answer, once for each of ``count`` responses.
 
-    Raises
-    ------
-    DataError
-        When a step of the path is not there, or '*' stands for another number of places.
+    Raises:
+        DataError: A step of the path is not there, or '*' stands for another number of places.
     """
     before, star, after = spec.value.partition("*")
     found = _walk(answer, before, spec, where)

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from can_dist.errors import DataError
-from can_dist.modeling.formatter import Formatter
-from can_dist.modeling.loading import context_length, device, load_causal_lm, load_tokenizer
+from can_dist.modeling.formatter import open_formatter
+from can_dist.modeling.loading import context_length, load_causal_lm
 from can_dist.modeling.logprobs import ResponseModel, choose_layout
 from can_dist.modeling.packs import make_pack
 from can_dist.modeling.policy_probe import check_probe
+from can_dist.modeling.precision import device
 from can_dist.scoring.protocol import LogProb, Response
 from can_dist.scoring.token_budget import Passes, say, to_device
 
@@ -26,7 +27,7 @@ class LogProbScorer:
         lm = load_causal_lm(self.spec, precision, spec.quantize).eval().to(device())
         check_probe(lm, self.spec.model, precision)
         self.model = ResponseModel(lm).eval()
-        self.formatter = Formatter(load_tokenizer(self.spec), self.spec.template)
+        self.formatter = open_formatter(self.spec)
         where = f"model {self.spec.model!r}"
         layout = choose_layout(self.model, self.model, functools.partial(say, where))
         self.passes = Passes(where, layout, spec.tokens_per_pass)

@@ -48,12 +48,9 @@ def score_columns(
 def given_ratio(name: str, scorer: LogRatio, reference: Model) -> PolicyRatio:
     """Return the score of a policy that was given, checked to read and write text as the reference does.
 
-    Raises
-    ------
-    ConfigError
-        When the policy is yet to be trained or its score to be calibrated.
-    DataError
-        When tokenizer or template are not the reference's.
+    Raises:
+        ConfigError: The policy is yet to be trained or its score to be calibrated.
+        DataError: Tokenizer or template are not the reference's.
     """
     if scorer.model is None or scorer.learns:
         raise ConfigError(
@@ -93,12 +90,13 @@ def _text_difference(policy: Model, reference: Model) -> str:
             return f"{name} is {getattr(mine, name)}, the reference's {getattr(theirs, name)}"
     if policy.template != reference.template:
         return f"template is {policy.template!r}, the reference's {reference.template!r}"
+    if policy.template_options != reference.template_options:
+        return f"template_options are {policy.template_options}, the reference's {reference.template_options}"
     if policy.template is None and mine.chat_template != theirs.chat_template:
         return f"its tokenizer's chat template differs from the reference's ({_first_difference(mine, theirs)})"
     messages = [{"role": "user", "content": PROBE}]
-    ids, expected_ids = (
-        Formatter(tokenizer, reference.template).full_ids(messages, PROBE) for tokenizer in (mine, theirs)
-    )
+    convention = reference.template, reference.template_options
+    ids, expected_ids = (Formatter(t, *convention).full_ids(messages, PROBE) for t in (mine, theirs))
     return "" if ids == expected_ids else f"splits {PROBE!r} into {ids}, the reference into {expected_ids}"
 
 

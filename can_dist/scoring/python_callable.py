@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from can_dist.config import PythonCallable
-from can_dist.errors import DataError
-from can_dist.modeling.loading import import_callable
+from can_dist.errors import ConfigError, DataError
 from can_dist.scoring.protocol import Response
+from can_dist.tables.artifacts import file_digest
 
 
 class CallableScorer:
@@ -35,3 +39,28 @@ class CallableScorer:
                 )
             scores += values
         return np.asarray(scores, dtype=np.float64)
+
+
+def callable_identity(function: str) -> dict[str, str]:
+    """Return what identifies a Python scorer: its name and the digest of its module's file."""
+    import_callable(function)
+    source = getattr(sys.modules[function.partition(":")[0]], "__file__", None)
+    return {"function": function, "source": file_digest(Path(source)) if source else "builtin"}
+
+
+def import_callable(function: str) -> Any:
+    """Import ``module:function``.
+
+    Raises:
+        ConfigError: The module cannot be imported, or has no such function.
+    """
+    module_name, _, name = function.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"scorer {function!r}: cannot import {module_name!r} ({error}). Start the command where it can be imported."
+        ) from None
+    if not callable(getattr(module, name, None)):
+        raise ConfigError(f"scorer {function!r}: module {module_name!r} has no function {name!r}.")
+    return getattr(module, name)

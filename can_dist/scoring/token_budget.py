@@ -33,10 +33,8 @@ class Passes:
         a pack and returns their outputs, in order. Nothing here waits for the device before the last pass is on its
         way, so that the next pack is laid out while this one is computed.
 
-        Raises
-        ------
-        EnvironmentProblem
-            When a single response does not fit into the memory of the device.
+        Raises:
+            EnvironmentProblem: A single response does not fit into the memory of the device.
         """
         order: list[int] = []
         outputs: list[torch.Tensor] = []

@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from can_dist.config import DataSource, Model
 from can_dist.errors import DataError
-from can_dist.modeling.loading import context_length, load_model_config, load_tokenizer, model_digest
+from can_dist.modeling.formatter import open_formatter, response_identity
+from can_dist.modeling.loading import context_length, load_model_config, model_digest
 from can_dist.stages.generate import commit_responses, prompts_of_split
 from can_dist.stages.ingest import SHARD_ROWS, source_identity
 from can_dist.tables.artifacts import Artifact, write_part
@@ -38,22 +39,20 @@ def bring_responses(
     A row has a ``prompt`` (text, or a list of messages) and ``responses`` (a list of texts); several rows of one
     prompt add up. Rows are joined to the prompts by what the prompt says. Rows of other prompts are left out.
 
-    Raises
-    ------
-    DataError
-        When a prompt has another number of responses than ``generate.num_responses``, or a response does not
-        fit the reference's context or vocabulary; ids are listed.
+    Raises:
+        DataError: A prompt has another number of responses than ``generate.num_responses``, or a response
+            does not fit the reference's context or vocabulary; ids are listed.
     """
     num_responses = work.config.generate.num_responses
-    what = {
+    identity = {
         "source": source_identity(source),
         "model": model_digest(reference),
-        "template": reference.template,
+        **response_identity(reference),
         "num_responses": num_responses,
     }
     if split != "train":
-        what["split"] = split
-    stage = work.open("generate", f"reference on {split}", what, {"prompts": prompts})
+        identity["split"] = split
+    stage = work.open("generate", f"reference on {split}", identity, {"prompts": prompts})
     if stage.finished:
         return stage.finished
     read = read_responses(source.source, split=source.split, subset=source.subset, revision=source.revision)
@@ -67,7 +66,7 @@ def bring_responses(
     token_rows = [
         response_row(row, k, text, "given") for row in rows for k, text in enumerate(texts[prompt_id(row["messages"])])
     ]
-    tokenise(reference, *open_formatter(reference), token_rows, source.source)
+    tokenise(reference, open_formatter(reference), context_of(reference), token_rows, source.source)
     starts = range(0, len(token_rows), SHARD_ROWS)
     for part, first in enumerate(starts):
         write_part(stage.path, part, pa.Table.from_pylist(token_rows[first : first + SHARD_ROWS], schema=RESPONSES))
@@ -81,11 +80,11 @@ def _check_complete(
     wrong = {key: count for key, count in counts.items() if count != num_responses}
     if not wrong:
         return
-    found = ", ".join(f"{number} prompts with {count}" for count, number in sorted(Counter(counts.values()).items()))
+    tally = ", ".join(f"{number} prompts with {count}" for count, number in sorted(Counter(counts.values()).items()))
     raise DataError(
         f"{source}: {len(wrong)} of {len(rows)} {SHOWN_SPLIT[split]} prompts have not generate.num_responses = "
         f"{num_responses} responses: {', '.join(f'{key} ({count})' for key, count in list(wrong.items())[:5])}. "
-        f"Found: {found}. Complete them or set generate.num_responses; a row belongs to the prompt whose text is the "
+        f"Found: {tally}. Complete them or set generate.num_responses; a row belongs to the prompt whose text is the "
         "same, letter by letter."
     )
 
@@ -101,29 +100,25 @@ def response_row(prompt: Mapping[str, Any], k: int, text: str, finish_reason: st
     }
 
 
-def open_formatter(reference: Model) -> tuple[Formatter, int]:
-    """Return what turns the reference's texts into tokens, and its context in tokens."""
-    from can_dist.modeling.formatter import Formatter
-
-    longest = context_length(load_model_config(reference, "causal language model"))
-    return Formatter(load_tokenizer(reference), reference.template), longest
+def context_of(reference: Model) -> int:
+    """Return the context of the reference, in tokens."""
+    return context_length(load_model_config(reference, "causal language model"))
 
 
 def tokenise(reference: Model, formatter: Formatter, longest: int, rows: Sequence[dict[str, Any]], source: str) -> None:
     """Add ``token_ids`` and ``num_tokens`` to rows of responses; one that ended by itself has its end token.
 
-    Raises
-    ------
-    DataError
-        When tokens read back as another text, or do not fit the reference's context (``longest``) with their prompt.
+    Raises:
+        DataError: Tokens read back as another text, or do not fit the reference's context (``longest``, in tokens)
+            with their prompt.
     """
     unread, too_long = [], []
     for row in rows:
-        row["token_ids"] = _tokens(formatter, row)
+        is_complete = row["finish_reason"] != "length"
+        row["token_ids"] = formatter.response_ids(row["messages"], row["text"], is_complete=is_complete)
         row["num_tokens"] = len(row["token_ids"])
-        read = formatter.tokenizer.decode(row["token_ids"], skip_special_tokens=True)
-        if "".join(read.split()) != "".join(row["text"].split()):  # tokenizers may tidy white space
-            unread.append(f"{row['response_id']} ({row['text'][:40]!r} reads back as {read[:40]!r})")
+        if (other := formatter.read_back(row["token_ids"], row["text"])) is not None:
+            unread.append(f"{row['response_id']} ({row['text'][:40]!r} reads back as {other[:40]!r})")
         length = len(formatter.prompt_ids(row["messages"])) + row["num_tokens"]
         if length > longest:
             too_long.append(f"{row['response_id']} ({length} tokens)")
@@ -137,10 +132,3 @@ def tokenise(reference: Model, formatter: Formatter, longest: int, rows: Sequenc
             f"{source}: {len(too_long)} of {len(rows)} responses do not fit the context of {reference.model!r} with "
             f"their prompts ({longest} tokens): {', '.join(too_long[:5])}. Shorten or remove them."
         )
-
-
-def _tokens(formatter: Formatter, row: Mapping[str, Any]) -> list[int]:
-    if row["finish_reason"] != "length":
-        return formatter.response_ids(row["messages"], row["text"])
-    ids: list[int] = formatter.tokenizer(row["text"], add_special_tokens=False).input_ids  # it was cut: no end token
-    return ids

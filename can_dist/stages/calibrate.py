@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 from scipy.special import expit
 
 from can_dist.errors import DataError
-from can_dist.modeling.loading import resolve_precision
+from can_dist.modeling.precision import resolve_precision
 from can_dist.reporting.figures.reliability import draw_reliability
-from can_dist.scoring.protocol import LogProb, PolicyRatio, scorer_identity
+from can_dist.scoring.kinds import scorer_identity
+from can_dist.scoring.protocol import LogProb, PolicyRatio
 from can_dist.stages.score import score
 from can_dist.tables.artifacts import Artifact, atomic_file, write_json, write_part
 from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE, RESPONSES

@@ -9,10 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from can_dist.config import Constraint, Model, identity
-from can_dist.measuring.gains import gains_table
-from can_dist.modeling.loading import model_digest, resolve_precision
-from can_dist.scoring.protocol import LogProb, ScorerSpec, scorer_identity
+from can_dist.config import Model
+from can_dist.config.base import identity
+from can_dist.config.sections import Constraint
+from can_dist.measuring.gains import (
+    gains_table,
+)
+from can_dist.modeling.formatter import text_identity
+from can_dist.modeling.loading import model_digest
+from can_dist.modeling.precision import resolve_precision
+from can_dist.scoring.kinds import scorer_identity
+from can_dist.scoring.protocol import LogProb, ScorerSpec
 from can_dist.stages.generate import generate
 from can_dist.stages.ingest import ingest_benign
 from can_dist.stages.report import PAGE, REPORT, Lineage, build_report, log_ratio, method_title
@@ -100,7 +107,7 @@ def _basis(
     options, precision = work.config.generate, resolve_precision(work.config.precision)
     prompts = sorted(set(inputs["scores_before"].table.column("prompt_id").to_pylist()))
     return {
-        "reference": {"weights": model_digest(reference), "template": reference.template},
+        "reference": {"weights": model_digest(reference), **text_identity(reference)},
         "held_out_prompts": digest_of(prompts),
         "sampling": {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens")}
         | {"stop": list(options.stop)},

@@ -10,10 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from can_dist.config import Generate, Model, identity
+from can_dist.config import Model
+from can_dist.config.base import identity
+from can_dist.config.sections import Generate
 from can_dist.errors import DataError
-from can_dist.modeling.formatter import convention
-from can_dist.modeling.loading import model_digest, resolve_precision
+from can_dist.modeling.formatter import convention, open_formatter, text_identity
+from can_dist.modeling.loading import model_digest
+from can_dist.modeling.precision import resolve_precision
 from can_dist.tables.artifacts import Artifact, StageDirectory, load_artifact, write_part
 from can_dist.tables.schemas import PROMPTS, RESPONSES, check_schema
 from can_dist.workspace import Workspace
@@ -31,25 +34,23 @@ def generate(work: Workspace, model: Model, prompts: Artifact, *, split: str, ro
     A response's randomness is its own (seed, prompt_id, k), and the batches are cut from the prompts' order alone,
     so neither the number of actors nor the shard size changes a response.
 
-    Raises
-    ------
-    DataError
-        When a prompt and ``max_new_tokens`` do not fit the model's context (prompt ids listed).
+    Raises:
+        DataError: A prompt and ``max_new_tokens`` do not fit the model's context (prompt ids listed).
     """
     config = work.config
     num_responses = config.evaluate.num_responses if split == "test" else config.generate.num_responses
     options = config.generate.model_copy(update={"num_responses": num_responses})
     precision = resolve_precision(config.precision)
-    what = {
+    identity_of_stage = {
         "model": model_digest(model),
-        "template": model.template,
+        **text_identity(model),
         "split": split,
         "seed": config.seed,
         "precision": precision,
         "options": identity(options, exclude=ELSEWHERE),
     }
     label = f"{role} on {split}"
-    stage = work.open("generate", label, what, {"prompts": prompts})
+    stage = work.open("generate", label, identity_of_stage, {"prompts": prompts})
     if stage.finished:
         return stage.finished
     if options.engine == "vllm":
@@ -88,34 +89,31 @@ def commit_responses(stage: StageDirectory, model: Model, num_prompts: int, part
 def check_truncated(work: Workspace, responses: Artifact) -> Artifact:
     """Return responses of which no more than ``generate.max_truncated`` were cut at ``max_new_tokens``; tell of many.
 
-    Raises
-    ------
-    DataError
-        When more were cut: what a scorer says of the beginning of a text need not hold of the text.
+    Raises:
+        DataError: More were cut: what a scorer says of the beginning of a text need not hold of the text.
     """
     options = work.config.generate
     num_cut, num_all = responses.info["finish_reason"].get("length", 0), responses.info["num_responses"]
-    found = (
+    counted = (
         f"{responses.path.name}: {num_cut} of {num_all} responses ({num_cut / num_all:.0%}) were cut at "
         f"generate.max_new_tokens = {options.max_new_tokens}"
     )
     if num_cut > options.max_truncated * num_all:
         raise DataError(
-            f"{found}; generate.max_truncated allows {options.max_truncated:.0%}. Raise generate.max_new_tokens, or "
+            f"{counted}; generate.max_truncated allows {options.max_truncated:.0%}. Raise generate.max_new_tokens, or "
             "generate.max_truncated if a text's beginning is enough for your scorers."
         )
     if num_cut > MANY_TRUNCATED * num_all:
-        work.say(f"{found}; their scores may depend on what is missing (generate.max_truncated makes it an error)")
+        work.say(f"{counted}; their scores may depend on what is missing (generate.max_truncated makes it an error)")
     return responses
 
 
 def check_prompts_fit(model: Model, prompts: pa.Table, max_new_tokens: int) -> None:
     """Raise ``DataError`` listing the prompts that leave no room for a response in the model's context."""
-    from can_dist.modeling.formatter import Formatter
     from can_dist.modeling.loading import check_vocabulary, context_length
 
-    tokenizer, config = check_vocabulary(model)
-    formatter = Formatter(tokenizer, model.template)
+    _, config = check_vocabulary(model)
+    formatter = open_formatter(model)
     room = context_length(config) - max_new_tokens
     lengths = {row["prompt_id"]: len(formatter.prompt_ids(row["messages"])) for row in prompts.to_pylist()}
     too_long = [f"{prompt_id} ({length} tokens)" for prompt_id, length in lengths.items() if length > room]
@@ -147,14 +145,12 @@ class GenerateJob:
 
     def load(self) -> Any:
         """Open prompts, model, tokenizer and formatter."""
-        from can_dist.modeling.formatter import Formatter
-        from can_dist.modeling.loading import device, generation_config, load_causal_lm, load_tokenizer
+        from can_dist.modeling.loading import load_causal_lm
         from can_dist.modeling.policy_probe import check_probe, probe_length
-        from can_dist.modeling.sampling import end_token_ids
+        from can_dist.modeling.precision import device
         from can_dist.modeling.vllm_engine import logp, open_engine
 
-        tokenizer = load_tokenizer(self.model)
-        formatter = Formatter(tokenizer, self.model.template)
+        formatter = open_formatter(self.model)
         prompts = prompts_of_split(self.prompts_path, self.split)
         model: Any
         if self.options.engine == "vllm":
@@ -162,10 +158,10 @@ class GenerateJob:
             longest = max(longest + self.options.max_new_tokens, probe_length(self.model.model))
             model = open_engine(self.model, self.precision, longest)
             check_probe(model, self.model.model, self.precision, logp)
-            return prompts, model, tokenizer, formatter, end_token_ids(generation_config(self.model), tokenizer)
+            return prompts, model, formatter
         model = load_causal_lm(self.model, self.precision).eval().to(device())
         check_probe(model, self.model.model, self.precision)
-        return prompts, model, tokenizer, formatter, end_token_ids(model.generation_config, tokenizer)
+        return prompts, model, formatter
 
     def process(self, loaded: Any, shard: int) -> None:
         """Sample and commit one shard."""
@@ -204,16 +200,17 @@ class GenerateJob:
     def _sample_batch(self, loaded: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         from can_dist.modeling import sampling, vllm_engine
 
-        _, model, tokenizer, formatter, end_ids = loaded
+        _, model, formatter = loaded
+        tokenizer, end_ids = formatter.tokenizer, formatter.end_ids
         options, num_responses = self.options, self.options.num_responses
         prompt_ids = [formatter.prompt_ids(row["messages"]) for row in rows]
         pairs = [(row, ids, k) for row, ids in zip(rows, prompt_ids, strict=True) for k in range(num_responses)]
         seeds = [sampling.row_seed(self.seed, row["prompt_id"], k) for row, _, k in pairs]
-        asked = [ids for _, ids, _ in pairs]
+        ids_R = [ids for _, ids, _ in pairs]
         if options.engine == "vllm":
-            samples = vllm_engine.sample(model, asked, seeds, options, end_ids)
+            samples = vllm_engine.sample(model, ids_R, seeds, options, end_ids)
         else:
-            samples = sampling.sample(model, tokenizer, asked, seeds, options, end_ids)
+            samples = sampling.sample(model, tokenizer, ids_R, seeds, options, end_ids)
         return [
             {
                 "prompt_id": row["prompt_id"],

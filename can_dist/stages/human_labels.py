@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from can_dist.config import Human, identity
+from can_dist.config import Human
+from can_dist.config.base import identity
 from can_dist.errors import DataError
 from can_dist.stages.examples import Row, commit, example, join, listed, note, pair_id, useless
 from can_dist.tables.artifacts import Artifact

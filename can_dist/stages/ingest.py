@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from can_dist.config import DataSource, Model, Prompts
+from can_dist.config import DataSource, Model
+from can_dist.config.sections import Prompts
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling.loading import model_digest
 from can_dist.stages.held_out import HeldOut
@@ -186,12 +188,13 @@ def ingest_pairs(
         DataError: the source cannot be read, ``mismatched`` is wanted of pairs of one prompt only, or every pair is too
             long.
     """
-    from can_dist.modeling.formatter import convention
+    from can_dist.modeling.formatter import TOKENISATION, convention, text_identity
 
     identity = {
         "source": source_identity(source),
         "reference": model_digest(reference),
-        "template": reference.template,
+        **text_identity(reference),
+        "tokenisation": TOKENISATION,
         "mismatched": mismatched,
     }
     held_out = HeldOut.of(prompts)
@@ -207,12 +210,16 @@ def ingest_pairs(
     pairs = [(n, pair) for n, pair in enumerate(read.table.to_pylist()) if not held_out.says(pair["messages"])]
     num_held_out = read.table.num_rows - len(pairs)
     held_out.tell_alike(work, source.source, [pair for _, pair in pairs])
-    rows, too_long = _given_rows(reference, pairs, source.source, mismatched)
-    _tell_too_long(work, source.source, too_long, len(pairs), reference)
+    rows, left_out = _given_rows(reference, pairs, source.source, mismatched)
+    _tell_left_out(work, source.source, left_out.too_long, len(pairs), f"longer than {left_out.context}")
+    _tell_left_out(
+        work, source.source, left_out.unread, len(pairs), f"with another text in the tokens of {reference.model}"
+    )
     for part, first in enumerate(range(0, len(rows), SHARD_ROWS)):
         write_part(stage.path, part, pa.Table.from_pylist(rows[first : first + SHARD_ROWS], schema=GIVEN_RESPONSES))
     info = _info(read) | {
-        "counts": {**read.counts, "held_out": num_held_out, "too_long": len(too_long)},
+        "counts": {**read.counts, "held_out": num_held_out, "too_long": len(left_out.too_long)}
+        | ({"unread": len(left_out.unread)} if left_out.unread else {}),
         "mismatched": mismatched,
         "names_criteria": read.names_criteria,
         "text": convention(reference),
@@ -220,18 +227,28 @@ def ingest_pairs(
     return stage.commit(info=info)
 
 
+@dataclass(frozen=True)
+class _LeftOut:
+    """Numbers of the pairs that are left out: too long for the reference's context, or another text in its tokens."""
+
+    too_long: list[str]
+    unread: list[str]
+    context: str
+
+
 def _given_rows(
     reference: Model, pairs: Sequence[tuple[int, dict[str, Any]]], source: str, mismatched: bool
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the rows of numbered pairs, tokenised, and which pairs the reference's context does not hold."""
-    from can_dist.modeling.formatter import Formatter
-    from can_dist.modeling.loading import context_length, load_model_config, load_tokenizer
+) -> tuple[list[dict[str, Any]], _LeftOut]:
+    """Return the rows of numbered pairs, tokenised, and the pairs that are left out."""
+    from can_dist.modeling.formatter import open_formatter
+    from can_dist.modeling.loading import context_length, load_model_config
 
     others = _pairs_of_other_prompts([pair for _, pair in pairs], source) if mismatched else []
-    formatter = Formatter(load_tokenizer(reference), reference.template)
+    formatter = open_formatter(reference)
     context = context_length(load_model_config(reference, "model"))
     rows: list[dict[str, Any]] = []
     too_long: list[str] = []
+    unread: list[str] = []
     for index, (number, pair) in enumerate(pairs):
         given: list[dict[str, Any]] = []
         for side in "ab":
@@ -241,11 +258,14 @@ def _given_rows(
                 text = others[index][f"response_{side}"]
                 given.append(_given_response(formatter, pair, f"{response_id}-other", text, UNLABELLED))
         longest = len(formatter.prompt_ids(pair["messages"])) + max(row["num_tokens"] for row in given)
-        if longest > context:
+        others_read = [formatter.read_back(row["token_ids"], row["text"]) for row in given]
+        if wrong := [text for text in others_read if text is not None]:
+            unread.append(f"row {number} (reads back as {wrong[0][:40]!r})")
+        elif longest > context:
             too_long.append(f"row {number} ({longest} tokens)")
         else:
             rows += given
-    return rows, too_long
+    return rows, _LeftOut(too_long, unread, f"{reference.model}'s context of {context} tokens")
 
 
 def _info(read: PromptsRead | PreferencesRead) -> dict[str, Any]:
@@ -286,17 +306,14 @@ def check_criteria(lessons: Sequence[tuple[Artifact, str]], method: str, remedy:
             )
 
 
-def _tell_too_long(work: Workspace, source: str, too_long: Sequence[str], of: int, reference: Model) -> None:
-    """Say which pairs are left out: cutting them would change what people judged."""
-    if not too_long:
+def _tell_left_out(work: Workspace, source: str, pairs: Sequence[str], total: int, reason: str) -> None:
+    """Say which pairs are left out, and why: cutting or rewriting them would change what people judged."""
+    if not pairs:
         return
-    from can_dist.modeling.loading import context_length, load_model_config
-
-    limit = f"{reference.model}'s context of {context_length(load_model_config(reference, 'model'))}"
-    told = f"{source}: {len(too_long)} of {of} pair(s) longer than {limit} tokens: {', '.join(too_long[:5])}"
-    if len(too_long) == of:
-        raise DataError(f"{told}. None is left; use a reference with a longer context.")
-    work.say(f"{told}; left out")
+    counted = f"{source}: {len(pairs)} of {total} pair(s) {reason}: {', '.join(pairs[:5])}"
+    if len(pairs) == total:
+        raise DataError(f"{counted}. None is left; use a reference with a longer context, or that reads these texts.")
+    work.say(f"{counted}; left out")
 
 
 def _labels(pair: dict[str, Any], side: str) -> dict[str, int]:
@@ -314,7 +331,7 @@ def _given_response(
         "prompt_id": pair["prompt_id"],
         "response_id": response_id,
         "messages": pair["messages"],
-        "text": text,
+        "text": text.strip(),
         "token_ids": tokens,
         "num_tokens": len(tokens),
         "finish_reason": "given",

@@ -11,7 +11,8 @@ from itertools import combinations
 
 import numpy as np
 
-from can_dist.config import Label, identity
+from can_dist.config.base import identity
+from can_dist.config.sections import Label
 from can_dist.errors import DataError
 from can_dist.stages.examples import Row, commit, draw, example, join, listed, note, pair_id, stream, useless
 from can_dist.stages.solve import load_solution

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from can_dist.config import METHODS, Constraint, identity
+from can_dist.config import METHODS
+from can_dist.config.base import identity
+from can_dist.config.sections import Constraint
 from can_dist.dual import estimate_line, verdict
 from can_dist.measuring.examination import examine
 from can_dist.measuring.gains import (

@@ -14,22 +14,13 @@ from safetensors.numpy import load, save
 
 from can_dist.config import MultiHead
 from can_dist.errors import DataError
+from can_dist.modeling.classifiers import output_weights
 from can_dist.modeling.formatter import require_convention
-from can_dist.modeling.loading import load_model_config, output_weights, resolve_precision
+from can_dist.modeling.loading import load_model_config
+from can_dist.modeling.precision import resolve_precision
+from can_dist.scoring.kinds import check_scorer_opens, halved, load_scorer, scorer_identity, shown_name
 from can_dist.scoring.log_ratio import check_one_reference, log_ratio
-from can_dist.scoring.protocol import (
-    ActorSpec,
-    LogProb,
-    Outputs,
-    PolicyRatio,
-    Response,
-    ScorerSpec,
-    check_scorer_opens,
-    halved,
-    load_scorer,
-    scorer_identity,
-    shown_name,
-)
+from can_dist.scoring.protocol import ActorSpec, LogProb, Outputs, PolicyRatio, Response, ScorerSpec
 from can_dist.stages.score_cache import keep, look_up, open_cache, score_keys
 from can_dist.tables.artifacts import (
     Artifact,

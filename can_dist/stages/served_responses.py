@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from can_dist.config import Generate, Model, identity
+from can_dist.config import Model
+from can_dist.config.base import identity
 from can_dist.config.endpoints import GenerateEndpoint
+from can_dist.config.sections import Generate
 from can_dist.console import interruptible, progress
 from can_dist.endpoints import open_client, refused, unreachable
-from can_dist.errors import DataError, EnvironmentProblem
+from can_dist.errors import ConfigError, DataError, EnvironmentProblem
+from can_dist.modeling.formatter import open_formatter, response_identity
 from can_dist.modeling.loading import model_digest
-from can_dist.stages.brought_responses import open_formatter, response_row, tokenise
+from can_dist.stages.brought_responses import context_of, response_row, tokenise
 from can_dist.stages.generate import check_prompts_fit, commit_responses, prompts_of_split
 from can_dist.tables.artifacts import Artifact, write_part
 from can_dist.tables.schemas import RESPONSES
@@ -43,28 +46,29 @@ def ask_for_responses(
     Texts are tokenised again by the reference's tokenizer (:func:`can_dist.stages.brought_responses.tokenise`). A
     finished shard is kept: the same command continues after the last one.
 
-    Raises
-    ------
-    EnvironmentProblem
-        When the endpoint is down, slow, rate-limited beyond all retries, or refuses the key or the model.
-    DataError
-        When it refuses a prompt, answers something else than a completion, or ends one for a reason of its own.
+    Raises:
+        ConfigError: The endpoint is to fill the chat template with other options than the reference's.
+        EnvironmentProblem: The endpoint is down, slow, rate-limited beyond all retries, or refuses the key or the
+            model, or a proxy stands between.
+        DataError: It refuses a prompt, answers something else than a completion, ends one for a reason of its own, or
+            takes parts of it out of the text.
     """
     options = work.config.generate
-    what = {
+    identity_of_stage = {
         "model": model_digest(reference),
-        "template": reference.template,
+        **response_identity(reference),
         "seed": work.config.seed,
         "options": identity(options),
     }
     if split != "train":
-        what["split"] = split
-    stage = work.open("generate", f"reference on {split}", what, {"prompts": prompts})
+        identity_of_stage["split"] = split
+    stage = work.open("generate", f"reference on {split}", identity_of_stage, {"prompts": prompts})
     if stage.finished:
         return stage.finished
     table = prompts_of_split(prompts.path, split)
     check_prompts_fit(reference, table, options.max_new_tokens)
-    formatter, longest = open_formatter(reference)
+    formatter, longest = open_formatter(reference), context_of(reference)
+    request_of(endpoint, formatter)
     starts = range(0, table.num_rows, options.shard_prompts)
     todo = [(shard, start) for shard, start in enumerate(starts) if shard not in stage.finished_parts()]
     label, total = f"reference on {split}, by an endpoint", table.num_rows * options.num_responses
@@ -101,12 +105,29 @@ def _check_sampled(rows: Sequence[Mapping[str, Any]], options: Generate, endpoin
     for row in rows:
         texts.setdefault(row["prompt_id"], set()).add(row["text"])
     # a prompt or two may have one answer only
-    if options.num_responses > 1 and len(texts) >= ENOUGH and all(len(found) == 1 for found in texts.values()):
+    if options.num_responses > 1 and len(texts) >= ENOUGH and all(len(distinct) == 1 for distinct in texts.values()):
         raise DataError(
             f"{_where(endpoint)}: all {options.num_responses} responses to each of {len(texts)} prompts are the same "
             f"({rows[0]['response_id']}: {rows[0]['text'][:40]!r}). The server decodes greedily or ignores the seed: "
             "give its option for sampling in generate.endpoint.request, or raise generate.temperature."
         )
+
+
+def request_of(endpoint: GenerateEndpoint, formatter: Formatter) -> dict[str, Any]:
+    """Return what is sent beside the messages: the user's keys, and the options of the reference's chat template.
+
+    Raises:
+        ConfigError: The request sets other options than the reference's.
+    """
+    if not formatter.options:
+        return dict(endpoint.request)
+    given = endpoint.request.get("chat_template_kwargs", formatter.options)
+    if given != formatter.options:
+        raise ConfigError(
+            f"generate.endpoint.request: chat_template_kwargs is {given}, reference.template_options are "
+            f"{formatter.options}. They are sent by themselves: leave chat_template_kwargs out."
+        )
+    return {**endpoint.request, "chat_template_kwargs": formatter.options}
 
 
 @dataclass(frozen=True)
@@ -135,7 +156,12 @@ class Sampler:
             raise EnvironmentProblem(reason) from None
         except (OpenAIError, ValueError) as error:  # a body that is not the JSON its header promises
             raise DataError(_no_completion(where, type(error).__name__)) from None
-        text, finish_reason = _first_choice(completion)
+        text, finish_reason, apart = _first_choice(completion)
+        if apart:
+            raise DataError(
+                f"{where}: the server takes {', '.join(apart)} out of the response, so its text is not what the "
+                "reference wrote. Start it without a parser of reasoning and tool calls."
+            )
         if not isinstance(text, str):
             raise DataError(_no_completion(where, "no text in it"))
         if finish_reason not in ("stop", "length"):
@@ -155,7 +181,7 @@ class Sampler:
             "temperature": options.temperature,
             "top_p": options.top_p,
             "max_tokens": options.max_new_tokens,
-            "extra_body": self.endpoint.request,
+            "extra_body": request_of(self.endpoint, self.formatter),
         }
         if options.stop:
             common["stop"] = list(options.stop)
@@ -164,13 +190,18 @@ class Sampler:
         return self.client.completions.create(prompt=self.formatter.plain_prompt(prompt["messages"]), **common)
 
 
-def _first_choice(completion: Any) -> tuple[Any, Any]:
-    """Return text and finish reason as they came: the client does not check what it was sent."""
+APART = ("reasoning_content", "reasoning", "tool_calls")
+"""Where servers put the parts of a response that they take out of its text."""
+
+
+def _first_choice(completion: Any) -> tuple[Any, Any, list[str]]:
+    """Return text, finish reason and what was taken out of the text, as it came: the client checks nothing."""
     choices = getattr(completion, "choices", None)
     choice = choices[0] if choices else None
     message = getattr(choice, "message", None)
     text = getattr(choice, "text", None) if message is None else getattr(message, "content", None)
-    return text, getattr(choice, "finish_reason", None)
+    apart = [name for name in APART if message is not None and getattr(message, name, None)]
+    return text, getattr(choice, "finish_reason", None), apart
 
 
 def _where(endpoint: GenerateEndpoint) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow.compute as pc
 
-from can_dist.config import Constraint
+from can_dist.config.sections import Constraint
 from can_dist.dual import ScoreTable, evaluate
 from can_dist.dual.table import FloatArray
 from can_dist.errors import DataError

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from can_dist.config import Constraint, identity
+from can_dist.config.base import identity
+from can_dist.config.sections import Constraint
 from can_dist.dual import DualSolution, Margin, ScoreTable, solve_table
 from can_dist.dual.messages import misread_hints
 from can_dist.errors import InfeasibleConstraint

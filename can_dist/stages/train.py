@@ -16,17 +16,19 @@ from typing import Any
 from can_dist import errors
 from can_dist.cluster.connection import connect
 from can_dist.cluster.places import check_room_for_workers
-from can_dist.config import Config, Model, identity
+from can_dist.config import Config, Model
+from can_dist.config.base import identity
 from can_dist.console import interruptible, progress
 from can_dist.errors import CanDistError, ConfigError, EnvironmentProblem, Interrupted
-from can_dist.modeling.formatter import require_convention
-from can_dist.modeling.loading import model_digest, resolve_precision
+from can_dist.modeling.formatter import require_convention, text_identity
+from can_dist.modeling.loading import model_digest
 from can_dist.modeling.policy_probe import PROBE
+from can_dist.modeling.precision import resolve_precision
 from can_dist.tables.artifacts import Artifact, StageDirectory, write_json
 from can_dist.training import ADAPTER, CHECKPOINTS, CURVE, POLICY, STOP, SUMMARY
 from can_dist.training.batches import num_steps
 from can_dist.training.checkpoints import writing
-from can_dist.training.deepspeed_config import read_ds_config
+from can_dist.training.deepspeed_config import accumulation, read_ds_config
 from can_dist.training.extensions import extensions_directory
 from can_dist.training.heartbeat import HANG, RANKS, read_hang
 from can_dist.training.metrics import METRICS, RESUMED, loss_above_start, read_metrics, training_curve
@@ -133,20 +135,24 @@ def policy_model(policy: Policy, reference: Model) -> Model:
     if isinstance(policy, Model):
         return policy
     policy.check()
-    return Model(model=str(policy.path / POLICY), template=reference.template)
+    return Model(
+        model=str(policy.path / POLICY), template=reference.template, template_options=reference.template_options
+    )
 
 
 def _open(
     work: Workspace, config: Config, models: Mapping[str, Model], inputs: Mapping[str, Artifact], beta: float
 ) -> StageDirectory:
+    ds_config, precision = read_ds_config(config.train.ds_config), resolve_precision(config.precision)
     identity_keys = {
         **{name: model_digest(model) for name, model in models.items()},
-        "template": models["reference"].template,
+        **text_identity(models["reference"]),
         "train": identity(config.train, exclude=["ds_config"]),
-        "ds_config": read_ds_config(config.train.ds_config),
+        "ds_config": ds_config,
+        **accumulation(ds_config, precision),
         "beta": beta,
         "seed": config.seed,
-        "precision": resolve_precision(config.precision),
+        "precision": precision,
         "record": 3,  # the files beside the weights; 2: the curve, and the adapter; 3: the probe
     }
     return work.open("train", "policy", identity_keys, inputs)

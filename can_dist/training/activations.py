@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from can_dist.config import Model, Train
+from can_dist.config import Model
+from can_dist.config.sections import Train
 from can_dist.errors import ConfigError
 from can_dist.modeling.loading import empty_causal_lm
 from can_dist.modeling.logprobs import ResponseModel
@@ -41,7 +42,14 @@ class Pass:
 
 
 class Shell:
-    """A model without storage, made ready as training does, with a head of ``head_bytes`` of logits at a time."""
+    """A model without storage, made ready as training does, with a head of ``head_bytes`` of logits at a time.
+
+    Args:
+        spec: The model.
+        train: The options of the training.
+        precision: 'bf16' or 'fp32'.
+        head_bytes: Bytes of float32 logits that exist at a time.
+    """
 
     def __init__(self, spec: Model, train: Train, precision: str, head_bytes: int) -> None:
         self.name = spec.model
@@ -56,18 +64,22 @@ class Shell:
 
     def parameters(self) -> Parameters:
         """Return the elements of every parameter, a tied one once."""
-        found = list(self.model.parameters())
+        weights = list(self.model.parameters())
         return Parameters(
-            tuple(p.numel() for p in found if p.requires_grad), tuple(p.numel() for p in found if not p.requires_grad)
+            tuple(p.numel() for p in weights if p.requires_grad),
+            tuple(p.numel() for p in weights if not p.requires_grad),
         )
 
     def count(self, tokens: int, response_tokens: int, *, varlen: bool) -> Pass:
-        """Count a pass of a pack of pairs; ``varlen`` counts the attention kernel of a GPU in half precision.
+        """Count a pass of a pack of pairs.
 
-        Raises
-        ------
-        ConfigError
-            When the model is one that training pads, which is not counted.
+        Args:
+            tokens: Tokens of the pack.
+            response_tokens: Tokens of each response.
+            varlen: Whether attention is the kernel of a GPU in half precision.
+
+        Raises:
+            ConfigError: When the model is one that training pads, which is not counted.
         """
         pack = make_pack(_pairs(tokens, response_tokens), "shared")
         attention = _counted_varlen() if varlen else contextlib.nullcontext()

@@ -18,15 +18,16 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 
-from can_dist.config import Model, Train
+from can_dist.config import Model
+from can_dist.config.sections import Train
 from can_dist.console import progress
 from can_dist.errors import CanDistError, Interrupted, NumericalError
-from can_dist.modeling.formatter import Formatter
+from can_dist.modeling.formatter import open_formatter
 from can_dist.modeling.loading import context_length, load_causal_lm, load_tokenizer
 from can_dist.modeling.logprobs import ResponseModel, choose_layout
 from can_dist.modeling.policy_probe import write_probe
 from can_dist.tables.artifacts import load_artifact, write_json
-from can_dist.training import CHECKPOINTS, POLICY, STOP, SUMMARY, batches, checkpoints, ranks
+from can_dist.training import CHECKPOINTS, POLICY, STOP, SUMMARY, batches, checkpoints, ranks, room
 from can_dist.training.batches import Batch, Example, Slot
 from can_dist.training.deepspeed_config import build_ds_config, read_ds_config
 from can_dist.training.export import export_policy
@@ -60,9 +61,14 @@ class TrainSpec(BaseModel):
 def train_worker(spec_json: str) -> None:
     """Train on this rank of an initialised or launched process group, export the policy, leave the group.
 
-    A ``CanDistError`` is raised on all ranks alike, and ``Interrupted`` when one was asked to stop and a checkpoint is
-    committed. Any other exception leaves at once: the launcher or Ray Train sees the dead rank and stops the others,
-    which a rank waiting in a barrier would delay.
+    Args:
+        spec_json: A ``TrainSpec`` as JSON, the same on all ranks.
+
+    Raises:
+        CanDistError: On all ranks alike.
+        Interrupted: On all ranks, when one was told to stop and a checkpoint is committed. Any other exception leaves
+            at once: the launcher or Ray Train sees the dead rank and stops the others, which a rank waiting in a
+            barrier would delay.
     """
     spec = TrainSpec.model_validate_json(spec_json)
     ranks.join(spec.hang_timeout_s)
@@ -83,7 +89,7 @@ def _train(spec: TrainSpec, beats: Heartbeat) -> None:
         ds_config = build_ds_config(read_ds_config(train.ds_config), train, spec.precision)
         tokenizer = load_tokenizer(spec.reference)
         preferences = load_artifact(spec.preferences)
-        formatter = Formatter(tokenizer, spec.reference.template)
+        formatter = open_formatter(spec.reference)
         context = context_length(_model_config(spec.start))
         examples, validation = batches.load_examples(preferences, formatter, context)
     ranks.require_same(preferences.digest, f"content of {spec.preferences}")
@@ -93,12 +99,16 @@ def _train(spec: TrainSpec, beats: Heartbeat) -> None:
     checkpoint = checkpoints.newest(spec.directory / CHECKPOINTS)
     first = checkpoint.step if checkpoint else 0
     ds_config |= checkpoint.ds_config if checkpoint else {}
+    beats.at("counting memory")
+    with ranks.agreed():
+        if rank == 0 and torch.cuda.is_available():
+            _require_room(spec, ds_config, [*examples, *validation])
     beats.at("loading the model")
     model, partitioned = _build_model(spec, ds_config)
     engine = _initialize(ResponseModel(model), ds_config, train, total)
     if checkpoint:
         checkpoints.load(engine, checkpoint, adapters_only=train.lora is not None)
-    layout = _layout(engine)
+    layout, sentence = _layout(engine)
     log = None
     if rank == 0:
         log = MetricsLog(spec.directory, first, _trackers(spec, first))
@@ -112,14 +122,22 @@ def _train(spec: TrainSpec, beats: Heartbeat) -> None:
         if log is not None:
             log.close()
             write_probe(spec.directory, groups, probe_logp_R, spec.precision)
-            write_json(spec.directory / SUMMARY, _summary(spec, examples, total))
+            write_json(spec.directory / SUMMARY, _summary(spec, examples, total, sentence))
 
 
-def _summary(spec: TrainSpec, examples: Sequence[Example], total: int) -> dict[str, int]:
+def _summary(spec: TrainSpec, examples: Sequence[Example], total: int, sentence: str) -> dict[str, int | str]:
     size = spec.train.batch_size
     chosen = (batches.global_batch(len(examples), size, spec.seed, step) for step in range(total))
     tokens = sum(examples[index].num_tokens for batch in chosen for index in batch.tolist())
-    return {"num_steps": total, "num_examples": len(examples), "num_tokens": tokens}
+    return {"num_steps": total, "num_examples": len(examples), "num_tokens": tokens, "attention": sentence}
+
+
+def _require_room(spec: TrainSpec, ds_config: dict[str, Any], examples: Sequence[Example]) -> None:
+    num_ranks = dist.get_world_size()
+    tokens = room.largest_pack(examples, spec.train, num_ranks)
+    responses = room.mean_response(examples)
+    demand = room.Demand(spec.start, spec.train, spec.precision, ds_config, num_ranks, tokens, responses)
+    room.require_room(demand, torch.cuda.get_device_properties(0).total_memory, ranks.say)
 
 
 def _trackers(spec: TrainSpec, first: int) -> list[Tracker]:
@@ -156,12 +174,19 @@ def _initialize(model: Any, ds_config: dict[str, Any], train: Train, total: int)
     return engine
 
 
-def _layout(engine: Any) -> str:
-    """Choose the layout of the packs, the same on all ranks: every rank computes the same passes of the probe."""
+def _layout(engine: Any) -> tuple[str, str]:
+    """Choose the layout of the packs, the same on all ranks: every rank computes the same passes of the probe.
+
+    Returns:
+        The layout, and what was said of it: what a pass computes, by which attention, and why.
+    """
     engine.eval()
-    layout = choose_layout(engine.module, engine, ranks.say)
+    sentences: list[str] = []
+    layout = choose_layout(engine.module, engine, sentences.append)
+    for sentence in sentences:
+        ranks.say(sentence)
     ranks.require_same(layout, "layout of its packs")
-    return layout
+    return layout, "; ".join(sentences)
 
 
 class _Loop:
@@ -261,8 +286,7 @@ class _Loop:
                 f"{expected:.6f}: the stored reference log-probabilities are not those of this model on these tokens."
             )
         if self.spec.start == self.spec.reference:
-            where = self.spec.preferences
-            check_reference(self.engine, self.examples, self.layout, self.spec.precision, where)
+            check_reference(self.engine, self.examples, self.layout, self.spec.precision, self.spec.preferences)
         if self.log is not None:
             self.log.write(0, values)
         if self.validation:
@@ -292,11 +316,11 @@ class _Loop:
         return self._packs_of([self.examples[index] for index in self._chosen(step)])
 
     def _packs_of(self, examples: Sequence[Example]) -> tuple[list[list[Slot]], list[list[Slot]]]:
-        where = (self.spec.train.tokens_per_pack, self.rank, self.world_size)
+        share = (self.spec.train.tokens_per_pack, self.rank, self.world_size)
         if self.loss != "kto":
-            return [], batches.rank_packs(examples, *where)
+            return [], batches.rank_packs(examples, *share)
         others, own = ([example.only(index) for example in examples] for index in (1, 0))
-        return batches.rank_packs(others, *where), batches.rank_packs(own, *where)
+        return batches.rank_packs(others, *share), batches.rank_packs(own, *share)
 
     def _stream(self, packs: Iterable[list[Slot]]) -> Iterator[Batch]:
         pin, workers = self.device.type == "cuda", self.spec.train.collate_workers
@@ -345,8 +369,8 @@ class _Loop:
     def _agree(self, finite: Sequence[torch.Tensor], packs: Sequence[Sequence[Slot]], step: int) -> bool:
         """Return whether any rank was asked to stop; raise on all when a loss on any of them is no finite number."""
         finite_B = torch.cat(list(finite))
-        asked = ranks.stop_wanted() or (self.rank == 0 and (self.spec.directory / STOP).exists())
-        flags = torch.stack([finite_B.all(), torch.tensor(not asked, device=self.device)]).to(torch.int32)
+        stops = ranks.stop_wanted() or (self.rank == 0 and (self.spec.directory / STOP).exists())
+        flags = torch.stack([finite_B.all(), torch.tensor(not stops, device=self.device)]).to(torch.int32)
         dist.all_reduce(flags, op=dist.ReduceOp.MIN)
         all_finite, goes_on = flags.tolist()
         if all_finite:
@@ -354,8 +378,8 @@ class _Loop:
         slots = itertools.chain.from_iterable(packs)
         bad = [slot.example.example_id for slot, ok in zip(slots, finite_B.tolist(), strict=True) if not ok]
         reports = enumerate(ranks.gathered(bad))
-        where = "; ".join(f"rank {rank}: examples {', '.join(ids)}" for rank, ids in reports if ids)
+        places = "; ".join(f"rank {rank}: examples {', '.join(ids)}" for rank, ids in reports if ids)
         raise NumericalError(
-            f"step {step + 1}: the loss is not a finite number, before the update. {where}. "
+            f"step {step + 1}: the loss is not a finite number, before the update. {places}. "
             "Look at these examples; lower train.learning_rate if the loss grew before."
         )

@@ -15,6 +15,7 @@ from can_dist.errors import ConfigError
 FP32 = 4
 # of a rank's memory, left to what no count sees: fragmentation, NCCL, the CUDA context, the C library's own pools
 SPARE = 0.1
+AGREEMENT = 0.15  # a plan is within so much of what was measured (on CPU ranks; on a GPU not yet measured)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,11 @@ class Zero:
 
     @classmethod
     def of(cls, ds_config: Mapping[str, Any], *, num_ranks: int, on_gpu: bool, precision: str) -> Zero:
-        """Read a complete DeepSpeed configuration of ZeRO-3; what it leaves out has DeepSpeed's defaults."""
+        """Read a complete DeepSpeed configuration; what it leaves out has DeepSpeed's defaults.
+
+        Raises:
+            ConfigError: When it is not for ZeRO-3.
+        """
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
         zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
@@ -119,14 +124,24 @@ def gradients(sizes: Parameters, zero: Zero) -> int:
     return (zero.gradient_bytes + copy) * share(sizes.trained, zero.num_ranks)
 
 
-def buckets(sizes: Parameters, zero: Zero) -> int:
-    """Bytes of the bucket that collects whole gradients (782), and of the copy that is reduced (coalesced_collectives).
+def bucket(sizes: Parameters, zero: Zero) -> int:
+    """Bytes of the bucket that collects whole gradients, made whole at the start (782); on a CPU its filled part."""
+    size = zero.reduce_bucket if zero.on_gpu else _filled(sizes, zero)
+    return zero.message_bytes * size if zero.contiguous_gradients else 0
 
-    The bucket is made whole at the start. On a CPU only what is written to it is resident.
+
+def buckets(sizes: Parameters, zero: Zero) -> int:
+    """Bytes of the bucket, of the copy that is reduced (coalesced_collectives), and of this rank's part of it.
+
+    The part is there once more, and wider, when gradients add up in another dtype than they are reduced in (1944).
     """
-    filled = min(zero.reduce_bucket, sum(sizes.trained))
-    bucket = zero.reduce_bucket if zero.on_gpu else filled
-    return zero.message_bytes * ((bucket if zero.contiguous_gradients else 0) + filled)
+    filled = _filled(sizes, zero)
+    wider = zero.gradient_bytes * -(-filled // zero.num_ranks) if zero.gradient_bytes != zero.message_bytes else 0
+    return bucket(sizes, zero) + zero.message_bytes * filled + wider
+
+
+def _filled(sizes: Parameters, zero: Zero) -> int:
+    return min(zero.reduce_bucket, sum(sizes.trained))
 
 
 def persistent(sizes: Parameters, zero: Zero) -> int:
@@ -180,36 +195,39 @@ RESIDENT = ("parameters", "master", "optimizer", "gradients")
 
 def states(sizes: Parameters, zero: Zero) -> States:
     """Put every state where the DeepSpeed configuration puts it; on a CPU rank, host and device are one memory."""
-    found: dict[str, dict[str, int]] = {"device": {}, "cpu": {}, "nvme": {}}
-    found[zero.parameters_on]["parameters"] = weights(sizes, zero)
+    places: dict[str, dict[str, int]] = {"device": {}, "cpu": {}, "nvme": {}}
+    places[zero.parameters_on]["parameters"] = weights(sizes, zero)
     for name, function in (("master", master), ("optimizer", optimizer)):
-        found[zero.states_on][name] = function(sizes, zero)
-    found["cpu" if zero.states_on == "nvme" else zero.states_on]["gradients"] = gradients(sizes, zero)
+        places[zero.states_on][name] = function(sizes, zero)
+    places["cpu" if zero.states_on == "nvme" else zero.states_on]["gradients"] = gradients(sizes, zero)
     if zero.swap_buffers:
         group = min(share(sizes.trained, zero.num_ranks), zero.sub_group + max(sizes.trained, default=0))
-        found["cpu"]["swap_buffers"] = FP32 * group * zero.swap_buffers
+        places["cpu"]["swap_buffers"] = FP32 * group * zero.swap_buffers
     if not zero.on_gpu:
-        found["device"] |= found["cpu"]
-        found["cpu"] = {}
-    found["device"] |= {"buckets": buckets(sizes, zero), "gathered": gathered(sizes, zero)}
-    return States(found["device"], found["cpu"], found["nvme"], step_copy(sizes, zero))
+        places["device"] |= places["cpu"]
+        places["cpu"] = {}
+    places["device"] |= {"buckets": buckets(sizes, zero), "gathered": gathered(sizes, zero)}
+    return States(places["device"], places["cpu"], places["nvme"], step_copy(sizes, zero))
 
 
-def peak_of_a_pass(found: States, pass_bytes: int) -> int:
+def peak_of_a_pass(resting: States, pass_bytes: int) -> int:
     """Bytes on the device at most: everything of the states, and what the model's own passes need at their highest."""
-    return sum(found.device.values()) + pass_bytes
+    return sum(resting.device.values()) + pass_bytes
 
 
-def peak_of_the_step(found: States, sizes: Parameters, zero: Zero) -> int:
+def peak_of_the_step(resting: States, sizes: Parameters, zero: Zero) -> int:
     """Bytes on the device during the update: no activations, the bucket, and the copy of the gradient."""
-    bucket = buckets(sizes, zero) - zero.message_bytes * min(zero.reduce_bucket, sum(sizes.trained))
-    return sum(found.device.get(name, 0) for name in (*RESIDENT, "swap_buffers")) + bucket + found.step_copy
+    kept = sum(resting.device.get(name, 0) for name in (*RESIDENT, "swap_buffers"))
+    return kept + bucket(sizes, zero) + resting.step_copy
 
 
 def largest_budget(memory: int, needs: Mapping[int, int], step: int) -> int:
-    """Tokens of a pack whose peak fits in ``memory`` × (1 − SPARE) bytes; 0 when none do, or the update does not.
+    """Return how many tokens of a pack fit in ``memory`` × (1 − SPARE); 0 when none do, or the update does not.
 
-    ``needs`` are the peaks of two packs by their tokens: a straight line once the head works in chunks.
+    Args:
+        memory: Bytes of a rank.
+        needs: Bytes at the peak of two packs, by their tokens: a straight line once the head works in chunks.
+        step: Bytes at the peak of the update.
     """
     (few, low), (many, high) = sorted(needs.items())
     room = memory * (1 - SPARE)

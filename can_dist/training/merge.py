@@ -13,16 +13,15 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from can_dist.errors import ConfigError, DataError
+from can_dist.modeling.stored import StoredTensor, read_json, stored_tensors
 from can_dist.tables.artifacts import file_digest, write_json
 from can_dist.training.export import INDEX, check_shapes, plan_shards, shard_name
 
@@ -36,21 +35,6 @@ TOKENIZER_MAY_DIFFER = {"padding", "truncation", "version"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
 TOKENIZER_SETTINGS = ("chat_template", "bos_token", "eos_token", "add_bos_token", "add_eos_token")
 SHOWN = 5
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies and what it is, as its file's header says."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-    def read(self, name: str) -> torch.Tensor:
-        """Read it; the file is closed again, so that its mapped pages are given back with the tensor."""
-        with safe_open(self.file, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
 
 
 def merge_policies(policy_a: Path, policy_b: Path, out: Path, q: float, max_shard_size_mb: int = 4000) -> Path:
@@ -167,42 +151,6 @@ def _merge_one(name: str, stored_a: StoredTensor, stored_b: StoredTensor, q: flo
     return merged.clone() if merged is a or merged is b else merged  # the inputs' pages belong to their file
 
 
-def stored_tensors(policy: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of a policy by name, from the headers of its files; nothing is loaded."""
-    files = sorted(policy.glob("*.safetensors"))
-    if not (policy / "config.json").is_file():
-        adapter = " It is an adapter: merge it into its base model first." * (policy / "adapter_config.json").is_file()
-        raise DataError(f"{policy}: no config.json, so this is not a Hugging Face model directory.{adapter}")
-    if not files:
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in policy.glob(pattern))
-        found = f"only pickled weights ({pickled[0]}), which are not loaded" if pickled else "no weights"
-        raise DataError(f"{policy}: {found}. Expected *.safetensors; save it with save_pretrained of transformers.")
-    tensors: dict[str, StoredTensor] = {}
-    for path in files:
-        for name, tensor in _header(path):
-            if name in tensors:
-                raise DataError(f"{policy}: {name} is in {tensors[name].file.name} and in {path.name}. Remove one.")
-            tensors[name] = tensor
-    if (policy / INDEX).is_file():
-        listed = read_json(policy / INDEX).get("weight_map", {})
-        if missing := sorted(set(listed) - set(tensors)):
-            raise DataError(
-                f"{policy}: {len(missing)} tensors of the index are missing, the first is {missing[0]} in "
-                f"{listed[missing[0]]}. Copy the directory again."
-            )
-    return tensors
-
-
-def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                yield name, StoredTensor(path, tuple(part.get_shape()), str(part.get_dtype()))
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: not a readable safetensors file ({error}). Copy it again.") from None
-
-
 def _same_config(policy_a: Path, policy_b: Path) -> Any:
     """Return the configuration of both, which must describe one architecture."""
     config_a, config_b = (_flat(read_json(p / "config.json"), CONFIG_MAY_DIFFER) for p in (policy_a, policy_b))
@@ -311,17 +259,6 @@ def _flat(content: Mapping[str, Any], without: set[str]) -> dict[str, str]:
         else:
             flat[key] = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return flat
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file of a policy holds."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}). Copy it again.") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__}, expected an object. Copy it again.")
-    return content
 
 
 def _bytes(tensor: StoredTensor) -> int:

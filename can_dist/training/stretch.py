@@ -7,17 +7,15 @@ import tempfile
 from pathlib import Path
 
 from can_dist.errors import DataError
+from can_dist.modeling.stored import StoredTensor, read_json, stored_tensors
 from can_dist.tables.artifacts import write_json
 from can_dist.training.export import check_shapes
 from can_dist.training.merge import (
-    StoredTensor,
     architecture,
     check_request,
     drop_tied_copies,
-    read_json,
     refuse_differences,
     refuse_quantised,
-    stored_tensors,
     tied_copies,
     write_policy,
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from can_dist.config import Train
+from can_dist.config.sections import Train
 from can_dist.errors import ConfigError
 
 

@@ -106,14 +106,17 @@ class FusedLogProbs(torch.autograd.Function):
 
 
 def fused_target_log_probs(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Return ``logp_N``, float32, in nats: ln softmax(logits)[target] of each row; the logits are used up.
+    """Return ln softmax(logits)[target] of each row; the logits are used up.
 
-    Targets must lie in 0..V−1: they are not checked, which would make Python wait for the device.
+    Args:
+        logits_NV: (N, V) float32 or bfloat16, words next to each other, any row stride.
+        targets_N: (N,) int64, contiguous, in 0..V−1: not checked, which would make Python wait for the device.
 
-    Raises
-    ------
-    ValueError
-        When the shapes do not belong together, or the dtype or layout is not one that the kernel takes.
+    Returns:
+        (N,) float32, in nats.
+
+    Raises:
+        ValueError: When the shapes do not belong together, or the dtype or layout is not one that the kernel takes.
     """
     check(logits_NV, targets_N)
     if logits_NV.dtype not in DTYPES or logits_NV.stride(1) != 1 or not targets_N.is_contiguous():

@@ -11,14 +11,19 @@ import torch
 
 
 def target_log_probs(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Return ``logp_N``, float32, in nats: ln softmax(logits)[target] of each row.
+    """Return ln softmax(logits)[target] of each row.
 
     The backward pass returns g (1[target] − softmax) in the dtype of the logits, computed in float32.
 
-    Raises
-    ------
-    ValueError
-        When the shapes do not belong together.
+    Args:
+        logits_NV: (N, V), any floating dtype.
+        targets_N: (N,) int64, in 0..V−1.
+
+    Returns:
+        (N,) float32, in nats.
+
+    Raises:
+        ValueError: When the shapes do not belong together.
     """
     check(logits_NV, targets_N)
     logp_N: torch.Tensor = TorchLogProbs.apply(logits_NV, targets_N)

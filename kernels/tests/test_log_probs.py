@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import pytest
 import torch
+from interpreter import interpreter_problem
 
 from can_kernels import target_log_probs
 
@@ -15,6 +18,9 @@ TOLERANCE = {torch.float32: (2e-6, 1e-6), torch.bfloat16: (2e-6, 4e-3)}
 
 def fused() -> object:
     pytest.importorskip("triton", reason="triton is not installed: pip install can-kernels[cuda]")
+    problem = interpreter_problem(*(importlib.metadata.version(name) for name in ("triton", "numpy")))
+    if problem and not CUDA:
+        pytest.skip(problem)
     from can_kernels.fused import fused_target_log_probs
 
     return fused_target_log_probs
@@ -50,6 +56,16 @@ def random_case(shape: tuple[int, int], dtype: torch.dtype, scale: float = 3.0) 
 
 def of_kind(kind: str) -> object:
     return target_log_probs if kind == "torch" else fused()
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "fails"), [("3.6.0", "2.5.1", True), ("3.6.0", "2.4.6", False), ("3.9.0", "2.4.6", False)]
+)
+def test_versions_that_the_interpreter_fails_with_are_named(triton: str, numpy: str, fails: bool) -> None:
+    problem = interpreter_problem(triton, numpy)
+    assert bool(problem) == fails
+    if fails:
+        assert problem.startswith("the interpreter of triton 3.6.0 fails with numpy 2.5.1; it works in triton 3.9 with")
 
 
 @pytest.mark.parametrize("kind", ["torch", "triton"])

@@ -33,7 +33,8 @@ from can_dist.config.sections import Generate
 from can_dist.demo.score_models import ScoreExample, ScorePair, fit_score_model, save_model, scores_of
 from can_dist.errors import CanDistError, DataError, EnvironmentProblem
 from can_dist.modeling.formatter import Formatter
-from can_dist.modeling.sampling import end_token_ids, row_seed, sample
+from can_dist.modeling.loading import end_token_ids
+from can_dist.modeling.sampling import row_seed, sample
 
 MAX_LENGTH = 96  # tokens of prompt and response that a scorer learns from; the recipe samples 24-token responses
 MAX_PROMPT_TOKENS = 40

@@ -27,8 +27,9 @@ def run_side(tmp_path: Path, model: Path, side: str) -> dict[str, Any]:
         "context": 512,
         "strategy": "sequential",
     }
-    subprocess.run([sys.executable, BENCHMARKS / "train_side.py", json.dumps(job)], check=True, timeout=500)
-    record: dict[str, Any] = json.loads(Path(job["output"]).read_text())
+    subprocess.run([sys.executable, BENCHMARKS / "train_side.py", json.dumps([job])], check=True, timeout=500)
+    (line,) = Path(job["output"]).read_text().splitlines()
+    record: dict[str, Any] = json.loads(line)
     return record
 
 

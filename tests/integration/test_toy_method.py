@@ -98,16 +98,17 @@ def test_a_method_is_a_file_a_row_and_an_adapter(extended: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     [evaluation] = (tmp_path / "run").glob("evaluate-*")
     report = json.loads((evaluation / "report.json").read_text(encoding="utf-8"))
-    assert report["method"] == "Toy"
+    assert report["method"] == "toy"
+    assert load_artifact(evaluation).manifest["identity"]["label"] == "Toy"
     [labels] = (tmp_path / "run").glob("label-*")
-    assert load_artifact(labels).info["lam"] == {"calm": 2.0}
+    assert load_artifact(labels).manifest["identity"]["lam"] == {"calm": 2.0}
     assert list((tmp_path / "run").glob("solve-*")) == [], "no dual: it calls no such stage"
-    assert (evaluation / "index.html").is_file() or any(evaluation.glob("*.html"))
+    assert (evaluation / "report.html").is_file()
 
 
 def test_stages_and_sections_of_the_new_method_are_checked_as_those_of_any(extended: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "toy.yaml", {**small_run(tmp_path), "method": "toy"})
-    done = can_dist(extended, "run", str(config), "--run", str(tmp_path / "run"), "--until", "solve")
+    done = can_dist(extended, "solve", "--config", str(config), "--run", str(tmp_path / "run"))
     assert (done.returncode, "method toy has no stage 'solve'" in done.stderr) == (2, True), done.stderr
-    done = can_dist(extended, "run", str(config), "--run", str(tmp_path / "run"), "cdpo.rounds=2")
+    done = can_dist(extended, "run", str(config), "--run", str(tmp_path / "run"), "--set", "cdpo.rounds=2")
     assert (done.returncode, "method toy does not use this section" in done.stderr) == (2, True), done.stderr

@@ -181,7 +181,15 @@ def test_metrics_and_summary(world: tw.World, undisturbed: str) -> None:
         if row["split"] == "train"
     ]
     summary = json.loads((directory / "summary.json").read_text())
-    assert summary == {"num_steps": TOTAL, "num_examples": NUM_TRAIN, "num_tokens": 2 * sum(tokens)}
+    attention = (
+        f"attention by sdpa, segment by segment, of torch {torch.__version__} (the kernels for packs need a GPU)"
+    )
+    assert summary == {
+        "num_steps": TOTAL,
+        "num_examples": NUM_TRAIN,
+        "num_tokens": 2 * sum(tokens),
+        "attention": f"packs that share prompts, {attention}",
+    }
 
 
 def test_f31_killed_training_goes_on_and_ends_with_the_same_bytes(world: tw.World, undisturbed: str) -> None:
@@ -290,10 +298,13 @@ def test_activation_checkpointing_changes_nothing(world: tw.World, lora: dict | 
     assert tw.read_metrics(on, "grad_norm") == pytest.approx(tw.read_metrics(off, "grad_norm"), rel=1e-5)
 
 
-def first_gradients(world: tw.World, name: str, head_bytes: int, layout: str = "", **train: object) -> dict:
+def first_gradients(
+    world: tw.World, name: str, head_bytes: int, layout: str = "", num_ranks: int = 2, **train: object
+) -> dict:
     file = world.root / f"{name}.safetensors"
-    outcome = tw.launch(world.spec(name, max_steps=1, **train), hook=f"gradients:{file}:{head_bytes}:{layout}")
-    assert outcome.codes == [0, 0], outcome.output
+    hook = f"gradients:{file}:{head_bytes}:{layout}"
+    outcome = tw.launch(world.spec(name, max_steps=1, **train), num_ranks, hook=hook)
+    assert outcome.codes == [0] * num_ranks, outcome.output
     assert "packs that share prompts, attention by sdpa" in outcome.output or layout
     return load_file(file)
 
@@ -335,6 +346,35 @@ def test_packs_and_padded_batches_have_the_same_gradients(
     packed = first_gradients(world, name, head_bytes, **options)
     padded = first_gradients(world, f"{name}-padded", head_bytes, "padded", tokens_per_pack=10**6, **options)
     assert_same_gradients(packed, padded)
+
+
+@pytest.mark.parametrize(
+    ("lora", "file"),
+    [
+        (None, "zero3_cpu.json"),
+        pytest.param(None, "zero3_offload.json", marks=pytest.mark.slow),
+        pytest.param({"r": 4, "dropout": 0.0}, "zero3_cpu.json", marks=pytest.mark.slow),
+        pytest.param({"r": 4, "dropout": 0.0}, "zero2_lora.json", marks=pytest.mark.slow),
+    ],
+    ids=["full", "offload", "adapters", "adapters-zero2"],
+)
+def test_a_gradient_in_bf16_does_not_depend_on_the_number_of_packs(
+    world: tw.World, lora: dict | None, file: str
+) -> None:
+    """16 packs of the same pair add up to the gradient of one: powers of two scale without rounding, sums do not."""
+    row = next(row for row in world.rows if row["split"] == "train")
+    same = [row | {"example_id": f"same-{index}"} for index in range(16)]
+    name, rows = (
+        f"bf16-{file}-{'adapters' if lora else 'full'}",
+        tw.fill_reference(same, world.reference, torch.bfloat16),
+    )
+    ds_config = str(tw.ROOT / "ds_configs" / file)
+    options = {"precision": "bf16", "rows": rows, "lora": lora, "ds_config": ds_config}
+    one = first_gradients(world, f"{name}-1", 10**9, num_ranks=1, batch_size=1, tokens_per_pack=1, **options)
+    many = first_gradients(world, f"{name}-16", 10**9, num_ranks=1, batch_size=16, tokens_per_pack=1, **options)
+    assert max(gradient.norm() for gradient in one.values()) > 0
+    for parameter, gradient in one.items():
+        assert (many[parameter] - gradient).norm() <= 1e-6 * gradient.norm(), parameter
 
 
 @pytest.mark.slow

@@ -32,7 +32,8 @@ from can_dist.outcomes.export import export_policy
 from can_dist.pipeline import run_pipeline
 from can_dist.run import Run
 from can_dist.scoring.http_scorer import HttpEndpointScorer
-from can_dist.scoring.protocol import Response, load_scorer
+from can_dist.scoring.kinds import load_scorer
+from can_dist.scoring.protocol import Response
 from can_dist.tables.artifacts import Artifact
 
 pytestmark = [

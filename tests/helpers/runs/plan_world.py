@@ -48,16 +48,13 @@ def long_rows(num_pairs: int) -> list[dict]:
     return rows
 
 
-def measured_peaks(
-    root: Path, reference: Path, num_ranks: int, precision: str = "fp32", hook: str = "memory", **train: object
-) -> list[int]:
+def measured_peaks(root: Path, reference: Path, num_ranks: int, **train: object) -> list[int]:
     """Train two steps; return the peak of every rank in bytes, above the rank before it loads the model."""
     start = root / "start"  # another path than the reference's: the check of the first loss does not apply
     start.symlink_to(reference)
     world = World(root, reference, long_rows(2 * PAIRS * num_ranks))
     spec = world.spec(
         "measured",
-        precision=precision,
         start=start,
         learning_rate=1e-6,
         num_epochs=1,
@@ -66,7 +63,7 @@ def measured_peaks(
         **train,
     )
     file = root / "measured" / "peak"
-    outcome = launch(spec, num_ranks, hook=f"{hook}:{file}", timeout=400)
+    outcome = launch(spec, num_ranks, hook=f"memory:{file}", timeout=400)
     assert outcome.codes == [0] * num_ranks, outcome.output
     return [json.loads(Path(f"{file}{rank}").read_text())["peak"] for rank in range(num_ranks)]
 

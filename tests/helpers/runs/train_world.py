@@ -183,8 +183,8 @@ def launch(
     ranks that do not come, 'preferences:DIRECTORY' gives the last rank others than the path says.
 
     'gradients:FILE:HEAD_BYTES' keeps the gradients of the first step, 'gradients:FILE:HEAD_BYTES:padded' those of plain
-    padded batches, 'states:FILE' the optimizer's states at the start of the loop. 'memory:FILE' and 'cuda_memory:FILE'
-    write the peak of each rank to FILE0, FILE1, ...
+    padded batches, 'states:FILE' the optimizer's states at the start of the loop. 'memory:FILE'
+    writes the peak of each rank to FILE0, FILE1, ...
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train_world_preload"])
@@ -273,10 +273,6 @@ def _install(hook: str, rank: int) -> None:
         _keep_states(Path(arguments[0]))
     if kind == "memory":
         _measure_memory(Path(f"{arguments[0]}{rank}"))
-    if kind == "cuda_memory":
-        engine.export_policy = lambda *_: Path(f"{arguments[0]}{rank}").write_text(
-            json.dumps({"peak": torch.cuda.max_memory_allocated()})
-        )
     if kind == "gradients":
         _keep_gradients(Path(arguments[0]), int(arguments[1]), *arguments[2:])
     if kind == "nan_gradient" and rank == 1:

@@ -526,7 +526,7 @@ def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scorer_refusal(model: Path) -> str:
-    from can_dist.modeling.loading import load_sequence_classifier
+    from can_dist.modeling.classifiers import load_sequence_classifier
 
     with pytest.raises(DataError) as caught:
         load_sequence_classifier(SequenceClassifier(model=str(model)), "fp32")
@@ -534,7 +534,7 @@ def scorer_refusal(model: Path) -> str:
 
 
 def test_sequence_classifier_with_one_output_is_loaded(classifiers: Path) -> None:
-    from can_dist.modeling.loading import load_sequence_classifier
+    from can_dist.modeling.classifiers import load_sequence_classifier
 
     model = load_sequence_classifier(SequenceClassifier(model=str(classifiers / "good")), "fp32")
     assert (model.config.num_labels, model.training) == (1, False)

@@ -604,6 +604,7 @@ OTHER = {
     "precision": "fp32",
     "train.schedule": "linear",
     "reference.template": "{prompt}!",
+    "reference.template_options": None,  # of a chat template, and here is a plain one
     "generate.stop": ["END"],
     "generate.responses": {"source": "responses.jsonl"},
     "generate.endpoint": {"base_url": "http://localhost:8000/v1", "model": "m"},

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from tiny import make_tiny_classifier, make_tiny_lm
 
@@ -25,6 +26,7 @@ from can_dist.doctor.finding import error, note, ok
 from can_dist.doctor.preflight import preflight
 from can_dist.doctor.ray_cluster import check_ray, resources
 from can_dist.errors import ConfigError, DataError, EnvironmentProblem
+from can_dist.modeling.attention import Machine, choose_attention
 from can_dist.training import extensions
 
 WORDS = ["w1", "w2", "w3"]
@@ -103,9 +105,28 @@ def test_nvidia_driver_without_a_torch_that_uses_it(tmp_path: Path, monkeypatch:
 
 def test_communication_and_attention_are_told() -> None:
     assert machine.communication().found.endswith(("ranks use gloo", "ranks use nccl"))
-    assert "scoring and training use sdpa" in machine.attention(False, machine.attention_kind()).found
-    assert machine.attention(True, "flash_attn").severity == Severity.OK
-    assert "can-dist[gpu]" in machine.attention(False, "varlen_attn").remedy
+    finding = machine.attention(machine.attention_here())
+    assert finding.found.startswith("scoring and training: attention by sdpa, segment by segment, of torch ")
+    assert finding.severity == Severity.OK, "on a CPU nothing is missing"
+
+
+@pytest.mark.parametrize(
+    ("version", "varlen", "flash", "severity", "told"),
+    [
+        ("2.9.1", None, None, Severity.WARNING, "this torch has no varlen_attn, and flash-attn is not installed"),
+        ("2.11.0", {"scale", "window_size"}, None, Severity.NOTE, "attention by varlen_attn of torch 2.11.0"),
+        ("2.11.0", {"scale", "window_size"}, "2.8.3", Severity.OK, "attention by flash-attn 2.8.3"),
+    ],
+)
+def test_doctor_says_the_attention_of_a_gpu_and_what_to_install(
+    version: str, varlen: set[str] | None, flash: str | None, severity: Severity, told: str
+) -> None:
+    gpu = Machine("cuda", (9, 0), version, None if varlen is None else frozenset(varlen), flash)
+    finding = machine.attention(choose_attention(gpu, torch.bfloat16))
+    assert told in finding.found
+    assert finding.severity == severity
+    if severity == Severity.WARNING:
+        assert "Install torch 2.11 or later, or flash-attn: pip install 'can-dist[gpu]'" in finding.remedy
 
 
 # ---------------------------------------------------------------------------------- F41, S11: compiled extensions
@@ -151,7 +172,7 @@ def test_f41_lock_of_torch_itself_left_by_a_killed_build_is_found(builds: Path) 
     os.utime(lock, (time.time() - 3600,) * 2)
     assert extensions.stale_locks(builds) == [], "a slow build holds it"
     process.kill()
-    process.wait()
+    process.communicate()  # closes the pipe too
     assert [lock.path for lock in extensions.stale_locks(builds)] == [lock]
 
 
@@ -354,7 +375,7 @@ def test_good_inputs_are_all_looked_at(world: Path) -> None:
     findings = inputs.check_inputs(configure(world))
     assert {finding.severity for finding in findings} == {Severity.OK}
     kinds = [finding.what for finding in findings]
-    assert kinds == ["reference", "reward", "prompts", "constraints.calm.scorer", "train.ds_config"]
+    assert kinds == ["reference", "reward", "prompts", "constraints.calm.scorer", "conversations", "train.ds_config"]
     assert findings[0].found == f"{world / 'lm'}: llama, 8 tokens for 8 embeddings, chat template"
 
 
@@ -399,7 +420,8 @@ def test_f23_tokenizer_of_another_model_ends_a_command_before_it_starts(world: P
 
 
 def test_f23_stages_refuse_a_tokenizer_of_another_model_whoever_calls_them(world: Path, broken: Path) -> None:
-    from can_dist.scoring.protocol import LogProb, check_scorer_opens
+    from can_dist.scoring.kinds import check_scorer_opens
+    from can_dist.scoring.protocol import LogProb
     from can_dist.stages.generate import check_prompts_fit
     from can_dist.tables.schemas import PROMPTS
 

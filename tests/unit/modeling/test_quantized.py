@@ -17,7 +17,8 @@ from can_dist.errors import ConfigError
 from can_dist.modeling import quantized
 from can_dist.outcomes.export import adapters_text
 from can_dist.run import Run
-from can_dist.scoring.protocol import LogProb, scorer_identity
+from can_dist.scoring.kinds import scorer_identity
+from can_dist.scoring.protocol import LogProb
 from can_dist.tables.artifacts import open_stage
 from can_dist.training.plan import make_plan
 

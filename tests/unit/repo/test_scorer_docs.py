@@ -14,7 +14,8 @@ from can_dist.config import validate_config
 from can_dist.config.describe import models_in
 from can_dist.config.sections import Constraint
 from can_dist.config.yaml_files import merge, parse_yaml
-from can_dist.scoring.protocol import Response, load_scorer
+from can_dist.scoring.kinds import load_scorer
+from can_dist.scoring.protocol import Response
 
 PAGE = Path(__file__).parents[3] / "docs" / "scorers.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

@@ -24,7 +24,8 @@ from can_dist.config import Model, SequenceClassifier, validate_config
 from can_dist.config.sections import Prompts
 from can_dist.doctor.preflight import preflight
 from can_dist.errors import CanDistError, ConfigError, DataError, EnvironmentProblem
-from can_dist.modeling.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
+from can_dist.modeling.classifiers import load_sequence_classifier
+from can_dist.modeling.loading import load_causal_lm, load_tokenizer
 from can_dist.run import Run
 from can_dist.stages.ingest import ingest_prompts
 from can_dist.tables.artifacts import digest_of, file_digest, load_artifact, open_stage, verify_run

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from can_dist.config import HttpScorer
 from can_dist.errors import DataError, EnvironmentProblem
-from can_dist.scoring.protocol import Response, check_scorer_opens, load_scorer, scorer_identity
+from can_dist.scoring.kinds import check_scorer_opens, load_scorer, scorer_identity
+from can_dist.scoring.protocol import Response
 
 RESPONSES = [Response(f"r{n}", [{"role": "user", "content": f"prompt {n}"}], "y" * n, []) for n in range(1, 8)]
 LENGTHS = [float(len(response.text)) for response in RESPONSES]

@@ -25,9 +25,10 @@ from transformers import (
 
 from can_dist.config import Beaver, Guard, MultiHead, SequenceClassifier
 from can_dist.errors import CanDistError, ConfigError, DataError
-from can_dist.modeling.loading import load_sequence_classifier, output_weights
+from can_dist.modeling.classifiers import load_sequence_classifier, output_weights
 from can_dist.scoring.guard import guard_ids
-from can_dist.scoring.protocol import Outputs, Response, check_scorer_opens, load_scorer, scorer_identity
+from can_dist.scoring.kinds import check_scorer_opens, load_scorer, scorer_identity
+from can_dist.scoring.protocol import Outputs, Response
 
 WORDS = [*(f"w{i}" for i in range(10)), "safe", "unsafe", "BEGINNING", "OF", "CONVERSATION:", "USER:"]
 RESPONSES = [
@@ -143,7 +144,7 @@ def test_beaver_weights_are_safetensors_only(tmp_path: Path) -> None:
     directory = make_beaver(tmp_path)
     torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
     (directory / "model.safetensors").unlink()
-    with pytest.raises(DataError, match="cannot be loaded as a sequence classifier"):
+    with pytest.raises(DataError, match=r"only pickled weights \(pytorch_model\.bin\), which are not loaded"):
         load_scorer(Beaver(model=str(directory)), "fp32")
 
 

@@ -17,8 +17,9 @@ from can_dist.doctor.preflight import preflight
 from can_dist.dual import Margin, ScoreTable, solve_dual
 from can_dist.errors import ConfigError, DataError, InfeasibleConstraint
 from can_dist.run import Run
+from can_dist.scoring.kinds import scorer_identity
 from can_dist.scoring.log_ratio import check_one_reference, check_same_text, given_ratio, log_ratio, margins_in_nats
-from can_dist.scoring.protocol import PolicyRatio, scorer_identity
+from can_dist.scoring.protocol import PolicyRatio
 from can_dist.stages.solve import solve
 from can_dist.tables.artifacts import open_stage, write_part
 from can_dist.workspace import Workspace

@@ -27,8 +27,9 @@ from can_dist.config import Guard, Model, MultiHead, PythonCallable, SequenceCla
 from can_dist.errors import EnvironmentProblem
 from can_dist.modeling.last_token import LastToken, choose_text_layout, reads_last_token
 from can_dist.modeling.packs import common_prefixes, computed_tokens, in_layout, make_text_pack
+from can_dist.scoring.kinds import halved, load_scorer, scorer_identity
 from can_dist.scoring.log_prob import LogProbScorer
-from can_dist.scoring.protocol import LogProb, Outputs, Response, halved, load_scorer, scorer_identity
+from can_dist.scoring.protocol import LogProb, Outputs, Response
 from can_dist.scoring.sequence_classifier import ClassifierScorer
 
 WORDS = [*(f"w{i}" for i in range(20)), "safe", "unsafe"]
@@ -150,7 +151,7 @@ def test_plain_packs_come_before_padded_batches(llama: Path) -> None:
     said: list[str] = []
     body = LlamaForSequenceClassification.from_pretrained(llama).eval().model
     assert choose_text_layout(NoSharing(body, "last_hidden_state"), said.append) == "plain"
-    assert said[-1] == "packs of separate sequences, attention by sdpa"
+    assert "; packs of separate sequences, attention by sdpa, segment by segment, of torch" in said[-1]
 
 
 def test_a_classifier_that_does_more_than_its_head_is_left_to_itself(llama: Path) -> None:

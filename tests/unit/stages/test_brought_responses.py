@@ -201,6 +201,35 @@ def test_endpoint_is_asked_once_per_response_with_its_own_seed(world: Path, tmp_
         assert row["token_ids"][-1] == AutoTokenizer.from_pretrained(world / "lm").eos_token_id
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "tool_calls"])
+def test_server_that_takes_parts_out_of_a_response_is_refused(world: Path, tmp_path: Path, name: str) -> None:
+    """What is left is another text than the reference wrote, and ln π_ref would be of that one."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    taken = [call] if name == "tool_calls" else "w1"
+    message = {"role": "assistant", "content": "w2", name: taken}
+    with (
+        serving(lambda *_: chat(message=message)) as server,
+        pytest.raises(DataError, match=rf"takes {name} out of the response, .* Start it without a parser of reasoning"),
+    ):
+        ask(world, tmp_path, server)
+
+
+def test_options_of_the_chat_template_go_to_the_server_too(world: Path, tmp_path: Path) -> None:
+    template = world / "lm" / "chat_template.jinja"
+    before = template.read_text()
+    template.write_text(before + "{# enable_thinking #}")
+    raw = {"reference": {"model": str(world / "lm"), "template_options": {"enable_thinking": False}}}
+    try:
+        with serving(lambda *_: chat()) as server:
+            ask(world, tmp_path / "a", server, raw=raw)
+            assert all(body["chat_template_kwargs"] == {"enable_thinking": False} for body in server.bodies)
+            request = {"chat_template_kwargs": {"enable_thinking": True}}
+            with pytest.raises(ConfigError, match=r"chat_template_kwargs is .* leave chat_template_kwargs out"):
+                ask(world, tmp_path / "b", server, raw=raw, request=request)
+    finally:
+        template.write_text(before)
+
+
 def test_response_that_was_cut_has_no_end_token(world: Path, tmp_path: Path) -> None:
     with serving(lambda *_: chat(finish_reason="length")) as server:
         row = ask(world, tmp_path, server).table.to_pylist()[0]

@@ -113,7 +113,9 @@ def test_conversation_under_several_ids_is_one_prompt_on_one_side(tmp_path: Path
 def test_numbers_of_prompts_count_conversations(tmp_path: Path, reference: Path) -> None:
     rows = [{"prompt_id": f"{s}-{n}", "prompt": text} for n, text in enumerate(SAID) for s in "abc"]
     source = {"source": str(tmp_path / "prompts.jsonl")}
-    artifact = ingested(tmp_path, reference, rows, prompts={**source, "num_test": 5, "num_train": 7, "num_validation": 0})
+    artifact = ingested(
+        tmp_path, reference, rows, prompts={**source, "num_test": 5, "num_train": 7, "num_validation": 0}
+    )
     assert sorted(split(artifact).values()) == ["test"] * 5 + ["train"] * 7
 
 

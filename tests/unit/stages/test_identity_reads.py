@@ -32,7 +32,7 @@ from can_dist.training import POLICY, SUMMARY
 from can_dist.training.engine import TrainSpec
 from can_dist.workspace import Workspace
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STAGES = ROOT / "can_dist" / "stages"
 ALIASES = {"num_samples": "samples", "method": "label"}
 # not held by name: how many texts a function is given at once, on which the number of one text must not depend;

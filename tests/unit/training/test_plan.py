@@ -37,23 +37,25 @@ def test_every_tensor_is_divided_and_padded_alone() -> None:
     assert m.share(SIZES.trained, 4) == 250 + 3 + 2
 
 
-def test_bf16_states_are_sixteen_bytes_of_a_parameter() -> None:
+def test_bf16_states_are_eighteen_bytes_of_a_parameter() -> None:
     found = m.states(SIZES, zero()).device
     sizes = {name: found[name] // 255 for name in ("parameters", "master", "optimizer", "gradients")}
-    assert sizes == {"parameters": 2, "master": 4, "optimizer": 8, "gradients": 2}
+    assert sizes == {"parameters": 2, "master": 4, "optimizer": 8, "gradients": 4}
 
 
 def test_adapters_alone_have_gradients_and_optimizer_states() -> None:
     found = m.states(m.Parameters(trained=(8,), frozen=(1000,)), zero()).device
-    assert (found["parameters"], found["master"], found["optimizer"], found["gradients"]) == (504, 8, 16, 4)
+    assert (found["parameters"], found["master"], found["optimizer"], found["gradients"]) == (504, 8, 16, 8)
+
+
+def in_bf16(**options: object) -> m.Zero:
+    """A user's file that lets gradients add up in bf16."""
+    base = {"zero_optimization": {"stage": 3, **options}, "data_types": {"grad_accum_dtype": "bf16"}}
+    return m.Zero.of(build_ds_config(base, Train(), "bf16"), num_ranks=4, on_gpu=True, precision="bf16")
 
 
 def test_gradients_that_add_up_in_float32_take_more() -> None:
-    ds_config = build_ds_config(
-        {"zero_optimization": {"stage": 3}, "data_types": {"grad_accum_dtype": "fp32"}}, Train(), "bf16"
-    )
-    wide = m.Zero.of(ds_config, num_ranks=4, on_gpu=True, precision="bf16")
-    assert m.gradients(SIZES, wide) == 2 * m.gradients(SIZES, zero())
+    assert m.gradients(SIZES, zero()) == 2 * m.gradients(SIZES, in_bf16())
 
 
 def test_zero_2_is_not_counted() -> None:
@@ -77,7 +79,9 @@ def test_small_parameters_persist() -> None:
 
 
 def test_a_gpu_holds_the_whole_bucket_and_a_cpu_what_was_written() -> None:
-    assert m.buckets(SIZES, zero(reduce_bucket_size=5000)) == 2 * (5000 + 1017)
+    assert m.buckets(SIZES, in_bf16(reduce_bucket_size=5000)) == 2 * (5000 + 1017)
+    # and this rank's quarter once more, as it is added up
+    assert m.buckets(SIZES, zero(reduce_bucket_size=5000)) == 2 * (5000 + 1017) + 4 * 255
     assert m.buckets(SIZES, zero(reduce_bucket_size=5000, on_gpu=False, precision="fp32")) == 4 * 2 * 1017
 
 

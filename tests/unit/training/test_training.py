@@ -40,7 +40,7 @@ from can_dist.errors import ConfigError, DataError, Interrupted
 from can_dist.modeling.loading import check_trainable, context_length
 from can_dist.modeling.logprobs import ResponseModel, response_logp
 from can_dist.training.batches import Example, about_long, global_batch, num_steps, rank_packs, stream
-from can_dist.training.deepspeed_config import NOT_OFFERED, OWNED, build_ds_config, read_ds_config
+from can_dist.training.deepspeed_config import NOT_OFFERED, OWNED, accumulation, build_ds_config, read_ds_config
 from can_dist.training.export import _weights, check_shapes, plan_shards
 from can_dist.training.heartbeat import describe_hang
 from can_dist.training.metrics import MetricsLog, loss_above_start, read_metrics, training_curve
@@ -560,3 +560,14 @@ def test_adapters_merged_tensor_by_tensor_are_those_merged_by_peft(
         assert torch.equal(tensor, expected[name]), name
         changed += "proj" in name or "c_" in name
     assert changed >= 4
+
+
+def test_only_bf16_gets_a_wider_sum_of_gradients_and_a_new_identity() -> None:
+    wider = {"data_types": {"grad_accum_dtype": "fp32"}}
+    base = {"zero_optimization": {"stage": 3}}
+    assert accumulation(base, "bf16") == wider
+    assert accumulation(base, "fp32") == {}, "whose identity is as before"
+    own = {**base, "data_types": {"grad_accum_dtype": "bf16"}}
+    assert accumulation(own, "bf16") == {}, "the user's file decides"
+    assert build_ds_config(base, Train(), "bf16")["data_types"] == wider["data_types"]
+    assert build_ds_config(own, Train(), "bf16")["data_types"] == own["data_types"]
