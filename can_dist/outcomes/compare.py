@@ -204,11 +204,20 @@ def _method_record(method: Evaluated, names: Sequence[str]) -> dict[str, Any]:
             row["name"]: {key: row[key] for key in ("margin", "threshold", "verdict")} for row in report["constraints"]
         },
         "kl": report["kl"]["realised"],
+        "estimate": _estimate_record(report),
         "tails": report["tails"],
         "refusals": report["refusals"],
         "lengths": report["lengths"],
         "cost": asdict(method.cost),
     }
+
+
+def _estimate_record(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a policy's strength and its estimate in a line; None where it was not estimated."""
+    found = report.get("estimate")
+    if not found:
+        return None
+    return {"strength": found["strength"]["alpha"] if found["strength"] else 1.0, "line": found["line"]}
 
 
 def _ranking_record(ranking: Ranking) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def export_strength(
     with tempfile.TemporaryDirectory(prefix=".tmp-export-", dir=out.absolute().parent) as scratch:
         built = Path(scratch) / out.name
         _write(source, model_directory(reference), built, alpha, adapter=adapter, max_shard_mb=max_shard_mb)
-        card = model_card({**facts, "made_from": made_from}, None, adapter=adapter)
+        card = model_card({**facts, "made_from": made_from, "expected": sentences[0]}, None, adapter=adapter)
         (built / "README.md").write_text(card, encoding="utf-8")
         built.rename(out)
     return Stretched(out, alpha, sentences)
