@@ -35,8 +35,7 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
     session = events[max((n for n, event in enumerate(events) if event.get("event") == "began"), default=0) :]
     works = owner is not None and owner.alive is not False
     stages = [_stage(run, name, events, now, works) for name in _artifacts(session)]
-    method = _method(run)
-    own = METHODS[method].stages if method in METHODS else ()
+    method, own = _method(run)
     begun = {stage["stage"] for stage in stages}
     ended = any(event.get("event") == "ended" for event in session)
     stages += [{"stage": name, "state": "not started"} for name in own if name not in begun and not ended]
@@ -68,11 +67,15 @@ def _artifacts(session: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(str(event["artifact"]) for event in session if event.get("artifact")))
 
 
-def _method(run: Path) -> str:
+def _method(run: Path) -> tuple[str, list[str]]:
+    """Return the method that a run is configured for, and the stages it goes through."""
     from can_dist.config.yaml_files import read_yaml
 
     path = run / CONFIG
-    return str(read_yaml(path).get("method", DEFAULT_METHOD)) if path.is_file() else DEFAULT_METHOD
+    config = read_yaml(path) if path.is_file() else {}
+    method = str(config.get("method", DEFAULT_METHOD))
+    stages = METHODS[method].stages if method in METHODS else ()
+    return method, [name for name in stages if name != "strength" or config.get("strength") != 1]
 
 
 def _stage(run: Path, name: str, events: Sequence[Mapping[str, Any]], now: float, works: bool) -> dict[str, Any]:

@@ -24,13 +24,10 @@ def run_estimate(path: Path, policy: Path | None = None) -> Artifact:
 
     ``path`` is a run with one policy, or an artifact of the stages train, strength or evaluate.
 
-    Raises
-    ------
-    ConfigError
-        When ``policy`` is no directory.
-    DataError
-        When the run has no policy, several, no dual's solution or no validation scores; or ``policy`` has not the
-        reference's tensors or tokenizer.
+    Raises:
+        ConfigError: ``policy`` is no directory.
+        DataError: The run has no policy, several, no dual's solution or no validation scores; or ``policy`` has not the
+            reference's tensors or tokenizer.
     """
     if policy is not None and not policy.is_dir():
         raise ConfigError(f"--policy {policy}: no such directory. Give one with config.json and safetensors.")
@@ -57,10 +54,8 @@ def find_solution(policy: Artifact) -> Artifact:
 def find_validation(run: Path, solution: Artifact) -> Artifact:
     """Return a run's scores of the validation responses, by the scorers and for the prompts of a solution.
 
-    Raises
-    ------
-    DataError
-        When there are none.
+    Raises:
+        DataError: There are none.
     """
     scores = solution.input("scores")
     tables = [load_artifact(found.parent) for found in sorted(run.glob(f"scores-*/{MANIFEST}"))]

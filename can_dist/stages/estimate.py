@@ -37,11 +37,9 @@ def estimate(
     are the scores, with ln π_ref, of the reference's validation responses. Length and direction are along the score
     that a trained policy was labelled with, and for any other model along that of ``solution``.
 
-    Raises
-    ------
-    DataError
-        When a model that was given has not the reference's tensors or tokenizer, every prompt has one response, or a
-        log-probability is not finite.
+    Raises:
+        DataError: A model that was given has not the reference's tensors or tokenizer, every prompt has one response,
+            or a log-probability is not finite.
     """
     if isinstance(policy, Model):
         check_comparable(policy, reference)

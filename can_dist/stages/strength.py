@@ -24,13 +24,10 @@ STRENGTH = "strength.json"
 def strengthen(work: Workspace, policy: Artifact, reference: Model, solution: Artifact, estimate: Artifact) -> Artifact:
     """Return the policy of the configured strength: chosen from the estimate, or a number; itself where that is 1.
 
-    Raises
-    ------
-    InfeasibleConstraint
-        When the direction is wrong, ``strength.max`` or ``strength.max_kl`` is exceeded, or no one strength meets
-        all constraints. The policy as trained stays.
-    DataError
-        When the validation prompts are too few to say; or the policy is not the reference plus a difference.
+    Raises:
+        InfeasibleConstraint: The direction is wrong, ``strength.max`` or ``strength.max_kl`` is exceeded, or no one
+            strength meets all constraints. The policy as trained stays.
+        DataError: The validation prompts are too few to say; or the policy is not the reference plus a difference.
     """
     found, options = load_estimate(estimate), work.config.strength
     if isinstance(options, StrengthChoice):
