@@ -15,7 +15,7 @@ from can_dist.outcomes.export import find_policy
 from can_dist.stages.estimate import demands, lam_of, trained_policy
 from can_dist.stages.report import lineage_of
 from can_dist.stages.strength import STRENGTH, strengthen
-from can_dist.tables.artifacts import Artifact
+from can_dist.tables.artifacts import Artifact, open_stage
 from can_dist.training import ADAPTER, POLICY
 
 
@@ -38,6 +38,24 @@ def test_the_strength_that_meets_the_margin_is_written(tmp_path: Path) -> None:
     again = strengthened(world, policy, 0.25)
     assert again.digest == found.digest
     assert len(list(world.run.glob("strength-*"))) == 1
+
+
+def test_a_policy_that_a_kill_left_half_written_is_written_again(tmp_path: Path) -> None:
+    world = TrainedRun(tmp_path)
+    policy = world.train()
+    estimate = world.estimate(policy, 0.25)
+    place = open_stage(
+        world.run, "strength", "policy", {"alpha": 2.0},
+        {"policy": policy, "estimate": estimate, "solution": world.solution},
+    ).path  # fmt: skip
+    for half in (place / ".tmp-merge-1" / POLICY, place / POLICY):
+        half.mkdir(parents=True)
+        (half / "model.safetensors").write_bytes(b"half")
+    found = strengthen(world.work, policy, world.reference, world.solution, estimate)
+    assert found.path == place
+    assert_weights(found.path / POLICY, world.weights_at(policy, 2.0))
+    assert not list(place.glob(".tmp-*"))
+    found.check()
 
 
 def test_lineage_and_export_follow_the_policy_through_its_strength(tmp_path: Path) -> None:
