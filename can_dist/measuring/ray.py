@@ -20,8 +20,8 @@ def ray(estimate: PolicyEstimate, demands: Sequence[Demand]) -> dict[str, Any]:
     Gains grow as α and KL as α², which was seen to hold within a tenth as far as KL is of the order of a nat; each
     ``_low`` and ``_high`` is a 95 % interval over prompts.
     """
-    needed = [demand.margin / estimate.improvement[demand.name].mean for demand in demands if demand.margin > 0]
-    furthest = max([1.0, *(REACH * alpha for alpha in needed if 0 < alpha < np.inf)])
+    gains = [(demand.margin, estimate.improvement[demand.name].mean) for demand in demands]
+    furthest = max([1.0, *(REACH * margin / gain for margin, gain in gains if gain > 0)])
     points = [at_strength(estimate, alpha) for alpha in np.linspace(0.0, furthest, NUM_POINTS).tolist()]
     columns: dict[str, Any] = {"alpha": [point.alpha for point in points]}
     columns["improvement"] = {name: [p.improvement[name].mean for p in points] for name in estimate.improvement}

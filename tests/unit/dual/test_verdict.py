@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from policy_world import estimate, interval
 
-from can_dist.dual import Demand, PolicyEstimate, verdict
+from can_dist.dual import Demand, PolicyEstimate, estimate_line, verdict
 
 
 def policy(*gains: float, direction: float = 0.59, length: float = 0.36, **change: float) -> PolicyEstimate:
@@ -72,3 +72,8 @@ def test_no_strength_is_named_where_none_is_known() -> None:
 
 def test_without_constraints() -> None:
     assert verdict(policy(), [], predicted_kl=0.2) == "Arrived: no margin is asked for, at KL 0.1 (0.2 predicted)."
+
+
+def test_an_estimate_is_a_line() -> None:
+    line = estimate_line(policy(0.239, -0.0001, direction=0.64), [Demand("a", 0.5)])
+    assert line == ("a +0.24 ± 0.04 of +0.50, b +0.00 ± 0.04, reward +0.10, KL 0.10, length 0.36, direction 0.64")
