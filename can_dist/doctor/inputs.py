@@ -51,7 +51,7 @@ def _problem(name: str, problem: CanDistError) -> Finding:
 
 def conversations(config: Config) -> list[Finding]:
     """Write one prompt of each kind by every template that will read it, as a run does before it samples."""
-    from can_dist.stages.conversations import check_conversations
+    from can_dist.doctor.conversations import check_conversations
 
     try:
         notes = check_conversations(config)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from can_dist.config import METHODS, Config, LogRatio, Model
 from can_dist.config.walk import models, scorers, sources
+from can_dist.doctor.conversations import check_conversations
 from can_dist.endpoints import open_client
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling import quantized
@@ -17,7 +18,6 @@ from can_dist.modeling.precision import resolve_precision
 from can_dist.modeling.vllm_engine import check_installed
 from can_dist.scoring.kinds import check_scorer_opens, scorer_identity
 from can_dist.scoring.log_ratio import check_same_text
-from can_dist.stages.conversations import check_conversations
 from can_dist.stages.ingest import source_identity
 from can_dist.stages.train import refuse_requantizing
 from can_dist.tables.artifacts import Artifact

@@ -79,7 +79,7 @@ def test_local_ray_starts_under_a_long_tmpdir(tmp_path: Path) -> None:
     directory = tmp_path / ("slurm_jobdir_1355700_of_a_user" * 3)
     directory.mkdir()
     code = (
-        "from can_dist.cluster import connect; from can_dist.config import Cluster; connect(Cluster());"
+        "from can_dist.cluster.connection import connect; from can_dist.config import Cluster; connect(Cluster());"
         "import ray; print(ray.get(ray.remote(lambda: 3).remote()))"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}

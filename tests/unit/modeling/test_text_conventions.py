@@ -25,12 +25,12 @@ from transformers import (
 
 from can_dist.config import Model, SequenceClassifier, validate_config
 from can_dist.config.sections import Generate
+from can_dist.doctor.conversations import check_reference, check_scorer, kinds_of
 from can_dist.errors import CanDistError, DataError
 from can_dist.modeling.formatter import open_formatter
 from can_dist.scoring.kinds import load_scorer
 from can_dist.scoring.protocol import LogProb, Response
 from can_dist.stages.brought_responses import response_row, tokenise
-from can_dist.stages.conversations import check_reference, check_scorer, kinds_of
 from can_dist.stages.generate import GenerateJob
 from can_dist.stages.ingest import ingest_pairs, ingest_prompts
 from can_dist.tables.schemas import PROMPTS

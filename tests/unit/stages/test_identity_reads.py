@@ -38,6 +38,7 @@ ALIASES = {"num_samples": "samples", "method": "label"}
 # not held by name: how many texts a function is given at once, on which the number of one text must not depend;
 # and what `align` makes of a scorer, whose weights, β and scale are held where it scores
 NOT_HELD = re.compile(r"score: .*\.batch_size|align: .*\.(model|preferences|calibrate)")
+HELD_WHEN_GIVEN = [("template_options", {})]  # in an identity when it is given: runs made before it keep their names
 RECORD = "report.build_report"  # its copy of the whole configuration tells how the run was made; no number is of it
 
 
@@ -93,6 +94,7 @@ class Reads:
             for stage, fields in sorted(self.fields.items())
             for key, value in sorted(fields.items())
             if not NOT_HELD.fullmatch(f"{stage}: {key}")
+            and (key.rpartition(".")[2], value) not in HELD_WHEN_GIVEN
             and not self._held(key, value, [place for name in _openers(stage) for place in self.opened[name]])
         ]
 
