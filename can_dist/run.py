@@ -283,7 +283,8 @@ class Run:
             return policy
         found = self.estimate(policy, reference, solution, validation)
         stretched = strength.strengthen(self._work, policy, reference, solution, found)
-        self.estimate(stretched, reference, solution, validation)
+        if stretched is not policy:
+            strength.check(self._work, stretched, solution, self.estimate(stretched, reference, solution, validation))
         return self._reached("strength", stretched)
 
     def merge(self, policy_a: Artifact, policy_b: Artifact, q: float) -> Artifact:

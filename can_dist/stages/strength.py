@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import shutil
 
-from can_dist.config import Model, StrengthChoice
+from can_dist.config import Model, StrengthChoice, identity
 from can_dist.dual import PolicyEstimate, Strength, at_strength, choose_strength, verdict
+from can_dist.dual.strength import plus_minus
 from can_dist.errors import DataError, InfeasibleConstraint
 from can_dist.modeling.loading import model_directory
 from can_dist.stages.estimate import demands, load_estimate
@@ -42,12 +43,28 @@ def strengthen(work: Workspace, policy: Artifact, reference: Model, solution: Ar
         return policy
     label = f"strength {strength.alpha:.3g}"
     inputs = {"policy": policy, "estimate": estimate, "solution": solution}
-    stage = work.open("strength", "policy", {"alpha": strength.alpha}, inputs)
+    chosen_by = identity(options) if isinstance(options, StrengthChoice) else options
+    stage = work.open("strength", "policy", {"alpha": strength.alpha, "strength": chosen_by}, inputs)
     if stage.finished:
         return stage.finished
     with work.timed("strength", label):
         policy.check()
         return _write(work, stage, policy, reference, strength)
+
+
+def check(work: Workspace, policy: Artifact, solution: Artifact, estimate: Artifact) -> None:
+    """Say when the estimate of a policy that was given a strength leaves a margin outside of its interval."""
+    found = load_estimate(estimate)
+    for demand in demands(solution):
+        gain = found.improvement[demand.name]
+        reach = math.hypot(gain.high - gain.mean, 2 * demand.error)
+        distance = gain.mean - demand.margin
+        if distance < -reach or (demand.equal and distance > reach):
+            work.say(
+                f"strength: warning: at strength {policy.info['alpha']:.3g} {demand.name} is {plus_minus(gain)} where "
+                f"{demand.margin:+.3g} is asked: the law of small steps, by which it was chosen, ends before it. Train "
+                "longer or on more prompts, so that less strength is needed."
+            )
 
 
 def judged(found: PolicyEstimate, solution: Artifact, options: StrengthChoice) -> str:

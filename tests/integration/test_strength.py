@@ -20,6 +20,10 @@ from can_dist.stages.report import PAGE, REPORT
 from can_dist.stages.strength import STRENGTH
 from can_dist.tables.artifacts import Artifact, load_artifact, verify_run
 
+MARGIN = 0.1
+LAW = 0.25
+"""Share by which the gain of a tiny model may miss the law of small steps, beside the error of 48 prompts."""
+
 
 def configuration(folder: Path) -> dict[str, Any]:
     config = small_run(
@@ -31,8 +35,8 @@ def configuration(folder: Path) -> dict[str, Any]:
         cluster={"num_workers": 2},
         evaluate={"num_responses": 8},
     )
-    config["constraints"]["calm"]["margin"] = 0.15
-    config["train"] |= {"learning_rate": 2e-3, "batch_size": 16, "max_steps": 16, "num_epochs": 4}
+    config["constraints"]["calm"]["margin"] = MARGIN
+    config["train"] |= {"learning_rate": 2e-3, "batch_size": 16, "max_steps": 12, "num_epochs": 4}
     prompts = [f"{a} {b}" for a in WORDS for b in WORDS][:112]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     return config
@@ -60,8 +64,7 @@ def test_the_policy_that_is_evaluated_has_the_strength_that_its_margin_needs(
     assert chosen["alpha"] != pytest.approx(1.0, abs=0.05)
     after = load_estimate(evaluation.input("estimate"))
     assert after.num_prompts == 48
-    low, high = after.improvement["calm"].low, after.improvement["calm"].high
-    assert low <= demand.margin <= high, "the check at the chosen strength"
+    assert after.improvement["calm"].mean == pytest.approx(MARGIN, rel=LAW), "the check at the chosen strength"
     assert verify_run(folder / "run")[1] == []
 
 
@@ -96,18 +99,17 @@ def test_estimate_of_any_policy_needs_no_sampling(evaluated: tuple[Path, Artifac
     assert own.digest == evaluation.input("estimate").digest
     reference = run_estimate(folder / "run", folder / "lm")
     assert load_estimate(reference).kl.mean == pytest.approx(0.0, abs=1e-9)
-    assert estimate_text(reference).splitlines()[0].startswith("calm +0.00 ± 0.00 of +0.15, reward +0.00, KL 0.00")
+    assert estimate_text(reference).splitlines()[0].startswith("calm +0.00 ± 0.00 of +0.10, reward +0.00, KL 0.00")
     assert set((folder / "run").glob("generate-*")) == generated
 
 
 def test_a_margin_of_its_own_is_written_without_training(evaluated: tuple[Path, Artifact], tmp_path: Path) -> None:
     folder, evaluation = evaluated
-    found = export_strength(folder / "run", tmp_path / "less", margins={"": 0.1})
+    found = export_strength(folder / "run", tmp_path / "less", margins={"": MARGIN / 2})
     own = evaluation.input("policy").info["alpha"]
-    assert found.alpha == pytest.approx(own * 0.1 / 0.15)
+    assert found.alpha == pytest.approx(own / 2)
     estimate = load_estimate(run_estimate(folder / "run", tmp_path / "less"))
-    gain = estimate.improvement["calm"]
-    assert gain.low <= 0.1 <= gain.high
+    assert estimate.improvement["calm"].mean == pytest.approx(MARGIN / 2, rel=LAW)
 
 
 def test_refusal_leaves_a_policy_that_is_evaluated_as_trained(evaluated: tuple[Path, Artifact]) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from trained_run import TrainedRun, assert_weights
 
-from can_dist.config import validate_config
+from can_dist.config import StrengthChoice, identity, validate_config
 from can_dist.errors import CanDistError, ConfigError, DataError, InfeasibleConstraint
 from can_dist.outcomes.export import find_policy
 from can_dist.stages.estimate import demands, lam_of, trained_policy
 from can_dist.stages.report import lineage_of
-from can_dist.stages.strength import STRENGTH, strengthen
+from can_dist.stages.strength import STRENGTH, check, strengthen
 from can_dist.tables.artifacts import Artifact, open_stage
 from can_dist.training import ADAPTER, POLICY
 
@@ -45,7 +45,7 @@ def test_a_policy_that_a_kill_left_half_written_is_written_again(tmp_path: Path)
     policy = world.train()
     estimate = world.estimate(policy, 0.25)
     place = open_stage(
-        world.run, "strength", "policy", {"alpha": 2.0},
+        world.run, "strength", "policy", {"alpha": 2.0, "strength": identity(StrengthChoice())},
         {"policy": policy, "estimate": estimate, "solution": world.solution},
     ).path  # fmt: skip
     for half in (place / ".tmp-merge-1" / POLICY, place / POLICY):
@@ -105,6 +105,15 @@ def test_a_policy_that_needs_none_stays_as_trained(tmp_path: Path) -> None:
     policy = world.train()
     assert strengthened(world, policy, 0.2, lam=0.0).digest == policy.digest
     assert "strength: 1, the policy as trained" in world.said()
+
+
+@pytest.mark.parametrize(("gain", "warned"), [(0.30, True), (0.47, False), (0.70, False)])
+def test_check_says_when_the_law_ended_before_the_margin(tmp_path: Path, gain: float, warned: bool) -> None:
+    world = TrainedRun(tmp_path)
+    found = strengthened(world, world.train(), 0.25)
+    check(world.work, found, world.solution, world.estimate(found, gain))
+    sentence = f"at strength 2 a is {gain:+.3g} ± 0.039 where +0.5 is asked: the law of small steps"
+    assert (sentence in world.said()) is warned
 
 
 def test_a_number_is_taken_as_it_is(tmp_path: Path) -> None:
