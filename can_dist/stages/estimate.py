@@ -66,7 +66,7 @@ def estimate(
         )
         write_json(stage.path / ESTIMATE, found.to_dict())
         line = estimate_line(found, demands(solution))
-        work.say(f"estimate: {line} ({found.num_prompts} validation prompts). {found.sentence}", event="estimate")
+        work.say(f"estimate: {line} ({found.num_prompts} validation prompts). {found.sentence}")
         return stage.commit([ESTIMATE])
 
 

@@ -107,8 +107,5 @@ def _write(work: Workspace, stage: StageDirectory, policy: Artifact, reference: 
     files = [STRENGTH, *(str(path.relative_to(stage.path)) for path in written)]
     gains = ", ".join(f"{name} {gain.mean:+.3g}" for name, gain in strength.predicted.improvement.items())
     limiting = f", which {strength.limiting} needs" if strength.limiting else ""
-    work.say(
-        f"strength: {strength.alpha:.3g}{limiting}: {gains}, KL {strength.predicted.kl.mean:.3g} expected",
-        event="strength",
-    )
+    work.say(f"strength: {strength.alpha:.3g}{limiting}: {gains}, KL {strength.predicted.kl.mean:.3g} expected")
     return stage.commit(files, info={"alpha": strength.alpha})
