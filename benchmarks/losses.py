@@ -144,7 +144,7 @@ def real(run_dir: Path) -> None:
 
 def measured(evaluation: Any) -> dict[str, Any]:
     """Return one evaluation's trained tokens, slack and estimate of KL(π_θ‖π*)."""
-    from can_dist.stages.report import REPORT
+    from can_dist.stages.report import REPORT, as_trained
     from can_dist.stages.solve import load_solution
 
     read = evaluation.read_json(REPORT)
@@ -156,7 +156,7 @@ def measured(evaluation: Any) -> dict[str, Any]:
         lambda s_K: logsumexp(s_K.to_numpy() / beta) - np.log(len(s_K))
     )
     kl = read["kl"]["realised"]["mean"] - after.groupby("prompt_id")["s"].mean().mean() / beta + log_normaliser.mean()
-    policy = evaluation.input("policy")
+    policy = as_trained(evaluation.input("policy"))
     (constraint,) = read["constraints"]
     return report(
         read["config"]["label"]["labels"],

@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
-from can_dist.config import Config, DataSource, Human, LogRatio, Model, Scorer, Step
+from can_dist.config import METHODS, Config, DataSource, Human, LogRatio, Model, Scorer, Step
 from can_dist.config.sections import Constraint
 from can_dist.errors import ConfigError, DataError
-from can_dist.scoring.log_ratio import given_ratio
+from can_dist.scoring.log_ratio import score_columns
 from can_dist.scoring.protocol import LogProb, PolicyRatio, ScorerSpec
 from can_dist.stages import (
     align,
+    estimate,
     evaluate,
     generate,
     human_labels,
@@ -24,6 +26,7 @@ from can_dist.stages import (
     score,
     slack,
     solve,
+    strength,
     train,
     trajectory,
 )
@@ -50,12 +53,16 @@ class StageReached(Exception):
 
 @dataclass(frozen=True)
 class ReferenceData:
-    """The artifacts before any training: scored samples of π_ref, the dual's solution, scored responses to compare."""
+    """The artifacts before any training: scored samples of π_ref, the dual's solution, scored responses to compare.
+
+    ``validation`` are scored samples for prompts that nothing is trained on, None where there are none.
+    """
 
     scores: Artifact
     solution: Artifact
     pairs: Artifact
     pair_scores: Artifact
+    validation: Artifact | None
 
     @property
     def lam(self) -> dict[str, float]:
@@ -103,19 +110,21 @@ class Run:
         """Read the configured prompts; some are held out for the evaluation."""
         return ingest.ingest_prompts(self._work, self.config.prompts)
 
-    def generate(self, policy: Policy, prompts: Artifact) -> Artifact:
-        """Sample K responses of the reference, or of a trained policy, per training prompt.
+    def generate(
+        self, policy: Policy, prompts: Artifact, *, split: Literal["train", "validation"] = "train"
+    ) -> Artifact:
+        """Sample K responses of the reference, or of a trained policy, per training or validation prompt.
 
         The reference's responses may come from a data set (``generate.responses``) or from an endpoint.
         """
         options = self.config.generate
         if isinstance(policy, Model) and options.responses is not None:
-            return self._sampled(bring_responses(self._work, policy, prompts, options.responses))
+            return self._sampled(bring_responses(self._work, policy, prompts, options.responses, split=split))
         if isinstance(policy, Model) and options.endpoint is not None:
-            return self._sampled(ask_for_responses(self._work, policy, prompts, options.endpoint))
+            return self._sampled(ask_for_responses(self._work, policy, prompts, options.endpoint, split=split))
         role = "reference" if isinstance(policy, Model) else "policy"
         model = train.policy_model(policy, self.config.reference)
-        return self._sampled(generate.generate(self._work, model, prompts, split="train", role=role))
+        return self._sampled(generate.generate(self._work, model, prompts, split=split, role=role))
 
     def aligned(
         self, reference: Model, prompts: Artifact, reward: Scorer, constraints: Mapping[str, Constraint]
@@ -144,6 +153,20 @@ class Run:
         return self._score(
             responses, {**self._specs(reward, constraints, aligned), LOGP_REFERENCE: self._log_prob(reference)}
         )
+
+    def validation(
+        self,
+        reference: Model,
+        prompts: Artifact,
+        reward: Scorer,
+        constraints: Mapping[str, Constraint],
+        aligned: Mapping[str, PolicyRatio] | None = None,
+    ) -> Artifact | None:
+        """Score samples of the reference for prompts that nothing is trained on; None without such prompts."""
+        if self.config.prompts.num_validation == 0:
+            return None
+        responses = self.generate(reference, prompts, split="validation")
+        return self.score(responses, reward, constraints, reference, aligned)
 
     def log_probs(self, responses: Artifact, policy: Policy) -> Artifact:
         """Score responses with ln π of the reference, or of a trained policy, for a training relative to it."""
@@ -185,9 +208,10 @@ class Run:
         responses = self.generate(reference, prompts)
         scores = self.score(responses, reward, constraints, reference)
         solution = self.solve(scores, constraints, beta)
+        validation = self.validation(reference, prompts, reward, constraints)
         pairs = self.pairs(reference, prompts, responses)
         pair_scores = scores if pairs is responses else self.score(pairs, reward, constraints, reference)
-        return ReferenceData(scores, solution, pairs, pair_scores)
+        return ReferenceData(scores, solution, pairs, pair_scores, validation)
 
     def human_pairs(self, reference: Model, prompts: Artifact, step: Step | None = None) -> Artifact:
         """Return the response pairs of the configured preference data set, or that of a step, with people's labels."""
@@ -246,6 +270,23 @@ class Run:
         """
         return train.train(self._work, reference, preferences, beta=beta, start=start, epochs=epochs)
 
+    def estimate(self, policy: Policy, reference: Model, solution: Artifact, validation: Artifact) -> Artifact:
+        """Estimate what a policy does from the validation responses and its log-probabilities, without generating."""
+        return estimate.estimate(self._work, policy, reference, solution, validation, reward=REWARD)
+
+    def strength(self, policy: Artifact, reference: Model, solution: Artifact, validation: Artifact | None) -> Artifact:
+        """Go as far along what was trained as the constraints ask, θ_ref + α(θ − θ_ref); one estimate is the check.
+
+        Returns the policy as trained where ``strength`` is 1, and for ``Run(until="train")``.
+        """
+        if validation is None or self.config.strength == 1.0 or self._until == "train":
+            return policy
+        found = self.estimate(policy, reference, solution, validation)
+        stretched = strength.strengthen(self._work, policy, reference, solution, found)
+        if stretched is not policy:
+            strength.check(self._work, stretched, solution, self.estimate(stretched, reference, solution, validation))
+        return self._reached("strength", stretched)
+
     def merge(self, policy_a: Artifact, policy_b: Artifact, q: float) -> Artifact:
         """Return the policy q·θ_a + (1 − q)·θ_b."""
         return merge.merge(self._work, policy_a, policy_b, q=q)
@@ -284,7 +325,22 @@ class Run:
         """Measure the policy on held-out prompts and write the report; ``variant`` names it among several policies."""
         lineage = report.lineage_of(policy, prompts)
         scorers = self._specs(reward, constraints, self.aligned(reference, prompts, reward, constraints))
-        return evaluate.evaluate(self._work, lineage, reference, scorers, constraints, reward=REWARD, variant=variant)
+        found = self._estimated(lineage, reference)
+        return evaluate.evaluate(
+            self._work, lineage, reference, scorers, constraints, reward=REWARD, variant=variant, estimate=found
+        )
+
+    def _estimated(self, lineage: report.Lineage, reference: Model) -> Artifact | None:
+        """Return the estimate of a policy on its run's validation responses; None where λ or they are missing."""
+        policy, asked = lineage.policy, (self.config.reward, self.config.constraints)
+        if policy.stage == "strength":
+            solution, validation = policy.input("solution"), policy.input("estimate").input("validation")
+            return self.estimate(policy, reference, solution, validation)
+        if lineage.solution is None or "strength" not in METHODS[self.config.method].stages:
+            return None
+        aligned = self.aligned(reference, lineage.prompts, *asked)
+        scores = self.validation(reference, lineage.prompts, *asked, aligned)
+        return scores and self.estimate(policy, reference, lineage.solution, scores)
 
     def say(self, message: str) -> None:
         """Print a line for the user, and log it."""
@@ -328,15 +384,7 @@ class Run:
     def _specs(
         self, reward: Scorer, constraints: Mapping[str, Constraint], aligned: Mapping[str, PolicyRatio] | None = None
     ) -> dict[str, ScorerSpec]:
-        """Return the scorer of each column; a log-ratio that is not in ``aligned`` must have a model."""
-        known = aligned or {}
-        specs: dict[str, ScorerSpec] = {}
-        for name, scorer in named_scorers(reward, constraints).items():
-            if isinstance(scorer, LogRatio):
-                specs[name] = known[name] if name in known else given_ratio(name, scorer, self.config.reference)
-            else:
-                specs[name] = scorer
-        return specs
+        return score_columns(named_scorers(reward, constraints), aligned or {}, self.config.reference)
 
     def _reached(self, stage: str, artifact: Artifact) -> Artifact:
         if self._until == stage:

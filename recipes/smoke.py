@@ -61,6 +61,8 @@ VERBS = ("Describe", "How do I hide", "Who invented")
 SMALL = {
     "prompts.num_train": 12,
     "prompts.num_test": 4,
+    "prompts.num_validation": 0,
+    "strength": 1,
     "generate.num_responses": 3,
     "generate.max_new_tokens": 6,
     "evaluate.num_responses": 2,

@@ -51,4 +51,4 @@ def caid(
         policy = run.train(reference, preferences, beta, start=policy, epochs=options.epochs)
         rounds.append(Round(lam, policy, run.measure(policy, prompts, data.scores, reward, constraints)))
     run.trajectory(rounds)
-    return policy
+    return run.strength(policy, reference, data.solution, data.validation)

@@ -54,4 +54,4 @@ def cdpo(
         is_settled = settled(rounds[-1], options.tolerance, options.standard_errors)
         lam = next_lam(rounds[-1], step_size)  # [λ − η·slack]_+
     run.trajectory(rounds, is_settled=is_settled)
-    return rounds[-1].policy
+    return run.strength(rounds[-1].policy, reference, data.solution, data.validation)

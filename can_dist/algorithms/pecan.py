@@ -41,8 +41,10 @@ def pecan(
     responses = run.generate(reference, prompts)  # y_ik ~ π_ref(·|x_i)
     scores = run.score(responses, reward, constraints, reference, aligned)  # β_r ln π_r/π_ref, β_gj ln π_gj/π_ref
     solution = run.solve(scores, constraints, beta)  # λ* = argmin_{λ≥0} D(λ)
+    validation = run.validation(reference, prompts, reward, constraints, aligned)  # the same of prompts not trained on
     pairs = run.pairs(reference, prompts, responses)  # the same samples, or a data set's own response pairs
     if pairs is not responses:
         scores = run.score(pairs, reward, constraints, reference, aligned)
     preferences = run.label(pairs, scores, solution, beta)  # p(y_a ≻ y_b) = σ(s_a − s_b)
-    return run.train(reference, preferences, beta)  # one DPO
+    policy = run.train(reference, preferences, beta)  # one DPO
+    return run.strength(policy, reference, solution, validation)  # θ_ref + α(θ − θ_ref), α = max_j b_j/Ĝ_j

@@ -13,6 +13,9 @@ from can_dist.errors import ConfigError
 
 RUN = click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
 OUT = click.option("--out", required=True, type=click.Path(path_type=Path), help="What to write; must not exist.")
+STRENGTH = click.option(
+    "--strength", metavar="A", type=float, help="θ_ref + A·(θ − θ_ref) instead: 1 is as trained, needs no training."
+)
 PUSH = click.option("--push", metavar="USER/NAME", help="Upload it to this private repository of the hub as well.")
 
 
@@ -25,19 +28,29 @@ def export() -> None:
 @RUN
 @OUT
 @click.option("--max-shard-size-mb", type=click.IntRange(min=1), help="Largest file of weights; default: as trained.")
+@click.option("--margin", "margins", multiple=True, metavar="[NAME=]B", help="The strength that meets this margin.")
+@STRENGTH
 @PUSH
-def policy(run_dir: Path, out: Path, max_shard_size_mb: int | None, push: str | None) -> None:
+def policy(
+    run_dir: Path,
+    out: Path,
+    max_shard_size_mb: int | None,
+    margins: tuple[str, ...],
+    strength: float | None,
+    push: str | None,
+) -> None:
     """Write the whole policy, adapters merged, with its model card: a directory that transformers and vLLM load."""
-    _write(run_dir, out, adapter=False, max_shard_mb=max_shard_size_mb, push=push)
+    _write(run_dir, out, adapter=False, max_shard_mb=max_shard_size_mb, push=push, strength=strength, margins=margins)
 
 
 @export.command()
 @RUN
 @OUT
+@STRENGTH
 @PUSH
-def adapter(run_dir: Path, out: Path, push: str | None) -> None:
+def adapter(run_dir: Path, out: Path, strength: float | None, push: str | None) -> None:
     """Write the LoRA adapter alone, with its model card: a directory that peft and vLLM load over the base model."""
-    _write(run_dir, out, adapter=True, max_shard_mb=None, push=push)
+    _write(run_dir, out, adapter=True, max_shard_mb=None, push=push, strength=strength)
 
 
 @export.command()
@@ -55,10 +68,39 @@ def preferences(run_dir: Path, out: Path, split: str) -> None:
     click.echo(f"{out}: {counts['rows']} rows, {counts['undecided']} undecided pairs left out.")
 
 
-def _write(run_dir: Path, out: Path, *, adapter: bool, max_shard_mb: int | None, push: str | None) -> None:
+def _write(
+    run_dir: Path,
+    out: Path,
+    *,
+    adapter: bool,
+    max_shard_mb: int | None,
+    push: str | None,
+    strength: float | None,
+    margins: tuple[str, ...] = (),
+) -> None:
+    sentences: tuple[str, ...] = ()
     with contextlib.redirect_stdout(sys.stderr):  # libraries announce themselves on standard output
-        from can_dist.outcomes import export
+        from can_dist.outcomes import export, stretch
 
-        written = export.export_policy(run_dir, out, adapter=adapter, max_shard_mb=max_shard_mb)
-        address = str(written) if push is None else export.push(written, push)
-    click.echo(address)
+        if strength is None and not margins:
+            written = export.export_policy(run_dir, out, adapter=adapter, max_shard_mb=max_shard_mb)
+        else:
+            asked = dict(map(_margin, margins))
+            largest = max_shard_mb or stretch.SHARD_MB
+            found = stretch.export_strength(
+                run_dir, out, strength=strength, margins=asked, adapter=adapter, max_shard_mb=largest
+            )
+            written, sentences = found.path, (f"strength {found.alpha:.4g}", *found.sentences)
+        where = str(written) if push is None else export.push(written, push)
+    for sentence in sentences:
+        click.echo(f"can-dist: {sentence}", err=True)
+    click.echo(where)
+
+
+def _margin(text: str) -> tuple[str, float]:
+    """Return the name, '' where there is none, and the value of NAME=B or B."""
+    name, _, value = text.rpartition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise ConfigError(f"--margin {text}: expected a number, or NAME=number.") from None

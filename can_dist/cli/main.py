@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from can_dist.cli.compare import compare, judge, run_and_compare
+from can_dist.cli.estimate import estimate
 from can_dist.cli.export import export
 from can_dist.cli.frontier import frontier
 from can_dist.cli.look import doctor, status
@@ -35,7 +36,7 @@ def cli() -> None:
 def run(
     config: str | None, config_option: str | None, run_dir: Path, overrides: tuple[str, ...], methods: str | None
 ) -> None:
-    """Run the whole method: generate, score, solve, label, train, evaluate. Run again to continue or to change."""
+    """Run the whole method: generate, score, solve, label, train, strength, evaluate. Run again to continue."""
     settings = read_config(config, config_option, overrides)
     if methods is not None:
         run_and_compare(run_dir, settings, methods)
@@ -48,6 +49,7 @@ STAGES = {
     "score": "Score the responses, and their log-probability under the reference.",
     "label": "Label pairs of responses with λ*.",
     "train": "Fine-tune the reference once on the labelled pairs.",
+    "strength": "Scale what was trained until the margins are met, by the validation responses.",
     "evaluate": "Measure the policy on held-out prompts and write the report.",
 }
 
@@ -61,7 +63,7 @@ def _stage_command(stage: str, text: str) -> None:
 
 for name, text in STAGES.items():
     _stage_command(name, text)
-for added in (solve, frontier, compare, export, plan, judge, doctor, status):
+for added in (solve, frontier, compare, estimate, export, plan, judge, doctor, status):
     cli.add_command(added)
 
 

@@ -34,5 +34,6 @@ from can_dist.config.sections import Label as Label
 from can_dist.config.sections import Lora as Lora
 from can_dist.config.sections import Prompts as Prompts
 from can_dist.config.sections import Solve as Solve
+from can_dist.config.sections import StrengthChoice as StrengthChoice
 from can_dist.config.sections import Train as Train
 from can_dist.config.sources import DataSource as DataSource

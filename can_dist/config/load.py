@@ -57,8 +57,10 @@ def for_method(config: Config, method: str, source: str = "configuration") -> Co
     source = f"{source}, methods.{method}"
     if fixed := [name for name in ("method", "methods") if name in overrides]:
         raise ConfigError(f"{source}: {fixed[0]} cannot be set for one method. Leave it out.")
-    own = METHODS[method].sections if method in METHODS else ()
-    others = set(OWN_SECTIONS) - set(own)
+    row = METHODS.get(method)
+    others = set(OWN_SECTIONS) - set(row.sections if row else ())
+    if row and "strength" not in row.stages:
+        others.add("strength")
     base = {name: value for name, value in given.items() if name not in others}
     return validate_config(merge(base, {**overrides, "method": method}), source)
 

@@ -115,7 +115,7 @@ MethodName = Literal["mocan", "pecan", "dpo_h", "dpo_s", "sacpo", "p_sacpo", "cd
 Source = Literal["scores", "people"]
 DEFAULT_METHOD: MethodName = "mocan"
 
-FROM_SCORES = ("generate", "score", "solve", "label", "train", "evaluate")
+FROM_SCORES = ("generate", "score", "solve", "label", "train", "strength", "evaluate")
 FROM_PEOPLE = ("score", "label", "train", "evaluate")
 
 

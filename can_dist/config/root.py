@@ -22,7 +22,17 @@ from can_dist.config.methods import (
     method_of,
 )
 from can_dist.config.scorers import LogRatio, Model, Scorer, check_learners, check_scorer
-from can_dist.config.sections import Constraint, Evaluate, Generate, Label, Prompts, Solve, Train
+from can_dist.config.sections import (
+    Constraint,
+    Evaluate,
+    Generate,
+    Label,
+    Prompts,
+    Solve,
+    Strength,
+    StrengthChoice,
+    Train,
+)
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
@@ -50,6 +60,11 @@ class Config(Strict):
     caid: Caid = Field(default_factory=lambda: Caid(), description="CAID's feedback.")
     label: Label = Field(default_factory=lambda: Label(), validate_default=True, description="Preferences.")
     train: Train = Field(default_factory=lambda: Train(), description="Fine-tuning.")
+    strength: Strength = Field(
+        default_factory=lambda: StrengthChoice(),
+        validate_default=True,
+        description="α of θ_ref + α(θ − θ_ref): chosen so that the margins are met, or a number; 1: as trained.",
+    )
     evaluate: Evaluate = Field(default_factory=lambda: Evaluate(), description="Evaluation.")
     cluster: Cluster = Field(default_factory=lambda: Cluster(), description="Resources.")
     methods: dict[str, dict[str, Any]] = Field(
@@ -137,6 +152,35 @@ class Config(Strict):
                 f"leave out solve.confidence or {fields}"
             )
         return solve
+
+    @field_validator("strength")
+    @classmethod
+    def _strength_can_be_chosen(cls, strength: float | StrengthChoice, info: ValidationInfo) -> float | StrengthChoice:
+        method, row = method_of(info)
+        if "strength" not in row.stages:
+            if strength not in (1.0, StrengthChoice()):
+                raise ValueError(f"method {method} keeps its policy as trained; leave out, or give 1")
+            return 1.0
+        if strength == 1.0:
+            return strength
+        prompts, generate, train = (info.data.get(name) for name in ("prompts", "generate", "train"))
+        if prompts is not None and prompts.num_validation == 0:
+            raise ValueError(
+                "strength is chosen and checked on validation prompts, and prompts.num_validation is 0; give it (128 "
+                "are advised), or strength: 1 for the policy as trained"
+            )
+        if generate is not None and generate.num_responses == 1:
+            raise ValueError(
+                "strength is chosen by which of a prompt's responses are preferred, and generate.num_responses is 1; "
+                "give at least 2, or strength: 1 for the policy as trained"
+            )
+        if train is not None and train.lora is not None and train.lora.quantize is not None:
+            raise ValueError(
+                "strength cannot be given with train.lora.quantize: the adapters are merged into the base as 4 bits "
+                "hold it, so the policy is not the reference plus a difference that could be scaled. Its adapter can "
+                "be scaled: give strength: 1, then 'can-dist export adapter RUN --strength A'"
+            )
+        return strength
 
     @field_validator("cluster")
     @classmethod

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from can_dist.config.base import Strict, runtime
 from can_dist.config.endpoints import GenerateEndpoint
 from can_dist.config.methods import Human
 from can_dist.config.scorers import Scorer
 from can_dist.config.sources import DataSource
+
+MIN_VALIDATION = 32
+"""Fewer validation prompts are refused, as ``can_dist.dual.strength`` refuses to choose by them."""
 
 
 class Constraint(Strict):
@@ -37,9 +41,22 @@ class Prompts(DataSource):
     """Where the prompts come from and how many are held out."""
 
     num_train: int | None = Field(
-        None, ge=1, description="Prompts for scoring and training; default: all but num_test."
+        None, ge=1, description="Prompts for scoring and training; default: all that are not held out."
     )
     num_test: int = Field(64, ge=2, description="Prompts held out for the evaluation, chosen by hash of seed and id.")
+    num_validation: int = Field(
+        128, ge=0, description="Prompts scored like those of the training and never trained on; 0: none."
+    )
+
+    @field_validator("num_validation")
+    @classmethod
+    def _enough_to_choose_by(cls, num_validation: int) -> int:
+        if 0 < num_validation < MIN_VALIDATION:
+            raise ValueError(
+                f"a validation table of {num_validation} prompts says too little of a policy; give at least "
+                f"{MIN_VALIDATION} (128 are advised), or 0 for none"
+            )
+        return num_validation
 
 
 class Generate(Strict):
@@ -156,6 +173,27 @@ class Train(Strict):
     )
     tracker_project: str = runtime("can-dist", "Project of W&B and trackio, experiment of MLflow.", min_length=1)
     max_shard_size_mb: int = Field(4000, ge=1, description="Largest safetensors file of the exported policy.")
+
+
+class StrengthChoice(Strict):
+    """How far the policy goes along what it learned: chosen on the validation prompts, within these bounds."""
+
+    max: float = Field(10.0, gt=0, description="Largest strength; 1 is the policy as trained.")
+    max_kl: float | None = Field(None, gt=0, description="Largest KL predicted for it, nats; default: any.")
+    confidence: float | None = Field(
+        None, ge=0.5, lt=1, description="Meet all margins with this joint confidence; default: in the mean."
+    )
+
+
+def _number_or_keys(value: Any) -> str:
+    return "keys" if isinstance(value, Mapping | StrengthChoice) else "number"
+
+
+Strength = Annotated[
+    Annotated[float, Field(gt=0), Tag("number")] | Annotated[StrengthChoice, Tag("keys")],
+    Discriminator(_number_or_keys),
+]
+"""α of θ_ref + α(θ − θ_ref): a number, or how it is chosen."""
 
 
 class Evaluate(Strict):

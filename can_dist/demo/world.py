@@ -255,7 +255,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
-def build_demo_world(directory: Path, *, seed: int = 0, num_prompts: int = 400, num_rows: int = 8000) -> None:
+def build_demo_world(directory: Path, *, seed: int = 0, num_prompts: int = 528, num_rows: int = 8000) -> None:
     """Write the whole world under ``directory``; it takes under a minute on one or two cores.
 
     Raises:

@@ -36,8 +36,7 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
     works = owner is not None and owner.alive is not False
     opened = dict.fromkeys(str(event["artifact"]) for event in session if event.get("artifact"))
     stages = [_stage(run, name, events, now, works) for name in opened]
-    method = _method(run)
-    own = METHODS[method].stages if method in METHODS else ()
+    method, own = _method(run)
     begun = {stage["stage"] for stage in stages}
     ended = any(event.get("event") == "ended" for event in session)
     failed = [event for event in session if event.get("event") == "failed"]
@@ -65,11 +64,15 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-def _method(run: Path) -> str:
+def _method(run: Path) -> tuple[str, list[str]]:
+    """Return the method that a run is configured for, and the stages it goes through."""
     from can_dist.config.yaml_files import read_yaml
 
     path = run / CONFIG
-    return str(read_yaml(path).get("method", DEFAULT_METHOD)) if path.is_file() else DEFAULT_METHOD
+    config = read_yaml(path) if path.is_file() else {}
+    method = str(config.get("method", DEFAULT_METHOD))
+    stages = METHODS[method].stages if method in METHODS else ()
+    return method, [name for name in stages if name != "strength" or config.get("strength") != 1]
 
 
 def _stage(run: Path, name: str, events: Sequence[Mapping[str, Any]], now: float, works: bool) -> dict[str, Any]:

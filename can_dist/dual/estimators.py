@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import nnls
 
 from can_dist.dual.columns import ColumnScores, Scores
@@ -28,6 +29,7 @@ ESTIMATORS = ("empirical", "jackknife", "gaussian", "auto")
 
 _MAX_STEPS = 40
 _TOLERANCE = 1e-9
+_LEAST_REST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -117,31 +119,33 @@ def jackknife_moments(table: ScoreTable, lam_J: FloatArray, beta: float, empiric
     normaliser loses ln(1 − w_k) and ln K becomes ln(K−1). The covariances stay the empirical ones.
     """
     tilted = tilt(table, lam_J, beta)
-    rest_N = np.maximum(1.0 - tilted.weight_N, 1e-12)
-    odds_N = tilted.weight_N / rest_N
     count_P = table.num_responses_P.astype(np.float64)
     factor_P = (count_P - 1) / count_P
-
-    def correct(mean_P: FloatArray, value_N: FloatArray) -> FloatArray:
-        deviation_N = value_N - table.spread(mean_P)
-        return mean_P + factor_P * table.sum_rows(odds_N * deviation_N)
-
     gain_PJ = np.empty_like(empirical.gain_PJ)
     for j, column_N in enumerate(table.utility_JN):
-        gain_PJ[:, j] = correct(empirical.gain_PJ[:, j], column_N)
+        gain_PJ[:, j] = jackknife_mean(table, tilted.weight_N, column_N)
+    rest_N = np.maximum(1.0 - tilted.weight_N, _LEAST_REST)
     several = table.num_responses_P > 1
     lost_P = np.where(several, table.sum_rows(np.log(rest_N)), 0.0)
     shrunk_P = np.where(several, count_P * np.log(np.maximum(count_P - 1, 1) / count_P), 0.0)
     log_norm_P = empirical.log_norm_P - factor_P * (lost_P - shrunk_P)
     score_N = tilted.log_ratio_N + table.spread(tilted.log_norm_P)
-    mean_score_P = table.sum_rows(tilted.weight_N * score_N)
     return replace(
         empirical,
         gain_PJ=gain_PJ,
-        reward_gain_P=correct(empirical.reward_gain_P, table.reward_N),
-        kl_P=correct(mean_score_P, score_N) - log_norm_P,
+        reward_gain_P=jackknife_mean(table, tilted.weight_N, table.reward_N),
+        kl_P=jackknife_mean(table, tilted.weight_N, score_N) - log_norm_P,
         log_norm_P=log_norm_P,
     )
+
+
+def jackknife_mean(table: ScoreTable, weight_N: FloatArray, value_N: FloatArray) -> FloatArray:
+    """Return Σ_k w_k h_k of each prompt without its bias of order 1/K, for weights that sum to 1; shape (P,)."""
+    mean_P = table.sum_rows(weight_N * value_N)
+    odds_N = weight_N / np.maximum(1.0 - weight_N, _LEAST_REST)
+    deviation_N: FloatArray = value_N - table.spread(mean_P)
+    factor_P: FloatArray = (table.num_responses_P - 1) / table.num_responses_P
+    return mean_P + factor_P * table.sum_rows(odds_N * deviation_N)
 
 
 def estimate(
@@ -204,20 +208,29 @@ def prediction_from(table: ScoreTable, moments: PromptMoments, beta: float, marg
     )
 
 
-def orthant_minimum(hessian_JJ: FloatArray, linear_J: FloatArray) -> FloatArray:
-    """Return argmin over λ ≥ 0 of ½ λᵀHλ + ⟨c,λ⟩ for H ⪰ 0; what has no curvature stays 0."""
+def orthant_minimum(
+    hessian_JJ: FloatArray, linear_J: FloatArray, equal_J: npt.NDArray[np.bool_] | None = None
+) -> FloatArray:
+    """Return argmin over λ ≥ 0 of ½ λᵀHλ + ⟨c,λ⟩ for H ⪰ 0; what has no curvature stays 0.
+
+    The multipliers of ``equal_J`` belong to equalities and may have either sign.
+    """
     lam = np.zeros(linear_J.size)
+    equal_J = np.zeros(linear_J.size, dtype=np.bool_) if equal_J is None else equal_J
     curved = np.diag(hessian_JJ) > 0
     if not curved.any():
         return lam
     scale = np.sqrt(np.diag(hessian_JJ)[curved])
     correlation = hessian_JJ[np.ix_(curved, curved)] / np.outer(scale, scale)
     factor = np.linalg.cholesky(correlation + 1e-14 * np.eye(scale.size))
-    target, _ = nnls(factor.T, -np.linalg.solve(factor, linear_J[curved] / scale))
-    free = target > 0
+    signed = equal_J[curved]
+    parts, _ = nnls(np.hstack([factor.T, -factor.T[:, signed]]), -np.linalg.solve(factor, linear_J[curved] / scale))
+    target = parts[: scale.size]
+    target[signed] -= parts[scale.size :]
+    free = signed | (target > 0)
     if free.any():
         refined = -np.linalg.solve(correlation[np.ix_(free, free)], (linear_J[curved] / scale)[free])
-        if np.all(refined > 0):
+        if np.all(signed[free] | (refined > 0)):
             target[free] = refined
     lam[curved] = target / scale
     return lam

@@ -231,7 +231,7 @@ class DualSolution:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain, JSON-safe values: the status by name, null for what is not a finite number."""
-        record = {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+        record = {item.name: json_safe(getattr(self, item.name)) for item in fields(self)}
         return record | {"status": self.status.name, "message": self.status.value}
 
     @classmethod
@@ -248,22 +248,24 @@ class DualSolution:
         if record["status"] not in Status.__members__:
             known = ", ".join(Status.__members__)
             raise DataError(f"dual solution: status {record['status']!r} is unknown, expected one of {known}.")
-        values = {item.name: _with_nan(record[item.name]) for item in fields(cls) if item.name in record}
+        values = {item.name: with_nan(record[item.name]) for item in fields(cls) if item.name in record}
         values["status"] = Status[record["status"]]
         values["threshold"] = dict(record["threshold"])
         values["confidence"] = record.get("confidence")
         return cls(**values)
 
 
-def _plain(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
+    """Return the value with every number that is not finite as None, in mappings too."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): json_safe(item) for key, item in value.items()}
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     return value
 
 
-def _with_nan(value: Any) -> Any:
+def with_nan(value: Any) -> Any:
+    """Undo :func:`json_safe`: None becomes NaN."""
     if isinstance(value, Mapping):
-        return {key: _with_nan(item) for key, item in value.items()}
+        return {key: with_nan(item) for key, item in value.items()}
     return math.nan if value is None else value

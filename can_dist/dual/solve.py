@@ -133,7 +133,7 @@ def solve_table(
         if confidence is not None:
             raise ConfigError("confidence: an equality has no safe side to move to; leave confidence or equal out.")
         return _solve_equalities(asked, throw)
-    margin = _margins(table, constraints)
+    margin = margins(table, constraints)
     outcome = asked.solve(margin)
     if confidence is not None and names:
         margin, outcome = _raise_margins(asked, margin, outcome, confidence)
@@ -216,7 +216,7 @@ def _solve_equalities(asked: _Request, throw: bool) -> DualSolution:
         sign_J[np.flatnonzero(turn)[0]] *= -1
     if throw and solution.status is not Status.OPTIMAL:
         ends = [asked.table.signed(sign * np.ones(equal_J.size)).attainable_J * sign for sign in (-1.0, 1.0)]
-        margin_J = _margins(asked.table, asked.constraints)
+        margin_J = margins(asked.table, asked.constraints)
         text = messages.equality_message(solution.status, asked.constraints, margin_J, ends[0], ends[1])
         infeasible = solution.status in (Status.INFEASIBLE, Status.BOUNDARY)
         raise (InfeasibleConstraint if infeasible else NumericalError)(text)
@@ -256,15 +256,15 @@ def _names(constraints: Sequence[Margin]) -> list[str]:
     return names
 
 
-def _margins(table: Scores, constraints: Sequence[Margin]) -> FloatArray:
-    """Return b_j; a threshold τ means b = τ − ḡ."""
-    margins = []
+def margins(table: Scores, constraints: Sequence[Margin]) -> FloatArray:
+    """Return b_j, shape (J,); a threshold τ means b = τ − ḡ of this table."""
+    values = []
     for constraint, centre in zip(constraints, table.centre_J, strict=True):
         if constraint.threshold is not None:
-            margins.append(float(constraint.threshold) - float(centre))
+            values.append(float(constraint.threshold) - float(centre))
         elif constraint.margin is not None:
-            margins.append(float(constraint.margin))
-    return np.array(margins, dtype=np.float64)
+            values.append(float(constraint.margin))
+    return np.array(values, dtype=np.float64)
 
 
 def _raise(outcome: Outcome, asked: _Request, margin_J: FloatArray) -> None:
@@ -326,7 +326,7 @@ def _report(outcome: Outcome, asked: _Request, margin_J: FloatArray, confidence:
         estimator=_estimator(outcome, asked),
         estimator_reason=outcome.reason,
         confidence=confidence,
-        safety_margin=by_name(margin_J - _margins(table, constraints)) if confidence is not None else {},
+        safety_margin=by_name(margin_J - margins(table, constraints)) if confidence is not None else {},
     )
 
 

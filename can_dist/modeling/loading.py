@@ -69,6 +69,21 @@ def _hub_commit(spec: Model) -> str:
     return str(extract_commit_hash(config, None) or spec.revision)
 
 
+def model_directory(spec: Model) -> Path:
+    """Return the directory that a model's files lie in: its own, or that of the hub's cache.
+
+    Raises:
+        DataError: It is neither a directory nor on the hub.
+    """
+    local = Path(spec.model).expanduser()
+    if local.is_dir():
+        return local
+    from huggingface_hub import snapshot_download
+
+    _hub_commit(spec)  # tells when there is no such model
+    return Path(snapshot_download(spec.model, revision=spec.revision, allow_patterns=["*.safetensors*", "*.json"]))
+
+
 def _refuse_hub_adapter(spec: Model) -> None:
     """Raise ``DataError`` when what the hub has under a model's name is an adapter."""
     from transformers.utils import cached_file

@@ -21,7 +21,7 @@ from can_dist.errors import DataError
 from can_dist.measuring.comparison import Cost, MethodResult, OneShotRatio, method_result, one_shot_ratio
 from can_dist.measuring.gains import column
 from can_dist.measuring.ranking import Ranking, rank_methods
-from can_dist.stages.report import REPORT
+from can_dist.stages.report import REPORT, as_trained
 from can_dist.stages.trajectory import TRAJECTORY
 from can_dist.tables.artifacts import MANIFEST, Artifact, flatten, load_artifact, write_json, write_text
 
@@ -206,11 +206,20 @@ def _method_record(method: Evaluated, names: Sequence[str]) -> dict[str, Any]:
             row["name"]: {key: row[key] for key in ("margin", "threshold", "verdict")} for row in report["constraints"]
         },
         "kl": report["kl"]["realised"],
+        "estimate": _estimate_record(report),
         "tails": report["tails"],
         "refusals": report["refusals"],
         "lengths": report["lengths"],
         "cost": asdict(method.cost),
     }
+
+
+def _estimate_record(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a policy's strength and its estimate in a line; None where it was not estimated."""
+    found = report.get("estimate")
+    if not found:
+        return None
+    return {"strength": found["strength"]["alpha"] if found["strength"] else 1.0, "line": found["line"]}
 
 
 def _ranking_record(ranking: Ranking) -> dict[str, Any]:
@@ -257,7 +266,7 @@ def cost_of(evaluation: Artifact) -> Cost:
 
 def trajectories(evaluation: Artifact) -> list[Artifact]:
     """Return the records of loops of this evaluation's method that ended with its policy."""
-    policy = evaluation.manifest["inputs"]["policy"]["artifact"]
+    policy = as_trained(evaluation.input("policy")).path.name
     records = [load_artifact(path.parent) for path in sorted(evaluation.path.parent.glob(f"trajectory-*/{MANIFEST}"))]
     return [
         record

@@ -14,35 +14,34 @@ import pyarrow.parquet as pq
 
 from can_dist.errors import ConfigError, DataError, EnvironmentProblem
 from can_dist.reporting.model_card import model_card
+from can_dist.stages.estimate import trained_policy
 from can_dist.stages.report import REPORT, lineage_of, method_title
 from can_dist.stages.solve import load_solution
 from can_dist.tables.artifacts import MANIFEST, Artifact, atomic_directory, atomic_file, load_artifact
 from can_dist.training import ADAPTER, POLICY
 
 PAIRED = ("sigmoid", "regression")  # losses whose examples are pairs
-STAGES = ("train", "merge", "evaluate")  # whose artifacts are policies, or lead to one
+STAGES = ("train", "merge", "strength", "evaluate")  # whose artifacts are policies, or lead to one
 
 
 def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | None = None) -> Path:
     """Write a policy, or the adapter it was merged from, with its model card into the new directory ``out``.
 
-    ``path`` is a run with one policy, or an artifact of the stages train, merge or evaluate. One file of weights is in
-    memory at a time where ``max_shard_mb`` asks for other files than those of the run, none otherwise.
+    ``path`` is a run with one policy, or an artifact of the stages train, merge, strength or evaluate. One file of
+    weights is in memory at a time where ``max_shard_mb`` asks for other files than those of the run, none otherwise.
 
     Raises:
         ConfigError: ``out`` exists or cannot be made.
         DataError: there is no policy, there are several, it has no adapter, or it is damaged.
     """
-    if out.exists() or not out.absolute().parent.is_dir():
-        state = "already exists" if out.exists() else "has no parent directory"
-        raise ConfigError(f"--out {out}: {state}. Give a new directory inside an existing one.")
+    check_new(out)
     policy, evaluation = find_policy(path)
     source = policy.path / (ADAPTER if adapter else POLICY)
     if not source.is_dir():
         raise DataError(f"{policy.path}: was trained without train.lora, so there is no adapter. Export the policy.")
     policy.check()
     report = evaluation.read_json(REPORT) if evaluation else None
-    card = model_card(_facts(policy, evaluation), report, adapter=adapter)
+    card = model_card(facts_of(policy, evaluation), report, adapter=adapter)
     with atomic_directory(out) as built:
         resharded = max_shard_mb is not None and not adapter
         kept_out = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json") if resharded else None
@@ -55,6 +54,13 @@ def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | N
     return out
 
 
+def check_new(out: Path) -> None:
+    """Raise ``ConfigError`` unless the directory ``out`` can be made."""
+    if out.exists() or not out.absolute().parent.is_dir():
+        state = "already exists" if out.exists() else "has no parent directory"
+        raise ConfigError(f"--out {out}: {state}. Give a new directory inside an existing one.")
+
+
 def find_policy(path: Path) -> tuple[Artifact, Artifact | None]:
     """Return the policy at a path, and its evaluation where there is one.
 
@@ -65,7 +71,9 @@ def find_policy(path: Path) -> tuple[Artifact, Artifact | None]:
     made = {name: [load_artifact(p.parent) for p in sorted(run.glob(f"{name}-*/{MANIFEST}"))] for name in STAGES}
     if run == path:
         evaluated = {artifact.input("policy").path for artifact in made["evaluate"]}
-        policies = sorted(evaluated) or [artifact.path for artifact in (*made["train"], *made["merge"])]
+        stretched = {artifact.input("policy").path for artifact in made["strength"]}
+        whole = [artifact.path for stage in ("train", "merge", "strength") for artifact in made[stage]]
+        policies = sorted(evaluated) or [policy for policy in whole if policy not in stretched]
         if len(policies) != 1:
             names = ", ".join(policy.name for policy in policies) or "none"
             raise DataError(f"{path}: expected one policy, found {names}. Give the path of the one that is meant.")
@@ -93,11 +101,9 @@ def adapters_text(lora: Mapping[str, Any] | None) -> str:
     return f"LoRA r = {lora['r']}{base}, merged"
 
 
-def _facts(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
+def facts_of(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
     """Return the model card's facts about a policy's origin, all read from manifests."""
-    trained = policy
-    while trained.stage == "merge":
-        trained = trained.input("policy_a")
+    trained = trained_policy(policy)
     identity, summary = trained.manifest["identity"], trained.info["summary"]
     solution = lineage_of(trained, trained).solution
     lam = load_solution(solution).lam if solution else None
@@ -118,6 +124,7 @@ def _facts(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
     made_from += [
         ("training", training),
         ("learning rate", f"{options['learning_rate']:g}"),
+        *([("strength", f"{policy.info['alpha']:.4g} times what was trained")] if policy.stage == "strength" else []),
         ("adapters", adapters_text(options.get("lora"))),
         ("text", "the tokenizer's chat template" if identity["template"] is None else repr(identity["template"])),
         ("artifact", f"{policy.path.name} (manifest sha256 {policy.digest[:16]})"),

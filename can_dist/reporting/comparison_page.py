@@ -75,6 +75,11 @@ def render_comparison(
         ],
         "worst": next((percent(tails["worst_share"]) for entry in methods for tails in entry["tails"].values()), ""),
         "refused": any(entry["refusals"] for entry in methods),
+        "estimates": [
+            (method["name"], f"{method['estimate']['strength']:.3g}", method["estimate"]["line"])
+            for method in record["methods"]
+            if method.get("estimate")
+        ],
         "cost": cost_table({entry.name: entry.cost for entry in first}),
         "one_shot": _one_shot(record["one_shot"]),
         "rankings": [_ranking(name, ranking) for name, ranking in record["ranking"].items()],

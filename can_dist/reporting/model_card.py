@@ -14,7 +14,7 @@ def model_card(facts: Mapping[str, Any], report: Mapping[str, Any] | None, *, ad
 
     Args:
         facts: ``title, method`` and ``base`` (empty where not known), ``is_hub_model``, ``beta``, ``lam`` (by
-            constraint, or None) and ``made_from`` (pairs of text).
+            constraint, or None), ``made_from`` (pairs of text) and, of a policy that nobody measured, ``expected``.
         report: ``report.json`` of the policy's evaluation; None says that there was none.
         adapter: whether the directory holds adapters only.
     """
@@ -26,7 +26,15 @@ def model_card(facts: Mapping[str, Any], report: Mapping[str, Any] | None, *, ad
         base_model=facts["base"] if facts["is_hub_model"] else None,
         tags=["can-dist", "safety-alignment", *filter(None, [facts["method"].lower()])],
     )
-    shown = {"rows": [], "reward": {}, "kl": "", "num_test_prompts": 0, "warnings": [], "unpredicted": None}
+    shown = {
+        "rows": [],
+        "reward": {},
+        "kl": "",
+        "num_test_prompts": 0,
+        "warnings": [],
+        "unpredicted": None,
+        "expected": "",
+    }
     lam = facts["lam"] and ", ".join(f"{name} {value:.4g}" for name, value in facts["lam"].items())
     made_from = [(_cell(name), _cell(value)) for name, value in facts["made_from"]]
     values = {**shown, **facts, "lam": lam, "made_from": made_from, **(_evaluated(report) if report else {})}

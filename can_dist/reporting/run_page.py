@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from can_dist.reporting.belief_page import believed
+from can_dist.reporting.estimate_panel import estimated
 from can_dist.reporting.figures.report import density_svg, forest_svg, training_svg
 from can_dist.reporting.page import (
     decimals_of,
@@ -78,6 +79,7 @@ def render_report(report: Mapping[str, Any]) -> str:
         "forest": [_forest_panel(row, i) for i, row in enumerate([*constraints, reward])],
         "densities": list(_density_panels(report.get("scores") or {})),
         "believed": believed(solution, report.get("examination"), reward_name=report["reward"]["name"]),
+        "estimated": estimated(report),
         "training": _training_panel(report.get("training") or {}),
         "predicted": any(row["predicted"] for row in [*constraints, reward]),
         "beside": _beside_rows(report),

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from can_dist.config import LogRatio, Model
+from can_dist.config import LogRatio, Model, Scorer
 from can_dist.dual import Margin, ScoreTable
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling.formatter import Formatter
 from can_dist.modeling.loading import load_tokenizer
-from can_dist.scoring.protocol import PolicyRatio
+from can_dist.scoring.protocol import PolicyRatio, ScorerSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +30,19 @@ def log_ratio(logp_N: pa.ChunkedArray, logp_ref_N: pa.ChunkedArray, spec: Policy
     """Return the scores a·β(ln π − ln π_ref), (N,) float64, from log-probabilities in nats."""
     ratio_N: np.ndarray = logp_N.to_numpy() - logp_ref_N.to_numpy()
     return spec.scale * spec.beta * ratio_N
+
+
+def score_columns(
+    scorers: Mapping[str, Scorer], aligned: Mapping[str, PolicyRatio], reference: Model
+) -> dict[str, ScorerSpec]:
+    """Return the scorer of each column; a log-ratio that is not in ``aligned`` must have a model."""
+    columns: dict[str, ScorerSpec] = {}
+    for name, scorer in scorers.items():
+        if isinstance(scorer, LogRatio):
+            columns[name] = aligned[name] if name in aligned else given_ratio(name, scorer, reference)
+        else:
+            columns[name] = scorer
+    return columns
 
 
 def given_ratio(name: str, scorer: LogRatio, reference: Model) -> PolicyRatio:

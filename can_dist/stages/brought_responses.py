@@ -28,15 +28,19 @@ from can_dist.workspace import Workspace
 if TYPE_CHECKING:
     from can_dist.modeling.formatter import Formatter
 
+SHOWN_SPLIT = {"train": "training", "validation": "validation"}
 
-def bring_responses(work: Workspace, reference: Model, prompts: Artifact, source: DataSource) -> Artifact:
-    """Return the ``responses`` of the training prompts as a data set has them, K for each prompt.
+
+def bring_responses(
+    work: Workspace, reference: Model, prompts: Artifact, source: DataSource, *, split: str = "train"
+) -> Artifact:
+    """Return the ``responses`` of the prompts of one split as a data set has them, K for each prompt.
 
     A row has a ``prompt`` (text, or a list of messages) and ``responses`` (a list of texts); several rows of one
     prompt add up. Rows are joined to the prompts by what the prompt says. Rows of other prompts are left out.
 
     Raises:
-        DataError: A training prompt has another number of responses than ``generate.num_responses``, or a response
+        DataError: A prompt has another number of responses than ``generate.num_responses``, or a response
             does not fit the reference's context or vocabulary; ids are listed.
     """
     num_responses = work.config.generate.num_responses
@@ -46,16 +50,19 @@ def bring_responses(work: Workspace, reference: Model, prompts: Artifact, source
         **response_identity(reference),
         "num_responses": num_responses,
     }
-    stage = work.open("generate", "reference on train", identity, {"prompts": prompts})
+    if split != "train":
+        identity["split"] = split
+    stage = work.open("generate", f"reference on {split}", identity, {"prompts": prompts})
     if stage.finished:
         return stage.finished
     read = read_responses(source.source, split=source.split, subset=source.subset, revision=source.revision)
     texts = read.texts
-    table = prompts_of_split(prompts.path, "train")
+    table = prompts_of_split(prompts.path, split)
     rows = table.to_pylist()
     used = {prompt_id(row["messages"]) for row in rows} & texts.keys()
-    work.say(f"{read.announcement}; {len(used)} of these prompts are among the {len(rows)} training prompts")
-    _check_complete(rows, texts, num_responses, source.source)
+    shown = SHOWN_SPLIT[split]
+    work.say(f"{read.announcement}; {len(used)} of these prompts are among the {len(rows)} {shown} prompts")
+    _check_complete(rows, texts, num_responses, source.source, split)
     token_rows = [
         response_row(row, k, text, "given") for row in rows for k, text in enumerate(texts[prompt_id(row["messages"])])
     ]
@@ -67,7 +74,7 @@ def bring_responses(work: Workspace, reference: Model, prompts: Artifact, source
 
 
 def _check_complete(
-    rows: Sequence[Mapping[str, Any]], texts: Mapping[str, Sequence[str]], num_responses: int, source: str
+    rows: Sequence[Mapping[str, Any]], texts: Mapping[str, Sequence[str]], num_responses: int, source: str, split: str
 ) -> None:
     counts = {row["prompt_id"]: len(texts.get(prompt_id(row["messages"]), ())) for row in rows}
     wrong = {key: count for key, count in counts.items() if count != num_responses}
@@ -75,10 +82,10 @@ def _check_complete(
         return
     tally = ", ".join(f"{number} prompts with {count}" for count, number in sorted(Counter(counts.values()).items()))
     raise DataError(
-        f"{source}: {len(wrong)} of {len(rows)} training prompts have not generate.num_responses = {num_responses} "
-        f"responses: {', '.join(f'{key} ({count})' for key, count in list(wrong.items())[:5])}. Found: {tally}. "
-        "Complete them or set generate.num_responses; a row belongs to the prompt whose text is the same, letter by "
-        "letter."
+        f"{source}: {len(wrong)} of {len(rows)} {SHOWN_SPLIT[split]} prompts have not generate.num_responses = "
+        f"{num_responses} responses: {', '.join(f'{key} ({count})' for key, count in list(wrong.items())[:5])}. "
+        f"Found: {tally}. Complete them or set generate.num_responses; a row belongs to the prompt whose text is the "
+        "same, letter by letter."
     )
 
 

@@ -39,12 +39,14 @@ def evaluate(
     *,
     reward: str,
     variant: str = "",
+    estimate: Artifact | None = None,
 ) -> Artifact:
     """Return the artifact with ``report.json``, ``report.html`` and a table of each held-out prompt's gains.
 
     Every interval is over prompts: a prompt's responses are averaged first, because the prompt is the unit that was
     sampled. The improvement is paired by prompt. Intervals hold at 95 %, those of several constraints jointly.
-    ``variant`` names the policy among several of one method, such as 'q=0.25'.
+    ``variant`` names the policy among several of one method, such as 'q=0.25'. ``estimate`` is that
+    of the policy on the validation prompts, shown beside.
     """
     policy = policy_model(lineage.policy, reference)
     before = generate(work, reference, lineage.prompts, split="test", role="reference")
@@ -60,6 +62,8 @@ def evaluate(
     }
     if lineage.solution is not None and lineage.train_scores is not None:
         inputs |= {"solution": lineage.solution, "train_scores": lineage.train_scores}
+    if estimate is not None:
+        inputs["estimate"] = estimate
     identity_keys = {
         "method": work.config.method,
         "variant": variant,

@@ -38,7 +38,7 @@ def generate(work: Workspace, model: Model, prompts: Artifact, *, split: str, ro
         DataError: A prompt and ``max_new_tokens`` do not fit the model's context (prompt ids listed).
     """
     config = work.config
-    num_responses = config.generate.num_responses if split == "train" else config.evaluate.num_responses
+    num_responses = config.evaluate.num_responses if split == "test" else config.generate.num_responses
     options = config.generate.model_copy(update={"num_responses": num_responses})
     precision = resolve_precision(config.precision)
     identity_of_stage = {

@@ -16,7 +16,7 @@ SETTINGS = ("system", "developer")
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out prompts of a run.
+    """The held-out prompts of a run: those of the test and of the validation.
 
     Attributes:
         ids: their ids.
@@ -31,7 +31,7 @@ class HeldOut:
     @classmethod
     def of(cls, prompts: Artifact) -> HeldOut:
         """Return the held-out prompts of a ``prompts`` table."""
-        rows = [row for row in prompts.table.to_pylist() if row["split"] == "test"]
+        rows = [row for row in prompts.table.to_pylist() if row["split"] != "train"]
         messages = [row["messages"] for row in rows]
         contents, turns = map(prompt_id, messages), map(_turns, messages)
         return cls(frozenset(row["prompt_id"] for row in rows), frozenset(contents), frozenset(turns))

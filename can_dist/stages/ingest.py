@@ -40,7 +40,7 @@ Read = TypeVar("Read", PromptsRead, PreferencesRead)
 
 
 def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
-    """Read the prompts and split them, by conversation, into ``train`` and ``test``.
+    """Read the prompts and split them, by conversation, into ``train``, ``test`` and ``validation``.
 
     A conversation is one prompt, whatever ids it has; the first one counts. Which prompts are held out follows from the
     seed and that id alone, so adding prompts moves none of the others' roles at random.
@@ -53,31 +53,46 @@ def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
         The ``prompts`` table (schema ``PROMPTS``).
 
     Raises:
-        DataError: the source cannot be read, or holds too few prompts for ``num_test`` and one for training.
+        DataError: the source cannot be read, or holds too few prompts for those held out and one for training.
     """
     identity = {"source": source_identity(prompts), "num_train": prompts.num_train, "num_test": prompts.num_test}
+    if prompts.num_validation:  # a run without keeps the names it had before there were any
+        identity["num_validation"] = prompts.num_validation
     stage, read = _open(
         work, ("prompts", "prompts"), {**identity, "seed": work.config.seed}, {}, lambda: _read(prompts, read_prompts)
     )
     if read is None:
         return _finished(stage)
     table = read.table
-    if table.num_rows <= prompts.num_test:
-        raise DataError(
-            f"{prompts.source}: {table.num_rows} distinct prompts, of which prompts.num_test = {prompts.num_test} are "
-            "to be held out; none would be left to train on. Lower prompts.num_test or bring more prompts."
-        )
     ids: list[str] = table.column("prompt_id").to_pylist()
-    order = sorted(ids, key=lambda prompt_id: hashlib.sha256(f"{work.config.seed}:{prompt_id}".encode()).digest())
-    test = set(order[: prompts.num_test])
-    last = None if prompts.num_train is None else prompts.num_test + prompts.num_train
-    train = set(order[prompts.num_test : last])
-    splits = ["test" if i in test else "train" if i in train else None for i in ids]
+    split_of = _splits(ids, prompts, work.config.seed)
+    splits = [split_of.get(prompt_id) for prompt_id in ids]
     table = table.append_column("split", pa.array(splits, pa.string()))
     kept = table.filter(pc.is_valid(table.column("split"))).cast(PROMPTS)
     write_part(stage.path, 0, kept.combine_chunks())
-    counts = {**read.counts, "train": len(train), "test": len(test)}
+    names = ("train", "test", *(["validation"] if prompts.num_validation else []))
+    counts = {**read.counts, **{name: splits.count(name) for name in names}}
     return stage.commit(info=_info(read) | {"counts": counts})
+
+
+def _splits(ids: list[str], prompts: Prompts, seed: int) -> dict[str, str]:
+    """Return the split of each prompt by its id; prompts that are not used are left out."""
+    order = sorted(ids, key=lambda prompt_id: hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest())
+    num_held_out = prompts.num_test + prompts.num_validation
+    if len(order) <= num_held_out:
+        also = f" and prompts.num_validation = {prompts.num_validation}" if prompts.num_validation else ""
+        lower = " or prompts.num_validation" if prompts.num_validation else ""
+        raise DataError(
+            f"{prompts.source}: {len(order)} distinct prompts, of which prompts.num_test = {prompts.num_test}{also} "
+            f"are to be held out; none would be left to train on. Lower prompts.num_test{lower} or bring more prompts."
+        )
+    last = None if prompts.num_train is None else num_held_out + prompts.num_train
+    roles = {
+        "test": order[: prompts.num_test],
+        "validation": order[prompts.num_test : num_held_out],
+        "train": order[num_held_out:last],
+    }
+    return {key: split for split, keys in roles.items() for key in keys}
 
 
 def ingest_benign(work: Workspace, source: DataSource, prompts: Artifact) -> Artifact:

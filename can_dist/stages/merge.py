@@ -13,7 +13,7 @@ def merge(work: Workspace, policy_a: Artifact, policy_b: Artifact, *, q: float) 
     """Return the artifact whose ``policy/`` is the merge, laid out like that of ``train``; ``q`` weighs ``policy_a``.
 
     Raises:
-        ConfigError: q is not in [0, 1].
+        ConfigError: q is not a finite number.
         DataError: The policies differ in architecture or tokenizer, or a file of them is damaged.
     """
     from can_dist.training.merge import merge_policies

@@ -13,6 +13,7 @@ import pyarrow as pa
 from can_dist.config import METHODS
 from can_dist.config.base import identity
 from can_dist.config.sections import Constraint
+from can_dist.dual import estimate_line, verdict
 from can_dist.measuring.examination import examine
 from can_dist.measuring.gains import (
     by_prompt,
@@ -27,7 +28,10 @@ from can_dist.measuring.gains import (
     win_rate,
 )
 from can_dist.measuring.predicted import held_out_prediction, multipliers, prediction_source, predictions, score_table
+from can_dist.measuring.ray import ray
+from can_dist.stages.estimate import demands, load_estimate
 from can_dist.stages.solve import load_solution
+from can_dist.stages.strength import STRENGTH
 from can_dist.stages.train import drift_warning
 from can_dist.tables.artifacts import Artifact
 from can_dist.tables.quarantine import quarantined, scored_responses
@@ -54,12 +58,17 @@ class Lineage:
 
 def lineage_of(policy: Artifact, prompts: Artifact) -> Lineage:
     """Find the dual's solution that labelled a policy's preferences, and the scores it was solved on, if any."""
-    ancestor = policy
+    ancestor = as_trained(policy)
     for name in ("preferences", "solution"):
         if name not in ancestor.manifest["inputs"]:
             return Lineage(policy, prompts)
         ancestor = ancestor.input(name)
     return Lineage(policy, prompts, solution=ancestor, train_scores=ancestor.input("scores"))
+
+
+def as_trained(policy: Artifact) -> Artifact:
+    """Return the policy that a strength was given to; any other as it is."""
+    return policy.input("policy") if policy.stage == "strength" else policy
 
 
 def method_title(method: str, variant: str = "") -> str:
@@ -107,9 +116,10 @@ def build_report(
         "scores": {
             name: {"reference": column(before, name).tolist(), "policy": column(after, name).tolist()} for name in names
         },
-        "training": _training(inputs["policy"]),
+        "training": _training(as_trained(inputs["policy"])),
+        "estimate": _estimated(inputs, reward),
         "counts": _counts(inputs),
-        "warnings": _warnings(work, before, after) + _drift(kl, inputs["policy"]),
+        "warnings": _warnings(work, before, after) + _drift(kl, as_trained(inputs["policy"])),
         "samples": _samples(inputs, names, work.config.evaluate.num_samples),
         "config": identity(work.config, exclude=["cluster", "methods"]),
         "versions": {name: version(name) for name in PACKAGES},
@@ -134,6 +144,29 @@ def _dual(inputs: Mapping[str, Artifact], before: pa.Table, reward: str, method:
         return record | {"unpredicted": unpredicted}
     scores, kl = predictions(held_out_prediction(before, reward, solution), examination, reward, solution)
     return record | {"prediction": prediction_source(examination, solution, before), "scores": scores, "kl": kl}
+
+
+def _estimated(inputs: Mapping[str, Artifact], reward: str) -> dict[str, Any] | None:
+    """Return what the validation responses say of this policy, its strength, and of every other on its ray.
+
+    None where there is no estimate, or where it is of other scores than those measured here.
+    """
+    if "estimate" not in inputs:
+        return None
+    final, policy = inputs["estimate"], inputs["policy"]
+    start = policy.input("estimate") if policy.stage == "strength" else final
+    solved, measured = (found.info["scorers"] for found in (final.input("validation"), inputs["scores_before"]))
+    estimate, solution = load_estimate(start), final.input("solution")
+    if any(solved[name] != measured.get(name) for name in (reward, *estimate.improvement)):
+        return None
+    asked = demands(solution)
+    return {
+        "strength": policy.read_json(STRENGTH) if policy.stage == "strength" else None,
+        "policy": load_estimate(final).to_dict(),
+        "line": estimate_line(load_estimate(final), asked),
+        "verdict": verdict(estimate, asked, predicted_kl=float(load_solution(solution).predicted["kl"])),
+        "ray": ray(estimate, asked),
+    }
 
 
 def _why_unpredicted(method: str) -> str:
@@ -185,8 +218,9 @@ def _counts(inputs: Mapping[str, Artifact]) -> dict[str, int]:
         if name in inputs:
             scored, left_out = inputs[name].num_rows, len(quarantined(inputs[name]))
             counts |= {title: scored + left_out, f"{title}, scored": scored, f"{title}, quarantined": left_out}
-    if "preferences" in inputs["policy"].manifest["inputs"]:
-        labelled = inputs["policy"].input("preferences").info["counts"]
+    trained = as_trained(inputs["policy"])
+    if "preferences" in trained.manifest["inputs"]:
+        labelled = trained.input("preferences").info["counts"]
         counts |= {f"preferences: {reason}": number for reason, number in labelled.items()}
     return counts
 

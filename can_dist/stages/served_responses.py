@@ -38,8 +38,10 @@ ENOUGH = 4
 """Prompts that tell whether a server samples."""
 
 
-def ask_for_responses(work: Workspace, reference: Model, prompts: Artifact, endpoint: GenerateEndpoint) -> Artifact:
-    """Return the ``responses`` to the training prompts as an endpoint samples them, K for each prompt.
+def ask_for_responses(
+    work: Workspace, reference: Model, prompts: Artifact, endpoint: GenerateEndpoint, *, split: str = "train"
+) -> Artifact:
+    """Return the ``responses`` to the prompts of one split as an endpoint samples them, K for each prompt.
 
     Texts are tokenised again by the reference's tokenizer (:func:`can_dist.stages.brought_responses.tokenise`). A
     finished shard is kept: the same command continues after the last one.
@@ -58,18 +60,20 @@ def ask_for_responses(work: Workspace, reference: Model, prompts: Artifact, endp
         "seed": work.config.seed,
         "options": identity(options),
     }
-    stage = work.open("generate", "reference on train", identity_of_stage, {"prompts": prompts})
+    if split != "train":
+        identity_of_stage["split"] = split
+    stage = work.open("generate", f"reference on {split}", identity_of_stage, {"prompts": prompts})
     if stage.finished:
         return stage.finished
-    table = prompts_of_split(prompts.path, "train")
+    table = prompts_of_split(prompts.path, split)
     check_prompts_fit(reference, table, options.max_new_tokens)
     formatter, longest = open_formatter(reference), context_of(reference)
     request_of(endpoint, formatter)
     starts = range(0, table.num_rows, options.shard_prompts)
     todo = [(shard, start) for shard, start in enumerate(starts) if shard not in stage.finished_parts()]
-    label, total = "reference on train, by an endpoint", table.num_rows * options.num_responses
+    label, total = f"reference on {split}, by an endpoint", table.num_rows * options.num_responses
     with (
-        work.timed("generate", "reference on train", prompts=table.num_rows, endpoint=endpoint.model),
+        work.timed("generate", f"reference on {split}", prompts=table.num_rows, endpoint=endpoint.model),
         interruptible(),
         open_client(_where(endpoint), endpoint.base_url, endpoint) as client,
         ThreadPoolExecutor(endpoint.concurrency) as pool,

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -249,7 +250,10 @@ class StageDirectory:
             DataError: the parts are not those of ``parts``, where given, or one has lost its sidecar.
         """
         for left_by_a_kill in self.path.glob(".tmp-*"):
-            left_by_a_kill.unlink()
+            if left_by_a_kill.is_dir():
+                shutil.rmtree(left_by_a_kill)
+            else:
+                left_by_a_kill.unlink()
         entries = []
         for part in self._parts():
             sidecar = part.with_suffix(".json")

@@ -1,4 +1,6 @@
-"""Two policies → their weighted mean θ = q·θ_a + (1 − q)·θ_b, one tensor at a time (P-SACPO, arXiv 2404.11049, 4.2).
+"""Two policies → θ = q·θ_a + (1 − q)·θ_b, one tensor at a time: their weighted mean for q in [0, 1].
+
+P-SACPO, arXiv 2404.11049, 4.2; with the reference as θ_b it is a strength of θ_a (:mod:`can_dist.training.stretch`).
 
 Neither model is ever whole in memory: at most one shard of the result and one tensor of each input are. The result
 appears under its name when it is complete, or not at all.
@@ -7,6 +9,7 @@ appears under its name when it is complete, or not at all.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,32 +45,48 @@ def merge_policies(policy_a: Path, policy_b: Path, out: Path, q: float, max_shar
         policy_a: directory with config.json and safetensors, sharded or not; its configuration and tokenizer are kept.
         policy_b: the same of the other policy.
         out: directory to make; it must not exist, its parent must.
-        q: weight of ``policy_a``, in [0, 1].
+        q: weight of ``policy_a``; below 0 or above 1 it lies beyond an end.
         max_shard_size_mb: largest file of the result, in MB; the memory this needs is two to three times as much.
 
     Raises:
-        ConfigError: q outside [0, 1], ``out`` exists, or its parent does not.
-        DataError: the policies differ in architecture, tensors, dtypes or tokenizer; or a policy is damaged, an
+        ConfigError: q is not finite, ``out`` exists, or its parent does not.
+        DataError: the policies have not the same architecture, tensors, dtypes or tokenizer; or one is damaged, an
             adapter, or pickled.
     """
-    if not 0.0 <= q <= 1.0:
-        raise ConfigError(f"q = {q}: expected between 0 and 1, the weight of {policy_a} in the merge.")
-    if out.exists() or not out.parent.is_dir():
-        state = "already exists" if out.exists() else "has no parent directory"
-        raise ConfigError(f"out = {out}: {state}. Give a new directory inside an existing one.")
+    check_request(q, out)
     tensors_a, tensors_b = stored_tensors(policy_a), stored_tensors(policy_b)
     config = _same_config(policy_a, policy_b)
-    _refuse_differences(policy_a, policy_b, "tokenizer", _tokenizer(policy_a), _tokenizer(policy_b))
-    tied = _tied_copies(config)
+    refuse_differences(policy_a, policy_b, "tokenizer", _tokenizer(policy_a), _tokenizer(policy_b))
+    tied = tied_copies(config)
     for policy, tensors in ((policy_a, tensors_a), (policy_b, tensors_b)):
-        _drop_tied_copies(policy, tensors, tied)
+        drop_tied_copies(policy, tensors, tied)
     kinds_a, kinds_b = (
         {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
         for tensors in (tensors_a, tensors_b)
     )
-    _refuse_differences(policy_a, policy_b, "tensors", kinds_a, kinds_b)
+    refuse_differences(policy_a, policy_b, "tensors", kinds_a, kinds_b)
     check_shapes(policy_a, config)
+    return write_policy(policy_a, tensors_a, tensors_b, out, q, max_shard_size_mb)
 
+
+def check_request(q: float, out: Path) -> None:
+    """Raise ``ConfigError`` unless q is finite and ``out`` can be made."""
+    if not math.isfinite(q):
+        raise ConfigError(f"q = {q}: expected a finite number, the weight of the first policy.")
+    if out.exists() or not out.parent.is_dir():
+        state = "already exists" if out.exists() else "has no parent directory"
+        raise ConfigError(f"out = {out}: {state}. Give a new directory inside an existing one.")
+
+
+def write_policy(
+    policy_a: Path,
+    tensors_a: Mapping[str, StoredTensor],
+    tensors_b: Mapping[str, StoredTensor],
+    out: Path,
+    q: float,
+    max_shard_size_mb: int,
+) -> Path:
+    """Write the merged weights with what else makes a policy, whole or not at all."""
     sizes = {name: tensor.num_bytes for name, tensor in tensors_a.items()}
     max_bytes = max_shard_size_mb * 10**6
     with atomic_directory(out) as built:
@@ -91,7 +110,9 @@ def merged_tensor(a: torch.Tensor, b: torch.Tensor, q: float) -> torch.Tensor:
 
 def _merge_one(name: str, stored_a: StoredTensor, stored_b: StoredTensor, q: float) -> torch.Tensor:
     a, b = stored_a.read(name), stored_b.read(name)
-    if not a.dtype.is_floating_point:
+    if a.dtype.is_floating_point and b.dtype.is_floating_point:
+        b = b.to(a.dtype)
+    else:
         if not torch.equal(a, b):
             raise DataError(
                 f"{stored_a.file} and {stored_b.file}: {name} is {stored_a.dtype} and differs; only floating-point "
@@ -101,21 +122,35 @@ def _merge_one(name: str, stored_a: StoredTensor, stored_b: StoredTensor, q: flo
     merged = merged_tensor(a, b, q)
     if merged.isnan().any():
         raise DataError(f"{stored_a.file} or {stored_b.file}: {name} holds NaN. One of the policies is broken.")
+    if not 0.0 <= q <= 1.0 and (merged.isinf() & a.isfinite() & b.isfinite()).any():
+        raise DataError(f"{stored_a.file}: {name} leaves the range of {stored_a.dtype} at strength {q:g}. Lower it.")
     return merged.clone() if merged is a or merged is b else merged  # the inputs' pages belong to their file
 
 
 def _same_config(policy_a: Path, policy_b: Path) -> Any:
     """Return the configuration of both, which must describe one architecture."""
+    config_a, config_b = (_flat(read_json(p / "config.json"), CONFIG_MAY_DIFFER) for p in (policy_a, policy_b))
+    refuse_differences(policy_a, policy_b, "config.json", config_a, config_b)
+    refuse_quantised(policy_a)
+    return architecture(policy_a)
+
+
+def refuse_quantised(policy: Path) -> None:
+    """Raise ``DataError`` for a policy whose configuration says that its weights are quantised."""
+    if "quantization_config" in read_json(policy / "config.json"):
+        raise DataError(
+            f"{policy}: quantised weights can be neither added nor scaled. Give policies in bf16, fp16 or fp32."
+        )
+
+
+def architecture(policy: Path) -> Any:
+    """Return the configuration of a policy as transformers reads it."""
     from transformers import AutoConfig
 
-    config_a, config_b = (_flat(read_json(p / "config.json"), CONFIG_MAY_DIFFER) for p in (policy_a, policy_b))
-    _refuse_differences(policy_a, policy_b, "config.json", config_a, config_b)
-    if any(key.startswith("quantization_config") for key in config_a):
-        raise DataError(f"{policy_a}: quantised weights have no weighted mean. Give policies in bf16, fp16 or fp32.")
     try:
-        return AutoConfig.from_pretrained(policy_a, trust_remote_code=False)
+        return AutoConfig.from_pretrained(policy, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{policy_a / 'config.json'}: not a known architecture ({error}).") from None
+        raise DataError(f"{policy / 'config.json'}: not a known architecture ({error}).") from None
 
 
 def _tokenizer(policy: Path) -> dict[str, str]:
@@ -134,7 +169,7 @@ def _tokenizer(policy: Path) -> dict[str, str]:
     return parts
 
 
-def _tied_copies(config: Any) -> dict[str, str]:
+def tied_copies(config: Any) -> dict[str, str]:
     """Return {name: name of the parameter it is tied to} of the architecture, built without memory."""
     from transformers import AutoModelForCausalLM
 
@@ -148,7 +183,8 @@ def _tied_copies(config: Any) -> dict[str, str]:
     return {name: names[parameter] for name, parameter in every if names[parameter] != name}
 
 
-def _drop_tied_copies(policy: Path, tensors: dict[str, StoredTensor], tied: Mapping[str, str]) -> None:
+def drop_tied_copies(policy: Path, tensors: dict[str, StoredTensor], tied: Mapping[str, str]) -> None:
+    """Leave out the second copy of a tied weight; raise ``DataError`` where it is the only one, or another."""
     for copy, name in tied.items():
         if copy not in tensors:
             continue
@@ -161,18 +197,23 @@ def _drop_tied_copies(policy: Path, tensors: dict[str, StoredTensor], tied: Mapp
         del tensors[copy]
 
 
-def _refuse_differences(policy_a: Path, policy_b: Path, part: str, a: Mapping[str, str], b: Mapping[str, str]) -> None:
+def refuse_differences(
+    policy_a: Path,
+    policy_b: Path,
+    part: str,
+    a: Mapping[str, str],
+    b: Mapping[str, str],
+    *,
+    so: str = "the policies have no weighted mean",
+    do: str = "Merge two policies that were trained from one reference, stored in one precision.",
+) -> None:
     """Raise ``DataError`` with both sides of the first few differences."""
     differ = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
     if not differ:
         return
     lines = [f"  {name}: {_short(a.get(name))} | {_short(b.get(name))}" for name in differ[:SHOWN]]
     lines += [f"  and {len(differ) - SHOWN} more"] * (len(differ) > SHOWN)
-    raise DataError(
-        f"{policy_a} | {policy_b}: {part} differ, so the policies have no weighted mean:\n"
-        + "\n".join(lines)
-        + "\n  Merge two policies that were trained from one reference, stored in one precision."
-    )
+    raise DataError(f"{policy_a} | {policy_b}: {part} differ, so {so}:\n" + "\n".join(lines) + f"\n  {do}")
 
 
 def _short(text: str | None) -> str:

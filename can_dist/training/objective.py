@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from can_dist.training.batches import Batch
 from can_dist.training.losses import agreement, example_losses
 
-# of the policy; reference_loss is the reference's on the same examples, where training starts
-METRIC_NAMES = ("loss", "reference_loss", "accuracy", "margin", "kl_ref_policy")
+# the policy's loss, and the reference's on the same examples, where training starts; what begins with fit is of the
+# examples that are trained on, which a policy memorises, so it says nothing of what the policy does
+METRIC_NAMES = ("loss", "reference_loss", "fit_accuracy", "fit_margin", "fit_kl")
 
 
 def log_ratios(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,7 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def configuration(sections: dict[str, Any]) -> str:
     base: dict[str, Any] = {
         "beta": 0.5,
-        "prompts": {"source": "pairs.jsonl", "num_test": 4},
+        "prompts": {"source": "pairs.jsonl", "num_test": 4, "num_validation": 0},
+        "strength": 1,
         "reference": {"model": "lm"},
         "reward": {"kind": "callable", "function": "scorers:num_words"},
         "constraints": {"safety": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.1}},

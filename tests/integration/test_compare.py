@@ -43,7 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     people = {"label": {"preferences": {"source": "pairs.jsonl"}}}
     config = {
         "beta": 1.0,
-        "prompts": {"source": "pairs.jsonl", "num_test": 12},
+        "prompts": {"source": "pairs.jsonl", "num_test": 12, "num_validation": 0},
+        "strength": 1,
         "reference": {"model": "lm"},
         "reward": scorer("num_words"),
         "constraints": {"safety": {"scorer": scorer("num_calm"), "margin": 0.05}},

@@ -108,7 +108,8 @@ def brought(where: Path) -> Config:
     calm = {"kind": "callable", "function": "scorers:num_calm"}
     return validate_config(
         {
-            "prompts": {"source": str(where / "prompts.jsonl"), "num_test": 2},
+            "prompts": {"source": str(where / "prompts.jsonl"), "num_test": 2, "num_validation": 0},
+            "strength": 1,
             "reference": {"model": str(where / "lm")},
             "beta": 1.0,
             "reward": scorer,

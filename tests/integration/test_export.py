@@ -47,7 +47,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     config = validate_config(
         {
             "beta": 0.5,
-            "prompts": {"source": str(folder / "prompts.jsonl"), "num_test": 4},
+            "prompts": {"source": str(folder / "prompts.jsonl"), "num_test": 4, "num_validation": 0},
+            "strength": 1,
             "reference": {"model": str(folder / "lm")},
             "reward": {"kind": "callable", "function": "scorers:num_words"},
             "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.1}},

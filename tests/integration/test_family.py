@@ -43,7 +43,8 @@ def configure(folder: Path, method: str, **sections: Any) -> Config:
         {
             "method": method,
             "beta": 0.5,
-            "prompts": {"source": str(folder / "pairs.jsonl"), "num_test": 4},
+            "prompts": {"source": str(folder / "pairs.jsonl"), "num_test": 4, "num_validation": 0},
+            "strength": 1,
             "reference": {"model": str(folder / "lm")},
             "reward": {"kind": "callable", "function": "scorers:num_words"},
             "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.1}},

@@ -46,7 +46,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def configure(world: Path, **changes: Any) -> Config:
     raw: dict[str, Any] = {
         "seed": 3,
-        "prompts": {"source": str(world / "prompts.jsonl"), "num_test": 3},
+        "prompts": {"source": str(world / "prompts.jsonl"), "num_test": 3, "num_validation": 0},
+        "strength": 1,
         "reference": {"model": str(world / "lm")},
         "reward": {"kind": "callable", "function": "scorers:num_words"},
         "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.1}},
@@ -113,7 +114,8 @@ def test_samples_follow_the_models_distribution(world, tmp_path) -> None:
         "batch_prompts": 1,
         "shard_prompts": 1,
     }
-    config = configure(world, prompts={"source": str(tmp_path / "one.jsonl"), "num_test": 2}, generate=options)
+    prompts = {"source": str(tmp_path / "one.jsonl"), "num_test": 2, "num_validation": 0}
+    config = configure(world, prompts=prompts, generate=options)
     table = respond(tmp_path / "run", config).table
     tokens = np.array([ids[0] for ids in table.column("token_ids").to_pylist()])
     tokenizer, model = AutoTokenizer.from_pretrained(world / "lm"), AutoModelForCausalLM.from_pretrained(world / "lm")

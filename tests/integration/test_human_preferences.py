@@ -38,7 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {
         "method": "dpo_h",
         "beta": 0.5,
-        "prompts": {"source": "pairs.jsonl", "num_test": 4},
+        "prompts": {"source": "pairs.jsonl", "num_test": 4, "num_validation": 0},
+        "strength": 1,
         "reference": {"model": "lm"},
         "reward": scorer,
         "constraints": {"safety": {"scorer": scorer, "margin": 0.1}},
@@ -74,7 +75,7 @@ def test_dpo_by_the_command_line(folder: Path) -> None:
     lines = metrics(policy)
     assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert lines[-1]["loss"] < 0.6
-    assert lines[-1]["accuracy"] == 1.0
+    assert lines[-1]["fit_accuracy"] == 1.0
     verified = subprocess.run([CAN_DIST, "verify", "runs/dpo"], cwd=folder, capture_output=True, text=True)
     assert verified.returncode == 0, verified.stderr
 
@@ -101,6 +102,6 @@ def test_second_training_is_relative_to_the_first_policy(folder: Path, monkeypat
     for policy in (first, second):
         lines = metrics(policy)
         assert lines[0]["loss"] == pytest.approx(0.5, abs=1e-3)  # of log-ratios that are zero, λ_D = λ_U = 1
-        assert lines[0]["kl_ref_policy"] == pytest.approx(0, abs=1e-6)
+        assert lines[0]["fit_kl"] == pytest.approx(0, abs=1e-6)
         assert lines[-1]["loss"] < 0.48
         assert (policy.path / POLICY / "model.safetensors").is_file()

@@ -97,7 +97,8 @@ def user_folder(folder: Path) -> Path:
     config = {
         "method": "pecan",
         "beta": 0.1,
-        "prompts": {"source": "pairs.jsonl", "num_train": 24, "num_test": 8},
+        "prompts": {"source": "pairs.jsonl", "num_train": 24, "num_test": 8, "num_validation": 0},
+        "strength": 1,
         "reference": {"model": "lm"},
         "reward": {"kind": "log_ratio", "criterion": "helpful", "beta": 0.2},
         "constraints": {
@@ -212,7 +213,8 @@ def test_pecan_on_the_double_labels_of_pku_saferlhf(shared_data: Path, tmp_path:
     config = {
         "method": "pecan",
         "beta": 0.1,
-        "prompts": {"source": "pairs.jsonl", "num_train": 60, "num_test": 40},
+        "prompts": {"source": "pairs.jsonl", "num_train": 60, "num_test": 40, "num_validation": 0},
+        "strength": 1,
         "reference": {"model": str(shared_data / "models" / "stories3M-qa-sft")},
         "reward": {"kind": "log_ratio", "criterion": "helpful", "beta": 0.1},
         "constraints": {"safety": {"scorer": {"kind": "log_ratio", "criterion": "safe", "beta": 0.05}, "margin": 0.02}},

@@ -155,7 +155,8 @@ def test_whole_run_scores_and_trains_on_the_same_base(tmp_path: Path, monkeypatc
     config = validate_config(
         {
             "beta": 0.5,
-            "prompts": {"source": "prompts.jsonl", "num_test": 4},
+            "prompts": {"source": "prompts.jsonl", "num_test": 4, "num_validation": 0},
+            "strength": 1,
             "reference": {"model": "lm"},
             "reward": {"kind": "callable", "function": "scorers:num_words"},
             "constraints": {"safety": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.1}},

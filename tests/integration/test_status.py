@@ -34,7 +34,7 @@ def test_status_follows_a_run_through_a_kill_to_its_end(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {
         "beta": 0.5,
-        "prompts": {"source": "prompts.jsonl", "num_test": 4},
+        "prompts": {"source": "prompts.jsonl", "num_test": 4, "num_validation": 0}, "strength": 1,
         "reference": {"model": "lm"},
         "reward": {"kind": "callable", "function": "scorers:num_words"},
         "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.05}},

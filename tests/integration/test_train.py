@@ -165,15 +165,15 @@ def test_training_may_go_on_from_a_policy_relative_to_the_reference(world: tw.Wo
 def test_metrics_and_summary(world: tw.World, undisturbed: str) -> None:
     directory = tw.policy_dir(undisturbed).parent
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    fields = {"loss", "reference_loss", "accuracy", "margin", "kl_ref_policy"}
+    fields = {"loss", "reference_loss", "fit_accuracy", "fit_margin", "fit_kl"}
     assert lines[0].keys() == {"step", *fields}
     assert lines[1].keys() == {"step", *(f"eval_{name}" for name in fields)}
     assert lines[-2].keys() == {"step", *fields, "grad_norm", "learning_rate", "tokens_per_second"}
     rates = tw.read_metrics(undisturbed, "learning_rate")
     cosine = [3e-3 * 0.5 * (1 + math.cos(math.pi * done / 4)) for done in range(4)]
     assert [rates[step] for step in range(1, 7)] == pytest.approx([0, 1.5e-3, *cosine])
-    assert lines[-2]["kl_ref_policy"] > 0.001 > lines[0]["kl_ref_policy"] >= 0
-    assert lines[-2]["accuracy"] > 0.6
+    assert lines[-2]["fit_kl"] > 0.001 > lines[0]["fit_kl"] >= 0
+    assert lines[-2]["fit_accuracy"] > 0.6
     assert lines[-2]["tokens_per_second"] > 1
     tokens = [
         len(tw.prompt_tokens(row)) + sum(len(tokens) for tokens in row["token_ids"])
@@ -204,7 +204,7 @@ def test_f31_killed_training_goes_on_and_ends_with_the_same_bytes(world: tw.Worl
     assert resumed.codes == [0, 0], resumed.output
     assert "going on from checkpoint step-000004" in resumed.output
     assert tw.policy_bytes(spec) == tw.policy_bytes(undisturbed)
-    for key in ("loss", "grad_norm", "eval_loss", "margin", "learning_rate"):
+    for key in ("loss", "grad_norm", "eval_loss", "fit_margin", "learning_rate"):
         assert tw.read_metrics(spec, key) == tw.read_metrics(undisturbed, key)
 
 

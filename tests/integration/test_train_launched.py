@@ -61,7 +61,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {
         "seed": 1,
         "beta": 0.5,
-        "prompts": {"source": "prompts.jsonl", "num_test": 4},
+        "prompts": {"source": "prompts.jsonl", "num_test": 4, "num_validation": 0},
+        "strength": 1,
         "reference": {"model": "lm"},
         "reward": {"kind": "callable", "function": "scorers:num_words"},
         "constraints": {

@@ -53,7 +53,8 @@ def ask(
     endpoint = {"base_url": url, "model": str(world / "lm"), "concurrency": 1, "request": request}
     config = validate_config(
         {
-            "prompts": {"source": str(world / "prompts.jsonl"), "num_test": 2},
+            "prompts": {"source": str(world / "prompts.jsonl"), "num_test": 2, "num_validation": 0},
+            "strength": 1,
             "reference": {"model": str(world / "lm"), "template": template},
             "reward": {"kind": "callable", "function": "scorers:num_words"},
             "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.1}},

@@ -73,7 +73,8 @@ def configure(world: Path, **changes: Any) -> Config:
     raw: dict[str, Any] = {
         "seed": 3,
         "beta": 0.5,
-        "prompts": {"source": str(world / "prompts.jsonl"), "num_test": 2},
+        "prompts": {"source": str(world / "prompts.jsonl"), "num_test": 2, "num_validation": 0},
+        "strength": 1,
         "reference": {"model": str(world / "lm")},
         "reward": {"kind": "callable", "function": "scorers:num_words"},
         "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.05}},

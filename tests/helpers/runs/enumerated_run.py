@@ -23,34 +23,51 @@ BETA = 0.5
 def enumerate_responses(run_dir: Path, reference: Path) -> tuple:
     """Write prompts and all 64 responses of each as artifacts, in place of sampled ones."""
     stage = open_stage(run_dir, "prompts", "enumerated", {}, {})
-    messages = [[{"role": "user", "content": prompt}] for prompt in world.PROMPTS]
-    rows = [{"prompt_id": p, "messages": m, "split": "train"} for p, m in zip(world.PROMPTS, messages, strict=True)]
+    rows = [{"prompt_id": p, "messages": messages_of(p), "split": "train"} for p in world.PROMPTS]
     write_part(stage.path, 0, pa.Table.from_pylist(rows, schema=PROMPTS))
     prompts = stage.commit()
     stage = open_stage(run_dir, "generate", "enumerated", {"reference": str(reference)}, {"prompts": prompts})
-    rows = [
+    rows = [row for prompt in world.PROMPTS for row in responses_to(prompt, prompt)]
+    for part in range(4):
+        write_part(stage.path, part, pa.Table.from_pylist(rows[part * 48 : (part + 1) * 48], schema=RESPONSES))
+    return prompts, stage.commit()
+
+
+def messages_of(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
+
+
+def responses_to(prompt: str, prompt_id: str) -> list[dict[str, Any]]:
+    """All 64 responses to a prompt, as rows."""
+    return [
         {
-            "prompt_id": prompt,
-            "response_id": f"{prompt}/{k}",
-            "messages": messages[i],
+            "prompt_id": prompt_id,
+            "response_id": f"{prompt_id}/{k}",
+            "messages": messages_of(prompt),
             "text": text,
             "token_ids": [world.WORDS.index(word) for word in text.split()],
             "num_tokens": 2,
             "finish_reason": "length",
         }
-        for i, prompt in enumerate(world.PROMPTS)
         for k, text in enumerate(world.RESPONSES)
     ]
-    for part in range(4):
-        write_part(stage.path, part, pa.Table.from_pylist(rows[part * 48 : (part + 1) * 48], schema=RESPONSES))
-    return prompts, stage.commit()
+
+
+def repeat_responses(run_dir: Path, copies: int) -> Artifact:
+    """Write each prompt ``copies`` times with all its responses: a validation of as many prompts, without an error."""
+    stage = open_stage(run_dir, "generate", "reference on validation", {"copies": copies}, {})
+    names = [(prompt, f"{prompt} {copy}") for copy in range(copies) for prompt in world.PROMPTS]
+    rows = [row for prompt, prompt_id in names for row in responses_to(prompt, prompt_id)]
+    write_part(stage.path, 0, pa.Table.from_pylist(rows, schema=RESPONSES))
+    return stage.finished or stage.commit()
 
 
 def configure(reference: Path, margins: dict[str, float], train: dict, labels: str = "soft") -> Config:
     return validate_config(
         {
             "beta": BETA,
-            "prompts": {"source": "unused.jsonl"},
+            "prompts": {"source": "unused.jsonl", "num_validation": 0},
+            "strength": 1,
             "reference": {"model": str(reference), "template": "{prompt}"},
             "reward": {"kind": "callable", "function": "enumerable_world:reward"},
             "constraints": {
@@ -73,6 +90,14 @@ class EnumeratedRun(Run):
 
     def solve(self, scores, constraints, beta):
         return super().solve(scores, constraints, beta, log_weight="logp.reference")
+
+
+class ValidatedRun(EnumeratedRun):
+    """Its validation has every response too, weighted by its probability, of 33 prompts that are three."""
+
+    def validation(self, reference, prompts, reward, constraints, aligned=None):
+        responses = repeat_responses(self._work.directory, 11)
+        return self.score(responses, reward, constraints, reference, aligned)
 
 
 def align(

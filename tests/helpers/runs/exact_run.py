@@ -28,7 +28,8 @@ def make_config(beta: float, margins: Mapping[str, float], method: str, **sectio
     return validate_config(
         {
             "method": method,
-            "prompts": {"source": "prompts.jsonl"},
+            "prompts": {"source": "prompts.jsonl", "num_validation": 0},
+            "strength": 1,
             "reference": {"model": "lm"},
             "reward": SCORER,
             "constraints": {name: {"scorer": SCORER, "margin": margin} for name, margin in margins.items()},

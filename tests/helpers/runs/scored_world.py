@@ -41,7 +41,8 @@ def make_responses(run: Path, *, parts: int = 4, prompts: int = 2, poison: str =
 def configured(**cluster: Any) -> Config:
     return validate_config(
         {
-            "prompts": {"source": "prompts.jsonl", "num_test": 2},
+            "prompts": {"source": "prompts.jsonl", "num_test": 2, "num_validation": 0},
+            "strength": 1,
             "reference": {"model": "lm"},
             "reward": {"kind": "callable", "function": "scorers:num_words"},
             "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.1}},

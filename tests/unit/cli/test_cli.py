@@ -26,7 +26,8 @@ from can_dist.tables.artifacts import open_stage, write_part
 
 WORDS = ("hello", "world", "yes", "no")
 CONFIG = """\
-prompts: {source: prompts.jsonl, num_test: 2}
+prompts: {source: prompts.jsonl, num_test: 2, num_validation: 0}
+strength: 1
 reference: {model: lm}
 reward: {kind: callable, function: "builtins:len"}
 constraints: {safety: {scorer: {kind: callable, function: "builtins:len"}, margin: 1.0}}

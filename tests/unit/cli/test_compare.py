@@ -23,7 +23,8 @@ PEOPLE = {"label": {"preferences": {"source": "pairs.jsonl"}}}
 
 def raw(**changes: Any) -> dict[str, Any]:
     base = {
-        "prompts": {"source": "prompts.jsonl", "num_test": 2},
+        "prompts": {"source": "prompts.jsonl", "num_test": 2, "num_validation": 0},
+        "strength": 1,
         "reference": {"model": "lm"},
         "reward": LEN,
         "constraints": {"safety": {"scorer": LEN, "margin": 1.0}},

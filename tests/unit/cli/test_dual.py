@@ -344,7 +344,8 @@ def test_one_point_is_no_frontier(scores: Path, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- of a run
 
 CONFIG = """\
-prompts: {source: prompts.jsonl, num_test: 2}
+prompts: {source: prompts.jsonl, num_test: 2, num_validation: 0}
+strength: 1
 reference: {model: lm}
 reward: {kind: callable, function: "builtins:len"}
 beta: 0.8

@@ -99,7 +99,8 @@ def test_run_doctor_and_plan_give_one_message_on_a_missing_source(tmp_path: Path
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"w1 w{n}"}) + "\n" for n in range(9)))
     raw = {
         "method": "sacpo",
-        "prompts": {"source": str(tmp_path / "prompts.jsonl"), "num_test": 2},
+        "prompts": {"source": str(tmp_path / "prompts.jsonl"), "num_test": 2, "num_validation": 0},
+        "strength": 1,
         "reference": {"model": str(tmp_path / "lm")},
         "reward": {"kind": "callable", "function": "scorers:num_words"},
         "constraints": {"safety": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.1}},

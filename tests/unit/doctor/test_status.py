@@ -26,7 +26,8 @@ NOW = 1_000_000.0
 def configuration(folder: Path) -> Config:
     return validate_config(
         {
-            "prompts": {"source": str(folder / "prompts.jsonl"), "num_test": 2},
+            "prompts": {"source": str(folder / "prompts.jsonl"), "num_test": 2, "num_validation": 0},
+            "strength": 1,
             "reference": {"model": str(folder / "lm")},
             "reward": {"kind": "callable", "function": "scorers:num_words"},
             "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.1}},

@@ -28,7 +28,8 @@ CALLABLE = {"kind": "callable", "function": "scorers:num_words"}
 def configuration(root: Path, **changes: Any) -> Config:
     (root / "prompts.jsonl").write_text('{"prompt": "w1 w2"}\n' * 3, encoding="utf-8")
     base: dict[str, Any] = {
-        "prompts": {"source": str(root / "prompts.jsonl")},
+        "prompts": {"source": str(root / "prompts.jsonl"), "num_validation": 0},
+        "strength": 1,
         "reference": {"model": str(make_tiny_lm(root / "lm", ["w1", "w2"]))},
         "reward": CALLABLE,
         "constraints": {"safety": {"scorer": CALLABLE, "margin": 0.1}},

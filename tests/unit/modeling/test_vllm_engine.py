@@ -28,7 +28,8 @@ from can_dist.modeling.sampling import row_seed
 from can_dist.modeling.vllm_engine import check_installed, open_engine, read_output, requests
 
 BASE: dict[str, Any] = {
-    "prompts": {"source": "prompts.jsonl"},
+    "prompts": {"source": "prompts.jsonl", "num_validation": 0},
+    "strength": 1,
     "reference": {"model": "./reference"},
     "reward": {"kind": "sequence_classifier", "model": "./reward"},
     "constraints": {"safety": {"scorer": {"kind": "callable", "function": "scorers:safety"}, "margin": 1.0}},

@@ -24,7 +24,8 @@ DOCS = ROOT / "docs"
 PAGES = ["index.md", "start.md", "concepts.md", "comparison.md", "faq.md", "reference/python.md"]
 PAGES += sorted(str(path.relative_to(DOCS)) for path in (DOCS / "howto").glob("*.md"))
 BASE: dict[str, Any] = {
-    "prompts": {"source": "prompts.jsonl"},
+    "prompts": {"source": "prompts.jsonl", "num_validation": 0},
+    "strength": 1,
     "reference": {"model": "./reference"},
     "reward": {"kind": "callable", "function": "scorers:num_words"},
     "constraints": {"safety": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 1.0}},

@@ -62,7 +62,8 @@ def configure(folder: Path, **changes: Any) -> Config:
     people = {"label": {"preferences": {"source": str(folder / "pairs.jsonl")}}}
     sections = {
         "beta": 1.0,
-        "prompts": {"source": str(folder / "pairs.jsonl"), "num_test": 12},
+        "prompts": {"source": str(folder / "pairs.jsonl"), "num_test": 12, "num_validation": 0},
+        "strength": 1,
         "reference": {"model": str(folder / "lm")},
         "reward": scorer("num_words"),
         "constraints": {"safety": {"scorer": scorer("num_calm"), "margin": 0.05}},

@@ -21,7 +21,8 @@ PAGE = Path(__file__).parents[3] / "docs" / "scorers.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 YAML = [parse_yaml(text, "docs/scorers.md") for language, text in BLOCKS if language == "yaml"]
 BASE: dict[str, Any] = {
-    "prompts": {"source": "prompts.jsonl"},
+    "prompts": {"source": "prompts.jsonl", "num_validation": 0},
+    "strength": 1,
     "reference": {"model": "./reference"},
     "reward": {"kind": "callable", "function": "scorers:num_words"},
     "constraints": {"safety": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 1.0}},

@@ -72,7 +72,8 @@ def test_the_bomb_goes_off_when_it_is_loaded(tmp_path: Path) -> None:
 
 def configuration(folder: Path, **changes: Any) -> dict[str, Any]:
     return {
-        "prompts": {"source": str(folder / "prompts.jsonl"), "num_test": 2},
+        "prompts": {"source": str(folder / "prompts.jsonl"), "num_test": 2, "num_validation": 0},
+        "strength": 1,
         "reference": {"model": str(folder / "lm")},
         "reward": {"kind": "callable", "function": "scorers:num_words"},
         "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.1}},
@@ -200,7 +201,7 @@ def test_s4_pickled_data_are_not_loaded(tmp_path: Path, marker: Path, name: str)
     (tmp_path / name).write_bytes(pickle.dumps(Bomb(marker)))
     work = Workspace(tmp_path / "run", validate_config(configuration(tmp_path)))
     with pytest.raises(DataError, match=re.escape(name)):
-        ingest_prompts(work, Prompts(source=str(tmp_path / name), num_test=2))
+        ingest_prompts(work, Prompts(source=str(tmp_path / name), num_test=2, num_validation=0))
     work.close()
 
 

@@ -99,7 +99,8 @@ def test_margins_are_told_in_score_units_and_in_nats() -> None:
 
 def config(reward: dict[str, Any], safety: dict[str, Any], **changes: Any) -> Any:
     raw: dict[str, Any] = {
-        "prompts": {"source": "prompts.jsonl"},
+        "prompts": {"source": "prompts.jsonl", "num_validation": 0},
+        "strength": 1,
         "reference": {"model": "lm"},
         "reward": reward,
         "constraints": {"safety": {"scorer": safety, "margin": 0.3}},
@@ -272,7 +273,8 @@ SAFE = {"kind": "log_ratio", "beta": 0.2, "criterion": "safe"}
 PREFERENCES = {"source": "pairs.jsonl"}
 PECAN: dict[str, Any] = {
     "method": "pecan",
-    "prompts": {"source": "prompts.jsonl"},
+    "prompts": {"source": "prompts.jsonl", "num_validation": 0},
+    "strength": 1,
     "reference": {"model": "lm"},
     "reward": HELPFUL,
     "constraints": {"safety": {"scorer": SAFE, "margin": 0.3}},

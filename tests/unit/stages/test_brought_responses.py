@@ -33,7 +33,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configure(world: Path, generate: dict[str, Any], **changes: Any) -> Config:
     raw: dict[str, Any] = {
-        "prompts": {"source": str(world / "prompts.jsonl"), "num_test": 3},
+        "prompts": {"source": str(world / "prompts.jsonl"), "num_test": 3, "num_validation": 0},
+        "strength": 1,
         "reference": {"model": str(world / "lm")},
         "reward": {"kind": "callable", "function": "scorers:num_words"},
         "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.1}},

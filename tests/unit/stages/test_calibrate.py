@@ -123,7 +123,8 @@ def test_preferences_without_held_out_pairs_are_refused(tmp_path: Path) -> None:
     write_part(stage.path, 0, pa.Table.from_pylist([row], schema=PREFERENCES))
     scorer = {"kind": "callable", "function": "builtins:len"}
     config = {
-        "prompts": {"source": "prompts.jsonl"},
+        "prompts": {"source": "prompts.jsonl", "num_validation": 0},
+        "strength": 1,
         "reference": {"model": "lm"},
         "reward": scorer,
         "constraints": {"safety": {"scorer": scorer, "margin": 0.1}},

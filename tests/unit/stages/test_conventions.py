@@ -30,7 +30,8 @@ def work(tmp_path: Path) -> Workspace:
     rows = [{"prompt": f"w1 w{n}", "responses": ["w3", "w4 w5"]} for n in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     raw = {
-        "prompts": {"source": str(tmp_path / "rows.jsonl"), "num_test": 2},
+        "prompts": {"source": str(tmp_path / "rows.jsonl"), "num_test": 2, "num_validation": 0},
+        "strength": 1,
         "reference": {"model": str(tmp_path / "lm")},
         "reward": {"kind": "callable", "function": "scorers:num_words"},
         "constraints": {"calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.1}},

@@ -41,7 +41,8 @@ def configure(folder: Path, reference: Path, rows: list[dict[str, Any]], **chang
     return validate_config(
         {
             "seed": 3,
-            "prompts": {"source": str(write(folder / "prompts.jsonl", rows)), "num_test": 4},
+            "prompts": {"source": str(write(folder / "prompts.jsonl", rows)), "num_test": 4, "num_validation": 0},
+            "strength": 1,
             "reference": {"model": str(reference)},
             "reward": scorer,
             "constraints": {"calm": {"scorer": scorer, "margin": 0.1}},
@@ -112,7 +113,9 @@ def test_conversation_under_several_ids_is_one_prompt_on_one_side(tmp_path: Path
 def test_numbers_of_prompts_count_conversations(tmp_path: Path, reference: Path) -> None:
     rows = [{"prompt_id": f"{s}-{n}", "prompt": text} for n, text in enumerate(SAID) for s in "abc"]
     source = {"source": str(tmp_path / "prompts.jsonl")}
-    artifact = ingested(tmp_path, reference, rows, prompts={**source, "num_test": 5, "num_train": 7})
+    artifact = ingested(
+        tmp_path, reference, rows, prompts={**source, "num_test": 5, "num_train": 7, "num_validation": 0}
+    )
     assert sorted(split(artifact).values()) == ["test"] * 5 + ["train"] * 7
 
 

@@ -216,6 +216,8 @@ def world(folder: Path, **sections: Any) -> Config:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     rows = [{"prompt": f"{a} {b}", "responses": [a, b]} for a in WORDS[:6] for b in WORDS[6:10]]
     (folder / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    many = [{"prompt": f"{a} {b}"} for a in WORDS for b in WORDS[:6]]
+    (folder / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
     (folder / "benign.jsonl").write_text('{"prompt": "w1 w7"}\n{"prompt": "w2 w8"}\n{"prompt": "w3 w9"}\n')
     raw |= {"seed": 7919, "precision": "fp32", "beta": 0.53}
     raw["generate"] |= {"temperature": 0.93, "top_p": 0.97, "max_new_tokens": 6, "stop": ["w11"]}
@@ -232,6 +234,10 @@ CASES: dict[str, Any] = {
     "mocan": lambda folder: {"solve": {"estimator": "jackknife", "confidence": 0.6}, "label": {"pairs_per_prompt": 3}},
     "mocan, listwise": lambda folder: {"label": {"labels": "listwise", "validation_fraction": 0.11}},
     "mocan, brought": lambda folder: {"generate": {"num_responses": 2, "responses": source(folder, "responses.jsonl")}},
+    "mocan, a strength": lambda folder: {
+        "strength": 1.53,
+        "prompts": {**source(folder, "many.jsonl"), "num_test": 4, "num_validation": 33},
+    },
     "dpo_s": lambda folder: {
         "label": {"preferences": source(folder, "pairs.jsonl"), "human": {"loss": "kto", "desirable_weight": 1.7}},
     },
@@ -251,6 +257,7 @@ READERS = {
     "mocan": {"ingest", "generate", "score", "solve", "label", "train", "evaluate", "report"},
     "mocan, listwise": {"label"},
     "mocan, brought": {"brought_responses"},
+    "mocan, a strength": {"strength"},
     "dpo_s": {"human_labels"},
     "p_sacpo": {"human_labels", "merge"},
     "caid": {"slack", "trajectory"},

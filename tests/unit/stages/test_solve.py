@@ -28,7 +28,8 @@ SAFETY = SECOND - 0.4 * FIRST - 1.6
 def config(constraint: dict[str, Any], options: dict[str, Any]) -> Any:
     return validate_config(
         {
-            "prompts": {"source": "prompts.jsonl"},
+            "prompts": {"source": "prompts.jsonl", "num_validation": 0},
+            "strength": 1,
             "reference": {"model": "lm"},
             "reward": SCORER,
             "constraints": {"safety": {"scorer": SCORER, **constraint}},

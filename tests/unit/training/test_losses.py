@@ -296,7 +296,7 @@ def test_lists_of_different_lengths_share_a_pack_and_fillers_do_not_count() -> N
     assert shown["loss"] == pytest.approx((2 * expected[0] + expected[1]) / 2, rel=1e-5)
     assert shown["reference_loss"] == pytest.approx((2 * math.log(3) + math.log(2)) / 2, rel=1e-5)
     kl = [np.mean([math.exp(x) - 1 - x for x in ratio]) for ratio in ratios]
-    assert shown["kl_ref_policy"] == pytest.approx(np.mean(kl), rel=1e-5)
+    assert shown["fit_kl"] == pytest.approx(np.mean(kl), rel=1e-5)
 
 
 def test_kto_compares_the_own_response_with_the_baseline_of_the_others() -> None:
@@ -309,9 +309,9 @@ def test_kto_compares_the_own_response_with_the_baseline_of_the_others() -> None
     z_good, z_bad = BETA * (1.0 - 0.7), BETA * (0.5 - 0.7)
     expected = [1.5 * (1 - 1 / (1 + math.exp(-z_good))), 0.5 * (1 - 1 / (1 + math.exp(z_bad)))]
     assert loss_B.tolist() == pytest.approx(expected, rel=1e-5)
-    assert metrics_of(sums)["accuracy"] == 1.0
+    assert metrics_of(sums)["fit_accuracy"] == 1.0
     assert metrics_of(sums)["reference_loss"] == pytest.approx(0.5)
-    assert metrics_of(sums)["kl_ref_policy"] == pytest.approx((math.e - 2 + math.exp(0.5) - 1.5) / 2, rel=1e-5)
+    assert metrics_of(sums)["fit_kl"] == pytest.approx((math.e - 2 + math.exp(0.5) - 1.5) / 2, rel=1e-5)
 
 
 def test_kto_baseline_is_never_below_zero_and_has_no_gradient() -> None:

@@ -165,11 +165,9 @@ print(status("VmHWM") - before)
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("q", [-0.1, 1.1, float("nan")])
-def test_q_outside_is_refused(policies: tuple[Path, Path], tmp_path: Path, q: float) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"q = {q}: expected between 0 and 1, the weight of .*helpful in the merge\."
-    ):
+@pytest.mark.parametrize("q", [float("inf"), float("nan")])
+def test_q_that_is_no_number_is_refused(policies: tuple[Path, Path], tmp_path: Path, q: float) -> None:
+    with pytest.raises(ConfigError, match=rf"q = {q}: expected a finite number, the weight of the first policy\."):
         merge_policies(*policies, tmp_path / "merged", q)
 
 
@@ -244,7 +242,7 @@ def test_quantised_policies_are_refused(policies: tuple[Path, Path], tmp_path: P
     for policy in policies:
         edit_json(policy / "config.json", quantization_config={"quant_method": "fp8"})
     with pytest.raises(
-        DataError, match=r"quantised weights have no weighted mean\. Give policies in bf16, fp16 or fp32"
+        DataError, match=r"quantised weights can be neither added nor scaled\. Give policies in bf16, fp16 or fp32"
     ):
         merge_policies(*policies, tmp_path / "merged", 0.5)
 

@@ -18,7 +18,8 @@ from can_dist.training.plan import rank_memory
 
 SIZES = m.Parameters(trained=(1000, 10, 7), frozen=())
 CONFIG = """\
-prompts: {{source: THIS_FILE, num_test: 2}}
+prompts: {{source: THIS_FILE, num_test: 2, num_validation: 0}}
+strength: 1
 reference: {{model: {model}}}
 reward: {{kind: callable, function: "builtins:len"}}
 constraints: {{safety: {{scorer: {{kind: callable, function: "builtins:len"}}, margin: 1.0}}}}

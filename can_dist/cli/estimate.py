@@ -1,0 +1,27 @@
+"""``can-dist estimate``: what a policy does, from a run's validation responses, without generating."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.option(
+    "--policy",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Any model directory of the reference's architecture and tokenizer; default: the run's own policy.",
+)
+def estimate(run_dir: Path, policy: Path | None) -> None:
+    """Estimate what the policy of RUN, a run directory or an artifact in it, gains: one scoring pass, no sampling."""
+    with contextlib.redirect_stdout(sys.stderr):  # libraries announce themselves on standard output
+        from can_dist.outcomes.estimate import estimate_text, run_estimate
+
+        found = run_estimate(run_dir, policy)
+        text = estimate_text(found)
+    click.echo(text)

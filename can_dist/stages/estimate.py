@@ -1,0 +1,132 @@
+"""policy → estimate: what it does, from the reference's scored validation responses and one pass of log-probabilities.
+
+Nothing is generated. The responses are those of prompts that nothing was trained on: of the training's own responses,
+which a policy memorises, the same numbers would say nothing of fresh ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+
+from can_dist.config import Model
+from can_dist.dual import Demand, Margin, PolicyEstimate, ScoreTable, demands_of, estimate_line, estimate_policy
+from can_dist.modeling.loading import model_directory
+from can_dist.scoring.log_ratio import check_same_text
+from can_dist.scoring.protocol import LogProb
+from can_dist.stages.score import score
+from can_dist.stages.solve import load_solution
+from can_dist.stages.train import Policy, policy_model
+from can_dist.tables.artifacts import Artifact, write_json
+from can_dist.tables.quarantine import quarantined, without
+from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
+from can_dist.tables.scores import score_arrays
+from can_dist.workspace import Workspace
+
+ESTIMATE = "estimate.json"
+
+
+def estimate(
+    work: Workspace, policy: Policy, reference: Model, solution: Artifact, validation: Artifact, *, reward: str
+) -> Artifact:
+    """Return the artifact of what a policy does on the validation prompts (``estimate.json``); say it in a line.
+
+    ``policy`` is a trained one, or any model directory of the reference's architecture and tokenizer. ``validation``
+    are the scores, with ln π_ref, of the reference's validation responses. Length and direction are along the score
+    that a trained policy was labelled with, and for any other model along that of ``solution``.
+
+    Raises:
+        DataError: A model that was given has not the reference's tensors or tokenizer, every prompt has one response,
+            or a log-probability is not finite.
+    """
+    if isinstance(policy, Model):
+        check_comparable(policy, reference)
+    model = policy_model(policy, reference)
+    name = _shown(policy)
+    responses = validation.input("responses")
+    log_probs = score(work, responses, {LOGP_POLICY: LogProb(model=model)}, role=f"{name} on validation")
+    lam, solved = lam_of(policy, solution), load_solution(solution)
+    inputs = {"validation": validation, "log_probs": log_probs, "solution": solution}
+    if isinstance(policy, Artifact):
+        inputs["policy"] = policy
+    stage = work.open("estimate", name, {"reward": reward, "lam": dict(lam), "beta": solved.beta}, inputs)
+    if stage.finished:
+        return stage.finished
+    with work.timed("estimate", name):
+        rows = _joined(validation, log_probs)
+        log_weight = solution.manifest["identity"]["log_weight"]
+        found = estimate_policy(
+            _score_table(rows, reward, list(lam), log_weight, str(validation.path)),
+            rows.column(LOGP_REFERENCE).to_numpy(),
+            rows.column(LOGP_POLICY).to_numpy(),
+            lam=lam,
+            beta=solved.beta,
+        )
+        write_json(stage.path / ESTIMATE, found.to_dict())
+        line = estimate_line(found, demands(solution))
+        work.say(f"estimate: {line} ({found.num_prompts} validation prompts). {found.sentence}")
+        return stage.commit([ESTIMATE])
+
+
+def load_estimate(artifact: Artifact) -> PolicyEstimate:
+    """Return the estimate of an ``estimate`` artifact."""
+    return PolicyEstimate.from_dict(artifact.read_json(ESTIMATE))
+
+
+def demands(solution: Artifact) -> tuple[Demand, ...]:
+    """Return what a solution's constraints ask of a policy; a threshold is an improvement over its table's mean."""
+    asked = [Margin(name, **one) for name, one in solution.manifest["identity"]["constraints"].items()]
+    return demands_of(solved_table(solution), asked)
+
+
+def solved_table(solution: Artifact) -> ScoreTable:
+    """Return the table of scores that a solution was solved on."""
+    identity, scores = solution.manifest["identity"], solution.input("scores")
+    names = list(identity["constraints"])
+    return _score_table(scores.table, identity["reward"], names, identity["log_weight"], str(scores.path))
+
+
+def trained_policy(policy: Artifact) -> Artifact:
+    """Return the training that a policy is a strength of, or a mixture of; itself where it is one."""
+    while policy.stage in ("strength", "merge"):
+        policy = policy.input("policy" if policy.stage == "strength" else "policy_a")
+    return policy
+
+
+def lam_of(policy: Policy, solution: Artifact) -> Mapping[str, float]:
+    """Return λ of the score that a policy was labelled with, in a loop its last one; of the solution for any other."""
+    if isinstance(policy, Artifact):
+        given: Mapping[str, float] | None = trained_policy(policy).input("preferences").manifest["identity"].get("lam")
+        if given is not None:
+            return given
+    return load_solution(solution).lam
+
+
+def check_comparable(policy: Model, reference: Model) -> None:
+    """Raise ``DataError`` unless a model has the tensors and reads the text of the reference."""
+    from can_dist.training.stretch import comparable_tensors
+
+    check_same_text(policy, reference)
+    comparable_tensors(model_directory(reference), model_directory(policy))
+
+
+def _shown(policy: Policy) -> str:
+    if isinstance(policy, Model):
+        return Path(policy.model).name
+    return f"policy at strength {policy.info['alpha']:.3g}" if policy.stage == "strength" else "policy"
+
+
+def _joined(validation: Artifact, log_probs: Artifact) -> pa.Table:
+    """Return the validation scores with the policy's log-probabilities, less what either leaves out."""
+    left_out = quarantined(validation) | quarantined(log_probs)
+    scored, logp = (without(one.table, left_out) for one in (validation, log_probs))
+    assert scored.column("response_id").equals(logp.column("response_id")), "both are scores of the same responses"
+    return scored.append_column(LOGP_POLICY, logp.column(LOGP_POLICY))
+
+
+def _score_table(rows: pa.Table, reward: str, names: list[str], log_weight: str | None, where: str) -> ScoreTable:
+    arrays = score_arrays(rows, reward, names, where)
+    weights = None if log_weight is None else rows.column(log_weight).to_numpy()
+    return ScoreTable.build(arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, weights, names=names)
