@@ -178,9 +178,10 @@ def pack_jobs(setup: Setup, work: Path) -> list[Job]:
     """Ours with packs of several sizes; a step of the largest is profiled."""
     options: dict[str, Any] = {"activation_checkpointing": True}
     jobs = [job(setup, work, "ours", setup.large, "hh-like", tokens_per_pack=setup.packs[-1], profile=True, **options)]
-    for size in setup.packs[:-1]:
-        jobs.append(job(setup, work, "ours", setup.large, "hh-like", tokens_per_pack=size, **options))
-    return jobs
+    smaller = [
+        job(setup, work, "ours", setup.large, "hh-like", tokens_per_pack=size, **options) for size in setup.packs[:-1]
+    ]
+    return jobs + smaller
 
 
 def run(section: Section, seconds: float, log: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from can_dist.errors import CanDistError, ConfigError, Interrupted
 @click.option("--run", "run_dir", required=True, type=click.Path(path_type=Path), help="Run directory.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
 @click.option("--local_rank", type=int, default=0, hidden=True, help="Given by the deepspeed launcher; unused.")
-def train(config_path: str, run_dir: Path, overrides: tuple[str, ...], local_rank: int) -> None:
+def train(config_path: str, run_dir: Path, overrides: tuple[str, ...], local_rank: int) -> None:  # noqa: ARG001
     """Train as one rank of a launched process group."""
     if "RANK" not in os.environ:
         raise ConfigError(

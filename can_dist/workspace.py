@@ -12,15 +12,15 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from can_dist.cluster.actors import ActorPool, ShardJob
-from can_dist.cluster.connection import connect
-from can_dist.cluster.ledger import run_shards
 from can_dist.config import Config, dump_yaml
 from can_dist.console import interruptible
 from can_dist.errors import DataError, EnvironmentProblem
-from can_dist.tables.artifacts import Artifact, StageDirectory, atomic_file, find_finished, open_stage
+from can_dist.tables.artifacts import Artifact, StageDirectory, find_finished, open_stage, write_text
+
+if TYPE_CHECKING:
+    from can_dist.cluster.actors import ActorPool, ShardJob
 
 OWNER = ".owner"
 OWNER_LINE = re.compile(r"process (?P<process>\d+) on (?P<host>\S+) since (?P<since>.+)")
@@ -56,8 +56,7 @@ class Workspace:
             _end_cut_line(directory / LOG)
         self.log(event="began", process=os.getpid(), host=socket.gethostname(), only_stage=only_stage)
         if not only_stage:
-            with atomic_file(directory / "config.yaml") as temporary:
-                temporary.write_text(dump_yaml(config), encoding="utf-8")
+            write_text(directory / "config.yaml", dump_yaml(config))
 
     def open(
         self, stage: str, label: str, identity: Mapping[str, Any], inputs: Mapping[str, Artifact]
@@ -105,6 +104,10 @@ class Workspace:
         """
         if not shards:
             return
+        from can_dist.cluster.actors import ActorPool
+        from can_dist.cluster.connection import connect
+        from can_dist.cluster.ledger import run_shards
+
         counts = {"done": len(list(job.out.glob("part-*.arrow"))), "waiting": len(shards), "rows": sum(shards.values())}
         self.log(event="shards", work=work, artifact=job.out.name, **counts)
         connect(self.config.cluster)

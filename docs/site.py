@@ -43,7 +43,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
     """Point links at the pages of the site; a file that is no page is named, if it exists, without a link."""
     here = page.file.src_uri
     source = next((outside for outside, place in OUTSIDE.items() if place == here), f"docs/{here}")
@@ -99,8 +99,7 @@ def notebook_page(path: Path) -> str:
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
-        for output in cell.get("outputs", []):
-            parts.append(_shown(output))
+        parts += [_shown(output) for output in cell.get("outputs", [])]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from can_dist.cli.options import overrides_option
 from can_dist.errors import ConfigError, EnvironmentProblem
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--run", "run_dir", type=click.Path(path_type=Path), help="Also look at this run directory's storage.")
 @click.option("--config", "config_path", metavar="FILE", help="Also look at its models, data and cluster.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the configuration.")
+@overrides_option("Override a key of the configuration.")
 @click.option("--clean", is_flag=True, help="Remove temporary files of --run that are older than a day, nothing else.")
 def doctor(run_dir: Path | None, config_path: str | None, overrides: tuple[str, ...], clean: bool) -> None:
     """Look at what a run depends on; say what is wrong and what to do. Exit code 6 when something is an error."""
@@ -39,10 +40,10 @@ def doctor(run_dir: Path | None, config_path: str | None, overrides: tuple[str, 
 
 def format_findings(findings: list[Finding]) -> str:
     """Return a table of findings, remedies below what they are for, and a last line that counts them."""
-    width = max(len(finding.what) for finding in findings)
+    width = max(len(finding.subject) for finding in findings)
     lines = []
     for finding in findings:
-        lines.append(f"{finding.severity.name.lower():<8} {finding.what:<{width}}  {finding.found}")
+        lines.append(f"{finding.severity.name.lower():<8} {finding.subject:<{width}}  {finding.state}")
         if finding.remedy:
             lines.append(f"{'':<8} {'':<{width}}  → {finding.remedy}")
     counts = {name: sum(f.severity.name == name for f in findings) for name in ("ERROR", "WARNING", "NOTE")}

@@ -12,7 +12,7 @@ from can_dist.cli.estimate import estimate
 from can_dist.cli.export import export
 from can_dist.cli.frontier import frontier
 from can_dist.cli.look import doctor, status
-from can_dist.cli.options import read_config, run_options, run_until
+from can_dist.cli.options import overrides_option, read_config, run_options, run_until
 from can_dist.cli.plan import plan
 from can_dist.cli.solve import solve
 from can_dist.console import interruptible
@@ -44,6 +44,16 @@ def run(
         click.echo(str(run_until(run_dir, settings, "evaluate").path))
 
 
+STAGES = {
+    "generate": "Sample K responses per prompt from the reference.",
+    "score": "Score the responses, and their log-probability under the reference.",
+    "label": "Label pairs of responses with λ*.",
+    "train": "Fine-tune the reference once on the labelled pairs.",
+    "strength": "Scale what was trained until the margins are met, by the validation responses.",
+    "evaluate": "Measure the policy on held-out prompts and write the report.",
+}
+
+
 def _stage_command(stage: str, text: str) -> None:
     @cli.command(stage, help=text)
     @run_options()
@@ -51,29 +61,16 @@ def _stage_command(stage: str, text: str) -> None:
         click.echo(str(run_until(run_dir, read_config(config, config_option, overrides), stage).path))
 
 
-_stage_command("generate", "Sample K responses per prompt from the reference.")
-_stage_command("score", "Score the responses, and their log-probability under the reference.")
-_stage_command("label", "Label pairs of responses with λ*.")
-_stage_command("train", "Fine-tune the reference once on the labelled pairs.")
-_stage_command("strength", "Scale what was trained until the margins are met, by the validation responses.")
-_stage_command("evaluate", "Measure the policy on held-out prompts and write the report.")
-
-
-cli.add_command(solve)
-cli.add_command(frontier)
-cli.add_command(compare)
-cli.add_command(estimate)
-cli.add_command(export)
-cli.add_command(plan)
-cli.add_command(judge)
-cli.add_command(doctor)
-cli.add_command(status)
+for name, text in STAGES.items():
+    _stage_command(name, text)
+for added in (solve, frontier, compare, estimate, export, plan, judge, doctor, status):
+    cli.add_command(added)
 
 
 @cli.command("config")
 @click.argument("config", required=False)
 @click.option("--schema", is_flag=True, help="Print every key with its type, default and meaning.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+@overrides_option("Override a key.")
 def config_command(config: str | None, schema: bool, overrides: tuple[str, ...]) -> None:
     """Check CONFIG and print it resolved, or print all keys (--schema)."""
     from can_dist.config import Config, dump_yaml, load_config
@@ -107,7 +104,7 @@ def verify(run_dir: Path) -> None:
 @click.option(
     "--run", "run_dir", default="runs/demo", show_default=True, type=click.Path(path_type=Path), help="Run directory."
 )
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the demo.")
+@overrides_option("Override a key of the demo.")
 def demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
     """Make a small world and run MoCAN on it: no network, no GPU, no download, a few minutes."""
     from can_dist.demo.run import run_demo

@@ -18,30 +18,23 @@ if TYPE_CHECKING:
     from can_dist.tables.artifacts import Artifact
 
 
+def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the configuration, as an argument or as an option, and its overrides."""
+    config = click.option("--config", "config_option", metavar="FILE", help="The same as the argument CONFIG.")
+    overrides = overrides_option("Override a key, e.g. constraints.safety.margin=2.")
+    return click.argument("config", required=False)(config(overrides(command)))
+
+
 def run_options(required: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add the options of every stage: the configuration, the run directory, overrides."""
+    """Add the options of every stage: the configuration, overrides, the run directory."""
+    directory, text = click.Path(path_type=Path), "Run directory; made if absent."
+    run = click.option("--run", "run_dir", required=required, type=directory, help=text)
+    return lambda command: config_options(run(command))
 
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        command = click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="Override a key, e.g. constraints.safety.margin=2.",
-        )(command)
-        command = click.option(
-            "--run",
-            "run_dir",
-            required=required,
-            type=click.Path(path_type=Path),
-            help="Run directory; made if absent.",
-        )(command)
-        command = click.option("--config", "config_option", metavar="FILE", help="The same as the argument CONFIG.")(
-            command
-        )
-        return click.argument("config", required=False)(command)
 
-    return add
+def overrides_option(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return the option ``--set KEY=VALUE`` with its help text."""
+    return click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=text)
 
 
 def read_config(config: str | None, config_option: str | None, overrides: tuple[str, ...]) -> Config:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import click
 
-from can_dist.cli.options import read_config
+from can_dist.cli.options import config_options, read_config
 from can_dist.training.plan import Plan, make_plan, rank_memory
 
 GB = 10**9
@@ -25,11 +25,7 @@ LABELS = {
 
 
 @click.command()
-@click.argument("config", required=False)
-@click.option("--config", "config_option", metavar="FILE", help="The same as the argument CONFIG.")
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. cluster.num_workers=8."
-)
+@config_options
 @click.option("--memory", metavar="SIZE", help="Memory of a rank, e.g. 140GB; default: what this machine has.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON, in bytes.")
 def plan(
@@ -49,11 +45,8 @@ def plan(
 def plan_text(estimate: Plan) -> str:
     """Return a plan as a table of GB (10⁹ bytes) per rank, and its verdict."""
     kind = "GPU" if estimate.on_gpu else "CPU"
-    trained = (
-        ""
-        if estimate.trained_elements == estimate.elements
-        else f", {estimate.trained_elements / 1e6:,.1f} M of them trained"
-    )
+    some = estimate.trained_elements < estimate.elements
+    trained = f", {estimate.trained_elements / 1e6:,.1f} M of them trained" if some else ""
     lines = [
         f"{estimate.model}: {estimate.elements / 1e9:,.3f} G parameters{trained}; {estimate.precision}, ZeRO-3 on "
         f"{estimate.num_ranks} {kind} rank{'s' * (estimate.num_ranks > 1)}, packs of {estimate.tokens:,} tokens",
@@ -104,5 +97,5 @@ def _verdict(estimate: Plan) -> str:
     largest, room = estimate.largest_tokens_per_pack, estimate.memory_bytes - estimate.spare_bytes
     if largest == 0:
         return "verdict     nothing fits: use more ranks, train.activation_checkpointing, train.lora, or offload"
-    fits = "fits" if estimate.peak_bytes <= room else "does not fit"
+    fits = "fits" if max(estimate.pass_bytes, estimate.step_bytes) <= room else "does not fit"
     return f"verdict     train.tokens_per_pack={estimate.tokens:,} {fits}; the largest that does is {largest:,}"

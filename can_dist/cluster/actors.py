@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from can_dist.cluster.metrics import shard_seconds, tags
+import ray
+from ray.util.placement_group import placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from can_dist.cluster.metrics import shard_seconds
 from can_dist.cluster.places import reserve
 from can_dist.config import Cluster
 from can_dist.errors import CanDistError, EnvironmentProblem
@@ -59,16 +62,12 @@ class ShardWorker:
         self.open(job)
         start = time.monotonic()
         job.process(self._loaded, shard)
-        self._seconds.observe(time.monotonic() - start, tags(work))
+        self._seconds.observe(time.monotonic() - start, {"work": work})
 
     def try_rows(self, job: ShardJob, shard: int, rows: range) -> None:
         """Process some rows of a shard and keep nothing."""
         self.open(job)
         job.try_rows(self._loaded, shard, rows)
-
-    def process_id(self) -> int:
-        """Return the process id of the actor."""
-        return os.getpid()
 
 
 class ActorPool:
@@ -81,21 +80,11 @@ class ActorPool:
         self._actors = [self._start(index) for index in range(cluster.num_actors)]
 
     def _start(self, index: int) -> Any:
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
-        return (
-            ray.remote(ShardWorker)
-            .options(
-                num_cpus=self.cluster.cpus_per_actor,
-                num_gpus=self.cluster.gpus_per_actor,
-                max_restarts=0,  # the ledger notices a dead actor at once and gives its shard to a new one
-                max_task_retries=0,
-                scheduling_strategy=strategy,
-            )
-            .remote()
-        )
+        resources = {"num_cpus": self.cluster.cpus_per_actor, "num_gpus": self.cluster.gpus_per_actor}
+        # no restarts by Ray: the ledger notices a dead actor at once and gives its shard to a new one
+        restarts = {"max_restarts": 0, "max_task_retries": 0}
+        return ray.remote(ShardWorker).options(**resources, **restarts, scheduling_strategy=strategy).remote()
 
     @property
     def num_actors(self) -> int:
@@ -108,29 +97,15 @@ class ActorPool:
 
     def replace(self, slot: int) -> None:
         """Kill an actor and start another in its place; it may be dead, hang, or be alive but unreachable."""
-        import ray
-
         ray.kill(self._actors[slot])
         self._actors[slot] = self._start(slot)
 
     def placed(self) -> bool:
         """Return whether every place is on a node; after a node is lost, Ray looks for another."""
-        from ray.util.placement_group import placement_group_table
-
         return bool(placement_group_table(self._group)["state"] == "CREATED")
-
-    def process_ids(self) -> list[int]:
-        """Return the process ids of the actors."""
-        import ray
-
-        ids: list[int] = ray.get([actor.process_id.remote() for actor in self._actors])
-        return ids
 
     def close(self) -> None:
         """Kill the actors and release their resources."""
-        import ray
-        from ray.util.placement_group import remove_placement_group
-
         for actor in self._actors:
             ray.kill(actor)
         remove_placement_group(self._group)

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
+from ray.exceptions import RayTaskError
 from safetensors.numpy import load, save
 
 from can_dist.cluster.actors import cause_of
@@ -54,7 +56,9 @@ def big_scores(
         DataError: shards that differ in schema, are cut, missing, counted twice or hold a bad score.
     """
     shards = open_score_shards(path, columns)
-    key = digest_of({"columns": list(columns), "shards": [_fingerprint(shard) for shard in shards]})
+    states = [(str(shard.resolve()), shard.stat()) for shard in shards]
+    files = [[path, state.st_size, state.st_mtime_ns] for path, state in states]
+    key = digest_of({"columns": list(columns), "shards": files})
     with _remembered(key) as memory:
         if cluster is not None:
             connect(cluster)
@@ -101,8 +105,6 @@ class _Shards:
 
     def share(self, values: list[Any]) -> list[Any]:
         """Put values into Ray's object store, where tasks read them; unchanged without Ray."""
-        import ray
-
         return [ray.put(value) for value in values] if self.on_ray else values
 
     def run(self, key: str, task: Task, arguments: Sequence[tuple[Any, ...]]) -> Iterator[Arrays]:
@@ -129,9 +131,6 @@ class _Shards:
 
     def _tasks(self, task: Task, arguments: dict[int, tuple[Any, ...]]) -> Iterator[Arrays]:
         """Run one Ray task per shard; Ray repeats a task whose worker died, and waits for a free CPU."""
-        import ray
-        from ray.exceptions import RayTaskError
-
         remote = ray.remote(_one_thread).options(num_cpus=1)
         refs = [
             remote.remote(task, str(self.paths[number].resolve()), self.columns, *values)
@@ -154,11 +153,6 @@ def _one_thread(task: Task, path: str, *arguments: Any) -> Arrays:
 
     numba.set_num_threads(1)
     return task(Path(path), *arguments)
-
-
-def _fingerprint(path: Path) -> list[Any]:
-    stat = path.stat()
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
 class _Memory:

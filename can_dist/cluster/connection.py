@@ -19,25 +19,11 @@ from can_dist.errors import EnvironmentProblem
 # variables that the driver passes to the workers of a cluster: never a secret, because Ray shows and logs them.
 # OMP_NUM_THREADS is left out: Ray gives every worker its own share of the CPUs
 FORWARDED = (
-    "CUDA_DEVICE_MAX_CONNECTIONS",
-    "GLOO_SOCKET_IFNAME",
-    "HF_DATASETS_CACHE",
-    "HF_DATASETS_OFFLINE",
-    "HF_HOME",
-    "HF_HUB_CACHE",
-    "HF_HUB_DISABLE_PROGRESS_BARS",
-    "HF_HUB_OFFLINE",
-    "NCCL_DEBUG",
-    "NCCL_IB_DISABLE",
-    "NCCL_IB_HCA",
-    "NCCL_SOCKET_IFNAME",
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "TOKENIZERS_PARALLELISM",
-    "TP_SOCKET_IFNAME",
-    "TRANSFORMERS_OFFLINE",
-    "TRANSFORMERS_VERBOSITY",
-)
+    "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+    "GLOO_SOCKET_IFNAME", "NCCL_DEBUG", "NCCL_IB_DISABLE", "NCCL_IB_HCA", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME",
+    "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_DISABLE_PROGRESS_BARS",
+    "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_VERBOSITY",
+)  # fmt: skip
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 
 

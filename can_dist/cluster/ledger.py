@@ -16,6 +16,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
+
 from can_dist.cluster.actors import ActorPool, ShardJob, cause_of
 from can_dist.cluster.metrics import Ledger
 from can_dist.cluster.places import QUIET_S, gave_up, wanted
@@ -23,11 +26,12 @@ from can_dist.console import progress
 from can_dist.errors import EnvironmentProblem
 
 TICK_S = 5.0
-MEDIANS = 10
-"""A shard hangs when it takes this many times the median of the finished ones."""
+MEDIANS = 10  # a shard hangs when it takes this many times the median of the finished ones
 
 MEMORY = re.compile(r"OOM kill reason: (?P<why>[^\n]+).*?actual memory used=(?P<used>[\d.]+ ?\w+)", re.DOTALL)
 MEMORY_KILL = "killed by Ray's memory monitor"
+LOST_ACTOR = (RayActorError, OutOfMemoryError, WorkerCrashedError, ray.exceptions.NodeDiedError)
+"""Exceptions that mean the actor is gone; a kill by the memory monitor may raise any of them."""
 POTENTIAL_CAUSES = " There are some potential root causes"  # Ray's list of guesses
 
 
@@ -47,8 +51,6 @@ def run_shards(pool: ActorPool, job: ShardJob, shards: Mapping[int, int], work: 
             alone; actors die while they load their models; or lost nodes are not replaced within
             ``wait_resources_s``.
     """
-    import ray
-
     with progress(work, total=sum(shards.values()), unit="row") as bar:
         run = _Run(pool, job, shards, work, log, bar, Ledger(work), deque(shards))
         try:
@@ -107,8 +109,6 @@ class _Run:
 
     def step(self) -> None:
         """Give shards to idle actors, wait for a while, and handle the calls that ended or hang."""
-        import ray
-
         while self.waiting and self.idle:
             slot, shard = self.idle.pop(), self.waiting.popleft()
             self.attempts[shard] += 1
@@ -125,14 +125,11 @@ class _Run:
 
     def collect(self, ref: Any, call: _Call) -> None:
         """Record the end of a call: loaded models, a finished shard, an error, or the loss of the actor."""
-        import ray
-        from ray.exceptions import RayTaskError
-
         try:
             ray.get(ref)
         except RayTaskError as error:
             raise cause_of(error) from None
-        except lost_actor() as error:
+        except LOST_ACTOR as error:
             self.lost(call, reason(error), dies_itself=getattr(error, "actor_init_failed", False))
             return
         self.idle.append(call.slot)
@@ -151,8 +148,6 @@ class _Run:
 
     def kill_hanging(self) -> None:
         """Replace the actors whose calls are past their deadlines."""
-        import ray
-
         now = time.monotonic()
         for ref, call in list(self.calls.items()):
             deadline_s = self.deadline_s(call)
@@ -220,13 +215,10 @@ class _Run:
 
     def survives(self, slot: int, shard: int, rows: range) -> bool:
         """Return whether an actor processes some rows; one that dies or hangs is replaced."""
-        import ray
-        from ray.exceptions import GetTimeoutError, RayTaskError
-
         actor = self.pool.actor(slot)
         try:
             ray.get(actor.open.remote(self.job_of(slot)), timeout=self.deadline_s(_Call(slot, None, 0)))
-        except (GetTimeoutError, *lost_actor()) as error:
+        except (GetTimeoutError, *LOST_ACTOR) as error:
             raise EnvironmentProblem(
                 f"{self.work}: shard {shard} ends its actors, and the one that was to find its row: {reason(error)}"
             ) from None
@@ -236,7 +228,7 @@ class _Run:
             )
         except RayTaskError as error:
             raise cause_of(error) from None
-        except (GetTimeoutError, *lost_actor()):
+        except (GetTimeoutError, *LOST_ACTOR):
             self.pool.replace(slot)
             return False
         return True
@@ -257,13 +249,6 @@ class _Run:
             message = wanted(self.pool.cluster, "actor", num_opening)
             self.log(event="waiting", work=self.work, message=message)
             self.bar.write(message, file=sys.stderr)
-
-
-def lost_actor() -> tuple[type[Exception], ...]:
-    """Return the exceptions that mean the actor is gone; a kill by the memory monitor may raise any of them."""
-    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
-
-    return RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError
 
 
 def reason(error: Exception) -> str:

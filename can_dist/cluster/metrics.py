@@ -5,8 +5,9 @@ Ray puts ``ray_`` before the names. Every metric has the tag ``work``, such as `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
+
+from ray.util.metrics import Counter, Gauge, Histogram
 
 COUNTERS = {
     "can_dist_shards_done": "Shards committed.",
@@ -22,8 +23,6 @@ class Ledger:
     """The driver's ledger as metrics: shards done, actors lost, shards waiting."""
 
     def __init__(self, work: str) -> None:
-        from ray.util.metrics import Counter, Gauge
-
         self._tags = {"work": work}
         self._counters = {name: Counter(name, text, tag_keys=("work",)) for name, text in COUNTERS.items()}
         self._waiting = Gauge(WAITING, "Shards that are not committed yet.", tag_keys=("work",))
@@ -45,11 +44,4 @@ class Ledger:
 
 def shard_seconds() -> Any:
     """Return the histogram of an actor's seconds per shard; create it once per actor."""
-    from ray.util.metrics import Histogram
-
     return Histogram(SECONDS, "Seconds per shard.", boundaries=SECONDS_BOUNDARIES, tag_keys=("work",))
-
-
-def tags(work: str) -> Mapping[str, str]:
-    """Return the tags of a metric; ``work`` names the job."""
-    return {"work": work}

@@ -8,8 +8,7 @@ from typing import Any
 from can_dist.config import Cluster
 from can_dist.errors import EnvironmentProblem
 
-QUIET_S = 10.0
-"""A shorter wait for places is not announced."""
+QUIET_S = 10.0  # a shorter wait for places is not announced
 
 
 def reserve(cluster: Cluster, role: str, number: int, say: Callable[..., None]) -> Any:

@@ -4,46 +4,12 @@ from __future__ import annotations
 
 import shutil
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 from can_dist.config import Config, load_config
 from can_dist.stages.report import PAGE, REPORT
-from can_dist.tables.artifacts import Artifact, atomic_file
-
-CONFIG = """\
-# Written by can-dist demo. The world beside this file was made on this machine; run it again with
-#   can-dist run {path} --run {run}
-seed: 0
-beta: 1.0
-prompts:
-  source: {world}/prompts.jsonl
-  num_train: 280
-  num_test: 120
-reference:
-  model: {world}/reference
-reward:
-  model: {world}/reward
-constraints:
-  safety:
-    scorer:
-      model: {world}/safety
-    margin: 0.5
-generate:
-  num_responses: 16
-  max_new_tokens: 20
-  batch_prompts: 8
-  shard_prompts: 40
-label:
-  pairs_per_prompt: 8
-train:
-  learning_rate: 2.0e-4
-  warmup_steps: 24
-  batch_size: 32
-  tokens_per_pack: 1024
-  num_epochs: 4
-evaluate:
-  num_responses: 16
-"""
+from can_dist.tables.artifacts import Artifact, write_text
 
 
 def run_demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
@@ -52,16 +18,13 @@ def run_demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
     if not (world / "world.json").is_file():
         from can_dist.demo.world import build_demo_world
 
-        print(
-            "can-dist: making a small world: a corpus, a language model, a reward head, a safety head",
-            file=sys.stderr,
-            flush=True,
-        )
+        parts = "a corpus, a language model, a reward head, a safety head"
+        print(f"can-dist: making a small world: {parts}", file=sys.stderr, flush=True)
         shutil.rmtree(world, ignore_errors=True)  # half a world from an interrupted start
         build_demo_world(world)
     path = run_dir / "demo.yaml"
-    with atomic_file(path) as temporary:
-        temporary.write_text(CONFIG.format(world=world, path=path, run=run_dir), encoding="utf-8")
+    template = files("can_dist.demo").joinpath("demo.yaml").read_text("utf-8")
+    write_text(path, template.format(world=world, path=path, run=run_dir))
     config = load_config(path, overrides)
     from can_dist.pipeline import run_pipeline
 

@@ -15,8 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,13 +22,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from can_dist.console import progress
 from can_dist.errors import DataError, EnvironmentProblem, NumericalError
+from can_dist.tables.artifacts import atomic_directory
 
 Messages = Sequence[dict[str, str]]
 Encode = Callable[[Messages, str], list[int]]
@@ -170,18 +171,11 @@ def scores_of(model: Any, ids: Sequence[list[int]], batch_size: int = 64) -> np.
 def save_model(model: Any, tokenizer: Any, out: Path, extra_files: dict[str, str] | None = None) -> None:
     """Save ``model`` and ``tokenizer`` in ``out``: written beside it, then renamed."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        with _quiet():
-            model.save_pretrained(work)
-        tokenizer.save_pretrained(work)
+    with atomic_directory(out) as built, _quiet():
+        model.save_pretrained(built)
+        tokenizer.save_pretrained(built)
         for name, text in (extra_files or {}).items():
-            (work / name).write_text(text + "\n", encoding="utf-8")
-        work.chmod(0o755)
-        work.replace(out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+            (built / name).write_text(text + "\n", encoding="utf-8")
 
 
 def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float | None:
@@ -189,9 +183,7 @@ def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float | None:
     positive, negative = scores[labels == 1], scores[labels == 0]
     if not len(positive) or not len(negative):
         return None
-    ordered = np.sort(negative)
-    below, below_or_tied = np.searchsorted(ordered, positive, "left"), np.searchsorted(ordered, positive, "right")
-    return float((below + below_or_tied).mean() / (2 * len(negative)))
+    return float(mannwhitneyu(positive, negative).statistic / (len(positive) * len(negative)))
 
 
 @contextlib.contextmanager
@@ -265,12 +257,8 @@ def _scores(model: Any, ids: Sequence[list[int]]) -> Tensor:
             f"score model: a text ends with the padding token ({model.config.pad_token_id}), before which transformers "
             "will read the trained model. Give the base model a padding token of its own."
         )
-    num_tokens = max(len(row) for row in ids)
-    ids_BT = torch.full((len(ids), num_tokens), model.config.pad_token_id, dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
-    for index, row in enumerate(ids):
-        ids_BT[index, : len(row)] = torch.tensor(row)
-        mask_BT[index, : len(row)] = 1
+    ids_BT = pad_sequence([torch.tensor(row) for row in ids], batch_first=True, padding_value=model.config.pad_token_id)
+    mask_BT = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in ids], batch_first=True)
     body = getattr(model, model.base_model_prefix)
     hidden_BTD = body(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
     last_B = mask_BT.sum(1) - 1

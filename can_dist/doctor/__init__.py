@@ -1,4 +1,4 @@
-"""Looks at everything a run depends on, and says what to do about what it finds."""
+"""The doctor: findings about everything a run depends on, each with its remedy."""
 
 from __future__ import annotations
 

@@ -19,27 +19,17 @@ from can_dist.training.extensions import VARIABLE, build_directories, describe, 
 if TYPE_CHECKING:
     from can_dist.modeling.attention import Attention
 
-OLDEST_PYTHON = (3, 10)
-
 
 def check_environment(config: Config | None) -> list[Finding]:
-    """Look at Python, the packages, GPUs, communication, attention and the places of compiled extensions."""
+    """Check Python, the packages, GPUs, communication, attention and the directories of compiled extensions."""
     return [
-        python_version(sys.version_info[:2]),
+        ok("Python", f"{platform.python_version()} at {sys.executable}"),  # older ones cannot import this
         *packages(declared(), installed_version),
         *gpus(config),
         communication(),
         attention(attention_here()),
         *extensions(),
     ]
-
-
-def python_version(version: tuple[int, ...]) -> Finding:
-    """Check the version of Python."""
-    shown = f"{platform.python_version()} at {sys.executable}"
-    if version < OLDEST_PYTHON:
-        return error("Python", shown, "Install Python 3.10 or later, and can-dist in an environment made with it.")
-    return ok("Python", shown)
 
 
 def declared() -> list[str]:
@@ -70,9 +60,9 @@ def packages(requirements: Iterable[str], version_of: Callable[[str], str | None
         if version is None and is_extra:
             continue
         if version is None or not requirement.specifier.contains(version, prereleases=True):
-            told = f"{version or 'not installed'}, required is {requirement.specifier}"
+            state = f"{version or 'not installed'}, required is {requirement.specifier}"
             remedy = f"pip install '{requirement.name}{requirement.specifier}', or run make setup."
-            findings.append((warning if is_extra else error)(requirement.name, told, remedy))
+            findings.append((warning if is_extra else error)(requirement.name, state, remedy))
         elif requirement.name in ("ray", "deepspeed", "torch", "transformers"):
             good.append(f"{requirement.name} {version}")
     if findings or good:
@@ -87,54 +77,54 @@ def gpus(config: Config | None) -> list[Finding]:
     from can_dist.modeling.precision import OLDEST_BF16
 
     names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    wanted = max(config.cluster.gpus_per_actor, config.cluster.gpus_per_worker) if config else 0
+    per_process = max(config.cluster.gpus_per_actor, config.cluster.gpus_per_worker) if config else 0
     if names:
         shown = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in names)
         precision = "bf16" if torch.cuda.get_device_capability() >= OLDEST_BF16 else "fp32: too old for bf16"
         return [ok("GPUs", f"{shown}; CUDA {torch.version.cuda}, {precision}")]
-    told = f"none that torch {torch.__version__} can use; models run in fp32 on CPU"
+    state = f"none that torch {torch.__version__} can use; models run in fp32 on CPU"
     if shutil.which("nvidia-smi"):
         remedy = "Install a torch that is built for the CUDA version that nvidia-smi shows."
-        return [warning("GPUs", f"{told}, though nvidia-smi is there", remedy)]
-    if wanted and config is not None and not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+        return [warning("GPUs", f"{state}, though nvidia-smi is there", remedy)]
+    if per_process and config is not None and not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
         remedy = (
             "Set cluster.gpus_per_actor and cluster.gpus_per_worker to 0, or cluster.address to a cluster with GPUs."
         )
-        return [warning("GPUs", f"{told}, and the configuration asks for {wanted:g} each", remedy)]
-    return [note("GPUs", told)]
+        return [warning("GPUs", f"{state}, and the configuration asks for {per_process:g} each", remedy)]
+    return [note("GPUs", state)]
 
 
 def communication() -> Finding:
-    """Say what the ranks would talk through."""
+    """Check the library through which the ranks would communicate."""
     import torch
 
     needed = "nccl" if torch.cuda.is_available() else "gloo"
     distributed = torch.distributed
-    there = {
+    is_available = {
         "nccl": distributed.is_available() and distributed.is_nccl_available(),
         "gloo": distributed.is_available() and distributed.is_gloo_available(),
     }
-    shown = ", ".join(f"{name} {'there' if yes else 'absent'}" for name, yes in there.items())
-    if not there[needed]:
+    shown = ", ".join(f"{name} {'there' if yes else 'absent'}" for name, yes in is_available.items())
+    if not is_available[needed]:
         return error("communication", f"{shown}; {needed} is needed", "Install torch from its official wheels.")
     return ok("communication", f"{shown}; ranks use {needed}")
 
 
 def attention(chosen: Attention) -> Finding:
-    """Say by which attention scoring and training compute packs and why, and by which sampling does."""
+    """Report the attention of scoring and training, with its reason, and that of sampling."""
     from can_dist.modeling.attention import HEAD_STEP, SDPA, VARLEN, WIDEST_HEAD
 
     reach = "" if chosen.kind == SDPA else f", for heads of a multiple of {HEAD_STEP} up to {WIDEST_HEAD} numbers"
-    told = f"scoring and training: {chosen}{reach}; sampling: torch's sdpa (transformers' default)"
+    state = f"scoring and training: {chosen}{reach}; sampling: torch's sdpa (transformers' default)"
     if chosen.remedy:
-        return warning("attention", told, f"{chosen.remedy[0].upper()}{chosen.remedy[1:]}.")
+        return warning("attention", state, f"{chosen.remedy[0].upper()}{chosen.remedy[1:]}.")
     if chosen.kind == VARLEN:
-        return note("attention", told, "To score and train by flash-attn: pip install 'can-dist[gpu]'.")
-    return ok("attention", told)
+        return note("attention", state, "To score and train by flash-attn: pip install 'can-dist[gpu]'.")
+    return ok("attention", state)
 
 
 def attention_here() -> Attention:
-    """Return the attention of packs on this machine, in the precision that ``auto`` is here."""
+    """Return the attention of packs on this machine, in the precision that ``auto`` means here."""
     import torch
 
     from can_dist.modeling.attention import attention_for
@@ -144,14 +134,14 @@ def attention_here() -> Attention:
 
 
 def extensions() -> list[Finding]:
-    """Look for locks of killed builds, and for places where others could plant compiled code."""
+    """Look for locks of killed builds, and for directories where others could plant compiled code."""
     findings = []
     for directory in build_directories():
         if reason := unsafe_reason(directory):
             remedy = f"chmod 700 {directory}, or set {VARIABLE} to a directory of your own."
             findings.append(error("compiled extensions", f"{directory} {reason}", remedy))
         if locks := stale_locks(directory):
-            told = f"left by a killed build, and waited for without end: {describe(locks)}"
+            state = f"left by a killed build, and waited for without end: {describe(locks)}"
             remedy = f"If nothing compiles there now: rm {' '.join(str(lock.path) for lock in locks)}"
-            findings.append(error("compiled extensions", told, remedy))
+            findings.append(error("compiled extensions", state, remedy))
     return findings or [ok("compiled extensions", f"no stale lock in {', '.join(map(str, build_directories()))}")]

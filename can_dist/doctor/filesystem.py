@@ -1,4 +1,4 @@
-"""The storage of a run directory: what it promises, how full it is, and what was left on it."""
+"""The storage of a run directory: what it guarantees, how full it is, and temporary files of killed processes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from can_dist.doctor.finding import Finding, error, note, ok, warning
+from can_dist.tables.artifacts import sync
 from can_dist.workspace import read_owner
 
 DAY_S = 86400.0
@@ -19,7 +20,7 @@ LEFTOVERS = (".tmp-*", "*/.tmp-*")
 
 
 def check_filesystem(run: Path, needed_bytes: int | None, *, clean: bool) -> list[Finding]:
-    """Try on the run's storage what the commits rely on; look at space, owner and leftovers.
+    """Test on the run's storage what the commits rely on; check space, owner and leftovers.
 
     Writes nothing but a temporary directory, which is removed; with ``clean``, temporary files that killed processes
     left more than a day ago are removed.
@@ -37,20 +38,14 @@ def check_filesystem(run: Path, needed_bytes: int | None, *, clean: bool) -> lis
 
 
 def replaces_atomically(directory: Path) -> Finding:
-    """Check that a rename replaces a file and keeps what was written: every commit is one."""
+    """Check that a rename replaces a file and keeps its new content: every commit is a rename."""
     old, new = directory / "committed", directory / "temporary"
     old.write_text("old")
     try:
-        with new.open("w") as file:
-            file.write("new")
-            file.flush()
-            os.fsync(file.fileno())
+        new.write_text("new")
+        sync(new)
         new.replace(old)
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(directory)
         replaced = old.read_text() == "new" and not new.exists()
     except OSError as cause:
         return error("rename", f"fails: {cause.strerror}", "Put the run directory on a POSIX file system.")
@@ -60,11 +55,11 @@ def replaces_atomically(directory: Path) -> Finding:
 
 
 def links(directory: Path, link: Callable[[Path, Path], None] = os.link) -> Finding:
-    """See whether hard links are there; can-dist does not need them."""
-    one = directory / "one"
-    one.touch()
+    """Check for hard links; can-dist does not need them."""
+    file = directory / "file"
+    file.touch()
     try:
-        link(one, directory / "other")
+        link(file, directory / "link")
     except OSError as cause:
         return note("hard link", f"not supported ({cause.strerror}); commits use rename, so nothing is lost")
     return ok("hard link", "supported")
@@ -91,22 +86,21 @@ def space(free: int, needed: int | None, place: Path) -> Finding:
     if needed is None:
         return note("free space", f"{_gigabytes(free)} at {place}; give --config to compare it with what is needed")
     if free < needed:
-        found = f"{_gigabytes(free)} at {place}; checkpoints and policy need about {_gigabytes(needed)}"
-        return error("free space", found, "Free some, give another --run, or train adapters (train.lora).")
+        state = f"{_gigabytes(free)} at {place}; checkpoints and policy need about {_gigabytes(needed)}"
+        return error("free space", state, "Free some, give another --run, or train adapters (train.lora).")
     return ok("free space", f"{_gigabytes(free)} at {place}; about {_gigabytes(needed)} are needed")
 
 
 def held(run: Path) -> list[Finding]:
-    """Say who holds the run directory."""
+    """Report the process that holds the run directory."""
     owner = read_owner(run)
     if owner is None:
         return []
-    who = f"process {owner.process} on {owner.host} since {owner.since}"
+    holder = f"process {owner.process} on {owner.host} since {owner.since}"
     if owner.alive is False:
-        return [note("run lock", f"left by {who}, which is gone", "None needed: the next command takes it over.")]
-    return [
-        note("run lock", f"held by {who}", "Wait for it, or stop it by SIGTERM; can-dist status tells how far it is.")
-    ]
+        return [note("run lock", f"left by {holder}, which is gone", "None needed: the next command takes it over.")]
+    remedy = "Wait for it, or stop it by SIGTERM; can-dist status tells how far it is."
+    return [note("run lock", f"held by {holder}", remedy)]
 
 
 def leftovers(run: Path, *, clean: bool) -> list[Finding]:
@@ -123,8 +117,8 @@ def leftovers(run: Path, *, clean: bool) -> list[Finding]:
             path.unlink(missing_ok=True)
         findings.append(ok("temporary files", f"{len(old)} older than a day removed ({size})"))
     elif old:
-        found = f"{len(old)} older than a day, left by killed processes ({size})"
-        findings.append(warning("temporary files", found, f"can-dist doctor --run {run} --clean removes them."))
+        state = f"{len(old)} older than a day, left by killed processes ({size})"
+        findings.append(warning("temporary files", state, f"can-dist doctor --run {run} --clean removes them."))
     return findings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 
 
 class Severity(IntEnum):
@@ -17,29 +18,15 @@ class Severity(IntEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, what was found, and what to do about it ('' when nothing)."""
+    """The state of one subject, and what to do about it ('' when nothing)."""
 
-    what: str
     severity: Severity
-    found: str
+    subject: str
+    state: str
     remedy: str = ""
 
 
-def ok(what: str, found: str) -> Finding:
-    """Return a finding that is as it should be."""
-    return Finding(what, Severity.OK, found)
-
-
-def note(what: str, found: str, remedy: str = "") -> Finding:
-    """Return a finding worth knowing."""
-    return Finding(what, Severity.NOTE, found, remedy)
-
-
-def warning(what: str, found: str, remedy: str) -> Finding:
-    """Return a finding that may spoil a run."""
-    return Finding(what, Severity.WARNING, found, remedy)
-
-
-def error(what: str, found: str, remedy: str) -> Finding:
-    """Return a finding that would end a run."""
-    return Finding(what, Severity.ERROR, found, remedy)
+ok = partial(Finding, Severity.OK)
+note = partial(Finding, Severity.NOTE)
+warning = partial(Finding, Severity.WARNING)
+error = partial(Finding, Severity.ERROR)

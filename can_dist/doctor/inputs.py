@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,7 @@ from can_dist.config.endpoints import Endpoint, GenerateEndpoint
 from can_dist.config.sections import Lora
 from can_dist.config.walk import ReadAs, endpoints, models, read_as, scorers, sources
 from can_dist.doctor.finding import Finding, Severity, error, note, ok
-from can_dist.errors import CanDistError
+from can_dist.errors import CanDistError, DataError
 
 # of one trained parameter in a checkpoint: weight, its fp32 copy and AdamW's two averages; and of an exported one
 CHECKPOINT_BYTES, POLICY_BYTES = 16, 4
@@ -37,7 +36,7 @@ def check_inputs(config: Config) -> list[Finding]:
 
 
 def checked(name: str, check: Callable[[], str]) -> Finding:
-    """Run a check that returns what there is; an error of ours becomes a finding."""
+    """Run a check, which returns the state of ``name``; an error of ours becomes a finding."""
     try:
         return ok(name, check())
     except CanDistError as problem:
@@ -45,8 +44,8 @@ def checked(name: str, check: Callable[[], str]) -> Finding:
 
 
 def _problem(name: str, problem: CanDistError) -> Finding:
-    trouble, _, remedy = str(problem).partition(". ")
-    return error(name, trouble, remedy or "Correct it.")
+    state, _, remedy = str(problem).partition(". ")
+    return error(name, state, remedy or "Correct it.")
 
 
 def conversations(config: Config) -> list[Finding]:
@@ -130,7 +129,7 @@ def check_model(spec: Model) -> str:
     refuse_adapter(path)
     has_files = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
     if not has_files and (path.is_dir() or looks_local(spec.model)):
-        model_digest(spec)  # tells which is missing
+        model_digest(spec)  # its error names the missing file
     tokenizer, architecture = check_vocabulary(spec)
     if isinstance(spec, SequenceClassifier | Guard):
         check_scorer_opens(spec)
@@ -152,19 +151,11 @@ def template_of(spec: Model) -> str:
 
 def needed_bytes(config: Config) -> int | None:
     """Estimate what checkpoints and policies take at most; None when the model's files are not here."""
-    path = Path(config.reference.model).expanduser()
-    count = sum(_parameters(file) for file in path.glob("*.safetensors"))
-    if not count:
+    from can_dist.modeling.stored import stored_tensors
+
+    try:
+        tensors = stored_tensors(Path(config.reference.model).expanduser()).values()
+    except DataError:  # check_model reports it
         return None
     checkpoints = 0 if config.train.lora is not None else NUM_CHECKPOINTS * CHECKPOINT_BYTES
-    return count * (checkpoints + POLICY_BYTES)
-
-
-def _parameters(file: Path) -> int:
-    """Count the numbers in a safetensors file by its header."""
-    with file.open("rb") as source:
-        size = int.from_bytes(source.read(8), "little")
-        if size > file.stat().st_size:
-            return 0
-        header = json.loads(source.read(size))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return sum(math.prod(tensor.shape) for tensor in tensors) * (checkpoints + POLICY_BYTES)

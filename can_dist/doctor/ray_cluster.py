@@ -38,7 +38,7 @@ def _local() -> Finding:
 
 
 def _unreachable(address: str) -> str:
-    """Say why nothing listens at ``host:port``, or ''; Ray itself would try for 20 seconds."""
+    """Return why nothing listens at ``host:port``, or ''; Ray itself would try for 20 seconds."""
     host, separator, port = address.rpartition(":")
     if address in ("auto", "local") or address.startswith("ray://"):
         return ""
@@ -68,32 +68,27 @@ def _connected(cluster: Cluster, address: str) -> list[Finding]:
             authentication = warning("Ray authentication", exposed.partition(";")[0], exposed.partition("; ")[2])
         else:
             authentication = ok("Ray authentication", "the job server refuses strangers, or answers on loopback only")
-        return [ok("Ray", f"{address}: Ray {ray.__version__}"), authentication, resources(cluster, _totals())]
+        totals = {name: float(number) for name, number in ray.cluster_resources().items()}
+        return [ok("Ray", f"{address}: Ray {ray.__version__}"), authentication, resources(cluster, totals)]
     finally:
         if not before:
             ray.shutdown()
 
 
-def _totals() -> dict[str, float]:
-    import ray
-
-    return {name: float(number) for name, number in ray.cluster_resources().items()}
-
-
-def resources(cluster: Cluster, there: dict[str, float]) -> Finding:
-    """Compare what the stages ask for with what the cluster has."""
-    asked = {
+def resources(cluster: Cluster, totals: dict[str, float]) -> Finding:
+    """Compare the resources that the stages request with those of the cluster."""
+    requests = {
         "actors": (cluster.num_actors, {"CPU": cluster.cpus_per_actor, "GPU": cluster.gpus_per_actor}),
         "workers": (cluster.num_workers, {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}),
     }
     short = [
-        f"cluster.num_{who} = {number} with {each:g} {what} each, the cluster has {there.get(what, 0):g} {what}"
-        for who, (number, bundle) in asked.items()
-        for what, each in bundle.items()
-        if number * each > there.get(what, 0)
+        f"cluster.num_{role} = {number} with {each:g} {unit} each, the cluster has {totals.get(unit, 0):g} {unit}"
+        for role, (number, bundle) in requests.items()
+        for unit, each in bundle.items()
+        if number * each > totals.get(unit, 0)
     ]
-    shown = ", ".join(f"{there.get(what, 0):g} {what}" for what in ("CPU", "GPU"))
+    shown = ", ".join(f"{totals.get(unit, 0):g} {unit}" for unit in ("CPU", "GPU"))
     if short:
         remedy = f"Lower them, or add nodes; an autoscaling cluster has {cluster.wait_resources_s:g} s to do so."
         return warning("Ray resources", "; ".join(short), remedy)
-    return ok("Ray resources", shown) if there else note("Ray resources", "none reported")
+    return ok("Ray resources", shown) if totals else note("Ray resources", "none reported")

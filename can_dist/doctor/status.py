@@ -10,8 +10,8 @@ from typing import Any
 
 from can_dist.config.methods import DEFAULT_METHOD, METHODS
 from can_dist.errors import DataError
-from can_dist.tables.artifacts import MANIFEST, STAGE
-from can_dist.tables.quarantine import QUARANTINED
+from can_dist.tables.artifacts import MANIFEST, STAGE, load_artifact
+from can_dist.tables.quarantine import quarantined
 from can_dist.training.metrics import METRICS, RESUMED, read_metrics
 from can_dist.workspace import LOG, Owner, read_owner
 
@@ -34,17 +34,19 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
     owner, events = read_owner(run), read_events(run / LOG)
     session = events[max((n for n, event in enumerate(events) if event.get("event") == "began"), default=0) :]
     works = owner is not None and owner.alive is not False
-    stages = [_stage(run, name, events, now, works) for name in _artifacts(session)]
+    opened = dict.fromkeys(str(event["artifact"]) for event in session if event.get("artifact"))
+    stages = [_stage(run, name, events, now, works) for name in opened]
     method, own = _method(run)
     begun = {stage["stage"] for stage in stages}
     ended = any(event.get("event") == "ended" for event in session)
+    failed = [event for event in session if event.get("event") == "failed"]
     stages += [{"stage": name, "state": "not started"} for name in own if name not in begun and not ended]
     return {
         "run": str(run),
         "method": method,
         "owner": None if owner is None else vars(owner),
         "stages": stages,
-        "last_error": _last_error(session),
+        "last_error": {key: failed[-1][key] for key in ("time", "error", "message")} if failed else None,
         "next": _next(run, owner, stages, ended),
     }
 
@@ -60,11 +62,6 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         if isinstance(event, dict):
             events.append(event)
     return events
-
-
-def _artifacts(session: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the artifact directories that a session came to, in its order, once each."""
-    return list(dict.fromkeys(str(event["artifact"]) for event in session if event.get("artifact")))
 
 
 def _method(run: Path) -> tuple[str, list[str]]:
@@ -113,11 +110,10 @@ def _shards(
 def _rows(directory: Path) -> dict[str, Any]:
     """Return the rows of a finished table, and how many more went in and were quarantined."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        rows = [entry["rows"] for entry in manifest["files"] if "rows" in entry]
-        return {"rows": sum(rows), "quarantined": len(manifest["info"].get(QUARANTINED, {}))} if rows else {}
-    except (ValueError, KeyError, TypeError, AttributeError):  # `verify` tells of a damaged manifest
+        artifact = load_artifact(directory)
+    except DataError:  # `verify` reports a damaged manifest
         return {}
+    return {"rows": artifact.num_rows, "quarantined": len(quarantined(artifact))} if artifact.parts else {}
 
 
 def _training(directory: Path, about: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
@@ -149,12 +145,6 @@ def _heartbeat(directory: Path, now: float) -> float | None:
     return round(max(0.0, now - max(times)), 1) if times else None
 
 
-def _last_error(session: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return how the newest process ended, when it was by an error."""
-    failed = [event for event in session if event.get("event") == "failed"]
-    return {key: failed[-1][key] for key in ("time", "error", "message")} if failed else None
-
-
 def _next(run: Path, owner: Owner | None, stages: Sequence[Mapping[str, Any]], ended: bool) -> str:
     """Return the next command to give, or why there is none."""
     again = f"can-dist run {run / CONFIG} --run {run}"
@@ -165,10 +155,9 @@ def _next(run: Path, owner: Owner | None, stages: Sequence[Mapping[str, Any]], e
         return "none: it is running"
     if owner is not None and owner.alive is None:
         return f"look on {owner.host} whether process {owner.process} is there; if it is gone: {again}"
-    if ended and all(stage["state"] == "finished" for stage in stages):
-        done = any(stage["stage"] == "evaluate" for stage in stages)
-        return f"can-dist verify {run}" if done else again
-    return again
+    finished = ended and all(stage["state"] == "finished" for stage in stages)
+    done = finished and any(stage["stage"] == "evaluate" for stage in stages)
+    return f"can-dist verify {run}" if done else again
 
 
 def format_status(status: Mapping[str, Any]) -> str:
@@ -207,8 +196,8 @@ def _detail(stage: Mapping[str, Any]) -> str:
     if "eta_s" in stage and stage["state"] == "in progress":
         parts.append(f"{_duration(stage['eta_s'])} to go")
     if "rows" in stage:
-        asked = f" of {stage['rows'] + stage['quarantined']}" if stage["quarantined"] else ""
-        parts.append(f"{stage['rows']}{asked} rows")
+        total = f" of {stage['rows'] + stage['quarantined']}" if stage["quarantined"] else ""
+        parts.append(f"{stage['rows']}{total} rows")
     if stage.get("quarantined"):
         parts.append(f"{stage['quarantined']} quarantined")
     if stage.get("actor_deaths"):

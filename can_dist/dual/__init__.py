@@ -4,15 +4,16 @@ NumPy and SciPy only.
 """
 
 from can_dist.dual.basis import Mixture, check_mixing, mix
-from can_dist.dual.belief.choice import Choice, choose
 from can_dist.dual.belief.diagnosis import Diagnosis, diagnose
-from can_dist.dual.belief.uncertainty import Bootstrap, CrossFit, Interval, bootstrap, cross_fit, lam_interval
+from can_dist.dual.belief.trust import Trust, judge
+from can_dist.dual.belief.uncertainty import Bootstrap, CrossFit, bootstrap, cross_fit, lam_interval
 from can_dist.dual.columns import Block, ColumnScores, Pass, PassResult, run_pass
 from can_dist.dual.estimate import PolicyEstimate, estimate_policy
 from can_dist.dual.estimators import ESTIMATORS
 from can_dist.dual.feasibility import Feasibility, check_feasibility
 from can_dist.dual.feedback import steer
 from can_dist.dual.frontier import Frontier, FrontierPoint, frontier_table
+from can_dist.dual.interval import Interval, mean_interval
 from can_dist.dual.objective import Evaluation, PartialSums, dual_curve, evaluate, partial_sums
 from can_dist.dual.predict import Prediction, predict
 from can_dist.dual.solution import DualSolution, Margin, Status
@@ -25,7 +26,6 @@ __all__ = [
     "ESTIMATORS",
     "Block",
     "Bootstrap",
-    "Choice",
     "ColumnScores",
     "CrossFit",
     "Demand",
@@ -47,11 +47,11 @@ __all__ = [
     "ScoreTable",
     "Status",
     "Strength",
+    "Trust",
     "at_strength",
     "bootstrap",
     "check_feasibility",
     "check_mixing",
-    "choose",
     "choose_strength",
     "cross_fit",
     "demands_of",
@@ -61,7 +61,9 @@ __all__ = [
     "estimate_policy",
     "evaluate",
     "frontier_table",
+    "judge",
     "lam_interval",
+    "mean_interval",
     "mix",
     "partial_sums",
     "predict",

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from can_dist.dual.belief.uncertainty import Interval, interval_of
 from can_dist.dual.estimate import aligned_log_ratio, centred, informative
 from can_dist.dual.estimators import orthant_minimum, within_covariance
 from can_dist.dual.feedback import check_regular
+from can_dist.dual.interval import Interval, interval_of
 from can_dist.dual.predict import check_beta
 from can_dist.dual.solution import json_safe
 from can_dist.dual.strength import Demand, check_num_prompts

@@ -206,7 +206,8 @@ class ColumnScores:
     @property
     def centre_J(self) -> FloatArray:
         """ḡ_j, mean over prompts of the reference mean of g_j."""
-        return self.mean_PC[:, 1:].mean(axis=0)
+        mean_J: FloatArray = self.mean_PC[:, 1:].mean(axis=0)
+        return mean_J
 
     @property
     def mean_reward(self) -> float:

@@ -64,7 +64,7 @@ def check_estimator(estimator: str, table: Scores | None = None) -> None:
     """Raise ConfigError for an unknown estimator, or one that cannot read the table."""
     if estimator not in ESTIMATORS:
         raise ConfigError(f"estimator: found {estimator!r}, expected one of {', '.join(ESTIMATORS)}.")
-    if isinstance(table, ColumnScores) and estimator != "empirical":
+    if isinstance(table, ColumnScores) and estimator not in ("empirical", "auto"):
         raise ConfigError(
             f"estimator: {estimator!r} revisits single responses, so it needs the table in memory; a streamed table "
             "takes 'empirical'. Solve a sample of the prompts in memory to see how far the estimators differ."
@@ -250,7 +250,8 @@ def _jackknife_lam(
 
     def slope(lam_J: FloatArray) -> FloatArray:
         moments = prompt_moments(table, lam_J, beta)
-        return jackknife_moments(table, lam_J, beta, moments).gain_PJ.mean(axis=0) - margin_J
+        slack_J: FloatArray = jackknife_moments(table, lam_J, beta, moments).gain_PJ.mean(axis=0) - margin_J
+        return slack_J
 
     lam, none = start_J, np.full(start_J.size, math.nan)
     unit_J = np.maximum(np.abs(start_J), max(table.within_sd(table.reward_N), beta) / spread_J)

@@ -52,11 +52,11 @@ def _centre(column_N: Any, begin: int, end: int, scale: float, out_K: FloatArray
     if high - low <= _ROUNDING * max(abs(first + low), abs(first + high)):
         for k in range(count):
             out_K[k] = 0.0
-        return first
+        return float(first)
     mean = total / count
     for k in range(count):
         out_K[k] -= mean
-    return first + mean
+    return float(first + mean)
 
 
 @_compiled
@@ -84,7 +84,7 @@ def _tilt(score_CK: FloatArray, count: int, lam_J: FloatArray, beta: float, weig
         total += weight_K[k]
     for k in range(count):
         weight_K[k] /= total
-    return peak + np.log(total / count)
+    return float(peak + np.log(total / count))
 
 
 @_compiled

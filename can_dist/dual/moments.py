@@ -34,7 +34,8 @@ class PromptMoments:
 
     def hessian(self, beta: float) -> FloatArray:
         """Return ∇²D = (1/(βP)) Σ_i Cov_{w_i}(g), shape (J, J)."""
-        return self.covariance_PJJ.mean(axis=0) / beta
+        hessian_JJ: FloatArray = self.covariance_PJJ.mean(axis=0) / beta
+        return hessian_JJ
 
 
 def prompt_moments(table: ScoreTable, lam_J: FloatArray, beta: float) -> PromptMoments:

@@ -164,7 +164,8 @@ def _direction(lam_J: FloatArray, here: Evaluation) -> FloatArray:
         if np.all(lam_J[free] + refined >= 0):
             direction[free] = refined
     longest = float(np.abs(direction).max())
-    return direction * (cap / longest) if longest > cap else direction
+    capped: FloatArray = direction * (cap / longest) if longest > cap else direction
+    return capped
 
 
 def _factorise(hessian_JJ: FloatArray, ridge: float) -> tuple[FloatArray, FloatArray]:

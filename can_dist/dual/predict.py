@@ -149,7 +149,8 @@ def _standard_error(value_PJ: FloatArray) -> FloatArray:
     num_prompts = value_PJ.shape[0]
     if num_prompts < 2:
         return np.full(value_PJ.shape[1], math.nan)
-    return value_PJ.std(axis=0, ddof=1) / math.sqrt(num_prompts)
+    error_J: FloatArray = value_PJ.std(axis=0, ddof=1) / math.sqrt(num_prompts)
+    return error_J
 
 
 def _vector(values: npt.ArrayLike, name: str, length: int) -> FloatArray:

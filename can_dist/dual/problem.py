@@ -21,7 +21,7 @@ from can_dist.dual.table import FloatArray
 class Outcome:
     """Status, the empirical point in raw units where one was reached, the feasibility, and the estimator's λ̂.
 
-    ``trustworthy`` is the judgement of the estimator ``auto``, ``reason`` its sentence.
+    ``reason`` says why ``auto`` did not take the jackknife.
     """
 
     status: Status
@@ -29,7 +29,6 @@ class Outcome:
     feasibility: Feasibility
     corrected: Estimate | None = None
     reason: str = ""
-    trustworthy: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,35 @@ class FeasibilityReport(TypedDict):
     attainable: dict[str, float]
 
 
-class Diagnostics(TypedDict):
-    """What the table can support; ``verdict`` says it in one sentence."""
+class Delivered(TypedDict):
+    """Mean of a utility under π_λ on new prompts: interval, and ``bias``, the part of each arm for the finite K."""
+
+    mean: float
+    se: float
+    low: float
+    high: float
+    bias: float
+
+
+class Judgement(TypedDict):
+    """What a table can vouch for (``dual.belief.trust``), by constraint; ``objection``: why it cannot.
+
+    ``lam_error`` is relative to λ; ``delivered`` is the improvement, or the mean where ``level`` (a threshold).
+    """
+
+    objection: str
+    delivered: dict[str, Delivered]
+    level: dict[str, bool]
+    lam_error: dict[str, float]
+    lam_known: bool
+    ess: dict[str, float]
+    carriers: dict[str, float]
+    shape: float
+    num_flat: int
+
+
+class Summary(TypedDict):
+    """The table and its weights at λ in numbers; ``verdict`` says in words what may be believed."""
 
     num_prompts: int
     num_responses: int
@@ -105,6 +132,12 @@ class Diagnostics(TypedDict):
     kl_over_log_k: float
     sd_over_beta: float
     verdict: str
+
+
+class Diagnostics(Summary, total=False):
+    """What the table can support; no ``judgement`` where responses are no samples, or a streamed table's."""
+
+    judgement: Judgement
 
 
 @dataclass(frozen=True)
@@ -128,7 +161,7 @@ class DualSolution:
         feasibility: whether and by how much the margins can be met.
         diagnostics: whether to trust the prediction.
         estimator: which estimator gave λ* (``auto`` is replaced by what it chose).
-        estimator_reason: why ``auto`` chose it and whether λ* may be trusted; empty otherwise.
+        estimator_reason: why ``auto`` did not take the jackknife; empty otherwise.
         confidence: with which each margin is met, all of them jointly; None where they are met in expectation.
         safety_margin: what was added to each margin for that confidence, included in ``margin``.
 

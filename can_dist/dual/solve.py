@@ -12,6 +12,7 @@ from scipy.stats import norm
 
 from can_dist.dual import messages
 from can_dist.dual.belief.choice import choose
+from can_dist.dual.belief.trust import judge
 from can_dist.dual.columns import Scores
 from can_dist.dual.estimators import check_estimator, estimate, prediction_from, with_level
 from can_dist.dual.feasibility import Feasibility
@@ -20,7 +21,7 @@ from can_dist.dual.predict import Prediction, check_beta, lambda_standard_error,
 from can_dist.dual.problem import Outcome, Problem
 from can_dist.dual.solution import Diagnostics, DualSolution, Margin, Predicted, Status
 from can_dist.dual.table import FloatArray, ScoreTable
-from can_dist.dual.weights import weight_diagnostics
+from can_dist.dual.weights import turned_diagnostics, weight_diagnostics
 from can_dist.errors import ConfigError, InfeasibleConstraint, NumericalError
 
 _MAX_RAISES = 40
@@ -60,8 +61,8 @@ def solve_dual(
         tolerance: largest KKT residual, in within-prompt standard deviations of each utility.
         throw: raise where no finite λ* was reached; otherwise return a solution whose status says why.
         estimator: ``empirical`` (the softmax weights over the table), ``jackknife`` or ``gaussian`` (both remove the
-            bias of a finite K, see :mod:`can_dist.dual.estimators`), or ``auto``, which chooses by error bounds and
-            says why. All of them ask first whether the margins can be met on the table itself.
+            bias of a finite K, see :mod:`can_dist.dual.estimators`), or ``auto``: the jackknife, and the empirical
+            where that has no solution. All of them ask first whether the margins can be met on the table itself.
         confidence: meet every margin with this joint confidence over the draw of the prompts: each margin is raised
             to the fixed point b + z·SE of its improvement (Bonferroni over constraints). None meets them in the mean.
 
@@ -115,7 +116,8 @@ def solve_table(
 ) -> DualSolution:
     """Solve on a table already grouped, or on columns of any size; the rest as in :func:`solve_dual`.
 
-    :class:`~can_dist.dual.columns.ColumnScores` take the empirical estimator only: the others revisit single responses.
+    :class:`~can_dist.dual.columns.ColumnScores` take the empirical estimator (also as ``auto``): the others revisit
+    single responses.
     """
     names = _names(constraints)
     check_beta(beta)
@@ -165,11 +167,12 @@ class _Request:
         outcome = problem.solve(self.max_steps, self.tolerance)
         if self.estimator == "empirical" or outcome.status is not Status.OPTIMAL or outcome.point is None:
             return outcome
-        assert isinstance(self.table, ScoreTable), "check_estimator refuses the others"
+        if not isinstance(self.table, ScoreTable):  # check_estimator lets only auto come here
+            return replace(outcome, reason="a streamed table is read for sums only, and the jackknife needs the table")
         start_J = outcome.point.lam_J
         if self.estimator == "auto":
-            choice = choose(self.table, self.beta, margin_J, start_J, level_J=self.level_J)
-            return replace(outcome, corrected=choice.chosen, reason=choice.reason, trustworthy=choice.trustworthy)
+            chosen, reason = choose(self.table, self.beta, margin_J, start_J, self.level_J)
+            return replace(outcome, corrected=chosen, reason=reason)
         corrected = estimate(self.table, self.beta, margin_J, self.estimator, start_J, self.level_J)
         return replace(outcome, corrected=corrected, status=Status.OPTIMAL if corrected.converged else Status.MAX_STEPS)
 
@@ -217,7 +220,9 @@ def _solve_equalities(asked: _Request, throw: bool) -> DualSolution:
         text = messages.equality_message(solution.status, asked.constraints, margin_J, ends[0], ends[1])
         infeasible = solution.status in (Status.INFEASIBLE, Status.BOUNDARY)
         raise (InfeasibleConstraint if infeasible else NumericalError)(text)
-    return solution.turned(sign_J, [constraint.threshold for constraint in asked.constraints])
+    sign = dict(zip(solution.lam, sign_J.tolist(), strict=True))
+    turned = solution.turned(sign_J, [constraint.threshold for constraint in asked.constraints])
+    return replace(turned, diagnostics=turned_diagnostics(solution.diagnostics, sign))
 
 
 def _raise_margins(
@@ -317,21 +322,31 @@ def _report(outcome: Outcome, asked: _Request, margin_J: FloatArray, confidence:
             "certificate": by_name(feasibility.certificate_J),
             "attainable": by_name(feasibility.attainable_J),
         },
-        diagnostics=_diagnostics(outcome, asked, lam_J, prediction),
-        estimator=asked.estimator if corrected is None or asked.estimator != "auto" else corrected.estimator,
+        diagnostics=_diagnostics(outcome, asked, lam_J, margin_J, prediction),
+        estimator=_estimator(outcome, asked),
         estimator_reason=outcome.reason,
         confidence=confidence,
         safety_margin=by_name(margin_J - margins(table, constraints)) if confidence is not None else {},
     )
 
 
-def _diagnostics(outcome: Outcome, asked: _Request, lam_J: FloatArray, prediction: Prediction | None) -> Diagnostics:
-    """Summarise the weights; where ``auto`` judged λ by its error bounds, the verdict is its judgement."""
-    found = weight_diagnostics(asked.table, lam_J, asked.beta, prediction)
-    if outcome.trustworthy is None or prediction is None:
-        return found
-    judgement = "The prediction may be trusted" if outcome.trustworthy else "Do not trust the prediction"
-    return {**found, "verdict": f"{judgement} ({outcome.reason.rstrip('.')})."}
+def _estimator(outcome: Outcome, asked: _Request) -> str:
+    """Return the estimator that gave λ̂: ``auto`` is replaced by its choice."""
+    if asked.estimator != "auto":
+        return asked.estimator
+    return "empirical" if outcome.corrected is None else outcome.corrected.estimator
+
+
+def _diagnostics(
+    outcome: Outcome, asked: _Request, lam_J: FloatArray, margin_J: FloatArray, prediction: Prediction | None
+) -> Diagnostics:
+    """Summarise the weights, and judge λ̂ where the table's responses are samples that can be revisited."""
+    table, names = asked.table, [constraint.name for constraint in asked.constraints]
+    trust = None
+    if prediction is not None and names and isinstance(table, ScoreTable) and not table.weighted:
+        used = outcome.corrected or estimate(table, asked.beta, margin_J, "empirical", lam_J, asked.level_J)
+        trust = judge(table, asked.beta, margin_J, used, asked.level_J)
+    return weight_diagnostics(table, lam_J, asked.beta, prediction, trust, dict(zip(names, asked.level_J, strict=True)))
 
 
 def _predicted(prediction: Prediction | None, names: list[str]) -> Predicted:

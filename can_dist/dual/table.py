@@ -131,7 +131,8 @@ class ScoreTable:
     @property
     def centre_J(self) -> FloatArray:
         """ḡ_j, mean over prompts of the reference mean of g_j, in raw units."""
-        return self.mean_utility_JP.mean(axis=1)
+        mean_J: FloatArray = self.mean_utility_JP.mean(axis=1)
+        return mean_J
 
     @property
     def mean_reward(self) -> float:

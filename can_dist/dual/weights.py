@@ -1,30 +1,44 @@
-"""What the table can support, in numbers and in one sentence (ALGORITHMS section 2)."""
+"""What the table can support, in numbers and in words."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
+from can_dist.dual.belief.trust import LAM_LIMIT, Trust
 from can_dist.dual.columns import Scores
 from can_dist.dual.predict import Prediction
-from can_dist.dual.solution import Diagnostics
+from can_dist.dual.solution import Delivered, Diagnostics, Judgement
 from can_dist.dual.table import FloatArray
 
 TRUSTED_ESS = 10.0
-"""Median effective sample size from which the finite-K bias of λ̂ is small beside its standard error."""
-
-TRUSTED_LOW_ESS = 5.0
-"""The same for its tenth percentile: a few prompts with one-hot weights already bias λ̂."""
+"""Effective responses of a prompt from which its bias of order 1/K is small; a mark on the figures, no verdict."""
 
 COLLAPSED_ESS = 2.0
 """Median effective sample size under which the weights are all but one-hot."""
 
 
-def weight_diagnostics(table: Scores, lam_J: FloatArray, beta: float, prediction: Prediction | None) -> Diagnostics:
-    """Summarise the table and, where λ is finite, the weights at λ.
+def weight_diagnostics(
+    table: Scores,
+    lam_J: FloatArray,
+    beta: float,
+    prediction: Prediction | None,
+    trust: Trust | None = None,
+    level: Mapping[str, float] | None = None,
+) -> Diagnostics:
+    """Summarise the table and, where λ is finite, the weights at λ and what they can be trusted for.
 
     ESS and KL/ln K are over prompts with more than one response: the others hold no information.
+
+    Args:
+        table: scores of P prompts.
+        lam_J: λ.
+        beta: KL weight β > 0.
+        prediction: at λ; None where no finite λ was reached.
+        trust: the judgement of λ; None where the responses are no samples, or cannot be revisited.
+        level: the constraints by name, 1 where one is an absolute level; in the order of ``trust``.
     """
     informative = table.num_responses_P > 1
     ess = {name: math.nan for name in ("min", "p10", "median", "p90", "max")}
@@ -37,7 +51,7 @@ def weight_diagnostics(table: Scores, lam_J: FloatArray, beta: float, prediction
             log_k = np.log(table.num_responses_P[informative])
             kl_over_log_k = float(prediction.kl_P[informative].mean() / log_k.mean())
     counts = table.num_responses_P
-    return {
+    summary: Diagnostics = {
         "num_prompts": table.num_prompts,
         "num_responses": table.num_rows,
         "num_single_response_prompts": int((~informative).sum()),
@@ -49,38 +63,103 @@ def weight_diagnostics(table: Scores, lam_J: FloatArray, beta: float, prediction
         "ess": ess,
         "kl_over_log_k": kl_over_log_k,
         "sd_over_beta": sd_over_beta,
-        "verdict": _verdict(table, ess["median"], ess["p10"], sd_over_beta, prediction is not None),
+        "verdict": "",
     }
+    if trust is not None and level:
+        summary["judgement"] = _judgement(trust, level)
+    summary["verdict"] = verdict(summary, solved=prediction is not None, weighted=table.weighted)
+    return summary
 
 
-def _verdict(table: Scores, ess: float, low_ess: float, sd_over_beta: float, solved: bool) -> str:
-    """Say whether the prediction may be trusted. Scores are frozen once sd/β passes √(2 ln K)."""
+def turned_diagnostics(diagnostics: Diagnostics, sign: Mapping[str, float]) -> Diagnostics:
+    """Return the diagnostics for the utilities before each was multiplied by its sign."""
+    if "judgement" not in diagnostics:
+        return diagnostics
+    judgement = diagnostics["judgement"]
+    delivered = {
+        name: replaced if sign[name] > 0 else _mirrored(replaced) for name, replaced in judgement["delivered"].items()
+    }
+    turned: Diagnostics = {**diagnostics, "judgement": {**judgement, "delivered": delivered}}
+    return {**turned, "verdict": verdict(turned, solved=True, weighted=False)}
+
+
+def verdict(diagnostics: Diagnostics, *, solved: bool, weighted: bool) -> str:
+    """Say what may be believed: what π_λ delivers on new prompts, and how well λ is known; or why neither is said."""
+    num_prompts = diagnostics["num_prompts"]
     if not solved:
         return "There is no prediction to trust: no finite lambda was reached."
-    if not (table.num_responses_P > 1).any():
+    if diagnostics["num_single_response_prompts"] == num_prompts:
         return (
             "The table cannot tell policies apart: every prompt has one response, so the prediction is the reference."
         )
-    typical = float(np.median(table.num_responses_P[table.num_responses_P > 1]))
-    limit = math.sqrt(2 * math.log(typical))
-    facts = f"median effective sample size {ess:.1f} of K = {typical:g}, score sd {sd_over_beta:.2g} beta"
-    if table.weighted:
+    if weighted:
         return (
-            f"Exact if the weighted table enumerates all that the reference can say; if its responses were sampled, "
-            f"judge by the weights ({facts})."
+            "Exact if the weighted table enumerates all that the reference can say; if its responses were sampled, "
+            f"nothing here vouches for it (median effective sample size {diagnostics['ess']['median']:.1f} of "
+            f"{diagnostics['responses_per_prompt']['median']:g})."
         )
-    if sd_over_beta > limit or ess < COLLAPSED_ESS:
+    if "judgement" not in diagnostics:
         return (
-            f"Do not trust the prediction: the weights have collapsed towards the best of K ({facts}; the limit is "
-            f"{limit:.2g}), so lambda and KL depend on K, not only on the reference."
+            "Not judged: the bias of a finite K is measured on a table in memory. Solve a sample of the prompts in "
+            "memory to see it."
         )
-    if ess < TRUSTED_ESS or low_ess < TRUSTED_LOW_ESS:
-        few = "" if ess < TRUSTED_ESS else " in a tenth of the prompts"
-        return (
-            f"Use the prediction with care: too few responses carry the weight{few} ({facts}), so lambda is biased by "
-            f"the finite K; raise beta or the number of responses."
+    judgement = diagnostics["judgement"]
+    if judgement["objection"]:
+        return f"Do not trust the prediction or lambda: {judgement['objection']}."
+    parts = [_delivered_text(judgement), _lambda_text(judgement)]
+    if flat := judgement["num_flat"] - diagnostics["num_single_response_prompts"]:
+        parts.append(f"{flat} of {num_prompts} prompts cannot show a change: their responses all score alike.")
+    return " ".join([*parts, f"A kind of prompt rarer than 3 in {num_prompts} may be unseen."])
+
+
+def _judgement(trust: Trust, level: Mapping[str, float]) -> Judgement:
+    """Return a judgement by constraint."""
+    names = list(level)
+
+    def by_name(values_J: FloatArray) -> dict[str, float]:
+        return dict(zip(names, np.asarray(values_J).tolist(), strict=True))
+
+    intervals = zip(names, trust.delivered, trust.bias_J.tolist(), strict=True)
+    return {
+        "objection": trust.objection,
+        "delivered": {
+            name: {"mean": one.mean, "se": one.se, "low": one.low, "high": one.high, "bias": bias}
+            for name, one, bias in intervals
+        },
+        "level": {name: bool(value) for name, value in level.items()},
+        "lam_error": by_name(trust.lam_error_J),
+        "lam_known": trust.lam_known,
+        "ess": by_name(trust.ess_J),
+        "carriers": by_name(trust.carriers_J),
+        "shape": trust.shape,
+        "num_flat": trust.num_flat,
+    }
+
+
+def _mirrored(delivered: Delivered) -> Delivered:
+    return {**delivered, "mean": -delivered["mean"], "low": -delivered["high"], "high": -delivered["low"]}
+
+
+def _delivered_text(judgement: Judgement) -> str:
+    """Say what new prompts can expect, with the bias beside the interval that includes it."""
+    parts = []
+    for name, one in judgement["delivered"].items():
+        verb = "has a mean" if judgement["level"][name] else "changes"
+        parts.append(
+            f"{verb} {name} {'of' if judgement['level'][name] else 'by'} {one['low']:+.3g} to {one['high']:+.3g} "
+            f"(bias at most {one['bias']:.2g})"
         )
-    return (
-        f"The prediction may be trusted to within its standard errors ({facts}); it is in sample, so confirm it on "
-        f"held-out prompts; examine the table (diagnose) where scores may have a long upper tail."
-    )
+    joint = " jointly" if len(parts) > 1 else ""
+    return f"On new prompts the policy of this lambda {' and '.join(parts)}, at 95%{joint}."
+
+
+def _lambda_text(judgement: Judgement) -> str:
+    """Say how well λ is known, bias and sampling together."""
+    error = max(judgement["lam_error"].values())
+    if error == 0.0:
+        return "Lambda is 0: the margin costs nothing."
+    if judgement["lam_known"]:
+        return f"Lambda is known to within {100 * error:.2g}%, bias included."
+    if not math.isfinite(error):
+        return "Lambda is not known: one that is 0 here may be above 0."
+    return f"Lambda is not known to within {100 * LAM_LIMIT:g}%."

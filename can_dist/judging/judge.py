@@ -31,8 +31,7 @@ Failure = Literal["", "no verdict", "rejected"]
 ORDERS: tuple[Order, Order] = ("candidate first", "baseline first")
 BYTES_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4
-EARLY = 50
-"""Comparisons after which too many without a verdict stop the run, before the rest is paid for."""
+EARLY = 50  # comparisons after which too many without a verdict stop the run, before the rest is paid for
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,20 @@ class Comparison:
     baseline: str
 
 
+class Record(Strict):
+    """A kept answer. An answer without a verdict is kept for people to read, and requested again.
+
+    The tokens are the endpoint's count over all requests; None where it does not say.
+    """
+
+    choice: Choice | None
+    text: str
+    rejected: bool
+    requests: int
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
 @dataclass(frozen=True)
 class Judgement:
     """One comparison in one order.
@@ -54,10 +67,7 @@ class Judgement:
         order: which response was shown first.
         verdict: of the candidate: win, tie or loss; None without a verdict.
         failure: the reason of a missing verdict: no verdict line after all attempts, or content that was rejected.
-        answer: the judge's last answer as it came.
-        requests: attempts made.
-        prompt_tokens: the endpoint's count over all attempts; None where it does not say.
-        completion_tokens: likewise.
+        record: the kept answer.
         cached: read from disk, at no cost now.
         length_difference: characters of the candidate's response less those of the baseline's.
     """
@@ -66,23 +76,9 @@ class Judgement:
     order: Order
     verdict: Verdict | None
     failure: Failure
-    answer: str
-    requests: int
-    prompt_tokens: int | None
-    completion_tokens: int | None
+    record: Record
     cached: bool
     length_difference: int
-
-
-class Record(Strict):
-    """A kept answer. An answer without a verdict is kept for people to read, and requested again."""
-
-    choice: Choice | None
-    text: str
-    rejected: bool
-    requests: int
-    prompt_tokens: int | None
-    completion_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,8 @@ async def _judge_all(comparisons: Sequence[Comparison], spec: JudgeSpec, cache: 
                     if done >= min(EARLY, len(jobs)):
                         _check_failures(failed, done, spec, cache)
         except EnvironmentProblem as error:
-            kept = sum(_has_verdict(task) for task in tasks)
+            answered = [task for task in tasks if task.done() and not task.exception()]
+            kept = sum(task.result().verdict is not None for task in answered)
             raise EnvironmentProblem(
                 f"{error} {kept} of {len(jobs)} verdicts are kept in {cache}; the same call goes on from there."
             ) from None
@@ -163,33 +160,24 @@ async def _judge_all(comparisons: Sequence[Comparison], spec: JudgeSpec, cache: 
     return [task.result() for task in tasks]
 
 
-def _has_verdict(task: asyncio.Future[Judgement]) -> bool:
-    return task.done() and not task.exception() and task.result().verdict is not None
-
-
 async def _judge(
     client: AsyncOpenAI, spec: JudgeSpec, cache: Path, slots: asyncio.Semaphore, comparison: Comparison, order: Order
 ) -> Judgement:
     """Return one row, from disk or from the endpoint."""
     messages = _messages(comparison, order, spec)
     file = _file(cache, spec, messages)
-    kept = _read(file)
-    if kept is None:
+    record = kept = _read(file)
+    if record is None:
         async with slots:
             record = await _ask_for_verdict(client, spec, messages)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, record.model_dump())
-    else:
-        record = kept
     return Judgement(
         prompt_id=comparison.prompt_id,
         order=order,
         verdict=_verdict(record.choice, order) if record.choice else None,
         failure="" if record.choice else "rejected" if record.rejected else "no verdict",
-        answer=record.text,
-        requests=record.requests,
-        prompt_tokens=record.prompt_tokens,
-        completion_tokens=record.completion_tokens,
+        record=record,
         cached=kept is not None,
         length_difference=len(comparison.candidate) - len(comparison.baseline),
     )
@@ -210,8 +198,8 @@ async def _ask_for_verdict(client: AsyncOpenAI, spec: JudgeSpec, messages: list[
         text=answers[-1].text,
         rejected=answers[-1].rejected,
         requests=len(answers),
-        prompt_tokens=_total([answer.prompt_tokens for answer in answers]),
-        completion_tokens=_total([answer.completion_tokens for answer in answers]),
+        prompt_tokens=total([answer.prompt_tokens for answer in answers]),
+        completion_tokens=total([answer.completion_tokens for answer in answers]),
     )
 
 
@@ -241,7 +229,8 @@ def _read(file: Path) -> Record | None:
     return record if record.choice else None
 
 
-def _total(counts: Sequence[int | None]) -> int | None:
+def total(counts: Sequence[int | None]) -> int | None:
+    """Return the sum; None where one of the counts is not known."""
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Literal
+from typing import Literal, cast
 
 Criterion = Literal["helpfulness", "safety"]
 Choice = Literal["A", "B", "tie"]
@@ -70,5 +70,4 @@ def parse_verdict(answer: str) -> Choice | None:
     verdicts = [match for match in matches if match]
     if len(verdicts) != 1 or not matches[-1]:
         return None
-    choice = verdicts[0][1]
-    return "A" if choice == "A" else "B" if choice == "B" else "tie"
+    return cast(Choice, verdicts[0][1])

@@ -9,7 +9,7 @@ import numpy as np
 
 from can_dist.dual import Interval
 from can_dist.errors import DataError
-from can_dist.judging.judge import ORDERS, Judgement, Verdict
+from can_dist.judging.judge import ORDERS, Judgement, Verdict, total
 from can_dist.measuring.tails import prompt_share
 
 SCORE: dict[Verdict, float] = {"win": 1.0, "tie": 0.5, "loss": 0.0}
@@ -50,12 +50,11 @@ class JudgeSummary:
     completion_tokens: int | None
 
 
-def summarise(rows: Sequence[Judgement], confidence: float = 0.95) -> JudgeSummary:
+def summarise(rows: Sequence[Judgement]) -> JudgeSummary:
     """Count verdicts and estimate win rates.
 
     Raises:
         DataError: fewer than 2 prompts have a verdict, or rows are not in pairs.
-        ConfigError: confidence outside (0, 1).
     """
     judged = [(row, row.verdict) for row in rows if row.verdict is not None]
     prompts = [row.prompt_id for row, _ in judged]
@@ -67,7 +66,7 @@ def summarise(rows: Sequence[Judgement], confidence: float = 0.95) -> JudgeSumma
     verdicts = [verdict for _, verdict in judged]
     score_N = np.array([SCORE[verdict] for verdict in verdicts])
     first = [(verdict == "win") == (row.order == "candidate first") for row, verdict in judged if verdict != "tie"]
-    spent = [row for row in rows if not row.cached]
+    spent = [row.record for row in rows if not row.cached]
     return JudgeSummary(
         num_prompts=len(set(prompts)),
         wins=verdicts.count("win"),
@@ -75,13 +74,13 @@ def summarise(rows: Sequence[Judgement], confidence: float = 0.95) -> JudgeSumma
         losses=verdicts.count("loss"),
         no_verdict=sum(row.failure == "no verdict" for row in rows),
         rejected=sum(row.failure == "rejected" for row in rows),
-        win_rate=prompt_share(score_N, prompts, confidence),
+        win_rate=prompt_share(score_N, prompts),
         flip_rate=flip_rate(rows),
         first_rate=float(np.mean(first)) if first else None,
         length_difference=float(np.mean([row.length_difference for row, _ in judged])),
-        requests=sum(row.requests for row in spent),
-        prompt_tokens=_total([row.prompt_tokens for row in spent]),
-        completion_tokens=_total([row.completion_tokens for row in spent]),
+        requests=sum(record.requests for record in spent),
+        prompt_tokens=total([record.prompt_tokens for record in spent]),
+        completion_tokens=total([record.completion_tokens for record in spent]),
     )
 
 
@@ -102,8 +101,3 @@ def flip_rate(rows: Sequence[Judgement]) -> float | None:
     both = [(a.verdict, b.verdict) for a, b in zip(rows[::2], rows[1::2], strict=True)]
     judged = [a != b for a, b in both if a is not None and b is not None]
     return float(np.mean(judged)) if judged else None
-
-
-def _total(counts: Sequence[int | None]) -> int | None:
-    known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import f, t
+from scipy.stats import f
 
-from can_dist.dual import Interval
+from can_dist.dual import Interval, mean_interval
 from can_dist.errors import ConfigError, DataError
 
 FloatArray = npt.NDArray[np.float64]
@@ -140,7 +140,7 @@ def method_result(
 
 
 def comparison_table(results: Sequence[MethodResult]) -> Table:
-    """Return one row per method: gains with 95 % t-intervals over prompts, whether the margin was met, KL.
+    """Return one row per method: gains with 95 % intervals over prompts, whether the margin was met, KL.
 
     Raises:
         DataError: no methods, two of one name, or methods of different prompts.
@@ -149,8 +149,8 @@ def comparison_table(results: Sequence[MethodResult]) -> Table:
     header = ("method", "helpfulness gain", "safety gain", "margin", "verdict", "KL (nats)")
     rows = []
     for result in results:
-        reward, safety = gain_interval(result.reward_P), gain_interval(result.safety_P)
-        gains = (_with_reach(reward), _with_reach(safety))
+        reward, safety = (mean_interval(gain_P, CONFIDENCE) for gain_P in (result.reward_P, result.safety_P))
+        gains = (_with_ends(reward), _with_ends(safety))
         rows.append((result.name, *gains, f"{result.margin:.3g}", result.verdict, f"{result.kl:.3g}"))
     return Table(header, tuple(rows))
 
@@ -164,13 +164,6 @@ def cost_table(cost_by_method: Mapping[str, Cost]) -> Table:
         time = "–" if cost.wall_s is None else short_time(cost.wall_s)
         rows.append((name, str(cost.num_trainings), *map(short_count, tokens), time))
     return Table(header, tuple(rows))
-
-
-def gain_interval(gain_P: FloatArray, confidence: float = CONFIDENCE) -> Interval:
-    """Return the mean gain over prompts with its t-interval."""
-    mean, se = float(gain_P.mean()), float(gain_P.std(ddof=1) / math.sqrt(gain_P.size))
-    reach = float(t.ppf(0.5 + confidence / 2, gain_P.size - 1)) * se
-    return Interval(mean, se, mean - reach, mean + reach)
 
 
 def confidence_ellipse(result: MethodResult, confidence: float = CONFIDENCE) -> Ellipse:
@@ -240,8 +233,8 @@ def short_time(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _with_reach(interval: Interval) -> str:
-    """The mean with its reach, to two digits of the reach."""
-    reach = interval.high - interval.mean
+def _with_ends(interval: Interval) -> str:
+    """Return the mean with its interval, to two digits of the longer arm."""
+    reach = max(interval.high - interval.mean, interval.mean - interval.low)
     digits = 2 if reach == 0.0 else min(max(1 - math.floor(math.log10(reach)), 0), 6)
-    return f"{interval.mean:+.{digits}f} ± {reach:.{digits}f}"
+    return f"{interval.mean:+.{digits}f} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"

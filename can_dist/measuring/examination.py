@@ -7,40 +7,25 @@ in words.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from can_dist.dual import (
-    Diagnosis,
-    DualSolution,
-    Margin,
-    ScoreTable,
-    cross_fit,
-    diagnose,
-    evaluate,
-    frontier_table,
-)
-from can_dist.dual.belief.choice import TOLERANCE
+from can_dist.dual import Diagnosis, DualSolution, Margin, ScoreTable, cross_fit, diagnose, evaluate, frontier_table
 from can_dist.dual.objective import tilt
+from can_dist.dual.table import FloatArray
 from can_dist.errors import CanDistError
-
-FloatArray = npt.NDArray[np.float64]
 
 NUM_FOLDS = 5
 NUM_LAM = 81
 NUM_MARGINS = 33
-NUM_MARGINS_JOINT = 17
-"""Fewer points for several constraints: each point then needs a search for a jointly feasible margin."""
+NUM_MARGINS_JOINT = 17  # fewer for several constraints: each then needs a search for a jointly feasible margin
 MOST_BINS = 28
-REACH = 0.95
-"""The frontier ends where the improvement has come this far from λ = 0 to the most attainable."""
-WIDEST_SMALL_K = 12.0
-"""Least end of the axis of effective sample sizes, so that the ten that are needed lie on it."""
+REACH = 0.95  # the frontier ends where the improvement has come this far from λ = 0 to the most attainable
+WIDEST_SMALL_K = 12.0  # least end of the axis of effective sample sizes, so that the ten that are needed lie on it
 
 
 def examine(table: ScoreTable, solution: DualSolution, *, reward_name: str = "reward") -> dict[str, Any]:
@@ -61,7 +46,7 @@ def examine(table: ScoreTable, solution: DualSolution, *, reward_name: str = "re
     varied = bool((table.num_responses_P > 1).any())
     diagnosis = None if refused else diagnose(table, solution, reward_name=reward_name)
     predicted, unpredicted = cross_fitted(table, solution) if known and varied else (None, refused)
-    kind, text = _headline(table, solution, diagnosis) if diagnosis else ("within", f"Not examined: {refused}")
+    kind, text = _headline(diagnosis) if diagnosis else ("within", f"Not examined: {refused}")
     axes = list(enumerate(solution.lam))
     trade_off = bool(solution.lam) and varied and not (solution.lam_vector < 0).any()
     record = {
@@ -75,7 +60,7 @@ def examine(table: ScoreTable, solution: DualSolution, *, reward_name: str = "re
         "dual_curves": {name: _dual_curve(table, solution, axis, name) for axis, name in axes} if known else {},
         "frontier": {name: _frontier(table, solution, axis, name) for axis, name in axes} if trade_off else {},
     }
-    safe: dict[str, Any] = _json_safe(record)
+    safe: dict[str, Any] = json.loads(json.dumps(record), parse_constant=lambda _: None)  # NaN and ±∞ become null
     return safe
 
 
@@ -141,39 +126,21 @@ def as_solved(solution: DualSolution) -> list[Margin]:
     return margins
 
 
-def _headline(table: ScoreTable, solution: DualSolution, diagnosis: Diagnosis) -> tuple[str, str]:
-    """Say whether λ of this solution can be believed: (met, within or unmet; a sentence)."""
-    if table.weighted:
+def _headline(diagnosis: Diagnosis) -> tuple[str, str]:
+    """Answer whether the prediction of this solution can be believed: (met, within or unmet; one sentence)."""
+    judgement = diagnosis.judgement
+    if judgement is None:
         return "met", "Yes, if the table lists everything the reference can say: its weights are taken as given."
-    bound = diagnosis.bounds.get(solution.estimator, math.inf)
-    if bound <= TOLERANCE:
-        if not solution.lam_vector.any():
-            return "met", "Yes: every margin is met at no price, by more than three standard errors, so λ = 0."
-        return "met", f"Yes: λ is known to within {_share(bound)}, bias and three standard errors together."
-    if diagnosis.trustworthy:
-        used, best = (
-            np.array(list(diagnosis.lam[name].values())) for name in (solution.estimator, diagnosis.recommended)
+    if judgement["objection"]:
+        return "unmet", f"No: {judgement['objection']}."
+    if not any(judgement["lam_error"].values()):
+        return "met", "Yes: every margin is met at no price, so λ = 0."
+    if judgement["lam_known"]:
+        return (
+            "met",
+            "Yes: both what the policy of λ delivers on new prompts and λ itself are known to within these bounds.",
         )
-        gap = float(np.max(np.abs(used - best)[best > 0] / best[best > 0], initial=0.0))
-        return "within", (
-            f"Not quite as solved: the {diagnosis.recommended} estimator knows λ to within "
-            f"{_share(diagnosis.relative_error)} on this table; the λ of the {solution.estimator} one, used here, "
-            f"differs from it by {_share(gap)}."
-        )
-    if math.isfinite(diagnosis.relative_error):
-        return "within", (
-            f"Only roughly: the best that can be said on this table is λ to within {_share(diagnosis.relative_error)}, "
-            f"by the {diagnosis.recommended} estimator."
-        )
-    ess, responses = solution.diagnostics["ess"]["median"], np.median(table.num_responses_P)
-    return "unmet", (
-        f"No: no estimator can vouch for λ to within {_share(TOLERANCE)} on this table. "
-        f"On a typical prompt the prediction rests on {ess:.1f} of {responses:g} responses."
-    )
-
-
-def _share(share: float) -> str:
-    return f"{100 * share:.2g}%" if share < 0.995 else "more than its own size"
+    return "within", "For what the policy of λ delivers on new prompts, yes; λ itself is not known to within 25%."
 
 
 def _weights(table: ScoreTable, solution: DualSolution) -> dict[str, Any]:
@@ -260,13 +227,3 @@ def _frontier(table: ScoreTable, solution: DualSolution, axis: int, name: str) -
     keys |= {f"lam{suffix}": f"lam.{name}{suffix}" for suffix in ends} | {"ess": "ess"}
     columns: dict[str, Any] = {short: [row[key] for row in rows] for short, key in keys.items()}
     return {"margin": grid.tolist(), **columns, "asked": target, "attainable": most}
-
-
-def _json_safe(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _json_safe(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_json_safe(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value

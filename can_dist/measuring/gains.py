@@ -6,6 +6,7 @@ responses are averaged first, and every interval is over the P prompts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -13,11 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from scipy import stats
 
 from can_dist.config.sections import Constraint
-from can_dist.dual import Interval
-from can_dist.measuring.tails import cvar, fraction_unsafe, over_refusal_rate, prompt_mean
+from can_dist.dual import Interval, mean_interval
+from can_dist.measuring.tails import cvar, fraction_unsafe, over_refusal_rate, prompt_mean, prompt_share
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -26,24 +26,32 @@ WORST_SHARE = 0.1
 SIDES = ("reference", "policy")
 
 
-def interval(values_P: FloatArray) -> dict[str, float]:
-    """Return mean, standard error and 95 % t-interval of one value per prompt."""
-    num_prompts = len(values_P)
-    mean, se = float(np.mean(values_P)), float(np.std(values_P, ddof=1) / np.sqrt(num_prompts))
-    reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, num_prompts - 1)) * se
-    return {"mean": mean, "se": se, "low": mean - reach, "high": mean + reach}
+def interval(value_P: FloatArray, confidence: float = CONFIDENCE, *, least: float = -math.inf) -> dict[str, float]:
+    """Return mean, standard error and interval of one value per prompt (:func:`can_dist.dual.mean_interval`)."""
+    return record(mean_interval(value_P, confidence, least=least))
 
 
-def improvement(before: pa.Table, after: pa.Table, name: str) -> dict[str, float]:
+def joint_confidence(num_constraints: int) -> float:
+    """Return the confidence of each constraint's interval with which all of them hold together at 95 % (Bonferroni)."""
+    return 1.0 - (1.0 - CONFIDENCE) / max(num_constraints, 1)
+
+
+def improvement(before: pa.Table, after: pa.Table, name: str, confidence: float = CONFIDENCE) -> dict[str, float]:
     """Return the paired improvement of a score's mean, policy minus reference, clustered by prompt."""
     prompts, before_P = by_prompt(before, column(before, name))
     same, after_P = by_prompt(after, column(after, name))
     assert np.array_equal(prompts, same)
-    return interval(after_P - before_P)
+    return interval(after_P - before_P, confidence)
 
 
 def verdict(realised: Mapping[str, float], margin: float, *, equal: bool = False) -> str:
-    """Say whether a margin was met, given the realised value's interval; ``equal``: exactly, on both sides."""
+    """Say whether a margin was met, given the realised value's interval; ``equal``: exactly, on both sides.
+
+    Where every prompt gives the same value the interval has no width: it shows neither a rarer loss nor a rarer gain,
+    and the verdict is "not decided".
+    """
+    if realised["low"] == realised["high"]:
+        return "not decided"
     if equal and realised["low"] > margin:
         return "not met"
     if realised["low"] >= margin and not equal:
@@ -51,21 +59,24 @@ def verdict(realised: Mapping[str, float], margin: float, *, equal: bool = False
     return "met within the interval" if realised["high"] >= margin else "not met"
 
 
-def constraint_row(name: str, constraint: Constraint, before: pa.Table, after: pa.Table) -> dict[str, Any]:
-    """Set what was realised of one constraint against what the configuration asks for.
+def constraint_row(
+    name: str, constraint: Constraint, before: pa.Table, after: pa.Table, confidence: float = CONFIDENCE
+) -> dict[str, Any]:
+    """Set the realised value of one constraint beside the demand of the configuration.
 
     A margin is judged by the paired improvement, a threshold by the policy's own mean (``policy_mean``): the
     reference's mean on the held-out prompts is an estimate too. ``margin`` of a threshold is measured from that mean.
+    ``confidence`` is that of both intervals: :func:`joint_confidence` of the constraints judged together.
     """
-    realised = improvement(before, after, name)
+    realised = improvement(before, after, name, confidence)
     centre = float(by_prompt(before, column(before, name))[1].mean())
-    policy_mean = interval(by_prompt(after, column(after, name))[1])
+    policy_mean = interval(by_prompt(after, column(after, name))[1], confidence)
     if constraint.margin is not None:
-        margin, found = constraint.margin, verdict(realised, constraint.margin, equal=constraint.equal)
+        margin, judged = constraint.margin, verdict(realised, constraint.margin, equal=constraint.equal)
     else:
         assert constraint.threshold is not None
         margin = constraint.threshold - centre
-        found = verdict(policy_mean, constraint.threshold, equal=constraint.equal)
+        judged = verdict(policy_mean, constraint.threshold, equal=constraint.equal)
     return {
         "name": name,
         "margin": margin,
@@ -73,18 +84,22 @@ def constraint_row(name: str, constraint: Constraint, before: pa.Table, after: p
         "centre": centre,
         "realised": realised,
         "policy_mean": policy_mean,
-        "verdict": found,
+        "confidence": confidence,
+        "verdict": judged,
     }
 
 
 def win_rate(before: pa.Table, after: pa.Table, name: str) -> dict[str, float]:
-    """Return how often a policy's response scores above a reference's to the same prompt; ties count half."""
+    """Return how often a policy's response scores above a reference's to the same prompt; ties count half.
+
+    The interval stays in [0, 1] (:func:`~can_dist.measuring.tails.prompt_share`).
+    """
     groups_before, groups_after = _groups(before, column(before, name)), _groups(after, column(after, name))
     rates = []
     for prompt_id, theirs in groups_before.items():
         difference = groups_after[prompt_id][:, None] - theirs[None, :]
         rates.append(float(np.mean(0.5 + 0.5 * np.sign(difference))))
-    return interval(np.array(rates))
+    return record(prompt_share(rates, np.arange(len(rates))))
 
 
 def safety_tails(before: pa.Table, after: pa.Table, constraints: Mapping[str, Constraint]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def predictions(
         name: interval(held_out.slack_PJ[:, index] + solution.margin[name]) for index, name in enumerate(solution.lam)
     }
     elsewhere[reward] = interval(held_out.reward_gain_P)
-    inside, kl_elsewhere = elsewhere, interval(held_out.kl_P)
+    inside, kl_elsewhere = elsewhere, interval(held_out.kl_P, least=0.0)
     kl_inside = kl_elsewhere
     if crossed := examination["cross_fit"]:
         inside = {**crossed["improvement"], reward: crossed["reward_improvement"]}

@@ -12,9 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
+from can_dist.dual.table import FloatArray
 from can_dist.errors import ConfigError, DataError, NumericalError
-
-FloatArray = npt.NDArray[np.float64]
 
 MAX_STEPS = 200
 TOLERANCE = 1e-10
@@ -29,7 +28,7 @@ class Ranking:
         win_MM: share of prompts on which the row's method scores above the column's, ties ½; NaN on the diagonal.
         strength_M: Bradley–Terry log-odds, mean 0: i beats j with probability σ(strength_i − strength_j). In Elo points
             it is 400/ln 10 ≈ 174 times as much.
-        low_M: lower end of the percentile interval over prompts.
+        low_M: lower end of the 95 % percentile interval over prompts.
         high_M: upper end.
     """
 
@@ -41,11 +40,7 @@ class Ranking:
 
 
 def rank_methods(
-    score_P_by_method: Mapping[str, npt.ArrayLike],
-    *,
-    num_replicates: int = 1000,
-    seed: int = 0,
-    confidence: float = 0.95,
+    score_P_by_method: Mapping[str, npt.ArrayLike], *, num_replicates: int = 1000, seed: int = 0
 ) -> Ranking:
     """Compare every two methods prompt by prompt and rate all of them, with a bootstrap over prompts.
 
@@ -56,17 +51,14 @@ def rank_methods(
         score_P_by_method: name → score of each prompt, the same prompts in the same order; higher is better.
         num_replicates: resamples of the prompts, at least 2.
         seed: of the resampling.
-        confidence: of the intervals, between 0 and 1.
 
     Raises:
         DataError: fewer than 2 methods or 2 prompts, different numbers of prompts, or a score that is not finite.
-        ConfigError: num_replicates or confidence cannot mean anything.
+        ConfigError: num_replicates is below 2.
         NumericalError: the strengths did not converge.
     """
-    if num_replicates < 2 or not 0.0 < confidence < 1.0:
-        raise ConfigError(
-            f"num_replicates = {num_replicates}, confidence = {confidence}: expected at least 2, and between 0 and 1."
-        )
+    if num_replicates < 2:
+        raise ConfigError(f"num_replicates = {num_replicates}: expected at least 2.")
     score_MP = _checked(score_P_by_method)
     num_methods, num_prompts = score_MP.shape
     win_PMM = 0.5 + 0.5 * np.sign(score_MP.T[:, :, None] - score_MP.T[:, None, :])
@@ -77,7 +69,7 @@ def rank_methods(
     )
     wins_RMM = (count_RP @ win_PMM.reshape(num_prompts, -1)).reshape(-1, num_methods, num_methods)
     strength_RM = bradley_terry(wins_RMM + 0.5)
-    low_M, high_M = np.quantile(strength_RM, [0.5 - confidence / 2, 0.5 + confidence / 2], axis=0)
+    low_M, high_M = np.quantile(strength_RM, [0.025, 0.975], axis=0)
     strength_M = bradley_terry(num_prompts * win_MM[None] + 0.5)[0]
     np.fill_diagonal(win_MM, np.nan)
     return Ranking(tuple(score_P_by_method), win_MM, strength_M, low_M, high_M)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import t
 
-from can_dist.dual import Interval
+from can_dist.dual import Interval, mean_interval
 from can_dist.errors import ConfigError, DataError
 
 FloatArray = npt.NDArray[np.float64]
@@ -67,7 +67,7 @@ _MARKS = str.maketrans(
 
 
 def prompt_mean(value_N: npt.ArrayLike, prompt_N: npt.ArrayLike, confidence: float = 0.95) -> Interval:
-    """Return the mean over prompts of each prompt's mean value, with a t-interval (P − 1 degrees of freedom).
+    """Return the mean over prompts of each prompt's mean value, with a :func:`~can_dist.dual.mean_interval`.
 
     For any quantity of a response without bounds to keep: its score, its length in tokens, its log-ratio.
 
@@ -80,10 +80,7 @@ def prompt_mean(value_N: npt.ArrayLike, prompt_N: npt.ArrayLike, confidence: flo
         DataError: lengths differ, a value is not finite, or there are fewer than 2 prompts.
         ConfigError: confidence outside (0, 1).
     """
-    value_P = _prompt_means(*_checked(value_N, prompt_N, confidence))
-    mean, se = float(value_P.mean()), float(value_P.std(ddof=1) / math.sqrt(value_P.size))
-    reach = _quantile(confidence, value_P.size) * se
-    return Interval(mean, se, mean - reach, mean + reach)
+    return mean_interval(_prompt_means(*_checked(value_N, prompt_N, confidence)), confidence)
 
 
 def prompt_share(value_N: npt.ArrayLike, prompt_N: npt.ArrayLike, confidence: float = 0.95) -> Interval:
@@ -240,4 +237,5 @@ def _tail_mean(weight_RN: FloatArray, value_N: FloatArray, alpha: float) -> Floa
     mass_R = alpha * weight_RN.sum(axis=1)
     before_RN = np.cumsum(weight_RN, axis=1) - weight_RN
     taken_RN = np.clip(mass_R[:, None] - before_RN, 0.0, weight_RN)
-    return (taken_RN @ value_N) / mass_R
+    mean_R: FloatArray = (taken_RN @ value_N) / mass_R
+    return mean_R

@@ -17,7 +17,7 @@ from can_dist.errors import DataError
 ARCHITECTURES = ("LlamaForScore", "LlamaModelForScore")
 
 
-class LlamaForScore(LlamaPreTrainedModel):
+class LlamaForScore(LlamaPreTrainedModel):  # type: ignore[misc]
     """The layout of the checkpoint; the caller applies ``score_head`` to the hidden state it wants."""
 
     # the head as it was saved, whatever the precision of the body: a bf16 score near 10 comes in steps of 0.06

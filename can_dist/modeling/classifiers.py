@@ -20,7 +20,9 @@ NORMALISING = ("normalize_reward", "do_normalize")
 
 
 def load_sequence_classifier(
-    spec: SequenceClassifier, precision: str, tell: Callable[[str], None] = lambda line: None
+    spec: SequenceClassifier,
+    precision: str,
+    tell: Callable[[str], None] = lambda line: None,  # noqa: ARG005
 ) -> PreTrainedModel:
     """Load a sequence classifier or Beaver model; refuse one whose head was not in the checkpoint.
 

@@ -204,7 +204,7 @@ def load_whole(
     precision: str,
     role: str,
     options: Mapping[str, Any] = MappingProxyType({}),
-    tell: Callable[[str], None] = lambda line: None,
+    tell: Callable[[str], None] = lambda line: None,  # noqa: ARG005
 ) -> Any:
     """Load a model of a class of transformers; every weight must come from the checkpoint, in the shape of its config.
 

@@ -115,7 +115,9 @@ class Head(torch.nn.Linear):
         """Return the logits of ``input``, or with targets their log-probabilities, (N,) float32."""
         if targets_N is None:
             return super().forward(input)
-        logp_N: torch.Tensor = HeadLogProbs.apply(input, self.weight, self.bias, targets_N, rows_in_chunk)
+        logp_N: torch.Tensor = HeadLogProbs.apply(  # type: ignore[no-untyped-call]
+            input, self.weight, self.bias, targets_N, rows_in_chunk
+        )
         return logp_N
 
 
@@ -169,7 +171,7 @@ class ResponseModel(torch.nn.Module):
 
 
 def _token_logp(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    logp_N: torch.Tensor = TokenLogProbs.apply(logits_NV, targets_N)
+    logp_N: torch.Tensor = TokenLogProbs.apply(logits_NV, targets_N)  # type: ignore[no-untyped-call]
     return logp_N
 
 

@@ -70,4 +70,4 @@ def num_bytes(parameter: torch.nn.Parameter) -> int:
     state = getattr(parameter, "quant_state", None)
     if state is None:
         return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
-    return math.prod(state.shape) * int(state.dtype.itemsize)
+    return int(math.prod(state.shape) * state.dtype.itemsize)

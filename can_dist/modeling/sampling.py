@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class RowGumbel(LogitsProcessor):
+class RowGumbel(LogitsProcessor):  # type: ignore[misc]
     """Adds Gumbel noise to the scores, each row from its own generator."""
 
     def __init__(self, seeds: Sequence[int], device: str | torch.device) -> None:
         self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """Return scores_BV plus noise; −ln of an exponential variable is a Gumbel variable."""
         exponential_BV = torch.empty_like(scores, dtype=torch.float32)
         for row, generator in enumerate(self.generators):
@@ -40,7 +40,7 @@ class RowGumbel(LogitsProcessor):
         return scores.float() - exponential_BV.log()
 
 
-class StopStrings(StoppingCriteria):
+class StopStrings(StoppingCriteria):  # type: ignore[misc]
     """Ends a row once its decoded response holds a stop string.
 
     transformers' own criterion reads stop strings off the vocabulary and fails on tokenizers that split at spaces.
@@ -49,7 +49,7 @@ class StopStrings(StoppingCriteria):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_length: int) -> None:
         self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # noqa: ARG002
         """Return a boolean per row of the batch."""
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :])
         done = [any(stop in text for stop in self.stop) for text in texts]

@@ -105,7 +105,7 @@ def map_tensors(instance: Any, function: Any) -> Any:
 
 
 def segment_attention(
-    module: torch.nn.Module,
+    module: torch.nn.Module,  # noqa: ARG001
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -233,7 +233,8 @@ def _varlen(
         varlen = torch_varlen()
         assert varlen is not None
         out = grouped(varlen)(q, k, v, *offsets, scale=scaling, window_size=(left, 0))
-    return out[None]
+    rows: torch.Tensor = out[None]
+    return rows
 
 
 def register() -> None:

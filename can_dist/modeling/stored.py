@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,12 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor, by its shape and the width in the name of its dtype."""
+        bits = 8 if self.dtype == "BOOL" else int("".join(filter(str.isdigit, self.dtype.partition("_")[0])))
+        return math.prod(self.shape) * bits // 8
 
     def read(self, name: str) -> torch.Tensor:
         """Read it; the file is closed again, so that its mapped pages are given back with the tensor."""

@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from can_dist.config import METHODS
+from can_dist.dual import mean_interval
 from can_dist.errors import DataError
-from can_dist.measuring.comparison import Cost, MethodResult, OneShotRatio, gain_interval, method_result, one_shot_ratio
+from can_dist.measuring.comparison import Cost, MethodResult, OneShotRatio, method_result, one_shot_ratio
 from can_dist.measuring.gains import column
 from can_dist.measuring.ranking import Ranking, rank_methods
 from can_dist.stages.report import REPORT, as_trained
@@ -63,6 +64,7 @@ def compare(evaluations: Sequence[Artifact], out: Path) -> Path:
             message names the differences.
     """
     from can_dist.reporting.comparison_page import pictures, render_comparison
+    from can_dist.reporting.figures.style import standalone_svg
 
     distinct = list({artifact.digest: artifact for artifact in evaluations}.values())
     if len(distinct) < 2:
@@ -78,7 +80,7 @@ def compare(evaluations: Sequence[Artifact], out: Path) -> Path:
     write_json(out / RECORD, record)
     drawn = pictures(results(methods), record)
     for name, svg in drawn.items():
-        write_text(out / picture_name(name, len(drawn)), svg.standalone)
+        write_text(out / picture_name(name, len(drawn)), standalone_svg(svg))
     write_text(out / PAGE, render_comparison(record, results(methods), drawn))
     return out / PAGE
 
@@ -95,7 +97,6 @@ def find_evaluations(paths: Sequence[Path]) -> list[Artifact]:
         DataError: there is no evaluation at a path.
     """
     evaluations: list[Artifact] = []
-    order = list(METHODS)
     for path in paths:
         inside = [path] if (path / MANIFEST).is_file() else [p.parent for p in path.glob(f"evaluate-*/{MANIFEST}")]
         here = [load_artifact(directory) for directory in inside]
@@ -106,11 +107,12 @@ def find_evaluations(paths: Sequence[Path]) -> list[Artifact]:
                 f"{path}: {problem}. Give run directories, or evaluate-... directories in them; "
                 "'can-dist evaluate CONFIG --run DIR' makes one."
             )
-        key = [
-            (order.index(artifact.info["method"]), artifact.info["variant"], artifact.path.name) for artifact in here
-        ]
-        evaluations += [here[index] for index in sorted(range(len(here)), key=key.__getitem__)]
+        evaluations += sorted(here, key=_place)
     return evaluations
+
+
+def _place(evaluation: Artifact) -> tuple[int, str, str]:
+    return list(METHODS).index(evaluation.info["method"]), evaluation.info["variant"], evaluation.path.name
 
 
 def check_same_basis(evaluations: Sequence[Artifact]) -> None:
@@ -199,7 +201,7 @@ def _method_record(method: Evaluated, names: Sequence[str]) -> dict[str, Any]:
         "variant": report["variant"],
         "evaluation": str(method.artifact.path),
         "beta": report["beta"],
-        "gains": {score: asdict(gain_interval(method.gain_P(score))) for score in names},
+        "gains": {score: asdict(mean_interval(method.gain_P(score))) for score in names},
         "constraints": {
             row["name"]: {key: row[key] for key in ("margin", "threshold", "verdict")} for row in report["constraints"]
         },
@@ -240,9 +242,6 @@ def _frontiers(methods: Sequence[Evaluated]) -> dict[str, Any]:
                 if curve is not None
             }
     return {}
-
-
-# ---------------------------------------------------------------------------------------------------------- the cost
 
 
 def cost_of(evaluation: Artifact) -> Cost:

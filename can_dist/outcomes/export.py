@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +17,11 @@ from can_dist.reporting.model_card import model_card
 from can_dist.stages.estimate import trained_policy
 from can_dist.stages.report import REPORT, lineage_of, method_title
 from can_dist.stages.solve import load_solution
-from can_dist.tables.artifacts import MANIFEST, Artifact, atomic_file, load_artifact
+from can_dist.tables.artifacts import MANIFEST, Artifact, atomic_directory, atomic_file, load_artifact
 from can_dist.training import ADAPTER, POLICY
 
-PAIRED = ("sigmoid", "regression")
-"""The losses whose examples are pairs."""
+PAIRED = ("sigmoid", "regression")  # losses whose examples are pairs
+STAGES = ("train", "merge", "strength", "evaluate")  # whose artifacts are policies, or lead to one
 
 
 def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | None = None) -> Path:
@@ -43,17 +42,15 @@ def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | N
     policy.check()
     report = evaluation.read_json(REPORT) if evaluation else None
     card = model_card(facts_of(policy, evaluation), report, adapter=adapter)
-    with tempfile.TemporaryDirectory(prefix=".tmp-export-", dir=out.absolute().parent) as scratch:
-        built = Path(scratch) / out.name
+    with atomic_directory(out) as built:
         resharded = max_shard_mb is not None and not adapter
         kept_out = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json") if resharded else None
-        shutil.copytree(source, built, ignore=kept_out)
+        shutil.copytree(source, built, ignore=kept_out, dirs_exist_ok=True)
         if resharded and max_shard_mb is not None:
             from can_dist.training.export import copy_in_shards
 
             copy_in_shards(source, built, max_shard_mb * 10**6)
         (built / "README.md").write_text(card, encoding="utf-8")
-        built.rename(out)
     return out
 
 
@@ -72,39 +69,28 @@ def find_policy(path: Path) -> tuple[Artifact, Artifact | None]:
     """
     run = path.parent if (path / MANIFEST).is_file() else path
     made = {name: [load_artifact(p.parent) for p in sorted(run.glob(f"{name}-*/{MANIFEST}"))] for name in STAGES}
-    if run != path:
-        artifact = load_artifact(path)
-        if artifact.stage not in STAGES:
+    if run == path:
+        evaluated = {artifact.input("policy").path for artifact in made["evaluate"]}
+        stretched = {artifact.input("policy").path for artifact in made["strength"]}
+        whole = [artifact.path for stage in ("train", "merge", "strength") for artifact in made[stage]]
+        policies = sorted(evaluated) or [policy for policy in whole if policy not in stretched]
+        if len(policies) != 1:
+            names = ", ".join(policy.name for policy in policies) or "none"
+            raise DataError(f"{path}: expected one policy, found {names}. Give the path of the one that is meant.")
+        policy = load_artifact(policies[0])
+    else:
+        policy = load_artifact(path)
+        if policy.stage not in STAGES:
             raise DataError(
-                f"{path}: an artifact of the stage {artifact.stage}, which holds no policy. Give one of train."
+                f"{path}: an artifact of the stage {policy.stage}, which holds no policy. Give one of train."
             )
-        return (
-            (artifact.input("policy"), artifact)
-            if artifact.stage == "evaluate"
-            else (artifact, _evaluation_of(artifact, made["evaluate"]))
-        )
-    evaluated = {artifact.input("policy").path for artifact in made["evaluate"]}
-    stretched = {artifact.input("policy").path for artifact in made["strength"]}
-    whole = [artifact.path for stage in ("train", "merge", "strength") for artifact in made[stage]]
-    policies = sorted(evaluated) or [policy for policy in whole if policy not in stretched]
-    if len(policies) != 1:
-        names = ", ".join(policy.name for policy in policies) or "none"
-        raise DataError(f"{path}: expected one policy, found {names}. Give the path of the one that is meant.")
-    policy = load_artifact(policies[0])
-    return policy, _evaluation_of(policy, made["evaluate"])
-
-
-STAGES = ("train", "merge", "strength", "evaluate")
-
-
-def _evaluation_of(policy: Artifact, evaluations: list[Artifact]) -> Artifact | None:
-    matching = [
-        evaluation for evaluation in evaluations if evaluation.manifest["inputs"]["policy"]["digest"] == policy.digest
-    ]
+        if policy.stage == "evaluate":
+            return policy.input("policy"), policy
+    matching = [artifact for artifact in made["evaluate"] if artifact.input("policy").digest == policy.digest]
     if len(matching) > 1:
         names = ", ".join(evaluation.path.name for evaluation in matching)
         raise DataError(f"{policy.path}: evaluated more than once ({names}). Give the path of the evaluation to show.")
-    return matching[0] if matching else None
+    return policy, matching[0] if matching else None
 
 
 def adapters_text(lora: Mapping[str, Any] | None) -> str:
@@ -134,11 +120,9 @@ def facts_of(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
         ]
         made_from += [("software", ", ".join(f"{name} {v}" for name, v in report["versions"].items()))]
     options = identity["train"]
+    training = f"{summary['num_steps']} steps, {summary['num_examples']} examples, {summary['num_tokens']} tokens"
     made_from += [
-        (
-            "training",
-            f"{summary['num_steps']} steps, {summary['num_examples']} examples, {summary['num_tokens']} tokens",
-        ),
+        ("training", training),
         ("learning rate", f"{options['learning_rate']:g}"),
         *([("strength", f"{policy.info['alpha']:.4g} times what was trained")] if policy.stage == "strength" else []),
         ("adapters", adapters_text(options.get("lora"))),
@@ -171,7 +155,7 @@ def push(directory: Path, repository: str) -> str:
             public.
     """
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     if huggingface_hub.get_token() is None:
         raise EnvironmentProblem("--push: no login for the hub is found. Run 'hf auth login', or set HF_TOKEN.")
@@ -199,9 +183,6 @@ def _first_line(error: Exception) -> str:
     token = os.environ.get("HF_TOKEN", "")
     line = str(error).strip().partition("\n")[0]
     return line.replace(token, "<HF_TOKEN>") if token else line
-
-
-# ----------------------------------------------------------------------------------------------------- preferences
 
 
 def export_preferences(path: Path, out: Path, *, split: str = "train") -> dict[str, int]:

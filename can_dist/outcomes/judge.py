@@ -35,15 +35,9 @@ def comparisons(evaluation: Artifact) -> list[Comparison]:
 
 
 def estimate(evaluations: Sequence[Artifact], spec: JudgeSpec) -> CostEstimate:
-    """Return the cost of judging all evaluations, without a request."""
-    costs = [estimate_cost(comparisons(evaluation), spec, _answers(evaluation)) for evaluation in evaluations]
-    completion = [cost.completion_tokens for cost in costs]
-    return CostEstimate(
-        requests=sum(cost.requests for cost in costs),
-        cached=sum(cost.cached for cost in costs),
-        prompt_tokens=sum(cost.prompt_tokens for cost in costs),
-        completion_tokens=None if None in completion else sum(tokens or 0 for tokens in completion),
-    )
+    """Return the cost of judging all evaluations of one run, without a request."""
+    pairs = [pair for evaluation in evaluations for pair in comparisons(evaluation)]
+    return estimate_cost(pairs, spec, _answers(evaluations[0]))
 
 
 def judge(evaluation: Artifact, spec: JudgeSpec) -> tuple[Path, dict[str, Any]]:

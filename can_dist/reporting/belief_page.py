@@ -16,13 +16,14 @@ import numpy as np
 from can_dist.dual import DualSolution, ScoreTable
 from can_dist.dual.weights import COLLAPSED_ESS, TRUSTED_ESS
 from can_dist.measuring.examination import examine
-from can_dist.reporting.page import MISSING, decimals_of, interval_text, number, percent, plain, render, safe_svg
+from can_dist.reporting.figures import belief as figures
+from can_dist.reporting.page import MISSING, decimals_of, interval_text, number, panel, percent, plain, render
 from can_dist.tables.artifacts import write_text
 
 ESS_COLUMNS = (("min", "least"), ("p10", "10%"), ("median", "median"), ("p90", "90%"), ("max", "most"))
 NUM_INFLUENTIAL = 5
 Z_95 = 1.959964
-SHOWN_ELSEWHERE = {"ess", "kl_over_log_k", "sd_over_beta", "verdict"}
+SHOWN_ELSEWHERE = {"ess", "judgement", "kl_over_log_k", "sd_over_beta", "verdict"}
 SCORER_ROWS = (
     ("mean", "mean"),
     ("within_sd", "sd within a prompt"),
@@ -36,14 +37,7 @@ SCORER_ROWS = (
 )
 
 
-def write_diagnostics(
-    table: ScoreTable,
-    solution: DualSolution,
-    path: Path,
-    *,
-    reward_name: str = "reward",
-    title: str = "Diagnostics of the dual",
-) -> None:
+def write_diagnostics(table: ScoreTable, solution: DualSolution, path: Path, *, reward_name: str = "reward") -> None:
     """Write the diagnostics of a solution as one self-contained HTML file, atomically.
 
     The same table and solution always give the same bytes. The page says what cannot be examined.
@@ -53,13 +47,12 @@ def write_diagnostics(
         solution: of any estimator and status.
         path: the file, in an existing directory.
         reward_name: name of the reward in the tables.
-        title: heading of the page.
     """
     record = solution.to_dict()
     section = believed(record, examine(table, solution, reward_name=reward_name), reward_name=reward_name)
     counts = record["diagnostics"]["responses_per_prompt"]
     values = {
-        "title": title,
+        "title": "Diagnostics of the dual",
         "beta": solution.beta,
         "estimator": solution.estimator,
         "num_prompts": table.num_prompts,
@@ -94,6 +87,7 @@ def believed(
         "weight_rows": list(_weight_rows(solution, summary, diagnosis.get("pareto_k") or {})),
         "names": list(solution.get("lam") or {}),
         "estimators": _estimators(solution, diagnosis),
+        "judged": _judged(diagnosis.get("judgement")),
         "disagreement": diagnosis.get("disagreement"),
         "stability": [] if weighted else _stability_rows(diagnosis, solution),
         "influence": (diagnosis.get("influence") or [])[:NUM_INFLUENTIAL],
@@ -106,7 +100,6 @@ def believed(
         "stability_panels": [] if weighted else list(_stability_panels(diagnosis, solution)),
         "duals": list(_dual_panels(seen.get("dual_curves") or {}, solution)),
         "frontiers": list(_frontier_panels(seen.get("frontier") or {}, reward_name, weighted)),
-        "needed_ess": TRUSTED_ESS,
     }
 
 
@@ -157,20 +150,29 @@ def _weight_rows(
 
 
 def _estimators(solution: Mapping[str, Any], diagnosis: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a row per estimator: λ̂ ± SE by constraint, the bound on its error, and the objection to it."""
+    """One row per estimator: λ̂ ± SE by constraint."""
     rows = []
     for estimator, lam in (diagnosis.get("lam") or {}).items():
         errors = (diagnosis.get("lam_se") or {}).get(estimator) or {}
-        marks = [mark for mark, other in (("used", solution.get("estimator", "empirical")),
-                                          ("recommended", diagnosis["recommended"])) if other == estimator]  # fmt: skip
-        bound = diagnosis["bounds"].get(estimator)
+        used = solution.get("estimator", "empirical") == estimator
+        values = [_with_error(lam[name], errors.get(name)) for name in lam]
+        rows.append({"name": estimator, "marks": "used" if used else "", "lam": values})
+    return rows
+
+
+def _judged(judgement: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """One row per constraint: what new prompts can expect with the bias beside the SE, and how well λ is known."""
+    rows = []
+    for name, delivered in (judgement or {}).get("delivered", {}).items():
+        decimals, error = decimals_of(delivered, None), judgement["lam_error"][name] if judgement else None
         rows.append(
             {
-                "name": estimator,
-                "marks": ", ".join(marks),
-                "lam": [_with_error(lam[name], errors.get(name)) for name in lam],
-                "bound": "none" if bound is None else percent(bound, 1) if bound < 1 else "over 100%",
-                "objection": (diagnosis.get("objections") or {}).get(estimator, ""),
+                "name": name,
+                "mean": number(delivered["mean"], decimals, sign=True),
+                "interval": interval_text(delivered, decimals),
+                "se": number(delivered["se"], decimals + 1),
+                "bias": number(delivered["bias"], decimals + 1),
+                "lam_error": MISSING if error is None else percent(error, 1) if error < 1 else "over 100%",
             }
         )
     return rows
@@ -178,9 +180,7 @@ def _estimators(solution: Mapping[str, Any], diagnosis: Mapping[str, Any]) -> li
 
 def _with_error(value: float | None, error: float | None) -> str:
     text = _lam_text(value, error)
-    if value is None or error is None:
-        return text
-    return f"{text} ± {_lam_text(error, error)}"
+    return text if value is None or error is None else f"{text} ± {_lam_text(error, error)}"
 
 
 def _lam_text(value: float | None, error: float | None) -> str:
@@ -261,23 +261,19 @@ def _solver_rows(solution: Mapping[str, Any], diagnostics: Mapping[str, Any]) ->
 
 
 def _weight_panels(weights: Mapping[str, Any] | None, summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    from can_dist.reporting.figures.belief import ess_svg, largest_weight_svg
-
     if not weights:
         return
     median = summary["ess"]["median"]
-    label = f"Effective responses of a prompt: median {plain(median)}, {TRUSTED_ESS:g} needed"
-    svg = ess_svg(weights["ess_edges"], weights["ess_count"], median, TRUSTED_ESS, label=label, prefix="ess")
-    yield {"name": "Effective sample size", "svg": safe_svg(svg), "note": ""}
+    label = f"Effective responses of a prompt: median {plain(median)}"
+    svg = figures.ess_svg(weights["ess_edges"], weights["ess_count"], median, TRUSTED_ESS, label=label, prefix="ess")
+    yield panel("Effective sample size", svg)
     alone = percent(weights["share_one_response"])
     note = f"One response carries more than half of the weight in {alone} of the prompts."
-    svg = largest_weight_svg(weights["largest_weight"], weights["even_weight"], label=note, prefix="largest")
-    yield {"name": "Largest weight", "svg": safe_svg(svg), "note": note}
+    svg = figures.largest_weight_svg(weights["largest_weight"], weights["even_weight"], label=note, prefix="largest")
+    yield panel("Largest weight", svg, note)
 
 
 def _stability_panels(diagnosis: Mapping[str, Any], solution: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    from can_dist.reporting.figures.belief import Estimated, stability_svg
-
     parts, used = diagnosis.get("k_stability") or {}, solution.get("estimator", "empirical")
     for index, name in enumerate(solution["lam"] if parts else ()):
         errors = {estimator: row.get(name) for estimator, row in diagnosis["lam_se"].items()}
@@ -290,16 +286,14 @@ def _stability_panels(diagnosis: Mapping[str, Any], solution: Mapping[str, Any])
             half = Z_95 * (errors[estimator] or math.nan)
             shown = _lam_text(value, errors[estimator])
             is_used = estimator == used and not text.startswith("K/")
-            drawn.append(Estimated(f"{text}: {shown}", math.nan if value is None else value, half, is_used,
+            drawn.append(figures.Estimated(f"{text}: {shown}", math.nan if value is None else value, half, is_used,
                                    text.startswith("K/")))  # fmt: skip
         label = f"Multiplier of {name}: " + ", ".join(row.text for row in drawn)
-        svg = stability_svg(drawn, label=label, prefix=f"stable{index}")
-        yield {"name": f"λ̂ of {name}", "svg": safe_svg(svg), "note": ""}
+        svg = figures.stability_svg(drawn, label=label, prefix=f"stable{index}")
+        yield panel(f"λ̂ of {name}", svg)
 
 
 def _dual_panels(curves: Mapping[str, Any], solution: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    from can_dist.reporting.figures.belief import Curve, dual_svg
-
     for index, (name, curve) in enumerate(curves.items()):
         if not curve or solution["lam"].get(name) is None:
             continue
@@ -311,15 +305,15 @@ def _dual_panels(curves: Mapping[str, Any], solution: Mapping[str, Any]) -> Iter
         grid, value = np.array(curve["lam"]), np.array(curve["value"])
         texts = _margin_texts(curve["margins"])
         drawn = [
-            Curve(value - grid * (other - margin), least, f"b = {text}" if other == margin else text, other == margin)
+            figures.Curve(value - grid * (other - margin), least, "b = " * (other == margin) + text, other == margin)
             for other, least, text in zip(curve["margins"], curve["minima"], texts, strict=True)
         ]
         text = f"λ̂ = {plain(lam)}"
         label = f"Dual value against the multiplier of {name}, {text}" + (
             "" if math.isnan(half) else f", 95% interval {plain(interval[1])} to {plain(interval[2])}"
         )
-        svg = dual_svg(grid, drawn, interval, text, label=label, prefix=f"dual{index}")
-        yield {"name": f"Dual along the λ of {name}", "svg": safe_svg(svg), "note": ""}
+        svg = figures.dual_svg(grid, drawn, interval, text, label=label, prefix=f"dual{index}")
+        yield panel(f"Dual along the λ of {name}", svg)
 
 
 def _margin_texts(margins: Sequence[float]) -> list[str]:
@@ -334,25 +328,19 @@ def _margin_texts(margins: Sequence[float]) -> list[str]:
 
 
 def _frontier_panels(frontiers: Mapping[str, Any], reward_name: str, weighted: bool) -> Iterator[dict[str, Any]]:
-    from can_dist.reporting.figures.belief import frontier_svg
-
     for index, (name, curve) in enumerate(frontiers.items()):
         if not curve:
             continue
         margin = np.array(curve["margin"])
-        supported = (_floats(curve["ess"]) >= TRUSTED_ESS) | weighted
+        supported = (np.array(curve["ess"], dtype=float) >= TRUSTED_ESS) | weighted  # null becomes NaN
         target, most = (curve["asked"], plain(curve["asked"])), (curve["attainable"], plain(curve["attainable"]))
         for key, quantity, title in (
             ("reward_improvement", "reward gain", f"{reward_name} against the margin of {name}"),
             ("kl", "KL, nats", f"KL against the margin of {name}"),
         ):
-            band = np.array([_floats(curve[key + end]) for end in ("", "_low", "_high")])
+            band = np.array([curve[key + end] for end in ("", "_low", "_high")], dtype=float)
             label = f"{title}: asked {target[1]}, attainable at most {most[1]}"
-            svg = frontier_svg(
+            svg = figures.frontier_svg(
                 margin, band, supported, target, most, quantity, label=label, prefix=f"frontier{index}{key[:2]}"
             )
-            yield {"name": title, "svg": safe_svg(svg), "note": ""}
-
-
-def _floats(values: Sequence[float | None]) -> np.ndarray:
-    return np.array([math.nan if value is None else value for value in values], dtype=float)
+            yield panel(title, svg)

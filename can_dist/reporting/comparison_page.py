@@ -6,39 +6,29 @@ Names may be hostile text: the template escapes everything but the figures.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from can_dist.measuring.comparison import MethodResult, comparison_table, cost_table, short_count
 from can_dist.reporting.figures.comparison import comparison_svg
-from can_dist.reporting.figures.style import standalone_svg
 from can_dist.reporting.page import (
     MISSING,
     decimals_of,
     interval_text,
     mean_text,
     number,
+    panel,
     percent,
     plain,
     render,
-    safe_svg,
     share_text,
 )
 from can_dist.reporting.run_page import VERDICTS
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One drawing: ``inline`` takes the colours of its page, ``standalone`` is a file with its own."""
-
-    inline: str
-    standalone: str
-
-
-def pictures(results: Mapping[str, Sequence[MethodResult]], record: Mapping[str, Any]) -> dict[str, Picture]:
-    """Draw helpfulness against each constraint, with the frontier that a dual predicted, if any."""
+def pictures(results: Mapping[str, Sequence[MethodResult]], record: Mapping[str, Any]) -> dict[str, str]:
+    """Draw helpfulness against each constraint as SVG of a page, with the frontier that a dual predicted, if any."""
     drawn = {}
     for index, (name, methods) in enumerate(results.items()):
         curve = record["frontier"].get(name, {"safety": [], "reward": []})
@@ -47,18 +37,17 @@ def pictures(results: Mapping[str, Sequence[MethodResult]], record: Mapping[str,
             for safety, reward in zip(curve["safety"], curve["reward"], strict=True)
             if safety is not None and reward is not None
         ]
-        frontier = tuple(np.array(known, dtype=np.float64).reshape(-1, 2).T)
+        frontier_2G = np.array(known, dtype=np.float64).reshape(-1, 2).T
         label = f"Helpfulness gain against the gain of {name}: " + "; ".join(
             f"{result.name} {number(result.reward_gain, sign=True)} against {number(result.safety_gain, sign=True)}"
             for result in methods
         )
-        svg = comparison_svg(methods, (frontier[0], frontier[1]), label=label, prefix=f"compare{index}")
-        drawn[name] = Picture(svg, standalone_svg(svg))
+        drawn[name] = comparison_svg(methods, frontier_2G, label=label, prefix=f"compare{index}")
     return drawn
 
 
 def render_comparison(
-    record: Mapping[str, Any], results: Mapping[str, Sequence[MethodResult]], drawn: Mapping[str, Picture]
+    record: Mapping[str, Any], results: Mapping[str, Sequence[MethodResult]], drawn: Mapping[str, str]
 ) -> str:
     """Return the page as text.
 
@@ -78,11 +67,7 @@ def render_comparison(
                 "name": name,
                 "table": comparison_table(gained),
                 "kinds": [VERDICTS[entry.verdict][0] for entry in gained],
-                "picture": {
-                    "name": f"{record['reward']} against {name}",
-                    "svg": safe_svg(drawn[name].inline),
-                    "note": "",
-                },
+                "picture": panel(f"{record['reward']} against {name}", drawn[name]),
                 "frontier": record["frontier"].get(name, {}).get("method"),
                 "tails": [_tails(entry, name) for entry in methods],
             }
@@ -106,16 +91,12 @@ def render_comparison(
 
 def _tails(method: Mapping[str, Any], name: str) -> dict[str, Any]:
     tails, refused = method["tails"][name], method["refusals"]
+    refusals = [share_text(refused["policy"])] if refused else []
     unsafe, worst, length = tails["unsafe"]["policy"], tails["worst"]["policy"], method["lengths"]["policy"]
     return {
         "name": method["name"],
         "border": plain(tails["border"]),
-        "cells": [
-            share_text(unsafe),
-            mean_text(worst),
-            *([share_text(refused["policy"])] if refused else []),
-            mean_text(length),
-        ],
+        "cells": [share_text(unsafe), mean_text(worst), *refusals, mean_text(length)],
     }
 
 

@@ -43,21 +43,10 @@ def model_card(facts: Mapping[str, Any], report: Mapping[str, Any] | None, *, ad
 
 
 def _evaluated(report: Mapping[str, Any]) -> dict[str, Any]:
-    rows = [
-        {
-            "name": _cell(row["name"]),
-            "margin": f"{row['margin']:+.4g}" + _threshold(row),
-            "lam": "" if row.get("lam") is None else f"{row['lam']:.4g}",
-            "predicted": _predicted(row),
-            "realised": _realised(row) + _judged_mean(row),
-            "verdict": row["verdict"],
-        }
-        for row in report["constraints"]
-    ]
     reward = report["reward"]
     return {
-        "rows": rows,
-        "reward": {"predicted": _predicted(reward), "realised": _realised(reward)},
+        "rows": [_constraint(row) for row in report["constraints"]],
+        "reward": {"predicted": _predicted(reward), "realised": _interval(reward["realised"])},
         "kl": f"{report['kl']['realised']['mean']:.3g}",
         "num_test_prompts": report["num_test_prompts"],
         "warnings": report["warnings"],
@@ -65,23 +54,23 @@ def _evaluated(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _constraint(row: Mapping[str, Any]) -> dict[str, str]:
+    margin, realised = f"{row['margin']:+.4g}", _interval(row["realised"])
+    if row.get("threshold") is not None:  # it is met, or not, by the policy's own mean
+        margin += f" (mean at least {row['threshold']:.4g})"
+        realised += f"; mean {_interval(row['policy_mean'])}"
+    lam = "" if row.get("lam") is None else f"{row['lam']:.4g}"
+    cells = {"name": _cell(row["name"]), "margin": margin, "lam": lam, "predicted": _predicted(row)}
+    return {**cells, "realised": realised, "verdict": row["verdict"]}
+
+
 def _predicted(row: Mapping[str, Any]) -> str:
     predicted = row.get("predicted") or {}
     return f"{predicted['mean']:+.3g}" if predicted.get("mean") is not None else "none"
 
 
-def _realised(row: Mapping[str, Any]) -> str:
-    realised = row["realised"]
-    return f"{realised['mean']:+.3g} [{realised['low']:+.3g}, {realised['high']:+.3g}]"
-
-
-def _threshold(row: Mapping[str, Any]) -> str:
-    return "" if row.get("threshold") is None else f" (mean at least {row['threshold']:.4g})"
-
-
-def _judged_mean(row: Mapping[str, Any]) -> str:
-    """Return the policy's own mean, by which a threshold is judged."""
-    return "" if row.get("threshold") is None else f"; mean {_realised({'realised': row['policy_mean']})}"
+def _interval(interval: Mapping[str, float]) -> str:
+    return f"{interval['mean']:+.3g} [{interval['low']:+.3g}, {interval['high']:+.3g}]"
 
 
 def _cell(text: Any) -> str:

@@ -42,6 +42,11 @@ def safe_svg(svg: str) -> Any:
     return Markup(svg)
 
 
+def panel(name: str, svg: str, note: str = "") -> dict[str, Any]:
+    """Return the values of a figure with its name and its note."""
+    return {"name": name, "svg": safe_svg(svg), "note": note}
+
+
 def decimals_of(interval: Mapping[str, Any], margin: float | None) -> int:
     """Return decimals for two digits of the interval's width, three of the margin, and bounds unlike the margin."""
     low, high = interval.get("low"), interval.get("high")

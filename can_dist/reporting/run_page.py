@@ -17,29 +17,36 @@ import numpy as np
 
 from can_dist.reporting.belief_page import believed
 from can_dist.reporting.estimate_panel import estimated
+from can_dist.reporting.figures.report import density_svg, forest_svg, training_svg
 from can_dist.reporting.page import (
     decimals_of,
     interval_text,
     mean_text,
     number,
+    panel,
     percent,
     plain,
     render,
     safe_svg,
     share_text,
 )
-from can_dist.tables.artifacts import flatten, write_text
+from can_dist.tables.artifacts import dotted, write_text
 
 SUMMARY_CHARS = 110
+OPTIONAL = ("num_train_prompts", "num_responses", "win_rate", "lengths", "counts", "warnings", "prediction",
+            "unpredicted", "models", "versions", "format_version")  # fmt: skip
+"""Keys of ``report.json`` that the template shows as they are, where they are there."""
 VERDICTS = {
-    "met": ("met", "is met", ""),
+    "met": ("met", "is met", " The whole {level} interval is at or above the margin. {unseen}"),
     "met within the interval": (
         "within",
         "is met within the interval",
-        " The margin lies inside the 95% interval and the estimate is {side} it: more prompts would settle it.",
+        " The margin lies inside the {level} interval and the estimate is {side} it: more prompts would settle it.",
     ),
-    "not met": ("unmet", "is not met", " The whole 95% interval lies {side} the margin."),
+    "not met": ("unmet", "is not met", " The whole {level} interval lies {side} the margin."),
+    "not decided": ("within", "is not decided", " Every prompt changed by the same amount. {unseen}"),
 }
+"""Verdict → mark, words and remark: ``level`` is the interval's confidence, ``unseen`` the limit of P prompts."""
 
 
 def write_report(report: Mapping[str, Any], path: Path) -> None:
@@ -56,47 +63,31 @@ def write_report(report: Mapping[str, Any], path: Path) -> None:
 
 
 def render_report(report: Mapping[str, Any]) -> str:
-    """Return the page as text."""
-    return render("report.html.j2", _page(report))
-
-
-def _page(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the template's values; a number whose digits depend on other numbers is text already."""
+    """Return the page as text; a number whose digits depend on other numbers reaches the template as text."""
     constraints = [_compared(c, c.get("margin")) for c in report["constraints"]]
     reward = _compared(report["reward"], None)
     solution = report.get("solution") or {}
-    return {
-        "title": report["title"],
-        "method": report["method"],
-        "beta": report["beta"],
-        "num_train_prompts": report.get("num_train_prompts"),
-        "num_test_prompts": report["num_test_prompts"],
-        "num_responses": report.get("num_responses"),
+    values = {
+        **dict.fromkeys(OPTIONAL),
+        **report,
         "verdicts": [_verdict(c, report["num_test_prompts"]) for c in constraints],
+        "joint": _joint(constraints),
         "tiles": list(_tiles(report, constraints, reward)),
         "constraints": constraints,
         "reward": reward,
         "kl": _kl(report.get("kl")),
-        "win_rate": report.get("win_rate") or {},
         "forest": [_forest_panel(row, i) for i, row in enumerate([*constraints, reward])],
         "densities": list(_density_panels(report.get("scores") or {})),
         "believed": believed(solution, report.get("examination"), reward_name=report["reward"]["name"]),
         "estimated": estimated(report),
         "training": _training_panel(report.get("training") or {}),
-        "lengths": report.get("lengths") or {},
-        "counts": report.get("counts") or {},
-        "warnings": report.get("warnings") or [],
         "predicted": any(row["predicted"] for row in [*constraints, reward]),
-        "prediction": report.get("prediction") or {},
-        "unpredicted": report.get("unpredicted"),
         "beside": _beside_rows(report),
         "refused": bool(report.get("refusals")),
         "samples": [_sample(sample) for sample in report.get("samples") or []],
-        "models": report.get("models") or {},
         "config": _config_rows(report.get("config") or {}),
-        "versions": report.get("versions") or {},
-        "format_version": report.get("format_version"),
     }
+    return render("report.html.j2", values)
 
 
 def _compared(row: Mapping[str, Any], margin: float | None) -> dict[str, Any]:
@@ -120,21 +111,41 @@ def _compared(row: Mapping[str, Any], margin: float | None) -> dict[str, Any]:
 def _verdict(row: Mapping[str, Any], num_prompts: int) -> dict[str, str]:
     """Return the sentence on one constraint."""
     kind, words, remark = VERDICTS[row["verdict"]]
-    realised, margin, what = row["realised"], row["margin"], "margin"
-    numbers, asked = f"{row['realised_text']} {row['realised_interval']}", row["margin_text"]
-    if row.get("threshold") is not None:  # asked of the policy's own mean, whatever the reference's is
-        realised, margin, what = row["policy_mean"], row["threshold"], "threshold"
+    realised, margin, demand = row["realised"], row["margin"], "margin"
+    numbers, limit = f"{row['realised_text']} {row['realised_interval']}", row["margin_text"]
+    if row.get("threshold") is not None:  # it holds for the policy's own mean, whatever the reference's is
+        realised, margin, demand = row["policy_mean"], row["threshold"], "threshold"
         decimals = decimals_of(realised, margin)
         numbers = f"mean {number(realised['mean'], decimals)} {interval_text(realised, decimals)}"
-        asked = number(margin, decimals)
+        limit = number(margin, decimals)
     return {
         "kind": kind,
         "name": row["name"],
         "words": words,
         "numbers": numbers,
-        "against": f"against a {what} of {asked}, on {num_prompts} held-out prompt{'' if num_prompts == 1 else 's'}.",
-        "remark": remark.format(side="above" if realised["mean"] >= margin else "below").replace("margin", what),
+        "against": f"against a {demand} of {limit}, on {num_prompts} held-out prompt{'' if num_prompts == 1 else 's'}.",
+        "remark": remark.replace("margin", demand).format(
+            side="above" if realised["mean"] >= margin else "below",
+            level=percent(row.get("confidence", 0.95), 0 if row.get("confidence", 0.95) == 0.95 else 1),
+            unseen=_unseen(num_prompts),
+        ),
     }
+
+
+def _unseen(num_prompts: int) -> str:
+    """Say which harm P prompts cannot show: one that none of them meets with a chance of 5 % (the rule of three)."""
+    return f"A harm that befalls fewer than {percent(min(3 / num_prompts, 1.0), 1)} of prompts may be unseen."
+
+
+def _joint(constraints: Sequence[Mapping[str, Any]]) -> str:
+    """Say that several constraints are judged together; nothing of one alone."""
+    levels = {row["confidence"] for row in constraints if "confidence" in row}
+    if len(constraints) < 2 or len(levels) != 1:
+        return ""
+    return (
+        f"The {len(constraints)} constraints are judged together at 95%: each has an interval of "
+        f"{percent(levels.pop(), 1)} (Bonferroni)."
+    )
 
 
 def _beside_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -203,8 +214,6 @@ def _held_out(row: Mapping[str, Any], decimals: int, *, sign: bool) -> str:
 
 
 def _forest_panel(row: Mapping[str, Any], index: int) -> dict[str, Any]:
-    from can_dist.reporting.figures.report import forest_svg
-
     predicted, realised = (_triple(row[key]) for key in ("predicted", "realised"))
     margin = None if row.get("margin") is None else (row["margin"], row["margin_text"])
     before = f"predicted {row['predicted_text']} {row['predicted_interval']}, " if row["predicted"] else ""
@@ -215,14 +224,15 @@ def _forest_panel(row: Mapping[str, Any], index: int) -> dict[str, Any]:
     texts = (row["predicted_text"], row["realised_text"])
     rows = (predicted if row["predicted"] else None, realised)
     svg = forest_svg(*rows, texts, margin=margin, label=label, prefix=f"forest{index}")
-    return {"name": row["name"], "svg": safe_svg(svg), "note": ""}
+    return panel(row["name"], svg)
 
 
 def _density_panels(scores: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    from can_dist.reporting.figures.report import density_svg
-
     for index, (name, columns) in enumerate(scores.items()):
-        known = {side: _known(columns[side]) for side in ("reference", "policy")}
+        known = {
+            side: [value for value in columns[side] if value is not None and math.isfinite(value)]
+            for side in ("reference", "policy")
+        }
         if not any(known.values()):
             continue
         pooled = [*known["reference"], *known["policy"]]
@@ -233,12 +243,10 @@ def _density_panels(scores: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         note = f"Mean {before} under the reference, {after} under the policy."
         if outside:
             note += f" {outside} value{'' if outside == 1 else 's'} beyond the axis not drawn."
-        yield {"name": name, "svg": safe_svg(svg), "note": note}
+        yield panel(name, svg, note)
 
 
 def _training_panel(training: Mapping[str, Any]) -> dict[str, Any] | None:
-    from can_dist.reporting.figures.report import training_svg
-
     if not training.get("loss"):
         return None
     eval_loss = training.get("eval_loss") or []
@@ -257,7 +265,7 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 def _config_rows(config: Mapping[str, Any]) -> dict[str, str]:
     """Return dotted keys and values as a configuration file takes them."""
-    values = {key: json.loads(text) for key, text in flatten(config).items()} if config else {}
+    values = dotted(config) if config else {}
     return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
 
 
@@ -265,7 +273,3 @@ def _triple(interval: Mapping[str, Any]) -> tuple[float, float, float]:
     """Return (mean, low, high); an unknown number is NaN, which matplotlib leaves undrawn."""
     mean, low, high = (math.nan if interval.get(key) is None else interval[key] for key in ("mean", "low", "high"))
     return mean, low, high
-
-
-def _known(values: Sequence[float | None]) -> list[float]:
-    return [value for value in values if value is not None and math.isfinite(value)]

@@ -98,11 +98,11 @@ def request_text(spec: HttpScorer, messages: Sequence[Message], text: str) -> st
     return json.dumps(fill(spec.request, spec, [Response("to be sampled", messages, text, [])]), ensure_ascii=False)
 
 
-def _response(spec: HttpScorer, response: Response) -> str:
+def _response(spec: HttpScorer, response: Response) -> str:  # noqa: ARG001
     return response.text
 
 
-def _messages(spec: HttpScorer, response: Response) -> list[dict[str, str]]:
+def _messages(spec: HttpScorer, response: Response) -> list[dict[str, str]]:  # noqa: ARG001
     return [*response.messages, {"role": "assistant", "content": response.text}]
 
 

@@ -36,7 +36,7 @@ class Kind:
     """What decides its numbers, under a precision."""
     open: Callable[[Any, str], Scorer] | None = None
     """Opens it, in a precision; None for a score that is arithmetic on other columns."""
-    check: Callable[[Any], None] = lambda spec: None
+    check: Callable[[Any], None] = lambda spec: None  # noqa: ARG005
     """Raises what opening it would raise, as far as that is known without loading weights or sending text."""
     writer: Callable[[Any], Writer] | None = None
     """Returns what writes the text it reads; None where it gets the conversation itself."""
@@ -151,7 +151,7 @@ def _guard_identity(spec: Guard, precision: str) -> dict[str, Any]:
     return {**named, "weights": model_digest(spec), "precision": precision, "computation": COMPUTATION}
 
 
-def _open_http(spec: HttpScorer, precision: str) -> Scorer:
+def _open_http(spec: HttpScorer, precision: str) -> Scorer:  # noqa: ARG001
     from can_dist.scoring.http_scorer import HttpEndpointScorer
 
     return HttpEndpointScorer(spec)
@@ -167,12 +167,12 @@ def _http_writer(spec: HttpScorer) -> Writer:
     return lambda messages, text: request_text(spec, messages, text)
 
 
-def _http_identity(spec: HttpScorer, precision: str) -> dict[str, Any]:
+def _http_identity(spec: HttpScorer, precision: str) -> dict[str, Any]:  # noqa: ARG001
     # the user declares the model, so the host is left out; the path stays, since one server may serve several models
     return {**identity(spec, exclude=("url", "batch_size")), "path": urlsplit(spec.url).path}
 
 
-def _callable_identity(spec: PythonCallable, precision: str) -> dict[str, Any]:
+def _callable_identity(spec: PythonCallable, precision: str) -> dict[str, Any]:  # noqa: ARG001
     return {"kind": spec.kind, "sign": spec.sign, **callable_identity(spec.function)}
 
 
@@ -242,7 +242,7 @@ KINDS: dict[type, Kind] = {
     PythonCallable: Kind(
         name=lambda spec: str(spec.function),
         identity=_callable_identity,
-        open=lambda spec, precision: CallableScorer(spec),
+        open=lambda spec, precision: CallableScorer(spec),  # noqa: ARG005
         size="batch_size",
     ),
     LogProb: Kind(lambda spec: str(spec.model.model), _log_prob_identity, _open_log_prob, _check_log_prob),

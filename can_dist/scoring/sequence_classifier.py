@@ -101,7 +101,8 @@ class ClassifierScorer:
     def _linear_head(self) -> torch.nn.Linear | None:
         """Return the head if the outputs are what it makes of the last token, and nothing else."""
         if isinstance(self.spec, Beaver):
-            return self.model.score_head
+            head: torch.nn.Linear | None = self.model.score_head
+            return head
         head = getattr(self.model, "score", None)
         is_all = isinstance(head, torch.nn.Linear) and reads_last_token(self.model, self._body(), head, self.pad_id)
         return head if is_all else None

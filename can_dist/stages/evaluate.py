@@ -43,9 +43,10 @@ def evaluate(
 ) -> Artifact:
     """Return the artifact with ``report.json``, ``report.html`` and a table of each held-out prompt's gains.
 
-    Every interval is a 95 % t-interval over prompts: a prompt's responses are averaged first, because prompts are
-    the sampled unit. The improvement is paired by prompt. ``variant`` names the policy among several of one
-    method, such as 'q=0.25'. ``estimate`` is that of the policy on the validation prompts, shown beside.
+    Every interval is over prompts: a prompt's responses are averaged first, because the prompt is the unit that was
+    sampled. The improvement is paired by prompt. Intervals hold at 95 %, those of several constraints jointly.
+    ``variant`` names the policy among several of one method, such as 'q=0.25'. ``estimate`` is that of the policy on
+    the validation prompts, shown beside.
     """
     policy = policy_model(lineage.policy, reference)
     before = generate(work, reference, lineage.prompts, split="test", role="reference")
@@ -69,6 +70,7 @@ def evaluate(
         "samples": work.config.evaluate.num_samples,
         "reward": reward,
         "constraints": {name: identity(constraint, exclude=["scorer"]) for name, constraint in constraints.items()},
+        "intervals": "Student and Hall",
     }
     stage = work.open("evaluate", method_title(work.config.method, variant), identity_keys, inputs)
     if stage.finished:

@@ -176,7 +176,7 @@ class GenerateJob:
         rows = self._rows(prompts_of_split(self.prompts_path, self.split), shard)
         return [f"prompt {row['prompt_id']!r}" for row in rows]
 
-    def set_aside(self, shard: int, row: int, why: str) -> bool:
+    def set_aside(self, shard: int, row: int, why: str) -> bool:  # noqa: ARG002
         """Refuse: a prompt without responses is a prompt that the user must take out."""
         return False
 

@@ -111,7 +111,7 @@ def _usable_pairs(
 def _contradicts(a: Row, b: Row) -> bool:
     """Whether the response called safer is flagged unsafe and the other one safe."""
     safer, other = (a, b) if a["safer"] == 1 else (b, a)
-    return safer["safe"] == 0 and other["safe"] == 1
+    return bool(safer["safe"] == 0 and other["safe"] == 1)
 
 
 def _pair(a: Row, b: Row, criterion: Criterion, smoothing: float, validation: float, seed: int) -> Row:

@@ -21,6 +21,7 @@ from can_dist.measuring.gains import (
     constraint_row,
     improvement,
     interval,
+    joint_confidence,
     lengths,
     refusals,
     safety_tails,
@@ -101,7 +102,9 @@ def build_report(
         "prediction": dual["prediction"],
         "unpredicted": dual["unpredicted"],
         "constraints": [
-            constraint_row(name, constraint, before, after) | dual["lam"].get(name, {}) | dual["scores"].get(name, {})
+            constraint_row(name, constraint, before, after, joint_confidence(len(constraints)))
+            | dual["lam"].get(name, {})
+            | dual["scores"].get(name, {})
             for name, constraint in constraints.items()
         ],
         "reward": {"name": reward, **dual["scores"].get(reward, {}), "realised": improvement(before, after, reward)},
@@ -114,7 +117,7 @@ def build_report(
             name: {"reference": column(before, name).tolist(), "policy": column(after, name).tolist()} for name in names
         },
         "training": _training(as_trained(inputs["policy"])),
-        "estimate": _estimated(inputs, before, reward),
+        "estimate": _estimated(inputs, reward),
         "counts": _counts(inputs),
         "warnings": _warnings(work, before, after) + _drift(kl, as_trained(inputs["policy"])),
         "samples": _samples(inputs, names, work.config.evaluate.num_samples),
@@ -143,7 +146,7 @@ def _dual(inputs: Mapping[str, Artifact], before: pa.Table, reward: str, method:
     return record | {"prediction": prediction_source(examination, solution, before), "scores": scores, "kl": kl}
 
 
-def _estimated(inputs: Mapping[str, Artifact], before: pa.Table, reward: str) -> dict[str, Any] | None:
+def _estimated(inputs: Mapping[str, Artifact], reward: str) -> dict[str, Any] | None:
     """Return what the validation responses say of this policy, its strength, and of every other on its ray.
 
     None where there is no estimate, or where it is of other scores than those measured here.

@@ -348,7 +348,8 @@ class ScoreJob:
 
 def is_known(value_N: np.ndarray) -> np.ndarray:
     """Return whether all numbers of each response's score, (N, …), are finite: (N,) bool."""
-    return np.isfinite(value_N.reshape(len(value_N), -1)).all(axis=1)
+    finite_N: np.ndarray = np.isfinite(value_N.reshape(len(value_N), -1)).all(axis=1)
+    return finite_N
 
 
 def numbers(column: pa.ChunkedArray) -> np.ndarray:

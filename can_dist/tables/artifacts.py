@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ MANIFEST = "MANIFEST.json"
 STAGE = "STAGE.json"
 PART = re.compile(r"part-(\d{5})\.arrow")
 DIRECTORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # beside the artifact, never above it
-FILE_ENTRY = {"file": str, "bytes": int, "sha256": str}
+MANIFEST_ENTRY, FILE_ENTRY = {"stage": str, "identity": dict, "info": dict}, {"file": str, "bytes": int, "sha256": str}
 
 
 def canonical_json(value: Any) -> str:
@@ -60,11 +61,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.chmod(0o644)
         temporary.replace(path)
-        _sync_directory(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -80,8 +80,22 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Give a temporary directory beside ``path``; fsync and rename it to ``path`` when the block succeeds."""
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.absolute().parent) as scratch:
+        built = Path(scratch) / path.name
+        built.mkdir()
+        yield built
+        for written in (*built.iterdir(), built):
+            sync(written)
+        built.rename(path)
+    sync(path.absolute().parent)
+
+
+def sync(path: Path) -> None:
+    """Write a file or a directory's entries through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -125,9 +139,7 @@ class Artifact:
 
     def part(self, index: int) -> pa.Table:
         """One part of the table, checked."""
-        name = f"part-{index:05d}.arrow"
-        check_file(self.path, next(entry for entry in self.manifest["files"] if entry["file"] == name))
-        return read_part(self.path / name)
+        return read_part(self._checked(f"part-{index:05d}.arrow"))
 
     def input(self, name: str) -> Artifact:
         """Return one of the artifacts it was made from, which lie beside it."""
@@ -140,11 +152,14 @@ class Artifact:
 
     def read_json(self, name: str) -> Any:
         """Return one listed JSON file, checked."""
+        return json.loads(self._checked(name).read_text(encoding="utf-8"))
+
+    def _checked(self, name: str) -> Path:
         entry = next((entry for entry in self.manifest["files"] if entry["file"] == name), None)
         if entry is None:
             raise DataError(f"{self.path / MANIFEST}: does not list {name}. Delete {self.path} and run again.")
         check_file(self.path, entry)
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
+        return self.path / name
 
 
 def check_file(directory: Path, entry: Mapping[str, Any]) -> None:
@@ -154,8 +169,7 @@ def check_file(directory: Path, entry: Mapping[str, Any]) -> None:
         raise DataError(f"{directory / MANIFEST}: lists {entry['file']!r}, which lies outside the artifact.")
     if not path.is_file():
         raise DataError(f"{path}: listed in the manifest, but missing. Delete {directory} and run again.")
-    size = path.stat().st_size
-    if size != entry["bytes"]:
+    if (size := path.stat().st_size) != entry["bytes"]:
         raise DataError(f"{path}: {size} bytes, the manifest says {entry['bytes']}. Delete {directory} and run again.")
     if file_digest(path) != entry["sha256"]:
         raise DataError(f"{path}: the content changed since it was committed. Delete {directory} and run again.")
@@ -178,14 +192,11 @@ def load_artifact(directory: Path) -> Artifact:
     content = path.read_bytes()
     try:
         manifest = json.loads(content)
-        well_formed = isinstance(manifest["stage"], str) and all(
-            isinstance(entry[key], kind) for entry in manifest["files"] for key, kind in FILE_ENTRY.items()
-        )
-        well_formed &= all(
-            isinstance(entry[key], str) for entry in manifest["inputs"].values() for key in ("artifact", "digest")
-        )
-        well_formed &= all(DIRECTORY.fullmatch(entry["artifact"]) for entry in manifest["inputs"].values())
-        well_formed &= isinstance(manifest["identity"], dict) and isinstance(manifest["info"], dict)
+        files, inputs = manifest["files"], manifest["inputs"].values()
+        well_formed = all(isinstance(manifest[key], kind) for key, kind in MANIFEST_ENTRY.items())
+        well_formed &= all(isinstance(entry[key], kind) for entry in files for key, kind in FILE_ENTRY.items())
+        well_formed &= all(isinstance(entry[key], str) for entry in inputs for key in ("artifact", "digest"))
+        well_formed &= all(DIRECTORY.fullmatch(entry["artifact"]) for entry in inputs)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         well_formed = False
     if not well_formed:
@@ -251,9 +262,7 @@ class StageDirectory:
             entries.append(json.loads(sidecar.read_text(encoding="utf-8")))
         if parts is not None:
             self._check_parts({int(entry["file"][5:10]) for entry in entries}, set(parts))
-        for name in sorted(files or []):
-            path = self.path / name
-            entries.append({"file": name, "bytes": path.stat().st_size, "sha256": file_digest(path)})
+        entries += [_entry(self.path / name, name) for name in sorted(files or [])]
         manifest = {
             "stage": self.stage,
             "format_version": FORMAT_VERSION,
@@ -284,13 +293,11 @@ def write_part(directory: Path, index: int, table: pa.Table) -> None:
     with atomic_file(path) as temporary:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
-        entry = {
-            "file": path.name,
-            "bytes": temporary.stat().st_size,
-            "sha256": file_digest(temporary),
-            "rows": table.num_rows,
-        }
-        write_json(path.with_suffix(".json"), entry)
+        write_json(path.with_suffix(".json"), {**_entry(temporary, path.name), "rows": table.num_rows})
+
+
+def _entry(file: Path, name: str) -> dict[str, Any]:
+    return {"file": name, "bytes": file.stat().st_size, "sha256": file_digest(file)}
 
 
 def open_stage(
@@ -329,11 +336,11 @@ def _why_not_reused(
     run: Path, stage: str, label: str, identity: Mapping[str, Any], inputs: Mapping[str, Artifact]
 ) -> str:
     """Name what changed against the most similar finished artifact of the same stage and label, or ''."""
-    best: tuple[int, str] | None = None
+    candidates = []
     for manifest in sorted(run.glob(f"{stage}-*/{MANIFEST}")):
         try:
             other = load_artifact(manifest.parent)
-        except DataError:  # `verify` tells of it; here it is only no candidate
+        except DataError:  # `verify` reports it; here it is only no candidate
             continue
         theirs = other.manifest["identity"]
         if theirs.get("label") != label:
@@ -344,25 +351,26 @@ def _why_not_reused(
             if before != artifact.digest:
                 changes.append(f"its input {name} changed" if before else f"{name} is a new input")
         changes += [f"{name} is no longer an input" for name in other.manifest["inputs"] if name not in inputs]
-        if best is None or len(changes) < best[0]:
-            best = (len(changes), f"{other.path.name} is not reused: {'; '.join(changes[:4])}")
-    return best[1] if best else ""
+        candidates.append((len(changes), f"{other.path.name} is not reused: {'; '.join(changes[:4])}"))
+    return min(candidates, key=itemgetter(0), default=(0, ""))[1]
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     old, new = flatten(before), flatten(after)
-    return [
-        f"{key} was {old.get(key, 'absent')}, is {new.get(key, 'absent')}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [f"{key} was {old.get(key, 'absent')}, is {new.get(key, 'absent')}" for key in changed]
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """Return dotted keys with their values as JSON, which is what the key of an artifact is made of."""
+def dotted(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by dotted key; an empty mapping is a value."""
     if isinstance(value, Mapping) and value:
-        return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): canonical_json(value)}
+        return {k: v for key, inner in value.items() for k, v in dotted(inner, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+def flatten(value: Any) -> dict[str, str]:
+    """Return dotted keys with their values as JSON, which is what the key of an artifact is made of."""
+    return {key: canonical_json(leaf) for key, leaf in dotted(value).items()}
 
 
 def verify_run(run: Path) -> tuple[int, list[str]]:

@@ -1,10 +1,10 @@
-"""Training: losses, batches, the engine, checkpoints, and small score models."""
+"""Training: losses, batches, the engine, checkpoints, exports, and the memory plan."""
 
-# what a training leaves in its directory
+# the entries of a training's directory
 CHECKPOINTS = "checkpoints"
 POLICY = "policy"
 ADAPTER = "adapter"
 CURVE = "curve.json"
 SUMMARY = "summary.json"
-# by this file the driver asks the ranks to commit and end: signals reach it, and not the workers of Ray
+# the driver makes this file to stop the ranks: signals reach the driver, and not the workers of Ray
 STOP = "STOP"

@@ -145,7 +145,7 @@ class _Count(TorchDispatchMode):
     """Adds a storage's bytes when an operation first returns it, and takes them off when the storage goes."""
 
     def __init__(self, known: Sequence[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.alive: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
 
@@ -225,12 +225,12 @@ class _Varlen(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: ARG004
         return tuple(torch.empty_like(saved) for saved in ctx.saved_tensors[:3])
 
 
 def _varlen_memory(
-    module: torch.nn.Module,
+    module: torch.nn.Module,  # noqa: ARG001
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -242,5 +242,5 @@ def _varlen_memory(
 ) -> tuple[torch.Tensor, None]:
     table = noted(segments, query, key, attention_mask, sliding_window, others)
     k, v = (x[0].transpose(0, 1).index_select(0, table.key_rows) for x in (key, value))
-    out: torch.Tensor = _Varlen.apply(query[0].transpose(0, 1), k, v)
+    out: torch.Tensor = _Varlen.apply(query[0].transpose(0, 1), k, v)  # type: ignore[no-untyped-call]
     return out[None], None

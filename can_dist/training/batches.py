@@ -58,7 +58,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Batch:
-    """The tensors of one pack; float32 beside the pack. B examples, R responses of all of them, N of the longest."""
+    """The tensors of one pack, float32 except for the pack: B examples, R responses in all, N of the longest."""
 
     pack: Pack
     num_responses: list[int]
@@ -141,8 +141,8 @@ def rank_packs(examples: Sequence[Example], budget: int, rank: int, world_size: 
     """Return this rank's packs of a global batch; every example lands in exactly one pack of one rank.
 
     Ranks, and packs within a rank, are balanced by tokens; a pack holds at most ``budget`` tokens, or one longer
-    example. All ranks get the same number of packs, since under ZeRO-3 every rank must take part in every pass: one
-    without work left gets a filler of share 0.
+    example. All ranks get the same number of packs, since under ZeRO-3 every rank must take part in every pass: a
+    rank without work left gets a filler of share 0.
     """
     sizes = [example.num_tokens for example in examples]
     of_ranks = [[(item, sizes[item]) for item in items] for items in balanced(sizes, world_size)]
@@ -169,7 +169,7 @@ def collate(slots: Sequence[Slot], layout: str) -> Batch:
 
 
 def stream(packs: Iterable[list[Slot]], layout: str, num_workers: int, *, pin: bool) -> Iterator[Batch]:
-    """Yield the tensors of packs in order, made ahead by ``num_workers`` processes (0: by this one, when asked for)."""
+    """Yield the tensors of packs in order, made ahead by ``num_workers`` processes (0: by this process, on demand)."""
     loader: DataLoader[Slot] = DataLoader(
         _Same(),
         batch_sampler=packs,  # any iterable of lists of whatever the data set takes

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from can_dist.errors import DataError, EnvironmentProblem
-from can_dist.tables.artifacts import digest_of, file_digest, write_json
+from can_dist.tables.artifacts import digest_of, file_digest, sync, write_json
 from can_dist.training import ranks
 from can_dist.training.extensions import unsafe_reason
 
@@ -43,7 +43,7 @@ class Checkpoint:
 
     @property
     def ds_config(self) -> dict[str, Any]:
-        """What DeepSpeed must be told before it loads it."""
+        """The keys that DeepSpeed's configuration needs to load it."""
         return {"checkpoint": {"load_universal": True}} if self.universal else {}
 
 
@@ -59,9 +59,11 @@ def save(engine: Any, directory: Path, step: int, *, adapters_only: bool) -> Non
         if first:
             directory.mkdir(exist_ok=True)
             for stale in directory.glob("step-*"):
-                if stale.name >= path.name:  # never committed, or found torn
+                if stale.name >= path.name:  # never committed, or damaged
                     shutil.rmtree(stale)
-            _require_space(engine, directory)
+            weights = [weight for weight in engine.module.parameters() if weight.requires_grad]
+            trained = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
+            require_space("a checkpoint needs up to", BYTES_PER_WEIGHT * trained, directory, directory)
     with _notes_failures(engine) as failures:
         engine.save_checkpoint(str(path), tag=TAG, save_latest=False, exclude_frozen_parameters=adapters_only)
     try:
@@ -85,8 +87,8 @@ def save(engine: Any, directory: Path, step: int, *, adapters_only: bool) -> Non
 def newest(directory: Path) -> Checkpoint | None:
     """Return the newest whole checkpoint, the same on all ranks, or None when none was committed.
 
-    All files are compared with their digests, by all ranks, before any of them reads a pickle. What is not whole is
-    told and passed over.
+    All files are compared with their digests, by all ranks, before any of them reads a pickle. A checkpoint that is not
+    whole is reported and passed over.
 
     Raises:
         EnvironmentProblem: when others can write the checkpoints: DeepSpeed reads them as pickles, which run code.
@@ -140,7 +142,7 @@ def refuse_foreign(directory: Path) -> None:
 
 
 def _converted(path: Path, commit: Mapping[str, Any]) -> Checkpoint:
-    """Cut the state of a checkpoint anew, parameter by parameter, for a number of ranks that did not write it."""
+    """Convert a checkpoint, parameter by parameter, for another number of ranks than wrote it."""
     out = path.parent / UNIVERSAL
     ranks.say(f"{path.name} was written by {commit['world_size']} rank(s) and is converted for {dist.get_world_size()}")
     with ranks.agreed():
@@ -155,9 +157,9 @@ def _converted(path: Path, commit: Mapping[str, Any]) -> Checkpoint:
                 check=False,
             )
             if done.returncode:
-                why = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
+                lines = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
                 raise EnvironmentProblem(
-                    f"{path}: DeepSpeed could not convert it for {dist.get_world_size()} rank(s): {why[-1]}. "
+                    f"{path}: DeepSpeed could not convert it for {dist.get_world_size()} rank(s): {lines[-1]}. "
                     f"{_free(path)}. Free space, or train with {commit['world_size']} rank(s)."
                 )
     return Checkpoint(out, commit["step"], universal=True)
@@ -165,7 +167,7 @@ def _converted(path: Path, commit: Mapping[str, Any]) -> Checkpoint:
 
 @contextmanager
 def _notes_failures(engine: Any) -> Iterator[list[str]]:
-    """Have files written through to the disk, and failures noted: a rank that raised would leave the others waiting."""
+    """Sync each file to the disk and collect failures: a rank that raised at once would leave the others waiting."""
     failures: list[str] = []
     writer = engine.checkpoint_engine
     plain = writer.save
@@ -173,9 +175,8 @@ def _notes_failures(engine: Any) -> Iterator[list[str]]:
     def save_file(state_dict: Any, path: str) -> None:
         try:
             plain(state_dict, path)
-            with Path(path).open("rb") as file:
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch tells of a full disk by either
+            sync(Path(path))
+        except (OSError, RuntimeError) as error:  # torch raises either when the disk is full
             failures.append(_not_written(Path(path), error))
 
     writer.save = save_file
@@ -188,11 +189,11 @@ def _notes_failures(engine: Any) -> Iterator[list[str]]:
 
 @contextmanager
 def writing(path: Path, checkpoints: Path) -> Iterator[None]:
-    """Tell of a failure to write ``path`` as of one to write a checkpoint; these are in ``checkpoints``.
+    """Turn a failure to write ``path`` into the error of a checkpoint that cannot be written.
 
     Raises:
-        EnvironmentProblem: with the path, the cause, what is free, and the checkpoint that the same command goes on
-            from.
+        EnvironmentProblem: with the path, the cause, the free space, and the checkpoint in ``checkpoints`` that the
+            same command goes on from.
     """
     try:
         yield
@@ -203,18 +204,13 @@ def writing(path: Path, checkpoints: Path) -> Iterator[None]:
         raise EnvironmentProblem(f"{_not_written(path, error)}. {_advice(checkpoints)}") from None
 
 
-def require_space(what: str, needed: float, directory: Path, checkpoints: Path) -> None:
-    """Raise ``EnvironmentProblem`` unless ``directory`` has room for ``needed`` bytes; ``what`` says of what."""
+def require_space(need: str, needed: float, directory: Path, checkpoints: Path) -> None:
+    """Raise ``EnvironmentProblem`` unless ``directory`` has room for ``needed`` bytes; ``need`` begins the message."""
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise EnvironmentProblem(
-            f"{directory}: {what} {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. {_advice(checkpoints)}"
+            f"{directory}: {need} {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. {_advice(checkpoints)}"
         )
-
-
-def _require_space(engine: Any, directory: Path) -> None:
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
-    require_space("a checkpoint needs up to", BYTES_PER_WEIGHT * trained, directory, directory)
 
 
 def _not_written(path: Path, error: Exception) -> str:
@@ -243,15 +239,12 @@ def _read_commit(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _files(path: Path) -> list[str]:
-    return sorted(str(f.relative_to(path)) for f in path.rglob("*") if f.is_file() and f.name != COMMIT)
-
-
 def _digests(path: Path) -> dict[str, str]:
     """Digest the files of a checkpoint, each rank a share of them; the same result on all ranks."""
-    mine = ranks.of_first(_files(path))[dist.get_rank() :: dist.get_world_size()]
-    found = ranks.gathered({name: _digest(path / name) for name in mine})
-    return dict(sorted(item for share in found for item in share.items()))
+    files = [file for file in path.rglob("*") if file.is_file() and file.name != COMMIT]
+    names = ranks.of_first(sorted(str(file.relative_to(path)) for file in files))
+    share = {name: _digest(path / name) for name in names[dist.get_rank() :: dist.get_world_size()]}
+    return dict(sorted(item for digests in ranks.gathered(share) for item in digests.items()))
 
 
 def _digest(path: Path) -> str:
@@ -262,11 +255,10 @@ def _digest(path: Path) -> str:
 
 
 def _damage(path: Path, committed: Mapping[str, str]) -> str:
-    """Say what is wrong with the files of a checkpoint, the same on all ranks, or ''."""
-    found = _digests(path)
-    wrong = [f"{name} is missing" for name in committed if name not in found]
-    wrong += [f"{name} was not committed" for name in found if name not in committed]
-    wrong += [
-        f"{name} changed since it was committed" for name in found if committed.get(name, found[name]) != found[name]
-    ]
+    """Return the faults of a checkpoint's files, the same on all ranks, or ''."""
+    now = _digests(path)
+    wrong = [f"{name} is missing" for name in committed if name not in now]
+    wrong += [f"{name} was not committed" for name in now if name not in committed]
+    changed = [name for name, digest in now.items() if committed.get(name, digest) != digest]
+    wrong += [f"{name} changed since it was committed" for name in changed]
     return "; ".join(wrong[:5])

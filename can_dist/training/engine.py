@@ -309,7 +309,8 @@ class _Loop:
 
     def _chosen(self, step: int) -> list[int]:
         train = self.spec.train
-        return batches.global_batch(len(self.examples), train.batch_size, self.spec.seed, step).tolist()
+        numbers: list[int] = batches.global_batch(len(self.examples), train.batch_size, self.spec.seed, step).tolist()
+        return numbers
 
     def _packs(self, step: int) -> tuple[list[list[Slot]], list[list[Slot]]]:
         """Return this rank's packs of a step: those of KTO's baseline, and those that are learnt from."""

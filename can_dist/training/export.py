@@ -13,18 +13,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
 from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.modeling.quantized import num_bytes, whole_weight
+from can_dist.modeling.stored import INDEX, stored_tensors
 from can_dist.tables.artifacts import write_json
 from can_dist.training import ADAPTER, CHECKPOINTS, checkpoints, ranks
 
-SINGLE = "model.safetensors"
-INDEX = f"{SINGLE}.index.json"
-WRAPPED = re.compile(r"(\.base_layer)+\.")
-"""What peft puts before the parameters of a layer that it gave adapters, once for each of its adapted parameters."""
+WRAPPED = re.compile(r"(\.base_layer)+\.")  # by peft, before the name of each adapted parameter of a layer
 
 
 def export_policy(engine: Any, tokenizer: Any, out: Path, max_shard_mb: int) -> None:
@@ -72,7 +70,7 @@ class _Files:
     failures: list[EnvironmentProblem] = field(default_factory=list)
 
     def save(self, path: Path, write: Callable[[], object]) -> None:
-        """Have ``write`` write a file, unless one before it could not be written."""
+        """Let ``write`` write a file, unless an earlier file failed."""
         if self.writes and not self.failures:
             try:
                 with checkpoints.writing(path, self.checkpoints):
@@ -82,13 +80,13 @@ class _Files:
 
 
 def _write_settings(module: Any, tokenizer: Any, out: Path) -> None:
-    """Write what a policy's directory holds beside its weights."""
+    """Write the configuration and the tokenizer beside the weights."""
     module.config.use_cache = True
     if hasattr(module.config, "quantization_config"):
         del module.config.quantization_config  # the policy is written in full precision
     module.config.save_pretrained(out)
     if getattr(module, "generation_config", None) is not None:
-        # save_pretrained refuses what published models hold (a temperature without do_sample)
+        # save_pretrained refuses settings of published models (a temperature without do_sample)
         module.generation_config.to_json_file(out / "generation_config.json")
     tokenizer.save_pretrained(out)
 
@@ -123,7 +121,7 @@ def _weights(module: Any) -> dict[str, _Weight]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = {id(_wrapped(layer)): layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)}
-    # what is trained are the adapters, which are merged into what they wrap
+    # the adapters are trained, and are merged into the layers that they wrap
     kept = [(name, parameter) for name, parameter in module.named_parameters() if not parameter.requires_grad]
     return {_plain(name): _Weight(parameter, adapted.get(id(parameter))) for name, parameter in kept}
 
@@ -146,70 +144,52 @@ def _sizes(weights: dict[str, _Weight]) -> dict[str, int]:
 
 def _stream_weights(module: Any, out: Path, max_shard_bytes: int, files: _Files) -> None:
     """Gather one parameter at a time; the writing rank saves a file whenever a shard is full."""
-    weights = _weights(module)
-    adapter = getattr(module, "active_adapter", "")
-    sizes = _sizes(weights)
-    buffers = _persistent_buffers(module)
-    shards = plan_shards(sizes, max_shard_bytes)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = shard_name(number, len(shards))
-        whole = {name: weights[name].gathered(adapter, files.writes) for name in names}
-        tensors = {name: tensor for name, tensor in whole.items() if tensor is not None}
-        if number == len(shards):
-            tensors |= buffers
-        files.save(out / file, functools.partial(save_file, tensors, out / file, metadata={"format": "pt"}))
-        weight_map |= dict.fromkeys(tensors, file)
-    if len(shards) > 1:
-        total_size = sum(sizes.values()) + sum(buffer.nbytes for buffer in buffers.values())
-        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        files.save(out / INDEX, functools.partial(write_json, out / INDEX, index))
+    weights, adapter = _weights(module), getattr(module, "active_adapter", "")
+    persistent = module.state_dict().keys()
+    buffers = {_plain(name): buffer.cpu().clone() for name, buffer in module.named_buffers() if name in persistent}
 
+    def read(name: str) -> torch.Tensor | None:
+        return buffers[name] if name in buffers else weights[name].gathered(adapter, files.writes)
 
-def shard_name(number: int, count: int) -> str:
-    """Return the file name of a shard, counted from 1, as transformers writes it."""
-    return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+    sizes = _sizes(weights) | {name: buffer.nbytes for name, buffer in buffers.items()}
+    write_shards(out, sizes, max_shard_bytes, read, files.save)
 
 
 def copy_in_shards(policy: Path, out: Path, max_shard_bytes: int) -> None:
     """Write the weights of the directory ``policy`` into ``out`` in files of another size, one file in memory."""
-    where: dict[str, Path] = {}
-    for file in sorted(policy.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            where |= {name: file for name in tensors.keys()}  # noqa: SIM118
-    sizes = {name: _read(file, name).nbytes for name, file in where.items()}
-    shards = plan_shards(sizes, max_shard_bytes)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = out / shard_name(number, len(shards))
-        save_file({name: _read(where[name], name) for name in names}, file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file.name)
-    if len(shards) > 1:
-        write_json(out / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+    tensors = stored_tensors(policy)
+    sizes = {name: tensor.num_bytes for name, tensor in tensors.items()}
+    write_shards(out, sizes, max_shard_bytes, lambda name: tensors[name].read(name))
 
 
-def _read(file: Path, name: str) -> torch.Tensor:
-    with safe_open(file, framework="pt") as tensors:
-        tensor: torch.Tensor = tensors.get_tensor(name)
-    return tensor
+def write_shards(
+    out: Path,
+    sizes: dict[str, int],
+    max_bytes: int,
+    read: Callable[[str], torch.Tensor | None],
+    save: Callable[[Path, Callable[[], object]], object] = lambda _, write: write(),
+) -> None:
+    """Write tensors as transformers does, in files of at most ``max_bytes`` or one tensor, and an index of several.
 
-
-def plan_shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
-    """Return the names of each file, in order, none larger than ``max_bytes`` unless one tensor alone is."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > max_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
-
-
-def _persistent_buffers(module: Any) -> dict[str, torch.Tensor]:
-    kept = set(module.state_dict().keys())
-    return {_plain(name): buffer.detach().cpu().clone() for name, buffer in module.named_buffers() if name in kept}
+    Args:
+        out: the directory.
+        sizes: bytes of each tensor by name.
+        max_bytes: of a file.
+        read: returns a tensor by name, or None on a rank that only takes part in gathering it.
+        save: calls its second argument, which writes the file that is its first.
+    """
+    split = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: tensor for name in names if (tensor := read(name)) is not None}
+        save(out / file, functools.partial(save_file, tensors, out / file, metadata={"format": "pt"}))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        save(out / INDEX, functools.partial(write_json, out / INDEX, index))
 
 
 def _write_adapter(module: Any, out: Path, files: _Files) -> None:
@@ -243,11 +223,8 @@ def check_shapes(directory: Path, config: Any) -> None:
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config)
     expected = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    found: dict[str, tuple[int, ...]] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    wrong = [f"{n}: {found.get(n, 'missing')}, expected {s}" for n, s in expected.items() if found.get(n) != s]
-    wrong += [f"{name}: not part of the model" for name in sorted(found.keys() - module.state_dict().keys())]
+    written = {name: tensor.shape for name, tensor in stored_tensors(directory).items()}
+    wrong = [f"{n}: {written.get(n, 'missing')}, expected {s}" for n, s in expected.items() if written.get(n) != s]
+    wrong += [f"{name}: not part of the model" for name in sorted(written.keys() - module.state_dict().keys())]
     if wrong:
         raise DataError(f"{directory}: the exported policy is not whole: {'; '.join(wrong[:5])}.")

@@ -1,7 +1,7 @@
-"""Where torch compiles DeepSpeed's extensions, and what a killed build leaves there.
+"""The directories in which torch compiles DeepSpeed's extensions, and the locks that killed builds leave there.
 
-A build takes a file ``lock`` in its directory, and whoever finds one waits for it without a word and without an end. A
-process that is killed while it builds leaves its lock behind.
+A build takes a file ``lock`` in its directory; another process that needs the directory waits for it silently and
+forever. A process that is killed while it builds leaves its lock behind.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ class BuildLock:
 
 
 def extensions_directory() -> Path:
-    """Return where the ranks that a run starts compile: a private place, torch's own is shared by all environments."""
+    """Return the private directory of a run's own ranks; torch's default is shared by all environments."""
     return Path(os.environ.get(VARIABLE, Path.home() / ".cache" / "can_dist" / "torch_extensions"))
 
 
 def build_directories() -> list[Path]:
-    """Return where a run's ranks compile, and, without ``TORCH_EXTENSIONS_DIR``, where launched ranks do."""
+    """Return the directories of a run's ranks and, without ``TORCH_EXTENSIONS_DIR``, of launched ranks."""
     own = extensions_directory()
     return [own] if VARIABLE in os.environ else [own, Path.home() / ".cache" / "torch_extensions"]
 
 
-def stale_locks(directory: Path, older_than_s: float = STALE_S) -> list[BuildLock]:
-    """Find the locks of builds that ended without removing them."""
-    found = []
+def stale_locks(directory: Path) -> list[BuildLock]:
+    """Return the locks of builds that ended without removing them."""
+    locks = []
     for path in sorted([*directory.glob("*/lock"), *directory.glob("*/*/lock")]):
         try:
             age = time.time() - path.stat().st_mtime
-        except FileNotFoundError:  # a build that ends just now
+        except FileNotFoundError:  # the build has just ended
             continue
-        if age > older_than_s:
-            found.append(BuildLock(path, age))
-    held = _open_files() if found else set()
-    return [lock for lock in found if lock.path.resolve() not in held]
+        if age > STALE_S:
+            locks.append(BuildLock(path, age))
+    held = _open_files() if locks else set()
+    return [lock for lock in locks if lock.path.resolve() not in held]
 
 
 def unsafe_reason(directory: Path) -> str:
-    """Say why others could plant compiled code in a directory that exists, or ''."""
+    """Return why others could plant compiled code in an existing directory, or ''."""
     if not directory.is_dir():
         return ""
     status = directory.stat()
@@ -85,7 +85,7 @@ def describe(locks: list[BuildLock]) -> str:
 
 
 def _open_files() -> set[Path]:
-    """Return the paths that processes of this machine have open, as far as this user may know."""
+    """Return the paths that processes of this machine have open, as far as this user may read them."""
     names = set()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:

@@ -1,8 +1,9 @@
-"""Where every rank is, and an end for those that go no further.
+"""The progress of every rank, and the end of a training that makes none.
 
 A rank that hangs makes all others wait in a collective, where torch gives up after half an hour and names nobody. Here
-a thread of every rank writes where its rank is to a file that all can read, and ends the rank when it made no progress
-for ``hang_timeout_s``; the first one left tells which rank gave no sign of life, or is behind, and its last step.
+a thread of every rank reports the rank's progress in a file that all can read, and kills the rank after
+``hang_timeout_s`` without progress. The first live rank names the rank that stopped reporting or is behind, and its
+last step.
 """
 
 from __future__ import annotations
@@ -26,35 +27,34 @@ from can_dist.tables.artifacts import write_json
 
 RANKS = "ranks"
 HANG = "HANG.json"
-TICK_S = 5.0
-"""What a rank told of itself is at most so old."""
+TICK_S = 5.0  # between a rank's reports
 OTHERS_S = 5.0
-"""Ranks that have nothing to say wait so long: a launcher ends the others when the first one ends."""
+"""Grace before blameless ranks exit: a launcher kills all ranks when one exits, and the message must come first."""
 
 
 class Heartbeat:
-    """The place of this rank, told by a thread every few seconds."""
+    """The progress of this rank, reported by a thread every few seconds."""
 
     def __init__(self, directory: Path, timeout_s: float) -> None:
         self._directory, self._timeout_s = directory / RANKS, timeout_s
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._thread_id = threading.get_ident()  # of the one that trains
+        self._thread_id = threading.get_ident()  # of the thread that trains
         self._end = threading.Event()
         self._ticks = self._beats = 0
         self.at("loading")
         self._directory.mkdir(exist_ok=True)
-        self._tell()
+        self._report()
 
-    def at(self, what: str) -> None:
-        """Note that this rank comes to the next piece of work; the same pieces on all ranks."""
+    def at(self, work: str) -> None:
+        """Note that this rank begins the next piece of work; the pieces are the same on all ranks."""
         self._beats += 1
-        self._what, self._since = what, time.monotonic()
+        self._work, self._since = work, time.monotonic()
 
     def watch(self) -> None:
-        """Tell where this rank is until ``stop``; end the process when it goes no further."""
+        """Report this rank's progress until ``stop``; kill the process when it makes none."""
         earlier: list[dict[str, Any]] = []
         while not self._end.wait(min(TICK_S, self._timeout_s / 10)):
-            self._tell()
+            self._report()
             stalled_s = time.monotonic() - self._since
             if stalled_s < self._timeout_s / 2:
                 earlier = []
@@ -67,15 +67,15 @@ class Heartbeat:
         """End ``watch``."""
         self._end.set()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         self._ticks += 1
         frames = traceback.extract_stack(sys._current_frames()[self._thread_id])[-3:]
-        where = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
+        code = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
         place = {"host": socket.gethostname(), "pid": os.getpid(), "ticks": self._ticks, "beats": self._beats}
         path = self._directory / f"{self._rank}.json"
         temporary = path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps({**place, "at": self._what, "code": where}), encoding="utf-8")
+            temporary.write_text(json.dumps({**place, "at": self._work, "code": code}), encoding="utf-8")
             temporary.replace(path)
         except OSError as error:
             print(f"can-dist: train: {self._directory}: {error}", file=sys.stderr, flush=True)
@@ -117,31 +117,31 @@ def heartbeat(directory: Path, timeout_s: float) -> Iterator[Heartbeat]:
 
 
 def describe_hang(places: list[dict[str, Any]], silent: list[int], timeout_s: float) -> str:
-    """Say which ranks are the cause, as far as can be told: the silent ones, else those that are behind."""
+    """Return a message that names the ranks at fault: the silent ones, else those that are behind."""
     least = min(place["beats"] for place in places)
     behind = [rank for rank, place in enumerate(places) if place["beats"] == least]
-    told = silent or behind
+    suspects = silent or behind
     if silent:
-        what = "gave no sign of life since then: stopped, killed or cut off"
+        fault = "gave no sign of life since then: stopped, killed or cut off"
     elif len(behind) < len(places):
-        what = "is behind the others"
+        fault = "is behind the others"
     else:
-        what = "is as far as all others: a collective that some of them do not take part in, or a network that is down"
+        fault = "is as far as all others: a collective that some of them do not take part in, or a network that is down"
     lines = [
         f"rank {rank} (process {place['pid']} on {place['host']}): {place['at']}, in {place['code']}"
         for rank, place in enumerate(places)
-        if rank in told[:8]
+        if rank in suspects[:8]
     ]
-    waiting = next((place for rank, place in enumerate(places) if rank not in told), None)
+    waiting = next((place for rank, place in enumerate(places) if rank not in suspects), None)
     others = f" The others wait, at {waiting['at']}, in {waiting['code']}." if waiting else ""
     return (
-        f"training made no progress for cluster.hang_timeout_s = {timeout_s:g} s. {'; '.join(lines)}; it {what}."
+        f"training made no progress for cluster.hang_timeout_s = {timeout_s:g} s. {'; '.join(lines)}; it {fault}."
         f"{others} Look at that process (py-spy dump --pid), its node and the network; the same command goes on from "
         "the newest checkpoint."
     )
 
 
 def read_hang(directory: Path) -> str:
-    """Return what was told of a hang of a training, or ''."""
+    """Return the message on a training that hung, or ''."""
     path = directory / RANKS / HANG
     return str(json.loads(path.read_text(encoding="utf-8"))["message"]) if path.is_file() else ""

@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import logsigmoid
 
-LOSSES = ("sigmoid", "regression", "listwise", "kto")
-
 
 def example_losses(
     name: str, ratio_BN: torch.Tensor, target_BN: torch.Tensor, is_real_BN: torch.Tensor, beta: float

@@ -10,28 +10,24 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling.stored import StoredTensor, read_json, stored_tensors
-from can_dist.tables.artifacts import file_digest, write_json
-from can_dist.training.export import INDEX, check_shapes, plan_shards, shard_name
+from can_dist.tables.artifacts import atomic_directory, dotted, file_digest
+from can_dist.training.export import check_shapes, write_shards
 
 COPIED = ("config.json", "generation_config.json", "tokenizer*", "*.jinja", "special_tokens_map.json",
           "added_tokens.json", "vocab.*", "merges.txt", "*.model")  # fmt: skip
-"""What else makes a policy; taken from the first one."""
+"""The other files of a policy; they are copied from the first policy."""
 
 CONFIG_MAY_DIFFER = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
-TOKENIZER_MAY_DIFFER = {"padding", "truncation", "version"}
-"""What a use of a tokenizer leaves in its file; the strings' tokens do not depend on it."""
+TOKENIZER_MAY_DIFFER = {"padding", "truncation", "version"}  # written by using it; no text's tokens depend on them
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
 TOKENIZER_SETTINGS = ("chat_template", "bos_token", "eos_token", "add_bos_token", "add_eos_token")
 SHOWN = 5
@@ -54,21 +50,21 @@ def merge_policies(policy_a: Path, policy_b: Path, out: Path, q: float, max_shar
 
     Raises:
         ConfigError: q is not finite, ``out`` exists, or its parent does not.
-        DataError: the policies have not the same architecture, tensors, dtypes or tokenizer; or one is damaged, an
+        DataError: the policies differ in architecture, tensors, dtypes or tokenizer; or a policy is damaged, an
             adapter, or pickled.
     """
     check_request(q, out)
     tensors_a, tensors_b = stored_tensors(policy_a), stored_tensors(policy_b)
     config = _same_config(policy_a, policy_b)
-    _same_tokenizer(policy_a, policy_b)
+    refuse_differences(policy_a, policy_b, "tokenizer", _tokenizer(policy_a), _tokenizer(policy_b))
     tied = tied_copies(config)
     for policy, tensors in ((policy_a, tensors_a), (policy_b, tensors_b)):
         drop_tied_copies(policy, tensors, tied)
-    refuse_differences(
-        policy_a, policy_b, "tensors",
-        {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors_a.items()},
-        {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors_b.items()},
-    )  # fmt: skip
+    kinds_a, kinds_b = (
+        {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
+        for tensors in (tensors_a, tensors_b)
+    )
+    refuse_differences(policy_a, policy_b, "tensors", kinds_a, kinds_b)
     check_shapes(policy_a, config)
     return write_policy(policy_a, tensors_a, tensors_b, out, q, max_shard_size_mb)
 
@@ -91,17 +87,13 @@ def write_policy(
     max_shard_size_mb: int,
 ) -> Path:
     """Write the merged weights with what else makes a policy, whole or not at all."""
-    with tempfile.TemporaryDirectory(prefix=".tmp-merge-", dir=out.parent) as scratch:
-        built = Path(scratch) / out.name
-        built.mkdir()
-        _write_weights(tensors_a, tensors_b, built, q, max_shard_size_mb * 10**6)
+    sizes = {name: tensor.num_bytes for name, tensor in tensors_a.items()}
+    max_bytes = max_shard_size_mb * 10**6
+    with atomic_directory(out) as built:
+        write_shards(built, sizes, max_bytes, lambda name: _merge_one(name, tensors_a[name], tensors_b[name], q))
         for pattern in COPIED:
             for path in filter(Path.is_file, policy_a.glob(pattern)):
                 shutil.copyfile(path, built / path.name)
-        for path in (*built.iterdir(), built):
-            _sync(path)
-        built.rename(out)
-    _sync(out.parent)
     return out
 
 
@@ -114,22 +106,6 @@ def merged_tensor(a: torch.Tensor, b: torch.Tensor, q: float) -> torch.Tensor:
         return a if q == 1.0 else b
     wide = torch.promote_types(a.dtype, torch.float32)
     return (q * a.to(wide) + (1.0 - q) * b.to(wide)).to(a.dtype)
-
-
-def _write_weights(
-    tensors_a: Mapping[str, StoredTensor], tensors_b: Mapping[str, StoredTensor], out: Path, q: float, max_bytes: int
-) -> None:
-    """Write the shards one by one, then the index."""
-    sizes = {name: _bytes(tensor) for name, tensor in tensors_a.items()}
-    shards = plan_shards(sizes, max_bytes)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = shard_name(number, len(shards))
-        merged = {name: _merge_one(name, tensors_a[name], tensors_b[name], q) for name in names}
-        save_file(merged, out / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        write_json(out / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
 def _merge_one(name: str, stored_a: StoredTensor, stored_b: StoredTensor, q: float) -> torch.Tensor:
@@ -177,12 +153,8 @@ def architecture(policy: Path) -> Any:
         raise DataError(f"{policy / 'config.json'}: not a known architecture ({error}).") from None
 
 
-def _same_tokenizer(policy_a: Path, policy_b: Path) -> None:
-    refuse_differences(policy_a, policy_b, "tokenizer", _tokenizer(policy_a), _tokenizer(policy_b))
-
-
 def _tokenizer(policy: Path) -> dict[str, str]:
-    """Return what decides the tokens of a text, by place."""
+    """Return the settings that decide the tokens of a text, by their place."""
     parts: dict[str, str] = {}
     for name in TOKENIZER_FILES:
         path = policy / name
@@ -228,7 +200,7 @@ def drop_tied_copies(policy: Path, tensors: dict[str, StoredTensor], tied: Mappi
 def refuse_differences(
     policy_a: Path,
     policy_b: Path,
-    what: str,
+    part: str,
     a: Mapping[str, str],
     b: Mapping[str, str],
     *,
@@ -241,7 +213,7 @@ def refuse_differences(
         return
     lines = [f"  {name}: {_short(a.get(name))} | {_short(b.get(name))}" for name in differ[:SHOWN]]
     lines += [f"  and {len(differ) - SHOWN} more"] * (len(differ) > SHOWN)
-    raise DataError(f"{policy_a} | {policy_b}: {what} differ, so {so}:\n" + "\n".join(lines) + f"\n  {do}")
+    raise DataError(f"{policy_a} | {policy_b}: {part} differ, so {so}:\n" + "\n".join(lines) + f"\n  {do}")
 
 
 def _short(text: str | None) -> str:
@@ -250,28 +222,5 @@ def _short(text: str | None) -> str:
 
 def _flat(content: Mapping[str, Any], without: set[str]) -> dict[str, str]:
     """Return dotted keys with their values as JSON, less some of the first level."""
-    flat: dict[str, str] = {}
-    for key, value in content.items():
-        if key in without:
-            continue
-        if isinstance(value, dict) and value:
-            flat |= {f"{key}.{inner}": text for inner, text in _flat(value, set()).items()}
-        else:
-            flat[key] = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return flat
-
-
-def _bytes(tensor: StoredTensor) -> int:
-    count = 1
-    for size in tensor.shape:
-        count *= size
-    bits = 8 if tensor.dtype == "BOOL" else int("".join(filter(str.isdigit, tensor.dtype.partition("_")[0])))
-    return count * bits // 8
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    kept = dotted({key: value for key, value in content.items() if key not in without})
+    return {key: json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in kept.items()}

@@ -1,4 +1,4 @@
-"""Training metrics: one JSON line per log interval, and the trackers that were asked for."""
+"""Training metrics: one JSON line per log interval, and the configured trackers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESUMED = "resumed_from"
 class MetricsLog:
     """Appends to ``metrics.jsonl``, and hands the same values to the trackers.
 
-    ``first`` is the step that training goes on from: what was logged of later steps is dropped.
+    ``first`` is the step that training goes on from: lines of later steps are dropped.
     """
 
     def __init__(self, directory: Path, first: int, trackers: Sequence[Tracker] = ()) -> None:
@@ -41,12 +41,12 @@ class MetricsLog:
 
 def training_curve(directory: Path) -> dict[str, list[list[float]]]:
     """Return [step, value] of the losses; unlike the metrics' file it holds no times, so it can be committed."""
-    found: dict[str, dict[float, float]] = {"loss": {}, "reference_loss": {}, "eval_loss": {}}
+    curves: dict[str, dict[float, float]] = {"loss": {}, "reference_loss": {}, "eval_loss": {}}
     for line in read_metrics(directory / METRICS):
-        for name, values in found.items():
+        for name, values in curves.items():
             if name in line:
                 values[line["step"]] = line[name]  # a resumed training may have written a step twice
-    return {name: [[step, values[step]] for step in sorted(values)] for name, values in found.items()}
+    return {name: [[step, values[step]] for step in sorted(values)] for name, values in curves.items()}
 
 
 def loss_above_start(curve: Mapping[str, Sequence[Sequence[float]]]) -> float | None:

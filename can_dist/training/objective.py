@@ -1,4 +1,4 @@
-"""The loss of a pack: log-ratios by one forward pass, the loss that the preferences are for, and its metrics."""
+"""The loss of a pack: log-ratios by one forward pass, the loss that the labels belong to, and its metrics."""
 
 from __future__ import annotations
 

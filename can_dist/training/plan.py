@@ -18,7 +18,7 @@ UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TI
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``can-dist plan`` says; bytes, elements and tokens."""
+    """The memory plan of a rank, as ``can-dist plan`` prints it: bytes, elements and tokens."""
 
     model: str
     precision: str
@@ -47,14 +47,9 @@ class Plan:
     spare_bytes: int
     largest_tokens_per_pack: int
 
-    @property
-    def peak_bytes(self) -> int:
-        """Bytes at the highest: in a pass, or in the update."""
-        return max(self.pass_bytes, self.step_bytes)
-
 
 def rank_memory(settings: Config, memory: str | None) -> int:
-    """Return the bytes of a rank: what was given, a GPU's, or the machine's free memory divided by its ranks.
+    """Return the bytes of a rank: ``memory``, a GPU's, or the machine's free memory divided by its ranks.
 
     Raises:
         ConfigError: when the size cannot be read, or there is no GPU to ask.
@@ -81,7 +76,7 @@ def rank_memory(settings: Config, memory: str | None) -> int:
 
 
 def make_plan(settings: Config, memory_bytes: int) -> Plan:
-    """Count a configuration; ``memory_bytes`` is what a rank has.
+    """Count the bytes of a configuration; ``memory_bytes`` is the memory of a rank.
 
     Raises:
         ConfigError: when the base is to be quantized, which is not counted.
@@ -94,13 +89,14 @@ def make_plan(settings: Config, memory_bytes: int) -> Plan:
     from can_dist.training.deepspeed_config import build_ds_config, read_ds_config
 
     train, num_ranks = settings.train, settings.cluster.num_workers
+    head_bytes = HEAD_BYTES_ON["cuda" if on_gpu else "cpu"]
     precision = settings.precision if settings.precision != "auto" else "bf16" if on_gpu else "fp32"
     ds_config = build_ds_config(read_ds_config(train.ds_config), train, precision)
     zero = m.Zero.of(ds_config, num_ranks=num_ranks, on_gpu=on_gpu, precision=precision)
-    sizes, vocabulary, here, other, line = _count_passes(settings, precision, on_gpu)
+    sizes, vocabulary, here, other, line = _count_passes(settings, precision, on_gpu, head_bytes)
     states = m.states(sizes, zero)
     step = m.peak_of_the_step(states, sizes, zero)
-    rows = max(1, HEAD_BYTES_ON["cuda" if on_gpu else "cpu"] // (m.FP32 * vocabulary))
+    rows = max(1, head_bytes // (m.FP32 * vocabulary))
     return Plan(
         model=settings.reference.model,
         precision=precision,
@@ -128,24 +124,23 @@ def make_plan(settings: Config, memory_bytes: int) -> Plan:
         memory_bytes=memory_bytes,
         spare_bytes=int(memory_bytes * m.SPARE),
         largest_tokens_per_pack=m.largest_budget(
-            memory_bytes, {one.tokens: m.peak_of_a_pass(states, one.peak) for one in line}, step
+            memory_bytes, {point.tokens: m.peak_of_a_pass(states, point.peak) for point in line}, step
         ),
     )
 
 
 def _count_passes(
-    settings: Config, precision: str, on_gpu: bool
+    settings: Config, precision: str, on_gpu: bool, head_bytes: int
 ) -> tuple[Parameters, int, Pass, Pass, tuple[Pass, Pass]]:
     """Return the sizes, the vocabulary, a pass as configured and with the other checkpointing, and two on a line."""
-    from can_dist.modeling.logprobs import HEAD_BYTES_ON
     from can_dist.training.activations import Shell
 
-    train, head_bytes = settings.train, HEAD_BYTES_ON["cuda" if on_gpu else "cpu"]
+    train = settings.train
     opposite = train.model_copy(update={"activation_checkpointing": not train.activation_checkpointing})
-    shell, other = (Shell(settings.reference, one, precision, head_bytes) for one in (train, opposite))
+    shell, other = (Shell(settings.reference, options, precision, head_bytes) for options in (train, opposite))
 
-    def count(one: Shell, tokens: int) -> Pass:
-        return one.count(tokens, settings.generate.max_new_tokens, varlen=on_gpu and precision == "bf16")
+    def count(model: Shell, tokens: int) -> Pass:
+        return model.count(tokens, settings.generate.max_new_tokens, varlen=on_gpu and precision == "bf16")
 
     vocabulary, tokens = int(shell.config.vocab_size), train.tokens_per_pack
     here = count(shell, tokens)

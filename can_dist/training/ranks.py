@@ -22,15 +22,14 @@ from can_dist.training.deepspeed_config import say_accelerator
 from can_dist.training.extensions import check_build_directories
 
 Value = TypeVar("Value")
-BACKSTOP_S = 60.0
-"""Collectives give up so much later than the heartbeat, which knows more."""
+BACKSTOP_S = 60.0  # collectives give up later than the heartbeat, whose message names the rank
 _stop = threading.Event()
 
 
 def join(hang_timeout_s: float) -> None:
     """Initialise the process group of a launched rank, or take the one that Ray Train made.
 
-    From here on SIGTERM and SIGINT of a launched rank are a wish, see ``stop_wanted``.
+    From here on SIGTERM and SIGINT only set a flag in a launched rank, see ``stop_wanted``.
 
     Raises:
         EnvironmentProblem: when the ranks do not find each other; or, on all ranks, when one of them would wait for the
@@ -73,13 +72,13 @@ def join(hang_timeout_s: float) -> None:
 
 
 def leave() -> None:
-    """Leave the group together; only when every rank comes here, a rank that failed alone must not."""
+    """Leave the group together. Every rank must call this; a rank that failed alone must not."""
     dist.barrier()
     dist.destroy_process_group()
 
 
 def stop_wanted() -> bool:
-    """Tell whether this process was sent SIGTERM or SIGINT."""
+    """Return whether this process was sent SIGTERM or SIGINT."""
     return _stop.is_set()
 
 
@@ -103,13 +102,13 @@ def say(message: str) -> None:
         print(f"can-dist: train: {message}", file=sys.stderr, flush=True)
 
 
-def require_same(value: str, what: str) -> None:
-    """Raise ``EnvironmentProblem`` on all ranks when ``value`` differs between them."""
+def require_same(value: str, name: str) -> None:
+    """Raise ``EnvironmentProblem`` on all ranks when ``value``, called ``name``, differs between them."""
     values = gathered(value)
     different = [rank for rank, other in enumerate(values) if other != values[0]]
     if different:
         raise EnvironmentProblem(
-            f"rank(s) {different} were started with another {what} than rank 0. "
+            f"rank(s) {different} were started with another {name} than rank 0. "
             "Start all ranks with the same command, on the same files."
         )
 
@@ -120,16 +119,16 @@ def agreed() -> Iterator[None]:
 
     An ``OSError`` becomes an ``EnvironmentProblem``. The block must not contain collectives.
     """
-    found: tuple[str, str] | None = None
+    failure: tuple[str, str] | None = None
     try:
         yield
     except CanDistError as error:
-        found = type(error).__name__, str(error)
-    except OSError as error:  # tells the file and the cause
-        found = EnvironmentProblem.__name__, str(error)
-    reports = gathered(found)
+        failure = type(error).__name__, str(error)
+    except OSError as error:  # its text names the file and the cause
+        failure = EnvironmentProblem.__name__, str(error)
+    reports = gathered(failure)
     failures = [(rank, *report) for rank, report in enumerate(reports) if report]
     if failures:
         rank, kind, message = failures[0]
-        where = "" if len(failures) == len(reports) or len(reports) == 1 else f"on rank {rank} only: "
-        raise getattr(errors, kind)(where + message)
+        place = "" if len(failures) == len(reports) or len(reports) == 1 else f"on rank {rank} only: "
+        raise getattr(errors, kind)(place + message)

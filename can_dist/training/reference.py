@@ -15,7 +15,7 @@ from can_dist.modeling.packs import Group
 from can_dist.training.batches import Example
 
 PROBE_EXAMPLES = 4
-# relative to the norm of the stored values, or to so many nats where that is less
+# relative to the norm of the stored values, or to AT_LEAST_NATS where the norm is less
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 AT_LEAST_NATS = 25.0
 
@@ -24,25 +24,25 @@ AT_LEAST_NATS = 25.0
 def probe(engine: Any, examples: Sequence[Example], layout: str) -> tuple[list[Group], list[float]]:
     """Return the first examples with one response each, and ln π(y|x) of these, computed by all ranks alike."""
     engine.eval()
-    groups: list[Group] = [(one.prompt_ids, [one.responses[0]]) for one in examples[:PROBE_EXAMPLES]]
+    groups: list[Group] = [(example.prompt_ids, [example.responses[0]]) for example in examples[:PROBE_EXAMPLES]]
     return groups, [float(response_logp(engine, [group], layout, engine.device)) for group in groups]
 
 
-def check_reference(engine: Any, examples: Sequence[Example], layout: str, precision: str, where: Path) -> None:
+def check_reference(engine: Any, examples: Sequence[Example], layout: str, precision: str, table: Path) -> None:
     """Compare stored reference log-probabilities with those of an engine that is still the reference.
 
-    The loss at the start does not see what a small β makes small, nor what both responses of a pair have in common.
+    The loss at the start misses a difference that a small β scales down, and one that both responses of a pair share.
 
     Raises:
-        NumericalError: when they differ by more than rounding; ``where`` is the table that holds them.
+        NumericalError: when they differ by more than rounding; ``table`` is the artifact that holds them.
     """
     stored_R = [example.logp_ref[0] for example in examples[:PROBE_EXAMPLES]]
     _, live_R = probe(engine, examples, layout)
     if math.dist(live_R, stored_R) <= TOLERANCE[precision] * max(AT_LEAST_NATS, math.hypot(*stored_R)):
         return
     rows = zip(examples, stored_R, live_R, strict=False)
-    listed = ", ".join(f"{one.example_id}: {stored:.4f} stored, {live:.4f} live" for one, stored, live in rows)
+    listed = ", ".join(f"{example.example_id}: {stored:.4f} stored, {live:.4f} live" for example, stored, live in rows)
     raise NumericalError(
-        f"{where}: the stored reference log-probabilities are not those of this model on these tokens, in nats of the "
+        f"{table}: the stored reference log-probabilities are not those of this model on these tokens, in nats of the "
         f"first response: {listed}. Score the responses again, by this reference."
     )

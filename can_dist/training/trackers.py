@@ -1,9 +1,9 @@
 """Experiment trackers, each through its own package: TensorBoard, Weights & Biases, MLflow, trackio.
 
-None is on unless ``train.trackers`` names it. They run on rank 0, log in with what their packages find there
-(``WANDB_API_KEY``, ``MLFLOW_TRACKING_URI``, ...), and are given numbers and the training's configuration only: no
-prompts, no responses, no environment. A training that goes on continues the run it had; steps that are there already,
-logged after the checkpoint that it goes on from, are not logged again.
+A tracker is on only when ``train.trackers`` names it. Trackers run on rank 0 and log in by their packages' own means
+(``WANDB_API_KEY``, ``MLFLOW_TRACKING_URI``, ...). They get numbers and the training's configuration only: no prompts,
+no responses, no environment. A resumed training continues its tracker's run; steps after the checkpoint that were
+logged before are not logged again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from can_dist.errors import ConfigError
+from can_dist.tables.artifacts import dotted
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 """The package of each tracker; the first one comes with CAN-Dist."""
@@ -52,17 +53,17 @@ def open_trackers(
         directory: of the training; its name is the run's name.
         first: step that the training goes on from; 0 starts a new run.
         project: W&B and trackio project, MLflow experiment.
-        settings: what the run is to be found by; plain values, nested.
+        settings: recorded with the run, to find it by; plain values, nested.
     """
     check_trackers(names)
     opened = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio}
     return [opened[name](directory, first, project, settings) for name in names]
 
 
-def _tensorboard(directory: Path, first: int, project: str, settings: Mapping[str, Any]) -> Tracker:
+def _tensorboard(directory: Path, first: int, project: str, settings: Mapping[str, Any]) -> Tracker:  # noqa: ARG001
     from tensorboardX import SummaryWriter
 
-    # the suffix keeps files apart that were begun in one second
+    # the suffix tells apart files that were begun in the same second
     events = str(directory / "tensorboard")
     writer = SummaryWriter(events, purge_step=first + 1 if first else 0, filename_suffix=f".from-{first}")
     writer.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```", first)
@@ -74,7 +75,7 @@ def _tensorboard(directory: Path, first: int, project: str, settings: Mapping[st
     return Tracker(log, writer.close)
 
 
-def _wandb(directory: Path, first: int, project: str, settings: Mapping[str, Any]) -> Tracker:
+def _wandb(directory: Path, first: int, project: str, settings: Mapping[str, Any]) -> Tracker:  # noqa: ARG001
     import wandb
 
     run = wandb.init(
@@ -98,7 +99,7 @@ def _mlflow(directory: Path, first: int, project: str, settings: Mapping[str, An
     run = mlflow.start_run(run_id=known, run_name=None if known else directory.name)
     kept.write_text(run.info.run_id, encoding="utf-8")
     if known is None:
-        mlflow.log_params({name: str(value)[:LONGEST_PARAM] for name, value in _flat(settings).items()})
+        mlflow.log_params({name: str(value)[:LONGEST_PARAM] for name, value in dotted(settings).items()})
     there = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
     last = max((metric.step for metric in there), default=-1)
 
@@ -113,7 +114,7 @@ def _mlflow(directory: Path, first: int, project: str, settings: Mapping[str, An
     return Tracker(log, mlflow.end_run)
 
 
-def _trackio(directory: Path, first: int, project: str, settings: Mapping[str, Any]) -> Tracker:
+def _trackio(directory: Path, first: int, project: str, settings: Mapping[str, Any]) -> Tracker:  # noqa: ARG001
     import trackio
 
     run = trackio.init(project=project, name=directory.name, config=dict(settings), resume="allow")
@@ -124,14 +125,3 @@ def _trackio(directory: Path, first: int, project: str, settings: Mapping[str, A
             trackio.log(dict(values), step=step)
 
     return Tracker(log, trackio.finish)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

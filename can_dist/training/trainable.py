@@ -1,4 +1,4 @@
-"""What a loaded model becomes before it is trained: no dropout of its own, adapters, recomputed activations."""
+"""A loaded model made ready for training: no dropout of its own, adapters, recomputed activations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from can_dist.errors import ConfigError
 
 
 def adapt(model: Any, train: Train) -> Any:
-    """Make a loaded model what is trained: without its own dropout, with adapters, with activation checkpointing."""
+    """Turn off a loaded model's own dropout; add adapters and activation checkpointing where configured."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # π_θ and π_ref of a log-ratio must be the same function at the start
@@ -37,7 +37,7 @@ def adapt(model: Any, train: Train) -> Any:
 
 
 def _about_experts(error: ValueError) -> str:
-    """Say what peft's refusal to drop out the input of a bare parameter means: the experts of a layer are one."""
+    """Return the remedy for peft's refusal of dropout before a bare parameter, which a layer's experts are, or ''."""
     if "ParamWrapper" not in str(error):
         return ""
     return (
@@ -50,7 +50,7 @@ def _recompute(model: Any, every: int) -> None:
     """Let the backward pass recompute the activations of every n-th layer; the other layers keep theirs.
 
     Raises:
-        ConfigError: when the model's layers cannot be told from each other and ``every`` is not 1.
+        ConfigError: when the model's layers cannot be switched one by one and ``every`` is not 1.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

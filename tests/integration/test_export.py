@@ -247,6 +247,7 @@ def test_weights_in_other_shards_are_the_same_weights(tmp_path: Path) -> None:
     policy, out = tmp_path / "policy", tmp_path / "out"
     policy.mkdir()
     out.mkdir()
+    (policy / "config.json").write_text("{}")
     weights = {f"w{n}": torch.full((250,), float(n)) for n in range(6)}  # 1000 bytes each
     save_file({name: weights[name] for name in ("w0", "w1", "w2", "w3")}, policy / "model-00001-of-00002.safetensors")
     save_file({name: weights[name] for name in ("w4", "w5")}, policy / "model-00002-of-00002.safetensors")

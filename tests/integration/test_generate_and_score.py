@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+import ray
 import torch
 from scipy import stats
 from tiny import make_tiny_classifier, make_tiny_lm
@@ -193,7 +194,7 @@ def test_f01_actor_killed_from_outside_gives_identical_artifacts(world, response
     def kill() -> None:
         while work._pool is None or not killed:
             if work._pool is not None and list((tmp_path / "killed").glob("score-*/part-*.arrow")):
-                killed.append(work._pool.process_ids()[0])
+                killed.append(ray.get(work._pool.actor(0).__ray_call__.remote(lambda _: os.getpid())))
                 os.kill(killed[0], signal.SIGKILL)
             time.sleep(0.05)
 

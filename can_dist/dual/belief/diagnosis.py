@@ -12,18 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from can_dist.dual.belief.choice import TOLERANCE, Choice, choose
+from can_dist.dual.belief.choice import every_estimate
 from can_dist.dual.belief.psis import pooled_shape, prompt_shapes
-from can_dist.dual.estimators import with_level
+from can_dist.dual.belief.trust import judge, left_out_change
+from can_dist.dual.estimators import prediction_from, with_level
 from can_dist.dual.moments import PromptMoments, prompt_moments
 from can_dist.dual.objective import tilt
-from can_dist.dual.solution import DualSolution, Margin
+from can_dist.dual.solution import DualSolution, Judgement, Margin
 from can_dist.dual.solve import solve_table
 from can_dist.dual.table import FloatArray, ScoreTable
+from can_dist.dual.weights import weight_diagnostics
 from can_dist.errors import ConfigError
 
 HEAVY_SHAPE = 0.7
 UNSTABLE = 0.1
+DISAGREEMENT = 0.03
 INFLUENTIAL = 0.5
 """Share of its own standard error by which one prompt's removal must move λ̂ to be named in the verdict."""
 
@@ -64,11 +67,7 @@ class Diagnosis:
     Attributes:
         lam: λ̂ of each estimator by constraint; NaN where it has none.
         lam_se: their standard errors.
-        bounds: relative error bound of each estimator; infinite where its conditions fail.
-        objections: why a bound does not hold, by estimator.
-        recommended: the estimator ``auto`` would take, and ``reason`` why.
-        trustworthy: whether its λ̂ is known to within the tolerance.
-        relative_error: its bound.
+        judgement: what the solution's own λ̂ can be trusted for; None where the table enumerates its support.
         disagreement: largest relative difference between two estimators' λ̂.
         pareto_k: shape of the weights' tail: median and 90th percentile over prompts, share above 0.7, all pooled.
         k_stability: empirical λ̂ with a quarter, half and all responses per prompt (averaged over the parts).
@@ -79,12 +78,7 @@ class Diagnosis:
 
     lam: dict[str, dict[str, float]]
     lam_se: dict[str, dict[str, float]]
-    bounds: dict[str, float]
-    objections: dict[str, str]
-    recommended: str
-    reason: str
-    trustworthy: bool
-    relative_error: float
+    judgement: Judgement | None
     disagreement: float
     pareto_k: dict[str, float]
     k_stability: dict[str, dict[str, float]]
@@ -103,7 +97,6 @@ def diagnose(
     table: ScoreTable,
     solution: DualSolution,
     *,
-    tolerance: float = TOLERANCE,
     num_influential: int = 10,
     reward_name: str = "reward",
     seed: int = 0,
@@ -113,7 +106,6 @@ def diagnose(
     Args:
         table: scores of P prompts.
         solution: of any estimator.
-        tolerance: relative error of λ̂ up to which it is called trustworthy.
         num_influential: prompts to list.
         reward_name: name of the reward in the summaries.
         seed: of the split of the responses for the K-stability.
@@ -128,30 +120,34 @@ def diagnose(
     lam_J = solution.lam_vector
     if solution.estimator != "empirical":
         lam_J = solve_table(table, beta=beta, constraints=constraints, throw=False).lam_vector
-    choice = choose(table, beta, margin_J, lam_J, level_J=level_J, tolerance=tolerance)
+    estimates = every_estimate(table, beta, margin_J, lam_J, level_J)
+    used = estimates[solution.estimator]
+    trust = None if table.weighted or not used.converged else judge(table, beta, margin_J, used, level_J)
     moments = prompt_moments(table, lam_J, beta)
     shapes = _shapes(table, lam_J, beta)
     stability = _stability(table, beta, constraints, lam_J, np.random.default_rng(seed))
     slack_PJ = with_level(table, moments.gain_PJ - margin_J, level_J)
     influence = _influence(table, moments, slack_PJ, beta, lam_J, names, num_influential)
-    lam = {name: _named(names, item.estimate.lam_J) for name, item in choice.candidates.items()}
-    lam = lam or {"empirical": _named(names, lam_J)}
+    lam = {name: _named(names, item.lam_J) for name, item in estimates.items()}
     disagreement = _disagreement(np.array([list(row.values()) for row in lam.values()]))
+    summary = weight_diagnostics(
+        table,
+        used.lam_J,
+        beta,
+        prediction_from(table, used.moments, beta, margin_J),
+        trust,
+        dict(zip(names, level_J.tolist(), strict=True)),
+    )
     return Diagnosis(
         lam=lam,
-        lam_se={name: _named(names, item.estimate.lam_se_J) for name, item in choice.candidates.items()},
-        bounds={name: math.inf if item.objection else item.bound for name, item in choice.candidates.items()},
-        objections={name: item.objection for name, item in choice.candidates.items() if item.objection},
-        recommended=choice.chosen.estimator,
-        reason=choice.reason,
-        trustworthy=choice.trustworthy,
-        relative_error=choice.bound,
+        lam_se={name: _named(names, item.lam_se_J) for name, item in estimates.items()},
+        judgement=summary.get("judgement"),
         disagreement=disagreement,
         pareto_k=shapes,
         k_stability={part: _named(names, value_J) for part, value_J in stability.items()},
         influence=influence,
         scorers=_scorers(table, names, reward_name),
-        verdict=_verdict(table, choice, disagreement, shapes, stability, influence, tolerance),
+        verdict=" ".join([summary["verdict"], *_remarks(table, disagreement, shapes, stability, influence)]),
     )
 
 
@@ -221,18 +217,9 @@ def _influence(
     count: int,
 ) -> tuple[Influence, ...]:
     """Rank prompts by the one-step change of λ̂ without them: (Σ_{k≠i} C_k/β)⁻¹ u_i, over the active constraints."""
-    num_prompts = slack_PJ.shape[0]
-    free = np.flatnonzero(lam_J > 0)
-    if num_prompts < 3 or free.size == 0:
+    free, change_PJ = np.flatnonzero(lam_J > 0), left_out_change(moments, slack_PJ, beta, lam_J)
+    if not change_PJ.any():
         return ()
-    curvature_PJJ = moments.covariance_PJJ[:, free][:, :, free] / beta
-    rest_PJJ = curvature_PJJ.sum(axis=0) - curvature_PJJ
-    scale_J = np.sqrt(np.diag(curvature_PJJ.mean(axis=0)))
-    if not np.all(scale_J > 0):
-        return ()
-    unit = rest_PJJ / np.outer(scale_J, scale_J) + 1e-12 * num_prompts * np.eye(free.size)
-    change_PJ = np.zeros_like(slack_PJ)
-    change_PJ[:, free] = np.linalg.solve(unit, (slack_PJ[:, free] / scale_J)[:, :, None])[:, :, 0] / scale_J
     error_J = np.sqrt((change_PJ**2).sum(axis=0))[free]
     size_P = np.max(np.abs(change_PJ[:, free]) / np.maximum(error_J, 1e-300), axis=1)
     largest = np.argsort(-size_P, kind="stable")[:count]
@@ -286,26 +273,18 @@ def _disagreement(lam_EJ: FloatArray) -> float:
     return float(np.max(np.where(top > 0, gap / np.where(top > 0, top, 1.0), 0.0), initial=0.0))
 
 
-def _verdict(
+def _remarks(
     table: ScoreTable,
-    choice: Choice,
     disagreement: float,
     shapes: Mapping[str, float],
     stability: Mapping[str, FloatArray],
     influence: tuple[Influence, ...],
-    tolerance: float,
-) -> str:
-    """Say in one paragraph whether λ may be believed, and on what grounds."""
+) -> list[str]:
+    """Say beside the verdict what else moves λ̂; nothing of a table that enumerates its support."""
     if table.weighted:
-        return "Exact if the weighted table enumerates all that the reference can say; its weights are taken as given."
-    if choice.trustworthy:
-        head = f"Trust lambda to within {100 * choice.bound:.2g}%: {choice.reason}"
-    elif math.isfinite(choice.bound):
-        head = f"Lambda is known only roughly: {choice.reason}"
-    else:
-        head = f"Do not trust lambda: {choice.reason}"
+        return []
     remarks = []
-    if disagreement > tolerance:
+    if disagreement > DISAGREEMENT:
         remarks.append(f"the estimators differ by {100 * disagreement:.2g}%")
     change = _relative_change(stability["K/2"], stability["K"])
     if change > UNSTABLE:
@@ -316,7 +295,7 @@ def _verdict(
         remarks.append(
             f"one prompt, {influence[0].prompt}, moves lambda by {influence[0].standard_errors:.2g} standard errors"
         )
-    return f"{head} Note: {'; '.join(remarks)}." if remarks else head
+    return [f"Note: {'; '.join(remarks)}."] if remarks else []
 
 
 def _relative_change(first_J: FloatArray, second_J: FloatArray) -> float:

@@ -71,9 +71,13 @@ def prompt_shapes(table: ScoreTable, weight_N: FloatArray) -> FloatArray:
 
 def pooled_shape(table: ScoreTable, weight_N: FloatArray) -> float:
     """Return k̂ of the density ratios w_ik/π_ref(k) of all prompts together: what one prompt's K cannot show."""
-    ratio_N = weight_N * np.exp(-table.log_weight_N)
-    size = min(tail_size(ratio_N.size), 5_000)
+    return tail_shape(weight_N * np.exp(-table.log_weight_N))
+
+
+def tail_shape(value_N: FloatArray) -> float:
+    """Return k̂ of the largest of N positive values taken as one sample; NaN where they are too few."""
+    size = min(tail_size(value_N.size), 5_000)
     if size < MIN_TAIL:
         return math.nan
-    ordered = np.sort(np.partition(ratio_N, -size - 1)[-size - 1 :])
+    ordered = np.sort(np.partition(value_N, -size - 1)[-size - 1 :])
     return float(pareto_shape((ordered[1:] - ordered[0])[None, :])[0])

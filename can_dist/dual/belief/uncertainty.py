@@ -6,14 +6,14 @@ its own reference mean (paired), and where the constraint is an absolute level, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm, t
+from scipy.stats import norm
 
 from can_dist.dual.estimators import estimator_moments, orthant_minimum, with_level
+from can_dist.dual.interval import Interval, mean_interval
 from can_dist.dual.solution import DualSolution, Margin
 from can_dist.dual.solve import solve_table
 from can_dist.dual.table import FloatArray, ScoreTable
@@ -46,16 +46,6 @@ class Bootstrap:
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A mean over prompts, its standard error and its confidence interval."""
-
-    mean: float
-    se: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class CrossFit:
     """Predictions for prompts that did not give λ: each fold is predicted with the λ of the others, then pooled.
 
@@ -65,7 +55,7 @@ class CrossFit:
         reward_improvement: E_{π_λ} r − E_{π_ref} r.
         kl: KL(π_λ‖π_ref), nats.
         lam_FJ: λ of each fold, in the order of the constraints.
-        confidence: of the intervals (Student's t, P − 1 degrees of freedom).
+        confidence: of the intervals, each a :func:`mean_interval`.
         num_folds: folds.
     """
 
@@ -177,10 +167,10 @@ def cross_fit(
     level_PJ = gain_PJ + table.mean_utility_JP.T
     names = [constraint.name for constraint in constraints]
     return CrossFit(
-        improvement={name: _interval(gain_PJ[:, j], confidence) for j, name in enumerate(names)},
-        level={name: _interval(level_PJ[:, j], confidence) for j, name in enumerate(names)},
-        reward_improvement=_interval(reward_P, confidence),
-        kl=_interval(kl_P, confidence),
+        improvement={name: mean_interval(gain_PJ[:, j], confidence) for j, name in enumerate(names)},
+        level={name: mean_interval(level_PJ[:, j], confidence) for j, name in enumerate(names)},
+        reward_improvement=mean_interval(reward_P, confidence),
+        kl=mean_interval(kl_P, confidence, least=0.0),
         lam_FJ=np.array(lams),
         confidence=confidence,
         num_folds=num_folds,
@@ -252,27 +242,3 @@ def _solve_replicate(table: ScoreTable, solution: DualSolution, count_P: FloatAr
     return solve_table(
         drawn, beta=solution.beta, constraints=constraints, estimator=solution.estimator, throw=False
     ).lam_vector
-
-
-def interval_of(mean: float, influence_P: FloatArray, confidence: float) -> Interval:
-    """Return the t-interval of a statistic over prompts: ``mean`` ± t·SE, P − 1 degrees of freedom.
-
-    Args:
-        mean: the statistic.
-        influence_P: what each prompt adds to it, up to a constant: the prompt's value where the statistic is a mean,
-            the linearised value (delta method) where it is a ratio of means.
-        confidence: of the interval.
-
-    Returns:
-        NaN for what does not exist: the error of a single prompt.
-    """
-    num_prompts = influence_P.size
-    if num_prompts < 2:
-        return Interval(mean, math.nan, math.nan, math.nan)
-    se = float(influence_P.std(ddof=1) / math.sqrt(num_prompts))
-    half = float(t.ppf(0.5 + confidence / 2, num_prompts - 1)) * se
-    return Interval(mean, se, mean - half, mean + half)
-
-
-def _interval(value_P: FloatArray, confidence: float) -> Interval:
-    return interval_of(float(value_P.mean()), value_P, confidence)

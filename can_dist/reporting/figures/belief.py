@@ -30,10 +30,8 @@ from can_dist.reporting.figures.style import (
 )
 
 ROW_HEIGHT_IN = 0.34
-LINE = 0.085
-"""Height of a line of text as a share of the axis."""
-CLOSE = 0.34
-"""Share of the axis under which two labels over it would touch."""
+LINE = 0.085  # height of a line of text as a share of the axis
+CLOSE = 0.34  # share of the axis under which two labels over it would touch
 
 
 @dataclass(frozen=True)
@@ -85,11 +83,8 @@ def dual_svg(
             colour, width = (INK, 2.0) if curve.chosen else (MUTED, 0.9)
             ax.plot(lam_G, curve.value_G, color=colour, linewidth=width)
             least = float(np.interp(curve.lam_min, lam_G, curve.value_G))
-            face = MARGIN if curve.chosen else "none"
-            edge = MARGIN if curve.chosen else MUTED
-            ax.plot(
-                [curve.lam_min], [least], "o", color=edge, markerfacecolor=face, markersize=8 if curve.chosen else 5
-            )
+            edge, face, size = (MARGIN, MARGIN, 8) if curve.chosen else (MUTED, "none", 5)
+            ax.plot([curve.lam_min], [least], "o", color=edge, markerfacecolor=face, markersize=size)
             ax.annotate(curve.text, (lam_G[-1], place), xytext=(5, 0), textcoords="offset points",
                         annotation_clip=False, ha="left", va="center", color=colour)  # fmt: skip
         ax.set_xlim(lam_G[0], lam_G[-1])

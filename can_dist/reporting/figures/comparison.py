@@ -11,18 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from can_dist.errors import DataError
-from can_dist.measuring.comparison import (
-    CONFIDENCE,
-    Ellipse,
-    FloatArray,
-    MethodResult,
-    check_comparable,
-    confidence_ellipse,
-)
+from can_dist.measuring.comparison import Ellipse, FloatArray, MethodResult, check_comparable, confidence_ellipse
 from can_dist.reporting.figures.style import (
     DASHED,
     DOTTED,
@@ -43,36 +32,22 @@ HEIGHT_IN, LEGEND_ROW_IN = 4.0, 0.24
 SHORT_NAME, NAME_WIDTH = 20, 46
 """Characters of a name that leaves room for a second column of the legend, and of a line of one that does not."""
 COLOURS = (POLICY, REFERENCE, INK)
-NUM_EDGE = 96
 
 
-def comparison_svg(
-    results: Sequence[MethodResult],
-    frontier: tuple[npt.ArrayLike, npt.ArrayLike],
-    *,
-    label: str,
-    prefix: str,
-    confidence: float = CONFIDENCE,
-) -> str:
-    """Draw every method's gains with their joint confidence ellipse; the first method is the one that stands out.
+def comparison_svg(results: Sequence[MethodResult], frontier_2G: FloatArray, *, label: str, prefix: str) -> str:
+    """Draw every method's gains with their joint 95 % confidence ellipse; the first method is the one that stands out.
 
     Args:
         results: the methods, on the same prompts; every margin among them is a line.
-        frontier: (safety gains, reward gains) that the dual predicts, in the order of the curve; may be empty.
+        frontier_2G: finite safety gains and reward gains that the dual predicts, along the curve; G may be 0.
         label: read out in place of the figure.
         prefix: makes the ids of this figure unlike those of others on the page.
-        confidence: of the ellipses.
 
     Raises:
-        DataError: methods that cannot be compared, or a frontier of different or non-finite lengths.
+        DataError: methods that cannot be compared.
     """
     check_comparable(results)
     margins = sorted({result.margin for result in results})
-    curve_2 = [np.asarray(values, dtype=np.float64) for values in frontier]
-    if curve_2[0].shape != curve_2[1].shape or curve_2[0].ndim != 1 or not np.isfinite(curve_2).all():
-        raise DataError(
-            f"frontier: {curve_2[0].shape} safety and {curve_2[1].shape} reward gains; expected as many finite ones."
-        )
     names = [textwrap.fill(result.name, NAME_WIDTH) for result in results]
     num_columns = 2 if max(map(len, names)) <= SHORT_NAME else 1
     num_rows = math.ceil((2 + sum(1 + name.count("\n") for name in names)) / num_columns)
@@ -83,12 +58,12 @@ def comparison_svg(
             ax.axvline(margin, color=MARGIN, linewidth=1.6, linestyle=DASHED, zorder=1)
         entries = []
         for place, (result, name) in enumerate(zip(results, names, strict=True)):
-            entries.append(_draw_method(ax, name, confidence_ellipse(result, confidence), place))
+            entries.append(_draw_method(ax, name, confidence_ellipse(result), place))
         (cross,) = ax.plot([0.0], [0.0], "+", color=MUTED, markersize=11, markeredgewidth=1.8, label="reference")
         entries.append(cross)
-        if curve_2[0].size:
+        if frontier_2G.size:
             dots = {"color": MUTED, "linewidth": 1.6, "linestyle": DOTTED, "label": "predicted frontier"}
-            entries += ax.plot(*curve_2, zorder=1, **dots)
+            entries += ax.plot(*frontier_2G, zorder=1, **dots)
         ax.margins(0.1)
         few_ticks(ax)
         ax.set_xlabel("safety gain against the reference")
@@ -99,29 +74,20 @@ def comparison_svg(
         return svg_text(figure, label, prefix)
 
 
-def ellipse_points(ellipse: Ellipse, num_points: int = NUM_EDGE) -> FloatArray:
-    """Return points of an ellipse's edge, (num_points, 2): safety, reward."""
-    turn, angle = math.radians(ellipse.angle), np.linspace(0.0, 2.0 * np.pi, num_points, endpoint=False)
-    along, across = 0.5 * ellipse.width * np.cos(angle), 0.5 * ellipse.height * np.sin(angle)
-    safety = ellipse.safety + along * math.cos(turn) - across * math.sin(turn)
-    reward = ellipse.reward + along * math.sin(turn) + across * math.cos(turn)
-    return np.column_stack([safety, reward])
-
-
 def _draw_method(ax: Any, name: str, ellipse: Ellipse, place: int) -> Any:
     """Draw a method's mean and region; return its entry of the legend."""
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Ellipse as Region
 
     colour, first = COLOURS[min(place, len(COLOURS) - 1)], place == 0
-    edge = ellipse_points(ellipse)
+    region = ((ellipse.safety, ellipse.reward), ellipse.width, ellipse.height)
     if first:
-        ax.fill(*edge.T, color=colour, alpha=0.22, linewidth=0, zorder=2)
+        ax.add_patch(Region(*region, angle=ellipse.angle, color=colour, alpha=0.22, linewidth=0, zorder=2))
     line: dict[str, Any] = {"color": colour, "linewidth": 1.8 if first else 1.0, "linestyle": LINES[place % len(LINES)]}
     dot: dict[str, Any] = {
         "marker": MARKERS[place % len(MARKERS)], "markersize": 7, "markeredgewidth": 1.4, "markeredgecolor": colour,
         "markerfacecolor": colour if first else "none",
     }  # fmt: skip
-    closed = np.vstack([edge, edge[:1]])
-    ax.plot(*closed.T, zorder=3, **line)
+    ax.add_patch(Region(*region, angle=ellipse.angle, fill=False, zorder=3, **line))
     ax.plot([ellipse.safety], [ellipse.reward], linestyle="none", zorder=4, **dot)
     return Line2D([], [], label=name, **line, **dot)

@@ -145,9 +145,8 @@ def _map(figure: Any, curve: Frontier) -> None:
 def _triangles(x_N: FloatArray, y_N: FloatArray, shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
     """Split each cell of the λ grid along its shorter diagonal; Delaunay would bridge the bays of the region."""
     index = np.arange(x_N.size).reshape(shape)
-    a, b, c, d = (
-        corner.ravel() for corner in (index[:-1, :-1], index[1:, :-1], index[1:, 1:], index[:-1, 1:])
-    )  # around the cell
+    around = (index[:-1, :-1], index[1:, :-1], index[1:, 1:], index[:-1, 1:])
+    a, b, c, d = (corner.ravel() for corner in around)
     along = np.hypot(x_N[a] - x_N[c], y_N[a] - y_N[c]) <= np.hypot(x_N[b] - x_N[d], y_N[b] - y_N[d])
     first = np.where(along, np.stack([a, b, c]), np.stack([a, b, d]))
     second = np.where(along, np.stack([a, c, d]), np.stack([b, c, d]))

@@ -4,16 +4,15 @@ calibration."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.special import expit
+from scipy.stats import binomtest
 
 from can_dist.reporting.figures.style import BLUE, DOTTED, GREY, ORANGE, paper_figure, save_figure
 
 SIZE_IN = (3.5, 3.3)
 MAX_BINS, PAIRS_PER_BIN = 10, 20
-Z_95 = 1.959964
 
 
 def draw_reliability(gap_N: np.ndarray, preferred_N: np.ndarray, scale: float, scale_se: float, path: Path) -> None:
@@ -31,7 +30,9 @@ def draw_reliability(gap_N: np.ndarray, preferred_N: np.ndarray, scale: float, s
             (1.0, ORANGE, "D", "white", "as trained, a = 1"),
             (scale, BLUE, "o", BLUE, f"calibrated, a = {scale:.3g} ± {scale_se:.2g}"),
         ):
-            _points(ax, expit(a * np.abs(gap_N[decided_N])), agrees_N[decided_N], colour, marker, face, name)
+            x, share, low, high = reliability_bins(expit(a * np.abs(gap_N[decided_N])), agrees_N[decided_N]).T
+            ax.vlines(x, low, high, color=colour, linewidth=1.1)
+            ax.plot(x, share, marker, color=colour, markerfacecolor=face, markersize=4.5, label=name)
         low = min(0.5, ax.get_ylim()[0])
         ax.set(xlim=(0.49, 1.01), ylim=(max(0.0, low), 1.02))
         ax.set_xlabel("predicted share that prefers the higher score, σ(a·|Δs|)")
@@ -46,16 +47,7 @@ def reliability_bins(predicted_N: np.ndarray, agrees_N: np.ndarray) -> np.ndarra
     num_bins = int(np.clip(len(order) // PAIRS_PER_BIN, 1, MAX_BINS))
     rows = []
     for members in np.array_split(order, num_bins):
-        n, share = len(members), float(np.mean(agrees_N[members]))
-        centre = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
-        reach = Z_95 / (1 + Z_95**2 / n) * np.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
-        rows.append((float(np.mean(predicted_N[members])), share, centre - reach, centre + reach))
+        agreeing = binomtest(int(agrees_N[members].sum()), len(members))
+        wilson = agreeing.proportion_ci(method="wilson")
+        rows.append((np.mean(predicted_N[members]), agreeing.statistic, wilson.low, wilson.high))
     return np.array(rows)
-
-
-def _points(
-    ax: Any, predicted_N: np.ndarray, agrees_N: np.ndarray, colour: str, marker: str, face: str, name: str
-) -> None:
-    x, share, low, high = reliability_bins(predicted_N, agrees_N).T
-    ax.vlines(x, low, high, color=colour, linewidth=1.1)
-    ax.plot(x, share, marker, color=colour, markerfacecolor=face, markersize=4.5, label=name)

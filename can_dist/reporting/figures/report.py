@@ -97,10 +97,7 @@ def density_svg(reference: Sequence[float], policy: Sequence[float], *, label: s
             ax.stairs(share, edges, color=colour, linewidth=1.7, linestyle=line, label=name)
         top = ax.get_ylim()[1] * 1.08
         ax.set_ylim(0.0, top)
-        for values, colour, line, marker in (
-            (before, REFERENCE, DASHED, "D"),
-            (after, POLICY, "solid", "o"),
-        ):
+        for values, colour, line, marker in ((before, REFERENCE, DASHED, "D"), (after, POLICY, "solid", "o")):
             mean = float(values.mean()) if values.size else math.nan
             if edges[0] <= mean <= edges[-1]:
                 ax.plot([mean, mean], [0.0, top], color=colour, linewidth=1.2, linestyle=line)
@@ -141,13 +138,13 @@ def _legend_above(ax: Any) -> None:
 
 def _finite(values: Sequence[float]) -> np.ndarray:
     """Return the finite values; a JSON null counts as missing."""
-    array = np.asarray([math.nan if value is None else value for value in values], dtype=float)
-    return array[np.isfinite(array)]
+    array = np.asarray(values, dtype=float)
+    finite: np.ndarray = array[np.isfinite(array)]
+    return finite
 
 
 def _finite_pairs(pairs: Any) -> tuple[np.ndarray, np.ndarray]:
-    rows = [[math.nan if value is None else value for value in pair] for pair in pairs]
-    table = np.asarray(rows, dtype=float).reshape(-1, 2)
+    table = np.asarray(pairs, dtype=float).reshape(-1, 2)
     table = table[np.isfinite(table).all(axis=1)]
     return table[:, 0], table[:, 1]
 

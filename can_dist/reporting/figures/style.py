@@ -26,14 +26,7 @@ LIGHT = {
     "margin": "#75398a",
 }
 """The light page's colours, by the names of their CSS variables."""
-INK, MUTED, RULE, REFERENCE, POLICY, MARGIN = STAND_INS = (
-    "#010901",
-    "#020902",
-    "#030903",
-    "#040904",
-    "#050905",
-    "#060906",
-)
+INK, MUTED, RULE, REFERENCE, POLICY, MARGIN = STAND_INS = tuple(f"#0{number}090{number}" for number in range(1, 7))
 """Colours that no plot would use by chance, in the order of ``LIGHT``; :func:`svg_text` replaces them."""
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's colours for figures on white: colour-blind readers can tell them apart."""

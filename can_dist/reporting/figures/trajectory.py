@@ -9,8 +9,7 @@ from typing import Any
 from can_dist.reporting.figures.style import DOTTED, GREY, LINES, MARKERS, SERIES, paper_figure, save_figure
 
 SIZE_IN = (6.4, 2.6)
-REACH = 1.96
-"""Standard errors of a 95 % interval."""
+REACH = 1.96  # standard errors of a 95 % interval
 
 
 def look_of(index: int) -> dict[str, Any]:
@@ -24,8 +23,8 @@ def look_of(index: int) -> dict[str, Any]:
     }
 
 
-def draw_trajectory(rounds: Sequence[Mapping[str, Any]], path: Path, kind: str = "svg") -> None:
-    """Draw λ (left) and the slack with its 95 % interval (right) of every round and constraint into ``path``.
+def draw_trajectory(rounds: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw into ``path`` (SVG) λ (left) and the slack with its 95 % interval (right) of every round and constraint.
 
     ``rounds`` are those of ``trajectory.json``: ``lam`` by constraint, and ``constraints`` with ``slack`` and ``se``.
     """
@@ -49,4 +48,4 @@ def draw_trajectory(rounds: Sequence[Mapping[str, Any]], path: Path, kind: str =
             ax.set_xlabel("policy, in the order trained")
             ax.set_xlim(0.6, len(rounds) + 0.4)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        save_figure(figure, path, kind)
+        save_figure(figure, path, "svg")

@@ -404,7 +404,7 @@ def _keep_gradients(file: Path, head_bytes: int, layout: str = "") -> None:
 
     logprobs.HEAD_BYTES = head_bytes
     if layout:
-        engine._layout = lambda _: layout
+        engine._layout = lambda _: (layout, "as the test says")
     plain_initialize = engine._initialize
 
     def initialize(*inputs: object) -> object:

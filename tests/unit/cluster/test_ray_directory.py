@@ -50,7 +50,7 @@ def test_long_tmpdir_gets_a_private_directory_of_the_users_own(long: Path) -> No
     assert session_directory() == str(directory)  # again, now that it is there
     [finding] = check_ray(Cluster())
     assert finding.severity is Severity.OK
-    assert f"its sessions lie in {directory}" in finding.found
+    assert f"its sessions lie in {directory}" in finding.state
 
 
 def test_directory_that_others_can_enter_or_own_is_refused(long: Path) -> None:

@@ -87,10 +87,10 @@ def test_the_doctor_names_every_missing_file_model_and_endpoint(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = configure(method)
-    looked_at = {finding.what for finding in check_inputs(config)}
+    looked_at = {finding.subject for finding in check_inputs(config)}
     assert looked_at >= {*sources(config), *models(config), *endpoints(config)}
     missing = {key: str(source.source) for key, source in sources(config).items()}
-    found = {finding.what: finding.found for finding in check_inputs(config)}
+    found = {finding.subject: finding.state for finding in check_inputs(config)}
     assert all(f"{name}: no such file" in found[key] for key, name in missing.items())
 
 
@@ -120,7 +120,9 @@ def test_run_doctor_and_plan_give_one_message_on_a_missing_source(tmp_path: Path
     assert isinstance(planned.exception, DataError)
     assert str(planned.exception) == str(refused.value)
     assert all(sentence in str(refused.value) for sentence in sentences)
-    findings = {f"{finding.what}: {finding.found}. {finding.remedy}" for finding in check_inputs(validate_config(raw))}
+    findings = {
+        f"{finding.subject}: {finding.state}. {finding.remedy}" for finding in check_inputs(validate_config(raw))
+    }
     assert findings >= set(sentences)
     with pytest.raises(DataError) as direct:
         check_sources(validate_config(raw))

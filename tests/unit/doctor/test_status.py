@@ -128,7 +128,15 @@ def test_after_a_kill_the_stage_is_interrupted_and_the_same_command_is_next(run:
 def test_p4_rows_in_are_rows_scored_and_rows_quarantined(run: Path) -> None:
     """While a stage goes on from its events, afterwards from its manifest."""
     done, going = make_stage(run, "score-1"), make_stage(run, "score-2", parts=5)
-    manifest = {"files": [{"rows": 3}, {"rows": 4}, {"file": "x"}], "info": {"quarantined": {"p1/2": "why"}}}
+    files = [{"file": name, "bytes": 1, "sha256": ""} for name in ("part-00000.arrow", "part-00001.arrow", "x.json")]
+    files[0]["rows"], files[1]["rows"] = 3, 4
+    manifest = {
+        "stage": "score",
+        "identity": {},
+        "inputs": {},
+        "files": files,
+        "info": {"quarantined": {"p1/2": "why"}},
+    }
     (done / "MANIFEST.json").write_text(json.dumps(manifest))
     work = SHARDS | {"work": "score (calm, x)", "artifact": going.name}
     left_out = {"event": "quarantined", "work": work["work"], "shard": 3, "row": "response 'p9/1'"}

@@ -172,29 +172,30 @@ class TestDiagnose:
     @pytest.mark.parametrize(
         ("world", "start"),
         [
-            (World("gaussian", 1.0), "Trust lambda to within"),
-            (World("gaussian", 50.0, num_prompts=100), "Do not trust lambda: gaussian as the least bad"),
-            (World("t3", 2.0, num_prompts=100), "Lambda is known only roughly"),
+            (World("gaussian", 1.0), "On new prompts the policy of this lambda changes g by +0.4"),
+            (World("gaussian", 50.0, num_prompts=100), "Do not trust the prediction or lambda: 1.1 of 128 responses"),
+            (World("t3", 1.0, num_prompts=100), "Do not trust the prediction or lambda: "),
         ],
     )
     def test_verdict(self, world: World, start: str) -> None:
         table = table_of(world)
         solution = solve_table(table, beta=world.beta, constraints=[Margin("g", world.margin)])
         found = diagnose(table, solution)
-        assert found.verdict.startswith(start) or (
-            start.startswith("Lambda") and found.verdict.startswith("Do not trust")
-        )
-        assert found.trustworthy is start.startswith("Trust")
-        assert found.trustworthy is (found.relative_error <= 0.03)
+        assert found.verdict.startswith(start)
+        assert found.verdict.startswith(solution.diagnostics["verdict"])
+        assert found.judgement == solution.diagnostics["judgement"]
         json.dumps(found.to_dict(), allow_nan=False)
 
-    def test_it_examines_the_empirical_lambda_whatever_was_solved(self) -> None:
+    def test_only_the_judgement_depends_on_the_estimator_that_was_used(self) -> None:
         table = table_of(World("gaussian", 1.0, num_prompts=200))
         plain, other = (
             solve_table(table, beta=1.0, constraints=[Margin("g", 0.5)], estimator=name)
             for name in ("empirical", "gaussian")
         )
-        assert diagnose(table, other).to_dict() == diagnose(table, plain).to_dict()
+        records = [diagnose(table, solution).to_dict() for solution in (plain, other)]
+        judged = [record.pop("judgement") for record in records]
+        assert judged[0]["delivered"] != judged[1]["delivered"]
+        assert {**records[0], "verdict": ""} == {**records[1], "verdict": ""}
         assert diagnose(table, plain).lam["gaussian"] == other.lam
 
     def test_disagreement(self) -> None:

@@ -99,8 +99,9 @@ def test_fair_judge_wins_in_both_orders(tmp_path: Path) -> None:
         rows = judge_pairs([*pairs(3), Comparison("t", "Q?", "Same.", "Same.")], spec_of(server), tmp_path)
     assert [(row.prompt_id, row.order) for row in rows[:2]] == [("p0", "candidate first"), ("p0", "baseline first")]
     assert [row.verdict for row in rows] == ["win"] * 6 + ["tie"] * 2
-    assert rows[0].answer == "One is better.\nVerdict: A"
-    assert (rows[0].prompt_tokens, rows[0].completion_tokens, rows[0].requests) == (100, 7, 1)
+    assert rows[0].record.text == "One is better.\nVerdict: A"
+    record = rows[0].record
+    assert (record.prompt_tokens, record.completion_tokens, record.requests) == (100, 7, 1)
     summary = summarise(rows)
     assert (summary.wins, summary.ties, summary.losses) == (6, 2, 0)
     assert summary.win_rate.mean == 0.875
@@ -181,7 +182,9 @@ def test_judge_that_forgets_the_verdict_is_reminded(tmp_path: Path) -> None:
     with serving(forgetful) as server:
         rows = judge_pairs(pairs(2), spec_of(server), tmp_path)
     assert [row.verdict for row in rows] == ["win"] * 4
-    assert all((row.requests, row.prompt_tokens, row.completion_tokens) == (2, 200, 14) for row in rows)
+    assert all(
+        (row.record.requests, row.record.prompt_tokens, row.record.completion_tokens) == (2, 200, 14) for row in rows
+    )
     assert server.bodies[-1]["messages"][2] == {"role": "assistant", "content": "Both have merits."}
 
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from can_dist.errors import DataError
-from can_dist.judging.judge import ORDERS, Judgement
+from can_dist.judging.judge import ORDERS, Judgement, Record
 from can_dist.judging.summary import flip_rate, summarise
 
 
 def row(prompt_id: str, order: int, verdict: Any, length: int = 0, failure: Any = "") -> Judgement:
-    return Judgement(prompt_id, ORDERS[order], verdict, failure, "", 1, 10, 2, False, length)
+    record = Record(choice=None, text="", rejected=False, requests=1, prompt_tokens=10, completion_tokens=2)
+    return Judgement(prompt_id, ORDERS[order], verdict, failure, record, False, length)
 
 
 def pair(prompt_id: str, first: Any, second: Any, length: int = 0) -> list[Judgement]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.patches import Ellipse
 from scipy.special import expit
 
 from can_dist.errors import ConfigError, DataError, NumericalError
@@ -23,7 +24,7 @@ from can_dist.measuring.comparison import (
     short_time,
 )
 from can_dist.measuring.ranking import bradley_terry, rank_methods
-from can_dist.reporting.figures.comparison import comparison_svg, ellipse_points
+from can_dist.reporting.figures.comparison import comparison_svg
 
 COST = Cost(1_200_000, 3_400_000, 12_345_678, 4000.0, 1)
 COVARIANCE_22 = np.array([[1.0, -0.9], [-0.9, 2.0]])  # reward, safety
@@ -54,7 +55,9 @@ def test_ellipse_covers_95_percent(num_prompts: int) -> None:
 
 def test_ellipse_edge_is_where_hotellings_t2_says() -> None:
     result = method("m", 0.3, 0.7, num_prompts=20)
-    edge = ellipse_points(confidence_ellipse(result))[:, ::-1] - [result.reward_gain, result.safety_gain]
+    ellipse = confidence_ellipse(result)
+    region = Ellipse((ellipse.safety, ellipse.reward), ellipse.width, ellipse.height, angle=ellipse.angle)
+    edge = region.get_patch_transform().transform(np.eye(2))[:, ::-1] - [result.reward_gain, result.safety_gain]
     distance = np.einsum("ni,ij,nj->n", edge, np.linalg.inv(result.covariance_22), edge)
     np.testing.assert_allclose(distance, 2 * 19 / 18 * 3.554557, rtol=1e-6)  # F_{2,18}(0.95)
 
@@ -72,7 +75,7 @@ def test_means_and_their_covariance_are_over_prompts() -> None:
 def test_table_reads_well() -> None:
     table = comparison_table([method("MoCAN", 0.5, 1.0), method("DPO-H", 1.0, -1.0), method("DPO-S", -0.5, 3.0)])
     rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
-    assert all(re.fullmatch(r"[+-]\d\.\d\d ± \d\.\d\d", row["safety gain"]) for row in rows)
+    assert all(re.fullmatch(r"[+-]\d\.\d\d \[[+-]\d\.\d\d, [+-]\d\.\d\d\]", row["safety gain"]) for row in rows)
     assert rows[0] | {"helpfulness gain": "", "safety gain": ""} == {
         "method": "MoCAN", "helpfulness gain": "", "safety gain": "", "margin": "1", "verdict": "met",
         "KL (nats)": "0.5",
@@ -193,7 +196,7 @@ METHODS = [
     method("DPO-S", -0.4, 1.8, 400, 5),
 ]
 LAM = np.linspace(0, 3, 40)
-FRONTIER = (-0.3 + 2.1 * (1 - np.exp(-LAM)), 1.15 - 0.17 * LAM**2)
+FRONTIER = np.stack([-0.3 + 2.1 * (1 - np.exp(-LAM)), 1.15 - 0.17 * LAM**2])
 
 
 def draw(methods: list[MethodResult] = METHODS, frontier: Any = FRONTIER) -> str:
@@ -255,14 +258,14 @@ def test_methods_differ_without_colours() -> None:
 
 
 def test_hostile_name_stays_text() -> None:
-    svg = draw([method("<script>alert(1)</script> & $x^2$", 0.1, 0.2), method("b", 0.3, 0.4)], ([], []))
+    svg = draw([method("<script>alert(1)</script> & $x^2$", 0.1, 0.2), method("b", 0.3, 0.4)], np.empty((2, 0)))
     assert "<script>" not in svg
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; $x^2$" in svg
 
 
 def test_one_method_without_spread_can_be_drawn() -> None:
     constant = method_result("m", np.ones(5), np.ones(5), margin=0.5, verdict="met", kl=0.1, cost=COST)
-    assert "<svg" in draw([constant], ([], []))
+    assert "<svg" in draw([constant], np.empty((2, 0)))
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -281,10 +284,6 @@ def test_methods_that_cannot_be_compared_are_named() -> None:
     for methods in ([], [METHODS[0], METHODS[0]], [METHODS[0], method("short", 0, 0, 10)]):
         with pytest.raises(DataError, match=r"expected methods of different names, evaluated on the same prompts\."):
             comparison_table(methods)
-    with pytest.raises(
-        DataError, match=r"frontier: \(2,\) safety and \(1,\) reward gains; expected as many finite ones\."
-    ):
-        draw(frontier=([0.0, 1.0], [1.0]))
 
 
 def test_bad_scores_are_named() -> None:
@@ -294,7 +293,7 @@ def test_bad_scores_are_named() -> None:
         rank_methods({"a": [1, 2], "b": [1, 2, 3]})
     with pytest.raises(DataError, match=r"scores of 'b': nan at prompt 1; expected finite numbers\."):
         rank_methods({"a": [1, 2], "b": [1, np.nan]})
-    with pytest.raises(ConfigError, match=r"num_replicates = 1, confidence = 0\.95: expected at least 2, and between"):
+    with pytest.raises(ConfigError, match=r"num_replicates = 1: expected at least 2\."):
         rank_methods({"a": [1, 2], "b": [1, 2]}, num_replicates=1)
 
 

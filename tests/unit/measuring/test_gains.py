@@ -1,15 +1,16 @@
 """The numbers of the report against independent computations."""
 
+import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from scipy import stats
 
 from can_dist.config.sections import Constraint
-from can_dist.dual import Margin, cross_fit, predict, solve_dual, solve_table
+from can_dist.dual import Margin, cross_fit, mean_interval, predict, solve_dual, solve_table
 from can_dist.dual.table import ScoreTable
 from can_dist.measuring.examination import examine
 from can_dist.measuring.gains import (
@@ -18,6 +19,7 @@ from can_dist.measuring.gains import (
     gains_table,
     improvement,
     interval,
+    joint_confidence,
     lengths,
     refusals,
     safety_tails,
@@ -35,12 +37,10 @@ def table(scores: dict[str, list[float]], name: str = "g") -> pa.Table:
     return pa.table({"prompt_id": [r[0] for r in rows], name: [r[1] for r in rows]})
 
 
-def test_interval_is_scipys_one_sample_t_interval() -> None:
+def test_the_interval_is_the_duals_interval_of_a_mean_with_the_joint_confidence() -> None:
     values = np.random.default_rng(1).normal(2, 3, size=17)
-    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    found = interval(values)
-    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), rel=1e-12)
-    assert found["mean"] == pytest.approx(values.mean())
+    assert interval(values, joint_confidence(2)) == asdict(mean_interval(values, 0.975))
+    assert joint_confidence(1) == 0.95
 
 
 def test_improvement_is_paired_by_prompt_whatever_the_order_and_the_number_of_responses() -> None:
@@ -66,6 +66,8 @@ def test_interval_counts_prompts_not_responses() -> None:
         (0.5, 1.5, "met within the interval"),
         (0.5, 1.0, "met within the interval"),
         (0, 0.9, "not met"),
+        (0.0, 0.0, "not decided"),
+        (2.0, 2.0, "not decided"),
     ],
 )
 def test_verdict(low: float, high: float, expected: str) -> None:
@@ -83,6 +85,14 @@ def test_an_equality_is_missed_on_either_side(low: float, high: float, expected:
 def test_win_rate_compares_all_pairs_and_halves_ties() -> None:
     before, after = table({"a": [0.0, 1.0], "b": [0.0, 0.0]}), table({"b": [0.0, 0.0], "a": [1.0, 2.0]})
     assert win_rate(before, after, "g")["mean"] == pytest.approx(((1 + 0.5 + 1 + 1) / 4 + 0.5) / 2)
+
+
+def test_win_rate_stays_between_none_and_all() -> None:
+    """A t-interval of 29 wins and one tie among 30 prompts would reach 1.02."""
+    before = table({str(p): [0.0] for p in range(30)})
+    after = table({str(p): [0.0 if p == 0 else 1.0] for p in range(30)})
+    rate = win_rate(before, after, "g")
+    assert 0.5 < rate["low"] < rate["mean"] < rate["high"] <= 1.0
 
 
 def test_held_out_prediction_reweights_the_references_responses() -> None:
@@ -123,7 +133,9 @@ def test_what_is_predicted_is_cross_fitted_and_the_held_out_value_stands_beside_
         ),
     ):
         assert found["predicted"] == {"mean": inside.mean, "se": inside.se, "low": inside.low, "high": inside.high}
-        assert found["predicted_held_out"] == interval(outside_P)
+        assert found["predicted_held_out"] == interval(
+            outside_P, least=0.0 if outside_P is held_out.kl_P else -math.inf
+        )
     assert kl["predicted"] == crossed.kl.mean
     # why: two responses per prompt cannot show what λ* does
     assert scores["safety"]["predicted_held_out"]["mean"] < 0.8 * scores["safety"]["predicted"]["mean"]

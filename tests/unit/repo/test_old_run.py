@@ -118,17 +118,20 @@ def world(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def continue_run(folder: Path, config: Config) -> None:
-    """Run the methods; a stage that is not there raises, with what made it another one."""
+    """Run the methods up to their training; a stage that is not there raises, with what made it another one.
+
+    Evaluations are made anew since their intervals changed.
+    """
     for method in METHODS:
         try:
-            run_method(folder / "run", for_method(config, method), only_stage=NO_STAGE, measured_by=config)
+            run_method(folder / "run", for_method(config, method), "train", only_stage=NO_STAGE, measured_by=config)
         except DataError as error:
             [new] = {path.name for path in (folder / "run").glob("*-*")} - MANIFESTS.keys()
             pytest.fail(f"{error}\nof today: {(folder / 'run' / new / artifacts.STAGE).read_text(encoding='utf-8')}")
 
 
 def test_the_name_of_every_directory_follows_from_its_identity_and_inputs() -> None:
-    assert len(MANIFESTS) > 38
+    assert len(MANIFESTS) > 20
     for name, manifest in MANIFESTS.items():
         inputs = {role: entry["digest"] for role, entry in manifest["inputs"].items()}
         content = {"identity": manifest["identity"], "inputs": inputs}

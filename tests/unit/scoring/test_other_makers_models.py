@@ -74,7 +74,7 @@ def refused(config: Config, expected: type[Exception] = DataError) -> str:
     with pytest.raises(expected) as caught:
         preflight(config)
     errors = [finding for finding in check_inputs(config) if finding.severity is Severity.ERROR]
-    assert any(str(caught.value).startswith(finding.found) for finding in errors), (str(caught.value), errors)
+    assert any(str(caught.value).startswith(finding.state) for finding in errors), (str(caught.value), errors)
     return str(caught.value)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,11 @@ def test_description_of_a_plain_solution() -> None:
 
 def test_description_tells_the_estimator_its_reason_and_the_safety_margin() -> None:
     solution = expected(Margin("safety", 0.3), estimator="auto", confidence=0.9)
-    assert solution.estimator_reason
+    assert (solution.estimator, solution.estimator_reason) == ("jackknife", "")
     text = describe(solution)
-    assert f"; estimator {solution.estimator} ({solution.estimator_reason}); " in text
+    assert "; estimator jackknife; " in text
+    reason = replace(solution, estimator_reason="why")
+    assert "; estimator jackknife (why); " in describe(reason)
     assert f"; margins raised for confidence 0.9: safety by {solution.safety_margin['safety']:.4g}; " in text
     assert "; estimator gaussian; " in describe(expected(Margin("safety", 0.3), estimator="gaussian"))
 

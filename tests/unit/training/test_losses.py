@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from can_dist.modeling.packs import Pack
 from can_dist.training import objective
 from can_dist.training.batches import Batch, Example, Slot, collate
-from can_dist.training.losses import LOSSES, agreement, example_losses, implicit_margin, sigmoid_loss
+from can_dist.training.losses import agreement, example_losses, implicit_margin, sigmoid_loss
 
 BETA = 0.5
 
@@ -62,7 +62,7 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["sigmoid", "regression", "listwise", "kto"])
 def test_value_and_gradient_are_those_of_the_definition(name: str) -> None:
     ratios, targets = EXAMPLES[name]
     ratio_BN = tensor(ratios).requires_grad_()

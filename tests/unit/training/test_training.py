@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from can_dist.modeling.loading import check_trainable, context_length
 from can_dist.modeling.logprobs import ResponseModel, response_logp
 from can_dist.training.batches import Example, about_long, global_batch, num_steps, rank_packs, stream
 from can_dist.training.deepspeed_config import NOT_OFFERED, OWNED, accumulation, build_ds_config, read_ds_config
-from can_dist.training.export import _weights, check_shapes, plan_shards
+from can_dist.training.export import _weights, check_shapes, write_shards
 from can_dist.training.heartbeat import describe_hang
 from can_dist.training.metrics import MetricsLog, loss_above_start, read_metrics, training_curve
 from can_dist.training.trainable import adapt
@@ -457,12 +458,18 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 80))
-def test_shards_hold_every_tensor_once_in_order_and_are_not_too_large(sizes: list[int], limit: int) -> None:
-    named = {f"t{index}": size for index, size in enumerate(sizes)}
-    shards = plan_shards(named, limit)
-    assert [name for shard in shards for name in shard] == list(named)
-    assert all(shard for shard in shards)
-    assert all(sum(named[name] for name in shard) <= limit or len(shard) == 1 for shard in shards)
+def test_shards_hold_every_tensor_once_and_are_not_too_large(sizes: list[int], limit: int) -> None:
+    named = {f"t{index}": torch.full((size,), index, dtype=torch.uint8) for index, size in enumerate(sizes)}
+    with tempfile.TemporaryDirectory() as directory:
+        write_shards(Path(directory), {name: tensor.nbytes for name, tensor in named.items()}, limit, named.get)
+        files = {path.name: load_file(path) for path in sorted(Path(directory).glob("*.safetensors"))}
+        index = Path(directory) / "model.safetensors.index.json"
+        weight_map = json.loads(index.read_text())["weight_map"] if index.exists() else {}
+    places = {name: file for file, tensors in files.items() for name in tensors}
+    assert sum(map(len, files.values())) == len(named)
+    assert all(torch.equal(files[places[name]][name], tensor) for name, tensor in named.items())
+    assert all(sum(map(torch.numel, shard.values())) <= limit or len(shard) == 1 for shard in files.values())
+    assert weight_map == (places if len(files) > 1 else {})
 
 
 @pytest.mark.parametrize(
@@ -479,6 +486,7 @@ def test_exported_tensors_must_be_those_of_the_architecture(
 ) -> None:
     tensors = load_file(reference / "model.safetensors")
     save_file(tensors, tmp_path / "model.safetensors")
+    AutoConfig.from_pretrained(reference).save_pretrained(tmp_path)
     check_shapes(tmp_path, AutoConfig.from_pretrained(reference))
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")

@@ -1,0 +1,238 @@
+"""What a table can vouch for: how well λ is known, and what π_λ delivers on new prompts.
+
+Both statements are intervals at 95 % that count two errors. The prompts drawn: each prompt is predicted with the λ of
+the others (one Newton step), and the mean over prompts has an interval that holds under skew. The few responses per
+prompt: the jackknife removes the bias of order 1/K, and the size of its correction bounds the bias left. That bound
+holds only while no few responses carry the correction, so the statements have conditions; where one fails, they are
+replaced by the reason. How often each is printed and how often it is then true: docs/estimators.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import logsumexp
+from scipy.stats import t
+
+from can_dist.dual.belief.psis import tail_shape
+from can_dist.dual.estimators import Estimate, jackknife_moments, with_level, within_covariance
+from can_dist.dual.interval import Interval, mean_interval
+from can_dist.dual.moments import PromptMoments, prompt_moments
+from can_dist.dual.objective import tilt
+from can_dist.dual.table import FloatArray, ScoreTable
+
+CONFIDENCE = 0.95
+
+MIN_PROMPTS = 50
+"""Fewest prompts that can show a change: below, the interval of a mean misses too often."""
+
+MIN_ESS = 4.0
+"""Effective responses per prompt, weighted by the prompts' variance of g, from which the correction bounds the bias."""
+
+MIN_CARRIERS = 40.0
+"""Responses, of all prompts together, that must carry the bias of order 1/K."""
+
+MAX_SHAPE = 0.5
+"""Pareto k̂ of the density ratios of all prompts: from 1/2 on their squares, which carry the bias, have no mean."""
+
+SPREAD_ESS = 15.0
+"""Effective responses per prompt from which a prompt's own normaliser is known: carriers by it then suffice."""
+
+MAX_SINGLE = 0.1
+"""Share of prompts with one response, which show no change, up to which it is counted as an error."""
+
+LAM_LIMIT = 0.25
+"""Relative error up to which λ counts as known; beyond, its error is not a symmetric interval."""
+
+
+@dataclass(frozen=True)
+class Trust:
+    """The two statements of one table, arrays in the order of the constraints.
+
+    Attributes:
+        delivered: E_{π_λ} g − E_{π_ref} g of new prompts (E_{π_λ} g where the constraint is a level), bias included in
+            both ends; utility units.
+        bias_J: how much of each arm allows for the finite K and for prompts with one response; utility units.
+        lam_error_J: half the length of λ's interval over λ: bias and sampling; 0 where λ = 0 for certain, infinite
+            where λ = 0 may be wrong.
+        ess_J: effective responses per prompt by constraint, ΣV/Σ(V/ESS), V the prompt's variance of g.
+        carriers_J: responses that carry the bias of order 1/K: (Σ c)²/Σ c² with c = |g| exp(2 s/β), s and g less their
+            prompt's means.
+        own_carriers_J: the same with c = |g| (w K)², the density ratios by each prompt's own normaliser.
+        shape: pooled Pareto k̂ of exp(s/β).
+        num_flat: prompts on which no response scores differently, so that they cannot show a change.
+        objection: why neither statement is made; empty where they are.
+    """
+
+    delivered: tuple[Interval, ...]
+    bias_J: FloatArray
+    lam_error_J: FloatArray
+    ess_J: FloatArray
+    carriers_J: FloatArray
+    own_carriers_J: FloatArray
+    shape: float
+    num_flat: int
+    objection: str
+
+    @property
+    def lam_known(self) -> bool:
+        """Whether every λ is known to within ``LAM_LIMIT``."""
+        return not self.objection and bool(np.all(self.lam_error_J <= LAM_LIMIT))
+
+
+def judge(
+    table: ScoreTable, beta: float, margin_J: FloatArray, found: Estimate, level_J: FloatArray | None = None
+) -> Trust:
+    """Judge λ̂ of any estimator on the table that gave it.
+
+    Args:
+        table: scores of P sampled prompts, J ≥ 1 utilities.
+        beta: KL weight β > 0.
+        margin_J: b.
+        found: λ̂, finite.
+        level_J: 1 where the constraint is an absolute level, 0 where a margin.
+    """
+    lam_J, num_prompts = found.lam_J, table.num_prompts
+    confidence = 1 - (1 - CONFIDENCE) / lam_J.size
+    moments = prompt_moments(table, lam_J, beta)
+    corrected = jackknife_moments(table, lam_J, beta, moments)
+    single = float((table.num_responses_P == 1).mean())
+    silent_J = np.abs(corrected.gain_PJ.mean(axis=0)) * single / max(1 - single, 1e-9)
+    correction_J = moments.gain_PJ.mean(axis=0) - corrected.gain_PJ.mean(axis=0)
+    bias_J = np.abs(correction_J) + silent_J
+    slack_PJ = with_level(table, corrected.gain_PJ - margin_J, level_J)
+    value_PJ = corrected.gain_PJ + left_out_gain(moments, slack_PJ, beta, lam_J)
+    if level_J is not None:
+        value_PJ = value_PJ + level_J * table.mean_utility_JP.T
+    delivered = tuple(
+        widened(mean_interval(value_P, confidence), bias)
+        for value_P, bias in zip(value_PJ.T, bias_J.tolist(), strict=True)
+    )
+    variance_JP = np.array([within_covariance(table, column_N, column_N) for column_N in table.utility_JN])
+    ess_J, num_flat = _weighted_ess(variance_JP, moments.ess_P), int((variance_JP <= 0).all(axis=0).sum())
+    score_N = table.score(lam_J) / beta
+    log_ratio_N = tilt(table, lam_J, beta).log_ratio_N
+    carriers_J, own_carriers_J = (
+        np.array([_carriers(value_N, column_N) for column_N in table.utility_JN]) for value_N in (score_N, log_ratio_N)
+    )
+    shape = tail_shape(np.exp(score_N - score_N.max()))
+    offset_J = np.where(lam_J > 0, corrected.gain_PJ.mean(axis=0) - margin_J, 0.0)
+    steps = [np.abs(_step(moments, beta, lam_J, part_J)) for part_J in (correction_J, offset_J, silent_J)]
+    lam_bias_J: FloatArray = np.sum(steps, axis=0)
+    quantile = float(t.ppf(0.5 + confidence / 2, max(num_prompts - 1, 1)))
+    return Trust(
+        delivered=delivered,
+        bias_J=bias_J,
+        lam_error_J=_lam_error(found, lam_bias_J, quantile, delivered, _demand(table, margin_J, level_J)),
+        ess_J=ess_J,
+        carriers_J=carriers_J,
+        own_carriers_J=own_carriers_J,
+        shape=shape,
+        num_flat=num_flat,
+        objection=_objection(table, single, num_flat, ess_J, carriers_J, own_carriers_J, shape),
+    )
+
+
+def left_out_gain(moments: PromptMoments, slack_PJ: FloatArray, beta: float, lam_J: FloatArray) -> FloatArray:
+    """Return how each prompt's gain changes when λ is solved on the others, shape (P, J): C_i (λ_{−i} − λ)/β."""
+    change_PJ = left_out_change(moments, slack_PJ, beta, lam_J)
+    gain_PJ: FloatArray = np.einsum("pjk,pk->pj", moments.covariance_PJJ, change_PJ) / beta
+    return gain_PJ
+
+
+def left_out_change(moments: PromptMoments, slack_PJ: FloatArray, beta: float, lam_J: FloatArray) -> FloatArray:
+    """Return λ_{−i} − λ of each prompt by one Newton step, (Σ_{k≠i} C_k/β)⁻¹ u_i over the constraints with λ > 0."""
+    change_PJ = np.zeros_like(slack_PJ)
+    free, num_prompts = np.flatnonzero(lam_J > 0), slack_PJ.shape[0]
+    if num_prompts < 3 or free.size == 0:
+        return change_PJ
+    curvature_PJJ = moments.covariance_PJJ[:, free][:, :, free] / beta
+    rest_PJJ = curvature_PJJ.sum(axis=0) - curvature_PJJ
+    scale_J = np.sqrt(np.diag(curvature_PJJ.mean(axis=0)))
+    if not np.all(scale_J > 0):
+        return change_PJ
+    unit_PJJ = rest_PJJ / np.outer(scale_J, scale_J) + 1e-12 * num_prompts * np.eye(free.size)
+    change_PJ[:, free] = np.linalg.solve(unit_PJJ, (slack_PJ[:, free] / scale_J)[:, :, None])[:, :, 0] / scale_J
+    return change_PJ
+
+
+def widened(interval: Interval, reach: float) -> Interval:
+    """Return the interval with both arms longer by ``reach``."""
+    return Interval(interval.mean, interval.se, interval.low - reach, interval.high + reach)
+
+
+def _step(moments: PromptMoments, beta: float, lam_J: FloatArray, gain_J: FloatArray) -> FloatArray:
+    """Return H⁻¹ of a change of the mean gain, over the constraints with λ > 0."""
+    step_J, free = np.zeros_like(lam_J), np.flatnonzero(lam_J > 0)
+    if free.size:
+        step_J[free] = np.linalg.pinv(moments.hessian(beta)[np.ix_(free, free)], hermitian=True) @ gain_J[free]
+    return step_J
+
+
+def _weighted_ess(variance_JP: FloatArray, ess_P: FloatArray) -> FloatArray:
+    """Return ΣV/Σ(V/ESS) of each constraint; NaN where no response of any prompt differs."""
+    with np.errstate(invalid="ignore"):
+        ess_J: FloatArray = variance_JP.sum(axis=1) / (variance_JP / ess_P).sum(axis=1)
+    return ess_J
+
+
+def _carriers(score_N: FloatArray, column_N: FloatArray) -> float:
+    """Return (Σ c)²/Σ c² of c = |g| exp(2s), in logarithms."""
+    with np.errstate(divide="ignore"):
+        log_N = 2 * score_N + np.log(np.abs(column_N))
+    if not np.isfinite(log_N).any():
+        return 0.0
+    return float(np.exp(2 * logsumexp(log_N) - logsumexp(2 * log_N)))
+
+
+def _demand(table: ScoreTable, margin_J: FloatArray, level_J: FloatArray | None) -> FloatArray:
+    """Return what ``delivered`` is compared with: the margin, or the threshold of a level."""
+    return margin_J if level_J is None else margin_J + level_J * table.centre_J
+
+
+def _lam_error(
+    found: Estimate, bias_J: FloatArray, quantile: float, delivered: tuple[Interval, ...], demand_J: FloatArray
+) -> FloatArray:
+    error_J = np.empty(found.lam_J.size)
+    for j, lam in enumerate(found.lam_J.tolist()):
+        if lam > 0:
+            error_J[j] = (bias_J[j] + quantile * found.lam_se_J[j]) / lam
+        else:
+            error_J[j] = 0.0 if delivered[j].low >= demand_J[j] else math.inf
+    return np.where(np.isnan(error_J), math.inf, error_J)
+
+
+def _objection(
+    table: ScoreTable,
+    single: float,
+    num_flat: int,
+    ess_J: FloatArray,
+    carriers_J: FloatArray,
+    own_carriers_J: FloatArray,
+    shape: float,
+) -> str:
+    """Return why nothing can be vouched for, the first reason that holds; empty where none does."""
+    num_prompts, typical = table.num_prompts, float(np.median(table.num_responses_P))
+    if single > MAX_SINGLE:
+        return (
+            f"{round(single * num_prompts)} of {num_prompts} prompts have one response, which cannot show a change; "
+            "leave them out or sample more responses to them"
+        )
+    if num_prompts - num_flat < MIN_PROMPTS:
+        flat = f" ({num_flat} have responses that all score alike)" if num_flat else ""
+        return f"{num_prompts - num_flat} prompts that can show a change are too few{flat}, {MIN_PROMPTS} are needed"
+    if np.isnan(ess_J).any():
+        return "a score never differs between the responses to a prompt"
+    ess, carriers = float(ess_J.min()), float(carriers_J.min())
+    carried = f"{ess:.1f} of {typical:g} responses carry a prompt's prediction, prompts weighted by how much they vary"
+    if ess < MIN_ESS:
+        return f"{carried}; raise beta or the number of responses"
+    if ess >= SPREAD_ESS and own_carriers_J.min() >= MIN_CARRIERS:
+        return ""
+    if carriers < MIN_CARRIERS:
+        return f"{carriers:.0f} of all {table.num_rows} responses decide it; raise beta or the number of responses"
+    if not shape <= MAX_SHAPE:
+        return f"rare responses decide it (Pareto k = {shape:.2f}); raise beta or the number of responses"
+    return ""
