@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
-from can_dist.dual.interval import Interval
 from can_dist.dual.columns import Scores
 from can_dist.dual.estimate import PolicyEstimate
+from can_dist.dual.interval import Interval
 from can_dist.dual.solution import Margin, json_safe
 from can_dist.dual.solve import margins
 from can_dist.errors import ConfigError, DataError, InfeasibleConstraint

@@ -45,8 +45,8 @@ def evaluate(
 
     Every interval is over prompts: a prompt's responses are averaged first, because the prompt is the unit that was
     sampled. The improvement is paired by prompt. Intervals hold at 95 %, those of several constraints jointly.
-    ``variant`` names the policy among several of one method, such as 'q=0.25'. ``estimate`` is that
-    of the policy on the validation prompts, shown beside.
+    ``variant`` names the policy among several of one method, such as 'q=0.25'. ``estimate`` is that of the policy on
+    the validation prompts, shown beside.
     """
     policy = policy_model(lineage.policy, reference)
     before = generate(work, reference, lineage.prompts, split="test", role="reference")

@@ -250,10 +250,7 @@ class StageDirectory:
             DataError: the parts are not those of ``parts``, where given, or one has lost its sidecar.
         """
         for left_by_a_kill in self.path.glob(".tmp-*"):
-            if left_by_a_kill.is_dir():
-                shutil.rmtree(left_by_a_kill)
-            else:
-                left_by_a_kill.unlink()
+            (shutil.rmtree if left_by_a_kill.is_dir() else Path.unlink)(left_by_a_kill)
         entries = []
         for part in self._parts():
             sidecar = part.with_suffix(".json")
@@ -374,10 +371,7 @@ def flatten(value: Any) -> dict[str, str]:
 
 
 def verify_run(run: Path) -> tuple[int, list[str]]:
-    """Check every committed artifact of a run: file digests, key, and the lineage of its inputs.
-
-    Returns the number of artifacts and one line per problem found (empty when all is well).
-    """
+    """Return the number of a run's artifacts, and a line per problem: file digests, keys, lineage of the inputs."""
     artifacts: dict[str, Artifact] = {}
     problems = []
     for manifest in sorted(run.glob(f"*/{MANIFEST}")):

@@ -50,7 +50,7 @@ def merge_policies(policy_a: Path, policy_b: Path, out: Path, q: float, max_shar
 
     Raises:
         ConfigError: q is not finite, ``out`` exists, or its parent does not.
-        DataError: the policies have not the same architecture, tensors, dtypes or tokenizer; or one is damaged, an
+        DataError: the policies differ in architecture, tensors, dtypes or tokenizer; or a policy is damaged, an
             adapter, or pickled.
     """
     check_request(q, out)

@@ -10,13 +10,13 @@ import pytest
 from policy_world import PolicyWorld, make_world
 
 from can_dist.dual import Margin, PolicyEstimate, ScoreTable, estimate_policy, predict, solve_table
-from can_dist.dual.belief.uncertainty import Interval
 from can_dist.dual.estimate import (
     covariance_gain,
     effective_sample_size,
     first_order_gain,
     self_normalised_gain,
 )
+from can_dist.dual.interval import Interval
 from can_dist.errors import ConfigError, DataError
 
 
