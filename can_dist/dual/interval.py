@@ -88,23 +88,3 @@ def _hall_reach(deviation_P: FloatArray, variance: float, target: float) -> floa
     if abs(slope) < 1e-6:
         return target
     return float((np.cbrt(1 + 3 * slope * (target - slope / 2)) - 1) / slope)
-
-
-def interval_of(mean: float, influence_P: FloatArray, confidence: float) -> Interval:
-    """Return the t-interval of a statistic over prompts: ``mean`` ± t·SE, P − 1 degrees of freedom.
-
-    Args:
-        mean: the statistic.
-        influence_P: what each prompt adds to it, up to a constant: the prompt's value where the statistic is a mean,
-            the linearised value (delta method) where it is a ratio of means.
-        confidence: of the interval.
-
-    Returns:
-        NaN for what does not exist: the error of a single prompt.
-    """
-    num_prompts = influence_P.size
-    if num_prompts < 2:
-        return Interval(mean, math.nan, math.nan, math.nan)
-    se = float(influence_P.std(ddof=1) / math.sqrt(num_prompts))
-    half = float(t.ppf(0.5 + confidence / 2, num_prompts - 1)) * se
-    return Interval(mean, se, mean - half, mean + half)
