@@ -278,8 +278,12 @@ def response_identity(model: Model) -> dict[str, Any]:
 
 def ending_identity(model: Model) -> dict[str, Any]:
     """Return what decides the texts of sampled responses where a token that ends them is not special; else nothing."""
-    formatter = open_formatter(model)
-    is_text = any(formatter.tokenizer.decode([index], skip_special_tokens=True) for index in formatter.end_ids)
+    try:
+        tokenizer = load_tokenizer(model)
+        ends = end_token_ids(generation_config(model), tokenizer)
+    except DataError:  # what cannot be opened samples nothing; a finished stage needs it no more
+        return {}
+    is_text = any(tokenizer.decode([index], skip_special_tokens=True) for index in ends)
     return {"ending": "no part of the text"} if is_text else {}
 
 
