@@ -68,10 +68,12 @@ def _options(where: str, base_url: str, endpoint: Endpoint) -> dict[str, Any]:
 
 def _connection(kind: Any, where: str, url: str) -> Any:
     """Return the library's HTTP client: without proxies to this machine itself, whatever the environment says."""
-    proxies = [name for name in ("http", "https", "all") if name in getproxies_environment()]
+    proxies = {name: proxy for name, proxy in getproxies_environment().items() if name in ("http", "https", "all")}
     if proxies and is_loopback(urlsplit(url).hostname or ""):
         return kind(trust_env=False)
     try:
+        for proxy in proxies.values():
+            _ = urlsplit(proxy).port  # of a port that is no number the library raises an error of its own kind
         return kind()
     except (ImportError, ValueError) as error:
         variables = ", ".join(_variable(name) for name in proxies)
@@ -84,7 +86,8 @@ def _connection(kind: Any, where: str, url: str) -> Any:
 def is_loopback(host: str) -> bool:
     """Tell whether a host name or address is this machine's own."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
+        return address.is_loopback or address.is_unspecified
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
 

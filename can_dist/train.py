@@ -31,7 +31,7 @@ def train(config_path: str, run_dir: Path, overrides: tuple[str, ...], local_ran
         )
     from can_dist.pipeline import run_pipeline
 
-    run_pipeline(run_dir, load_config(config_path, overrides), "train", only_stage="train")
+    run_pipeline(run_dir.expanduser(), load_config(config_path, overrides), "train", only_stage="train")
 
 
 def main() -> None:

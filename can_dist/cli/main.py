@@ -112,9 +112,16 @@ def demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
     run_demo(run_dir, overrides)
 
 
+def _at_home(argument: str) -> str:
+    """Return an argument with the home directory filled in where a shell leaves it as it is: in ``--run=~/mine``."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return option + equals + (str(Path(value).expanduser()) if value.startswith("~/") else value)
+
+
 def main(command: click.Command = cli) -> None:
     """Run the command line, or another command; an expected error becomes one message and its exit code."""
     sys.path.append(str(Path.cwd()))  # a scorer given as module:function lies beside the configuration
+    sys.argv[1:] = map(_at_home, sys.argv[1:])
     try:
         with interruptible():
             command.main(prog_name="can-dist" if command is cli else None, standalone_mode=False)

@@ -25,7 +25,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     >>> load_config("my.yaml", ["constraints.safety.margin=0.5"]).constraints["safety"].margin
     0.5
     """
-    raw = read_yaml(Path(path))
+    raw = read_yaml(Path(path).expanduser())
     for override in overrides:
         apply_override(raw, override)
     return validate_config(raw, str(path))

@@ -19,12 +19,15 @@ def check_adapters(reference: Model, lora: Lora) -> None:
         lora: Its adapters; 'all-linear' leaves the head out by itself.
 
     Raises:
-        ConfigError: A name of ``target_modules`` is no module of the model, or one that is tied.
+        ConfigError: A name of ``target_modules`` is no module of the model, one that takes no adapter, or one that is
+            tied.
     """
     if isinstance(lora.target_modules, str):
         return
     import torch
+    from transformers.pytorch_utils import Conv1D
 
+    takes_adapters = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
     with torch.device("meta"):
         model = empty_causal_lm(reference, "fp32")
     ends = {id(model.get_input_embeddings()): "embedding", id(model.get_output_embeddings()): "head"}
@@ -37,6 +40,12 @@ def check_adapters(reference: Model, lora: Lora) -> None:
             raise ConfigError(
                 f"train.lora.target_modules: {target!r} is no module of {reference.model!r}. Its linear layers are "
                 f"{', '.join(linear)}."
+            )
+        unfit = next((type(module).__name__ for module in chosen if not isinstance(module, takes_adapters)), None)
+        if unfit is not None:
+            raise ConfigError(
+                f"train.lora.target_modules: {target!r} is a {unfit} in {reference.model!r}, which takes no adapter. "
+                "Name linear layers or embeddings, or leave target_modules out."
             )
         tied = next((ends[id(module)] for module in chosen if id(module) in ends), None)
         if is_tied and tied is not None:

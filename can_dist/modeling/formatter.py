@@ -37,7 +37,7 @@ TOKENISATION = 2
 """Version of the tokens of a response that comes as text (1: with whatever the template wrote around it)."""
 PLACEHOLDER = "zqresponsezq"
 """Stands for a response while a template is asked what it writes around one; no template changes its letters."""
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError)
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 """What a chat template raises for a conversation that it does not take."""
 ALIKE = 8
 """Characters before a response that tell whether a prompt and a whole conversation introduce it in the same way."""
@@ -102,8 +102,13 @@ class Formatter:
 
     def read_back(self, token_ids: Sequence[int], text: str) -> str | None:
         """Return what the tokens of a response read as where that is another text, white space aside; else None."""
-        read = str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        read = self.text_of(token_ids)
         return None if "".join(read.split()) == "".join(text.split()) else read
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a response's tokens: without the token that ended it, and without special tokens."""
+        said = token_ids[:-1] if token_ids and token_ids[-1] in self.end_ids else token_ids
+        return str(self.tokenizer.decode(said, skip_special_tokens=True))
 
     def full_ids(self, messages: Sequence[Message], text: str) -> list[int]:
         """Return the token ids of the whole conversation, as a score model reads it."""
@@ -269,6 +274,17 @@ def response_identity(model: Model) -> dict[str, Any]:
     """Return ``text_identity``, and the version of the tokens of responses that come as text, where it matters."""
     tokens = {"tokenisation": TOKENISATION} if open_formatter(model).frames_responses() else {}
     return {**text_identity(model), **tokens}
+
+
+def ending_identity(model: Model) -> dict[str, Any]:
+    """Return what decides the texts of sampled responses where a token that ends them is not special; else nothing."""
+    try:
+        tokenizer = load_tokenizer(model)
+        ends = end_token_ids(generation_config(model), tokenizer)
+    except DataError:  # what cannot be opened samples nothing; a finished stage needs it no more
+        return {}
+    is_text = any(tokenizer.decode([index], skip_special_tokens=True) for index in ends)
+    return {"ending": "no part of the text"} if is_text else {}
 
 
 def convention(model: Model) -> dict[str, Any]:

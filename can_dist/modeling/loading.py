@@ -95,6 +95,8 @@ def _refuse_hub_adapter(spec: Model) -> None:
     raise DataError(stored.about_adapter(spec.model, stored.read_json(Path(str(file)))))
 
 
+TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "merges.txt", "*.py")
+"""Files that may hold a tokenizer, or tell of one."""
 STATISTICS = {"mean", "std"}
 """Tensors in which makers (OpenRLHF) keep what they normalise a model's scores by."""
 LEFT_OVER = re.compile(
@@ -108,6 +110,12 @@ def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; its padding token defaults to its end of sequence."""
     from transformers import AutoTokenizer
 
+    path = Path(spec.model).expanduser()
+    if path.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
+        raise DataError(
+            f"model {spec.model!r}: no tokenizer in the directory (tokenizer.json, tokenizer.model). Copy the files of "
+            "the tokenizer that the model was trained with into it."
+        )
     with named_errors(spec.model, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code

@@ -14,7 +14,7 @@ from can_dist.config import Model
 from can_dist.config.base import identity
 from can_dist.config.sections import Generate
 from can_dist.errors import DataError
-from can_dist.modeling.formatter import convention, open_formatter, text_identity
+from can_dist.modeling.formatter import Formatter, convention, ending_identity, open_formatter, text_identity
 from can_dist.modeling.loading import model_digest
 from can_dist.modeling.precision import resolve_precision
 from can_dist.tables.artifacts import Artifact, StageDirectory, load_artifact, write_part
@@ -44,6 +44,7 @@ def generate(work: Workspace, model: Model, prompts: Artifact, *, split: str, ro
     identity_of_stage = {
         "model": model_digest(model),
         **text_identity(model),
+        **ending_identity(model),
         "split": split,
         "seed": config.seed,
         "precision": precision,
@@ -216,7 +217,7 @@ class GenerateJob:
                 "prompt_id": row["prompt_id"],
                 "response_id": f"{row['prompt_id']}/{k}",
                 "messages": row["messages"],
-                "text": _text(tokenizer, tokens, options),
+                "text": _text(formatter, tokens, options),
                 "token_ids": tokens,
                 "num_tokens": len(tokens),
                 "finish_reason": reason,
@@ -225,9 +226,9 @@ class GenerateJob:
         ]
 
 
-def _text(tokenizer: Any, tokens: list[int], options: Generate) -> str:
-    """Decode a response without special tokens, cut at the first stop string."""
-    text: str = tokenizer.decode(tokens, skip_special_tokens=True)
+def _text(formatter: Formatter, tokens: list[int], options: Generate) -> str:
+    """Return the text of a response, cut at the first stop string."""
+    text = formatter.text_of(tokens)
     for stop in options.stop:
         text = text.split(stop, 1)[0]
     return text.strip()

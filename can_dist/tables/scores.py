@@ -124,7 +124,13 @@ def _read_file(path: Path) -> pa.Table:
             return pq.read_table(path, page_checksum_verification=True)
         if path.suffix in (".arrow", ".feather"):
             with pa.memory_map(str(path)) as source:
-                if source.read(4) == b"\xff\xff\xff\xff":
+                start = source.read(4)
+                if start == b"FEA1":
+                    raise DataError(
+                        f"{path}: Feather version 1, which is no longer written. Expected version 2: write it with "
+                        "pandas' to_feather or as Parquet."
+                    )
+                if start == b"\xff\xff\xff\xff":
                     raise DataError(
                         f"{path}: an Arrow stream, which reads short without an error when it is cut. Expected the "
                         "Arrow file format: write it with pyarrow.ipc.new_file, pyarrow.feather or as Parquet."
@@ -199,7 +205,8 @@ def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], place
     if table.num_rows == 0:
         raise DataError(f"{place}: the table has no rows.")
     if table.column("prompt_id").null_count:
-        raise DataError(f"{place}: prompt_id is null at rows {null_rows(table.column('prompt_id'))}.")
+        rows = null_rows(table.column("prompt_id"))
+        raise DataError(f"{place}: prompt_id is null at rows {rows}. Give every row the id of its prompt.")
     prompt_N = np.asarray(plain_ids(table.column("prompt_id"), "prompt_id", place).to_pylist())
     if "response_id" in table.column_names:
         check_unique(table, "response_id", place)
@@ -259,12 +266,12 @@ def check_numeric(kind: pa.DataType, name: str, place: str, column: pa.ChunkedAr
     if pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind):
         return
     shown = "" if column is None else _first_text(column)
-    raise DataError(f"{place}: column {name!r} is {kind}, expected numbers.{shown}")
+    raise DataError(f"{place}: column {name!r} is {kind}, expected numbers.{shown or ' Write it as numbers.'}")
 
 
 def _first_text(column: pa.ChunkedArray) -> str:
     """Say which row of a column of texts is the first that is not spelled like a number; '' where none is."""
-    if not pa.types.is_string(column.type):
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         return ""
     for row, text in enumerate(column.to_pylist()):
         if text is not None and not _NUMBER.fullmatch(text):

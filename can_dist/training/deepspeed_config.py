@@ -58,7 +58,7 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     if path is None:
         return {"zero_optimization": {"stage": 3}}
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
+        config = json.loads(Path(path).expanduser().read_text(encoding="utf-8"), object_pairs_hook=_once)
     except OSError:
         raise ConfigError(f"train.ds_config: {path}: no such file. ds_configs/ holds some.") from None
     except ValueError as error:

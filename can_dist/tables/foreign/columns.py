@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from can_dist.errors import DataError
 from can_dist.tables.foreign.messages import MEANT_FOR_TEMPLATES, Messages, bare, check_text, ignored_keys, words
 from can_dist.tables.foreign.rows import Format
-from can_dist.tables.json_rows import Row
+from can_dist.tables.json_rows import ARRAY_ENDINGS, Row, is_json
 from can_dist.tables.misfits import bad, is_nothing, show
 
 SYSTEM = words(
@@ -17,9 +20,10 @@ SYSTEM = words(
 )
 """Columns (:func:`bare`) whose text becomes the first message."""
 
-_OF_RESPONSES = words("name channel citations files refusal reasoning thinking")
+_OF_RESPONSES = words("name channel citations files refusal reasoning thinking thought thoughts")
 CHANGES_THE_TASK = (MEANT_FOR_TEMPLATES - _OF_RESPONSES) | words(
-    "input inputs context contexts history developer developerprompt developermessage"
+    "input inputs context contexts document passage history chathistory conversationhistory dialoghistory "
+    "dialoguehistory messagehistory previousturns previousmessages developer developerprompt developermessage"
 )
 """Columns that change what the model is asked, and that no format here carries unless it reads them."""
 
@@ -28,7 +32,7 @@ _ABOUT_ANY_ROW = words(
     "id idx index uid uuid guid row rowid rownumber number exampleid sampleid questionid responseid pairid "
     "conversationid indexlevel0 unnamed0 output outputs response responses completion completions answer answers "
     "chosen rejected solution generator model models score scores reward rewards rating ratings seed temperature topp "
-    "reasoning thinking explanation finishreason usage created createdat"
+    "reasoning thinking thought thoughts explanation finishreason usage created createdat"
 )
 """Names of a row, and what tells of responses: rows of one prompt may differ in them."""
 
@@ -94,8 +98,43 @@ def check_task(row: Row, form: Format, messages: Messages, place: str) -> None:
             if text in _EMPTY_TEXTS or any(text in message["content"] for message in messages):
                 continue
         expected = f"nothing there: {form.title} has no such column, and without it the model is asked something else"
-        remedy = "Write it into the prompt, or drop the column if nothing is lost by it."
+        remedy = (
+            f"Write it into the prompt; or, if nothing is lost by it, drop the column:\n    {dropping([name], place)}"
+        )
         raise bad(place, name, value, expected, remedy)
+    if "messages" in row and "messages" not in form.reads and not is_ignored("messages", form):
+        _check_settings(row["messages"], messages, place)
+
+
+def _check_settings(value: object, messages: Messages, place: str) -> None:
+    """Raise ``DataError`` where a column ``messages`` that is not read holds a system turn that the prompt has not."""
+    said = {message["content"].strip() for message in messages}
+    for index, turn in enumerate(value if isinstance(value, list) else []):
+        is_setting = isinstance(turn, dict) and turn.get("role") in ("system", "developer")
+        if is_setting and not is_nothing(turn.get("content")) and str(turn["content"]).strip() not in said:
+            expected = "a turn of the prompt too: the column 'prompt' is read, not 'messages'"
+            do = f"Write the prompt as a list of messages, or drop one of the two:\n    {dropping(['prompt'], place)}"
+            raise bad(place, f"messages[{index}]", turn, expected, do)
+
+
+def dropping(names: Sequence[str], place: str) -> str:
+    """Return a command that writes a source again without some columns.
+
+    Args:
+        names: of the columns.
+        place: file and row; of a hub data set its name in front.
+    """
+    source = place.rpartition(", row ")[0]
+    if is_json(Path(source)):
+        rows = ".[] | " if source.lower().endswith(ARRAY_ENDINGS) else ""
+        read = f"gunzip -c {shlex.quote(source)} | " if source.lower().endswith(".gz") else ""
+        deleted = shlex.quote(f"{rows}del({', '.join('.' + json.dumps(name) for name in names)})")
+        return f"{read}jq -c {deleted}{'' if read else ' ' + shlex.quote(source)} > without.jsonl"
+    if not Path(source).is_file():
+        return f"datasets.load_dataset(...).remove_columns({list(names)}).to_parquet('without.parquet')"
+    kind = "read_parquet" if source.endswith(".parquet") else "read_feather"
+    written = f"import pandas as pd; pd.{kind}({source!r}).drop(columns={list(names)}).to_parquet('without.parquet')"
+    return f"python -c {json.dumps(written)}"
 
 
 def is_ignored(name: str, form: Format) -> bool:
@@ -133,15 +172,26 @@ class Ignored:
         in_messages = ignored_keys(row, [name for name in form.reads if name in MESSAGE_FIELDS])
         self.keys.update(dict.fromkeys(in_messages))
         dropped: Mapping[str, object] = {name: row[name] for name in _unread(row, form)} | in_messages
-        marks = {name: hash(repr(value)) for name, value in dropped.items() if not is_nothing(value)}
+        marks = {name: hash(repr(_asked(name, value))) for name, value in dropped.items() if not is_nothing(value)}
         first_where, first_marks = self.first.setdefault(content, (place, marks))
         names = [name for name in (*first_marks, *marks) if first_marks.get(name) != marks.get(name)]
         if names:
+            columns = list(dict.fromkeys(name for name in names if name not in self.keys))
+            drop = f"drop it:\n    {dropping(columns, place)}" if columns else "drop it from the messages."
             raise DataError(
                 f"{place}, field '{names[0]}': found {show(dropped.get(names[0]))}, but {first_where} has "
                 "another value beside the same prompt, and no reader uses this field: two tasks would become one.\n"
-                "  If it belongs to what is asked, write it into the prompt; if not, drop it from the file."
+                f"  If it belongs to what is asked, write it into the prompt; if not, {drop}"
             )
+
+
+def _asked(name: str, value: object) -> object:
+    """Return what a dropped column says of what is asked: Alpaca's column ``text`` ends with the answer."""
+    return value.rpartition(ALPACA_ANSWER)[0] or value if name == "text" and isinstance(value, str) else value
+
+
+ALPACA_ANSWER = "### Response:"
+"""Stands before the answer in Alpaca's column ``text``, which holds the prompt and the answer."""
 
 
 MESSAGE_FIELDS = ("prompt", "messages", "instruction", "context", "chosen", "rejected")

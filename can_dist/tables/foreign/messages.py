@@ -29,7 +29,8 @@ def words(text: str) -> frozenset[str]:
 
 MEANT_FOR_TEMPLATES = words(
     "toolcalls toolcall functioncall toolcallid toolresponses toolresults toolplan tools functions name "
-    "reasoningcontent reasoning reasoningdetails thinking thinkingcontent thinkingblocks refusal channel documents "
+    "reasoningcontent reasoning reasoningdetails thinking thinkingcontent thinkingblocks thought thoughts refusal "
+    "channel documents "
     "citations images image imageurl videos video audios audio attachments files chattemplatekwargs"
 )
 """Names (:func:`bare`) in a message that chat templates write, or that stand for what was said beside the content."""
@@ -37,6 +38,15 @@ MEANT_FOR_TEMPLATES = words(
 _PARTS = words("text input_text output_text image image_url input_image audio input_audio video file")
 _LIST_OF_OBJECTS = re.compile(r"^(?:array\()?\[*\s*\{.*\}\s*\]*(?:,\s*dtype=object)?\s*\)?$", re.DOTALL)
 _KEYS = (("role", "content"), ("from", "value"), ("role", "tool_calls"), ("role", "parts"))
+_RENDERED = re.compile(
+    r"^\s*(?:<s>|<bos>|<\|begin_of_text\|>)?\s*"
+    r"(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|(?:user|system|prompter)\|>|"
+    r"(?:BEGINNING OF CONVERSATION: )?(?:USER|User|Human): ).*"
+    r"(?:<\|im_start\|>assistant|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>model|\[/INST\]|"
+    r"<\|assistant\|>|\n\s*Assistant:|\sASSISTANT:)\s*(?:<think>\s*)?$",
+    re.DOTALL,
+)
+"""A text that begins with the mark of a turn and ends with the one that asks for a response."""
 _PARSE_IT = (
     "It is a conversation written as text, as CSV, SQL and pandas do: parse the column (json.loads, or "
     "ast.literal_eval for Python's spelling) and write the file again"
@@ -77,6 +87,10 @@ def read_messages(value: object, place: str, field: str) -> Messages:
         messages = read_turns(value.rstrip().removesuffix(LAST_TURN), place, field)
         check_ends_before_answer(messages, place, field)
         return messages
+    if _RENDERED.match(value):
+        expected = "what somebody said: this is a conversation that a chat template wrote already"
+        do = "Write its turns as a list of messages; if a user typed the marks, write the text as one message."
+        raise bad(place, field, value, expected, do)
     if not value.strip():
         raise bad(place, field, value, "a prompt that is not empty", "Remove the row.")
     return [{"role": "user", "content": value}]

@@ -344,7 +344,15 @@ FORMATS = (
     ),
     Format("prompt", "TRL prompt-only", ("prompt",), _prompt, pairs=False),
     Format("messages", "TRL prompt-only messages", ("messages",), _prompt_messages, pairs=False, message_lists=False),
-    Format("instruction", "AlpacaEval instructions", ("instruction",), _instruction, also=("input",), pairs=False),
+    Format(
+        "instruction",
+        "AlpacaEval instructions",
+        ("instruction",),
+        _instruction,
+        also=("input",),
+        about=("dataset",),  # AlpacaEval's: which collection an instruction is from
+        pairs=False,
+    ),
 )
 
 ANSWERED = Format(

@@ -1,4 +1,4 @@
-"""Sixteen families of chat templates and tokenizers, made locally in milliseconds, each with what its model writes.
+"""Families of chat templates and tokenizers, made locally in milliseconds, each with what its model writes.
 
 ``reply`` says by hand what a model of the family samples after its prompt, around the text: the templates' makers say
 so in their model cards, and no code of the product takes part.
@@ -139,6 +139,9 @@ FAMILIES = {
     "mistral": Family("pieces", MISTRAL, " {}</s>", adds_bos=True, refuses=frozenset({"system", "tool turn"})),
     "mistral with system": Family("pieces", MISTRAL_SYSTEM, " {}</s>", refuses=frozenset({"tool turn"})),
     "chatml": Family("bytes", CHATML, "{}<|im_end|>", "<|im_end|>", None, "<|endoftext|>", special=("<|im_start|>",)),
+    "chatml, end token not special": Family(
+        "bytes", CHATML, "{}<|im_end|>", special=("<|im_start|>",), plain=("<|im_end|>",), ends=("<|im_end|>",)
+    ),
     "qwen2": Family(
         "bytes", QWEN2, "{}<|im_end|>", "<|endoftext|>", None, "<|endoftext|>",
         special=("<|im_start|>", "<|im_end|>"), ends=("<|im_end|>",),

@@ -237,6 +237,20 @@ def test_solve_with_a_threshold_is_solve_with_its_margin(tmp_path: Path, solved:
     assert by_threshold["lam"]["safety"] == pytest.approx(solved[1]["lam"]["safety"], rel=1e-6)
 
 
+def test_home_is_filled_in_where_the_shell_leaves_it(
+    tmp_path: Path, solved: tuple[Result, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    scores = f"--scores=~/{scores_file(tmp_path).name}"
+    options = ["--reward", "reward", "--constraint", "safety:margin=0.2", "--beta", BETA, "--json", "~/solution.json"]
+    result = can_dist("solve", scores, *options, cwd=work)
+    assert result.code == 0, result.err
+    assert json.loads((tmp_path / "solution.json").read_text()) == solved[1]
+    assert list(work.iterdir()) == []
+
+
 def test_solve_reads_a_directory_of_shards(tmp_path: Path, solved: tuple[Result, dict[str, Any]]) -> None:
     table = pa.table(SCORES)
     (tmp_path / "shards").mkdir()

@@ -77,7 +77,7 @@ def test_this_machine_is_reached_whatever_proxies_the_environment_names(
 
 
 @pytest.mark.parametrize("use", CLIENTS)
-@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "nonsense://x"])
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "nonsense://x", "http://proxy:port"])
 def test_proxy_that_the_client_cannot_use_is_named(
     monkeypatch: pytest.MonkeyPatch, use: Callable[[str], Any], proxy: str
 ) -> None:

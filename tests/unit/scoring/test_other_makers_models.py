@@ -282,6 +282,24 @@ def test_adapters_on_no_module_are_refused_with_those_there_are(world: Path) -> 
     assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj" in message
 
 
+@pytest.mark.parametrize(("target", "kind"), [("self_attn", "LlamaAttention"), ("norm", "LlamaRMSNorm")])
+def test_adapters_on_modules_that_take_none_are_refused(world: Path, target: str, kind: str) -> None:
+    message = refused(configure(world, train={"lora": {"target_modules": ["q_proj", target]}}), ConfigError)
+    assert f"train.lora.target_modules: {target!r} is a {kind} in" in message
+    peft = pytest.importorskip("peft")
+    model = load_causal_lm(Model(model=str(world / "lm")), "fp32")
+    with pytest.raises(ValueError, match="is not supported"):  # of peft itself, after everything was sampled
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", target]))
+
+
+def test_directory_without_a_tokenizer_is_named(world: Path) -> None:
+    for file in world.glob("lm/*token*"):
+        file.unlink()
+    assert "no tokenizer in the directory (tokenizer.json, tokenizer.model). Copy" in refused(
+        configure(world), DataError
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ chat templates
 
 

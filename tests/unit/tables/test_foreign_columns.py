@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from foreign_rows import ANSWER, HH, OTHER, PKU, USER, refusal, write
@@ -355,3 +361,93 @@ def test_text_that_a_user_may_type_is_a_prompt(tmp_path: Path, text: str) -> Non
 def test_user_who_types_a_conversation_is_let_through_as_a_message(tmp_path: Path) -> None:
     typed = {"role": "user", "content": AS_TEXT[0]}
     assert prompts(write(tmp_path / "a.jsonl", [{"messages": [typed]}])) == [[typed]]
+
+
+RENDERED = (
+    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n",
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi? [/INST]",
+    "<start_of_turn>user\nHi?<end_of_turn>\n<start_of_turn>model\n",
+    "<|user|>\nHi?</s>\n<|assistant|>\n",
+    "BEGINNING OF CONVERSATION: USER: Hi? ASSISTANT:",
+    "Human: Hi?\n\nAssistant:",
+)
+"""Prompts that a chat template wrote already, as training files of other tools hold them."""
+
+
+@pytest.mark.parametrize("text", RENDERED)
+def test_prompt_that_a_template_wrote_already_is_refused(tmp_path: Path, text: str) -> None:
+    for field in ("prompt", "instruction"):
+        message = refusal(write(tmp_path / "a.jsonl", [{field: text}]))
+        assert f"a.jsonl, row 0, field '{field}': found " in message
+        assert "a conversation that a chat template wrote already" in message
+        assert "Write its turns as a list of messages" in message
+    typed = [{"role": "user", "content": text}]
+    assert prompts(write(tmp_path / "b.jsonl", [{"prompt": typed}])) == [typed]
+
+
+@pytest.mark.parametrize("text", ["What does <|im_start|>assistant mean?", "User: and Human: are marks", "Assistant:"])
+def test_prompt_that_names_the_marks_of_turns_is_read(tmp_path: Path, text: str) -> None:
+    assert prompts(write(tmp_path / "a.jsonl", [{"prompt": text}])) == [[{"role": "user", "content": text}]]
+
+
+# ------------------------------------------------------------------------------------------------ the way out of a file
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="the command is jq's")
+@pytest.mark.parametrize("name", ["a b.jsonl", "a.json", "a.jsonl.gz", "a.json.gz"])
+def test_command_that_drops_a_column_makes_a_json_file_readable(tmp_path: Path, name: str) -> None:
+    rows = [{"prompt": "Hi?", "data-source": source, "category": "x"} for source in "ab"]
+    text = "".join(map(line, rows)) if "jsonl" in name else json.dumps(rows)
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    follow(refusal(tmp_path / name), tmp_path)
+    read = read_prompts(tmp_path / "without.jsonl")
+    assert read.table.num_rows == 1
+    assert "ignored columns: category" in read.announcement
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.feather"])
+def test_command_that_drops_a_column_makes_a_table_readable(tmp_path: Path, name: str) -> None:
+    table = pa.Table.from_pylist([{"prompt": "Hi?", "source": source} for source in "ab"])
+    (pq.write_table if name.endswith("parquet") else pyarrow.feather.write_feather)(table, str(tmp_path / name))
+    follow(refusal(tmp_path / name), tmp_path)
+    assert read_prompts(tmp_path / "without.parquet").table.num_rows == 1
+
+
+def line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def follow(message: str, directory: Path) -> None:
+    """Run the command in the last line of a message."""
+    command = message.splitlines()[-1].strip()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(["bash", "-c", command], check=True, cwd=directory, env={**os.environ, "PATH": path})
+
+
+# -------------------------------------------------------------------------------------------------- published columns
+
+
+def test_columns_of_alpaca_and_alpacaeval_that_follow_the_answer_merge_nothing(tmp_path: Path) -> None:
+    below = "Below is an instruction.\n\n### Instruction:\nHi?\n\n### Response:\n"
+    rows = [{"instruction": "Hi?", "input": "", "output": output, "text": below + output} for output in "ab"]
+    assert read_prompts(write(tmp_path / "a.jsonl", rows)).table.num_rows == 1
+    other = [{**rows[0], "text": text} for text in ("Cats sleep.", "Rivers run.")]
+    assert "row 1, field 'text': found 'Rivers run.'" in refusal(write(tmp_path / "b.jsonl", other))
+    rows = [{"instruction": "Hi?", "output": "a", "generator": "g", "dataset": name} for name in ("koala", "vicuna")]
+    assert read_prompts(write(tmp_path / "c.jsonl", rows)).table.num_rows == 1
+
+
+def test_system_turn_in_messages_beside_a_prompt_is_not_dropped(tmp_path: Path) -> None:
+    row = {"prompt": "Hi?", "messages": [SYSTEM, USER, ANSWER]}
+    message = refusal(write(tmp_path / "a.jsonl", [row]))
+    assert "a.jsonl, row 0, field 'messages[0]': found {'role': 'system', 'content': 'Answer in French.'}" in message
+    said = {**row, "prompt": [SYSTEM, USER]}
+    assert prompts(write(tmp_path / "b.jsonl", [said])) == [[SYSTEM, USER]]
+    assert prompts(write(tmp_path / "c.jsonl", [{**row, "messages": [USER, ANSWER]}])) == [[USER]]
+
+
+@pytest.mark.parametrize("name", ["chat_history", "conversationHistory", "previous_turns", "passage"])
+def test_what_was_said_before_is_refused_under_its_other_names(tmp_path: Path, name: str) -> None:
+    assert f"row 0, field '{name}': found 'x'" in refusal(write(tmp_path / "a.jsonl", [{"prompt": "And?", name: "x"}]))

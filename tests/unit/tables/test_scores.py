@@ -141,6 +141,14 @@ def test_f12_arrow_stream_is_refused_because_it_reads_short_when_cut(tmp_path: P
     assert f"{path}: an Arrow stream, which reads short without an error when it is cut." in reading_refusal(path)
 
 
+def test_feather_of_version_1_is_named_and_not_called_truncated(tmp_path: Path) -> None:
+    path = tmp_path / "scores.feather"
+    pyarrow.feather.write_feather(pa.table(GOOD), str(path), version=1)
+    with pytest.raises(DataError, match="Feather version 1, which is no longer written") as caught:
+        read_score_table(path)
+    assert "truncated" not in str(caught.value)
+
+
 def test_directory_without_tables_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     assert reading_refusal(tmp_path) == f"{tmp_path}: no .parquet or .arrow file in the directory."
@@ -242,7 +250,9 @@ def test_table_without_rows_is_refused() -> None:
 
 
 def test_null_prompt_id_is_refused_with_its_rows() -> None:
-    assert refusal({**GOOD, "prompt_id": ["a", None, "b", None]}) == "my.parquet: prompt_id is null at rows [1, 3]."
+    assert refusal({**GOOD, "prompt_id": ["a", None, "b", None]}) == (
+        "my.parquet: prompt_id is null at rows [1, 3]. Give every row the id of its prompt."
+    )
 
 
 def test_prompt_id_of_a_nested_type_is_refused() -> None:
@@ -287,7 +297,14 @@ def test_column_of_nulls_alone_is_refused_with_its_rows() -> None:
     [(["1", "2", "3", "4"], "string"), ([True, False, True, False], "bool"), ([[1.0]] * 4, "list<item: double>")],
 )
 def test_column_that_is_no_number_is_refused(values: list[Any], kind: str) -> None:
-    assert refusal({**GOOD, "safety": values}) == f"my.parquet: column 'safety' is {kind}, expected numbers."
+    assert refusal({**GOOD, "safety": values}) == (
+        f"my.parquet: column 'safety' is {kind}, expected numbers. Write it as numbers."
+    )
+
+
+def test_first_text_that_is_no_number_is_shown_as_pandas_types_texts() -> None:
+    texts = pa.array(["1", "2", "n/a", "4"], pa.large_string())
+    assert refusal({**GOOD, "safety": texts}).endswith("Row 2 holds 'n/a'; write numbers, without quotation marks.")
 
 
 def test_f20_one_response_per_prompt_everywhere_is_refused() -> None:
