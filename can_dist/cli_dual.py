@@ -323,11 +323,11 @@ def _write_json(path: str | None, record: dict[str, Any]) -> None:
 
 def _read_scores(path: Path, reward: str, names: Sequence[str], prompts_path: Path | None = None) -> Scores:
     from can_dist.tables.score_shards import check_complete, id_hashes
-    from can_dist.tables.scores import read_score_table, score_arrays
+    from can_dist.tables.scores import read_score_table, score_arrays, source_column
 
     table = read_score_table(path)
     for name in ("prompt_id", reward, *names):
-        if name not in table.column_names:
+        if source_column(name, table.column_names)[0] not in table.column_names:
             raise DataError(
                 f"{path}: no column {name!r}.{_nearest(name, table.column_names)} Columns found: "
                 f"{', '.join(table.column_names)}."

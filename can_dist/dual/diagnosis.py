@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from can_dist.dual.choice import every_estimate
-from can_dist.dual.diagnostics import weight_diagnostics
+from can_dist.dual.diagnostics import percent, weight_diagnostics
 from can_dist.dual.estimators import prediction_from, with_level
 from can_dist.dual.moments import PromptMoments, prompt_moments
 from can_dist.dual.objective import tilt
@@ -285,10 +285,10 @@ def _remarks(
         return []
     remarks = []
     if disagreement > DISAGREEMENT:
-        remarks.append(f"the estimators differ by {100 * disagreement:.2g}%")
+        remarks.append(f"the estimators differ by {percent(disagreement)}")
     change = _relative_change(stability["K/2"], stability["K"])
     if change > UNSTABLE:
-        remarks.append(f"half the responses per prompt move the empirical lambda by {100 * change:.2g}%")
+        remarks.append(f"half the responses per prompt move the empirical lambda by {percent(change)}")
     if shapes["pooled"] > HEAVY_SHAPE:
         remarks.append(f"rare responses carry the weight (Pareto k = {shapes['pooled']:.2g})")
     if influence and influence[0].standard_errors > INFLUENTIAL:

@@ -217,7 +217,7 @@ def build_report(
         },
         "training": _training(inputs["policy"]),
         "counts": _counts(inputs),
-        "warnings": _warnings(work, before, after) + _drift(kl, inputs["policy"]),
+        "warnings": _warnings(work, before, after) + _drift(kl, inputs["policy"], dual["examination"]),
         "samples": _samples(inputs, names, work.config.evaluate.num_samples),
         "config": identity(work.config, exclude=["cluster", "methods"]),
         "versions": {name: version(name) for name in PACKAGES},
@@ -334,14 +334,19 @@ def _warnings(work: Workspace, before: pa.Table, after: pa.Table) -> list[str]:
     return warnings
 
 
-def _drift(kl: Mapping[str, Any], policy: Artifact) -> list[str]:
-    """Pairs fix only differences of log-ratios, so a policy can fit them and still leave the reference behind."""
+def _drift(kl: Mapping[str, Any], policy: Artifact, examination: Mapping[str, Any] | None) -> list[str]:
+    """Pairs fix only differences of log-ratios, so a policy can fit them and still leave the reference behind.
+
+    A KL beyond its prediction is called drift only where the prediction can be believed: K responses cannot show a KL
+    above ln K, so at few responses the exact policy itself lies far above it.
+    """
     warnings = []
-    predicted, realised = kl.get("predicted"), kl["realised"]
-    if predicted is not None and realised["low"] > 2 * predicted:
+    judgement = ((examination or {}).get("diagnosis") or {}).get("judgement")
+    if judgement and not judgement["objection"] and kl["realised"]["low"] > 2 * judgement["kl"]["high"]:
         warnings.append(
-            f"The policy is {realised['mean']:.2f} nats from the reference, more than twice the {predicted:.2f} "
-            "predicted: training drifted. Lower train.learning_rate or add train.warmup_steps."
+            f"The policy is {kl['realised']['mean']:.2f} nats from the reference, more than twice the "
+            f"{judgement['kl']['high']:.2f} that the solve allows: training drifted. Lower train.learning_rate or add "
+            "train.warmup_steps."
         )
     loss = loss_above_start(policy.read_json(CURVE)) if "summary" in policy.info else None
     if loss is not None:

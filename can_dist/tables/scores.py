@@ -135,7 +135,7 @@ def _check_not_twice(paths: Sequence[Path], tables: Sequence[pa.Table]) -> None:
 
 
 def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], where: str) -> Scores:
-    """Take the columns a dual needs out of a table, checked.
+    """Take the columns a dual needs out of a table, checked; ``-cost`` is minus the column ``cost``.
 
     Raises
     ------
@@ -143,14 +143,15 @@ def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], where
         When a column is missing or not numeric, ids are null or repeated, scores are null, NaN or infinite (rows
         listed), the table is empty, or every prompt has a single response.
     """
-    require_columns(table, ["prompt_id", reward, *constraints], where)
+    named = [source_column(name, table.column_names) for name in (reward, *constraints)]
+    require_columns(table, ["prompt_id", *(column for column, _ in named)], where)
     check_distinct(reward, constraints, where)
     if table.num_rows == 0:
         raise DataError(f"{where}: the table has no rows.")
     prompt_N = _prompt_ids(table.column("prompt_id"), where)
     if "response_id" in table.column_names:
-        check_unique(table, "response_id", where)
-    columns = [_finite_column(table, name, where) for name in (reward, *constraints)]
+        check_unique(table, ["prompt_id", "response_id"], where)
+    columns = [sign * _finite_column(table, column, where) for column, sign in named]
     _, counts = np.unique(prompt_N, return_counts=True)
     if counts.max() == 1:
         raise DataError(
@@ -159,6 +160,12 @@ def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], where
         )
     utilities = np.stack(columns[1:], axis=1) if constraints else np.empty((table.num_rows, 0))
     return Scores(prompt_N, columns[0], utilities)
+
+
+def source_column(name: str, columns: Sequence[str]) -> tuple[str, float]:
+    """Return the column that ``name`` reads and its sign, as :func:`can_dist.dual.frame.source_column` does."""
+    turned = name.startswith("-") and name not in columns and name[1:] in columns
+    return (name[1:], -1.0) if turned else (name, 1.0)
 
 
 def _prompt_ids(column: pa.ChunkedArray, where: str) -> np.ndarray:
