@@ -43,11 +43,11 @@ def read_scores(path: Path, reward: str, names: Sequence[str], prompts_path: Pat
     """Read the score columns of a table, refusing missing columns by name."""
     from can_dist.config.explain import nearest
     from can_dist.tables.score_shards import check_complete, id_hashes
-    from can_dist.tables.scores import read_score_table, score_arrays
+    from can_dist.tables.scores import read_score_table, score_arrays, source_column
 
     table = read_score_table(path)
     for name in ("prompt_id", reward, *names):
-        if name not in table.column_names:
+        if source_column(name, table.column_names)[0] not in table.column_names:
             raise DataError(
                 f"{path}: no column {name!r}.{nearest(name, table.column_names)} Columns found: "
                 f"{', '.join(table.column_names)}."

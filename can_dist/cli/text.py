@@ -25,8 +25,8 @@ def solution_text(solution: DualSolution) -> str:
         gain = solution.predicted["improvement"][name]
         raised = f" ({solution.safety_margin[name]:+.4g} of it safety margin)" if solution.safety_margin else ""
         lines.append(
-            f"{name:9} lambda* {lam:.6g} (SE {solution.lam_se[name]:.2g}), margin {solution.margin[name]:.4g}{raised} "
-            f"over the reference mean {solution.centre[name]:.4g}, predicted {gain['mean']:+.4g} (SE {gain['se']:.2g})"
+            f"{name:9} lambda* {lam:.6g}{_error(solution.lam_se[name])}, margin {solution.margin[name]:.4g}{raised} "
+            f"over the reference mean {solution.centre[name]:.4g}, predicted {gain['mean']:+.4g}{_error(gain['se'])}"
         )
     if solution.confidence is not None:
         each = "the margin is" if len(solution.lam) == 1 else "all margins are jointly"
@@ -39,6 +39,11 @@ def solution_text(solution: DualSolution) -> str:
     )
     lines += [f"note      {hint}" for hint in misread_hints(solution)]
     return "\n".join([*lines, f"verdict   {diagnostics['verdict']}"])
+
+
+def _error(error: float) -> str:
+    """Return a standard error in brackets; nothing where there is none (one prompt, or λ at its bound)."""
+    return f" (SE {error:.2g})" if math.isfinite(error) else ""
 
 
 def frontier_text(curve: Frontier) -> str:

@@ -31,6 +31,8 @@ def score_table(
 ) -> ScoreTable:
     """Group and centre the columns ``reward``, ``names`` and ``prompt`` of a frame, or the arrays where all are given.
 
+    ``-cost`` names the column ``cost`` with its sign turned, where there is no column of that very name.
+
     Raises:
         ConfigError: neither a frame nor three arrays, or a column that the frame has not.
         DataError: no rows, or scores that are not finite.
@@ -47,15 +49,28 @@ def _columns(
     frame: Any, reward: str, names: Sequence[str], prompt: str
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
     there = _column_names(frame)
-    missing = [name for name in (prompt, reward, *names) if name not in there]
+    missing = [name for name in (prompt, reward, *names) if source_column(name, there)[0] not in there]
     if missing:
         raise ConfigError(
             f"table of scores: no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, there))}. A "
             "constraint is named after its column; reward= and prompt= name the others."
         )
     prompt_N = np.asarray(frame[prompt])
-    utilities = [np.asarray(frame[name]) for name in names]
-    return np.asarray(frame[reward]), np.stack(utilities, axis=1) if names else np.empty((len(prompt_N), 0)), prompt_N
+    reward_N, *utilities = (
+        sign * np.asarray(frame[column]) for column, sign in (source_column(name, there) for name in (reward, *names))
+    )
+    return reward_N, np.stack(utilities, axis=1) if names else np.empty((len(prompt_N), 0)), prompt_N
+
+
+def source_column(name: str, there: Sequence[Any]) -> tuple[str, float]:
+    """Return the column that ``name`` reads and its sign: ``-cost`` is minus the column ``cost``, higher is better.
+
+    >>> source_column("-cost", ["prompt_id", "cost"]), source_column("safety", ["safety"])
+    (('cost', -1.0), ('safety', 1.0))
+    """
+    if name.startswith("-") and name not in there and name[1:] in there:
+        return name[1:], -1.0
+    return name, 1.0
 
 
 def _column_names(frame: Any) -> list[Any]:

@@ -280,6 +280,7 @@ def _row(point: FrontierPoint, names: Sequence[str], half: float) -> dict[str, f
             row |= _banded(f"{label}.{name}", float(value_J[j]), float(error_J[j]), half)
     row |= _banded("reward_improvement", point.reward_improvement, point.reward_improvement_se, half)
     row |= _banded("kl", point.kl, point.kl_se, half)
+    row["kl_low"] = float(np.maximum(row["kl_low"], 0.0))  # a divergence is never below zero
     return row | {"ess": point.ess}
 
 

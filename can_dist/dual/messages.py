@@ -20,13 +20,16 @@ def infeasible_message(
     margin_J: FloatArray,
     feasibility: Feasibility,
     scale_J: FloatArray,
+    raised_J: FloatArray,
 ) -> str:
-    """Say which margins cannot be met, what can, and how to change that."""
+    """Say which margins cannot be met, what can, and how to change that; ``raised_J``: added for a confidence."""
     short = [j for j in range(len(constraints)) if _alone(j, margin_J, feasibility, scale_J) < -BORDER]
     joint = not short
     named = list(range(len(constraints))) if joint else short
     lines = ["no policy supported on this table meets the constraints."]
-    lines += [_attainable_line(table, constraints[j], float(margin_J[j]), feasibility, j) for j in named]
+    lines += [
+        _attainable_line(table, constraints[j], float(margin_J[j]), feasibility, j, float(raised_J[j])) for j in named
+    ]
     for j in named:
         lines += _other_reading(table, constraints[j], float(feasibility.attainable_J[j]), j)
     if joint:
@@ -35,7 +38,7 @@ def infeasible_message(
             f"  Each margin is attainable alone, not all together: t* = {feasibility.t_star:.3g}, weighting the "
             f"constraints by v = ({mixture}) every policy misses by at least {-feasibility.t_star:.3g}."
         )
-    lines.append(_remedy([constraints[j] for j in named]))
+    lines.append(_remedy([constraints[j] for j in named], confident=bool(raised_J.any())))
     return "\n".join(lines)
 
 
@@ -45,15 +48,18 @@ def boundary_message(
     margin_J: FloatArray,
     feasibility: Feasibility,
     scale_J: FloatArray,
+    raised_J: FloatArray,
 ) -> str:
-    """Say that the margins equal the most attainable, so that λ* is infinite."""
+    """Say that the margins equal the most attainable, so that λ* is infinite; ``raised_J``: added for a confidence."""
     exact = [j for j in range(len(constraints)) if _alone(j, margin_J, feasibility, scale_J) <= BORDER]
     named = exact or list(range(len(constraints)))
     lines = ["the constraints are met only by the best responses alone, in the limit of infinite lambda."]
-    lines += [_attainable_line(table, constraints[j], float(margin_J[j]), feasibility, j) for j in named]
+    lines += [
+        _attainable_line(table, constraints[j], float(margin_J[j]), feasibility, j, float(raised_J[j])) for j in named
+    ]
     for j in named:
         lines += _other_reading(table, constraints[j], float(feasibility.attainable_J[j]), j)
-    lines.append(_remedy([constraints[j] for j in named]))
+    lines.append(_remedy([constraints[j] for j in named], confident=bool(raised_J.any())))
     return "\n".join(lines)
 
 
@@ -85,29 +91,30 @@ def equality_message(
 
 
 def misread_hints(solution: DualSolution) -> list[str]:
-    """Name the demands that the reference meets already and that would ask for something read the other way.
+    """Name the demands below the reference that cost nothing (λ* = 0), with what they allow and other readings of them.
 
-    A margin below zero where the absolute level was meant, or a threshold below ḡ where the improvement was meant,
-    is no error: λ* = 0 and nothing changes. Someone should be told. One sentence each.
+    A margin below zero, or a threshold below ḡ, is no error, and a tolerated loss is a sensible demand. It may also be
+    a level given as an improvement, or a cost that was meant to fall. One sentence each, or two.
     """
     hints = []
     for name, lam in solution.lam.items():
         centre, attainable = solution.centre[name], solution.feasibility["attainable"][name]
         margin, threshold = solution.margin[name] - solution.safety_margin.get(name, 0.0), solution.threshold[name]
         other = margin - centre if threshold is None else threshold
-        if lam != 0 or margin >= 0 or not 0 < other < attainable:
+        if lam != 0 or margin >= 0:
             continue
-        if threshold is None:
-            hints.append(
-                f"{name}: the reference meets margin={margin:.6g}, an improvement below zero over its mean "
-                f"{centre:.6g}; if you meant the absolute level, write threshold={margin:.6g}, which is a margin of "
-                f"{other:+.6g}."
-            )
-        else:
-            hints.append(
-                f"{name}: the reference meets threshold={threshold:.6g}, an absolute level below its mean "
-                f"{centre:.6g}; if you meant the improvement, write margin={threshold:.6g}."
-            )
+        given = f"margin={margin:.6g}" if threshold is None else f"threshold={threshold:.6g}"
+        hint = (
+            f"{name}: {given} allows the mean to fall by {-margin:.6g} below the reference mean {centre:.6g}; it holds "
+            "without any change, so lambda is 0."
+        )
+        if 0 < other < attainable and threshold is None:
+            hint += f" If you meant the absolute level, write threshold={margin:.6g}, a margin of {other:+.6g}."
+        elif 0 < other < attainable:
+            hint += f" If you meant the improvement, write margin={threshold:.6g}."
+        elif threshold is None and not name.startswith("-"):
+            hint += f" If {name} is a cost that should fall by {-margin:.6g}, write -{name}:margin={-margin:.6g}."
+        hints.append(hint)
     return hints
 
 
@@ -134,7 +141,9 @@ def _alone(j: int, margin_J: FloatArray, feasibility: Feasibility, scale_J: Floa
     return float((feasibility.attainable_J[j] - margin_J[j]) / scale_J[j])
 
 
-def _attainable_line(table: Scores, constraint: Margin, margin: float, feasibility: Feasibility, j: int) -> str:
+def _attainable_line(
+    table: Scores, constraint: Margin, margin: float, feasibility: Feasibility, j: int, raised: float
+) -> str:
     requested, attainable = _pair(margin, float(feasibility.attainable_J[j]))
     asked = f"margin {requested} requested"
     if constraint.threshold is not None:
@@ -142,6 +151,8 @@ def _attainable_line(table: Scores, constraint: Margin, margin: float, feasibili
         asked = (
             f"threshold {constraint.threshold:.6g} requested, margin {requested} over the reference mean {centre:.6g}"
         )
+    if raised > 0:
+        asked += f" ({margin - raised:.6g} and {raised:.6g} for the confidence)"
     counts = table.num_responses_P
     num = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()}-{counts.max()}"
     return (
@@ -169,9 +180,11 @@ def _other_reading(table: Scores, constraint: Margin, attainable: float, j: int)
     ]
 
 
-def _remedy(constraints: Sequence[Margin]) -> str:
+def _remedy(constraints: Sequence[Margin], *, confident: bool) -> str:
     fields = [f"constraints.{c.name}.{'margin' if c.threshold is None else 'threshold'}" for c in constraints]
-    return f"  Do one of: lower {' or '.join(fields)}; raise generate.num_responses; add prompts with safer responses."
+    less = "lower confidence; " if confident else ""
+    more = "raise generate.num_responses; add prompts with safer responses"
+    return f"  Do one of: {less}lower {' or '.join(fields)}; {more}."
 
 
 def _pair(first: float, second: float) -> tuple[str, str]:

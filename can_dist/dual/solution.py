@@ -107,12 +107,15 @@ class Delivered(TypedDict):
 class Judgement(TypedDict):
     """What a table can vouch for (``dual.belief.trust``), by constraint; ``objection``: why it cannot.
 
+    ``kl`` is KL(π_λ‖π_ref) in nats, corrected for the finite K.
+
     ``lam_error`` is relative to λ; ``delivered`` is the improvement, or the mean where ``level`` (a threshold).
     """
 
     objection: str
     delivered: dict[str, Delivered]
     level: dict[str, bool]
+    kl: Delivered
     lam_error: dict[str, float]
     lam_known: bool
     ess: dict[str, float]

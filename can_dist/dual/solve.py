@@ -272,7 +272,8 @@ def _raise(outcome: Outcome, asked: _Request, margin_J: FloatArray) -> None:
     if outcome.status in (Status.INFEASIBLE, Status.BOUNDARY):
         spread = np.maximum(table.spread_J, 1e-200)
         say = messages.infeasible_message if outcome.status is Status.INFEASIBLE else messages.boundary_message
-        raise InfeasibleConstraint(say(table, asked.constraints, margin_J, outcome.feasibility, spread))
+        raised_J = margin_J - margins(table, asked.constraints)
+        raise InfeasibleConstraint(say(table, asked.constraints, margin_J, outcome.feasibility, spread, raised_J))
     if outcome.status is Status.NONFINITE:
         raise NumericalError(messages.nonfinite_message(table.peak, asked.beta))
     if outcome.status is Status.MAX_STEPS and outcome.corrected is not None:

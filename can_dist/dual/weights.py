@@ -9,6 +9,7 @@ import numpy as np
 
 from can_dist.dual.belief.trust import LAM_LIMIT, Trust
 from can_dist.dual.columns import Scores
+from can_dist.dual.interval import Interval
 from can_dist.dual.predict import Prediction
 from can_dist.dual.solution import Delivered, Diagnostics, Judgement
 from can_dist.dual.table import FloatArray
@@ -112,6 +113,11 @@ def verdict(diagnostics: Diagnostics, *, solved: bool, weighted: bool) -> str:
     return " ".join([*parts, f"A kind of prompt rarer than 3 in {num_prompts} may be unseen."])
 
 
+def percent(share: float) -> str:
+    """Return a share as a percentage: two digits below 100 %, a whole number above, never an exponent."""
+    return f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.0f}%"
+
+
 def _judgement(trust: Trust, level: Mapping[str, float]) -> Judgement:
     """Return a judgement by constraint."""
     names = list(level)
@@ -119,13 +125,14 @@ def _judgement(trust: Trust, level: Mapping[str, float]) -> Judgement:
     def by_name(values_J: FloatArray) -> dict[str, float]:
         return dict(zip(names, np.asarray(values_J).tolist(), strict=True))
 
+    def described(interval: Interval, bias: float) -> Delivered:
+        return {"mean": interval.mean, "se": interval.se, "low": interval.low, "high": interval.high, "bias": bias}
+
     intervals = zip(names, trust.delivered, trust.bias_J.tolist(), strict=True)
     return {
         "objection": trust.objection,
-        "delivered": {
-            name: {"mean": one.mean, "se": one.se, "low": one.low, "high": one.high, "bias": bias}
-            for name, one, bias in intervals
-        },
+        "delivered": {name: described(interval, bias) for name, interval, bias in intervals},
+        "kl": described(trust.kl, trust.kl_bias),
         "level": {name: bool(value) for name, value in level.items()},
         "lam_error": by_name(trust.lam_error_J),
         "lam_known": trust.lam_known,
@@ -159,7 +166,7 @@ def _lambda_text(judgement: Judgement) -> str:
     if error == 0.0:
         return "Lambda is 0: the margin costs nothing."
     if judgement["lam_known"]:
-        return f"Lambda is known to within {100 * error:.2g}%, bias included."
+        return f"Lambda is known to within {percent(error)}, bias included."
     if not math.isfinite(error):
         return "Lambda is not known: one that is 0 here may be above 0."
     return f"Lambda is not known to within {100 * LAM_LIMIT:g}%."

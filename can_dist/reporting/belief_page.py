@@ -118,7 +118,8 @@ def _tiles(solution: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         parts = [] if error is None else [f"SE {error:.2g}"]
         yield {"label": "Multiplier λ", "value": plain(lam), "name": name, "parts": parts}
     for name, margin in solution["margin"].items():
-        parts = [f"at most {plain(solution['feasibility']['attainable'].get(name))}"]
+        end = "at least" if (solution["lam"][name] or 0.0) < 0 else "at most"  # an equality met from above
+        parts = [f"{end} {plain(solution['feasibility']['attainable'].get(name))}"]
         if solution["threshold"][name] is not None:
             parts.append(f"mean at least {plain(solution['threshold'][name])}")
         if added := solution["safety_margin"].get(name):

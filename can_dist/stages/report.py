@@ -119,7 +119,7 @@ def build_report(
         "training": _training(as_trained(inputs["policy"])),
         "estimate": _estimated(inputs, reward),
         "counts": _counts(inputs),
-        "warnings": _warnings(work, before, after) + _drift(kl, as_trained(inputs["policy"])),
+        "warnings": _warnings(work, before, after) + _drift(kl, as_trained(inputs["policy"]), dual["examination"]),
         "samples": _samples(inputs, names, work.config.evaluate.num_samples),
         "config": identity(work.config, exclude=["cluster", "methods"]),
         "versions": {name: version(name) for name in PACKAGES},
@@ -260,14 +260,19 @@ def _warnings(work: Workspace, before: pa.Table, after: pa.Table) -> list[str]:
     return warnings
 
 
-def _drift(kl: Mapping[str, Any], policy: Artifact) -> list[str]:
-    """Return warnings of drift: pairs fix only differences of log-ratios, so a policy can fit them and still drift."""
+def _drift(kl: Mapping[str, Any], policy: Artifact, examination: Mapping[str, Any] | None) -> list[str]:
+    """Return warnings of drift: pairs fix only differences of log-ratios, so a policy can fit them and still drift.
+
+    A KL beyond its prediction is called drift only where the prediction can be believed: K responses cannot show a KL
+    above ln K, so at few responses the exact policy itself lies far above it.
+    """
     warnings = []
-    predicted, realised = kl.get("predicted"), kl["realised"]
-    if predicted is not None and realised["low"] > 2 * predicted:
+    judgement = ((examination or {}).get("diagnosis") or {}).get("judgement")
+    if judgement and not judgement["objection"] and kl["realised"]["low"] > 2 * judgement["kl"]["high"]:
         warnings.append(
-            f"The policy is {realised['mean']:.2f} nats from the reference, more than twice the {predicted:.2f} "
-            "predicted: training drifted. Lower train.learning_rate or add train.warmup_steps."
+            f"The policy is {kl['realised']['mean']:.2f} nats from the reference, more than twice the "
+            f"{judgement['kl']['high']:.2f} that the solve allows: training drifted. Lower train.learning_rate or add "
+            "train.warmup_steps."
         )
     if "summary" in policy.info and (warning := drift_warning(policy.read_json(CURVE))):
         warnings.append(warning[0].upper() + warning[1:])

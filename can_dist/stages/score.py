@@ -52,7 +52,7 @@ def score(work: Workspace, responses: Artifact, scorers: Mapping[str, ScorerSpec
     stage = work.open("scores", role, {"columns": list(columns)}, {"responses": responses, **columns})
     if stage.finished:
         return stage.finished
-    check_unique(responses.table, "response_id", str(responses.path))
+    check_unique(responses.table, ["response_id"], str(responses.path))
     left_out = {key: why for artifact in columns.values() for key, why in quarantined(artifact).items()}
     table = without(responses.table.select([*SCORE_KEYS.names, "num_tokens", "finish_reason"]), left_out)
     _check_every_prompt(responses, table)

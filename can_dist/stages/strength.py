@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import shutil
 
-from can_dist.config import Model, StrengthChoice, identity
+from can_dist.config import Model, StrengthChoice
+from can_dist.config.base import identity
 from can_dist.dual import PolicyEstimate, Strength, at_strength, choose_strength, verdict
 from can_dist.dual.strength import plus_minus
 from can_dist.errors import DataError, InfeasibleConstraint

@@ -89,21 +89,24 @@ def null_rows(column: pa.ChunkedArray, limit: int = 5) -> list[int]:
     return rows[:limit]
 
 
-def check_unique(table: pa.Table, column: str, source: str) -> None:
-    """Check that no value of ``column`` occurs twice.
+def check_unique(table: pa.Table, columns: Sequence[str], source: str) -> None:
+    """Check that no values of ``columns`` together occur twice.
 
     Raises:
         DataError: with up to five repeated values and their rows.
     """
-    counts = pc.value_counts(table.column(column).combine_chunks())
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
+    counted = table.select(columns).append_column("row", pa.array(range(table.num_rows), pa.int64()))
+    counted = counted.group_by(list(columns), use_threads=False).aggregate([("row", "count"), ("row", "list")])
+    repeated = counted.filter(pc.greater(counted.column("row_count"), 1)).to_pylist()
     if not repeated:
         return
-    values = table.column(column).to_pylist()
-    shown = [f"{value!r} at rows {[i for i, v in enumerate(values) if v == value][:3]}" for value in repeated[:5]]
+    shown = []
+    for entry in repeated[:5]:
+        value = ", ".join(repr(entry[name]) for name in columns)
+        shown.append(f"{value if len(columns) == 1 else f'({value})'} at rows {entry['row_list'][:3]}")
+    named = columns[0] if len(columns) == 1 else f"({', '.join(columns)})"
     raise DataError(
-        f"{source}: {column} must be unique, {len(repeated)} value(s) repeat: {'; '.join(shown)}. "
-        "Remove the duplicates."
+        f"{source}: {named} must be unique, {len(repeated)} value(s) repeat: {'; '.join(shown)}. Remove the duplicates."
     )
 
 

@@ -188,7 +188,7 @@ def _check_not_twice(paths: Sequence[Path], tables: Sequence[pa.Table]) -> None:
 
 
 def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], place: str) -> Scores:
-    """Take the columns a dual needs out of a table, checked.
+    """Take the columns a dual needs out of a table, checked; ``-cost`` is minus the column ``cost``.
 
     Args:
         table: N rows with ``prompt_id`` and the columns named.
@@ -200,7 +200,8 @@ def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], place
         DataError: a column is missing or not numeric, ids are null, repeated or of a type that is none, scores are
             null, NaN or infinite (rows listed), the table is empty, or every prompt has a single response.
     """
-    require_columns(table, ["prompt_id", reward, *constraints], place)
+    named = [source_column(name, table.column_names) for name in (reward, *constraints)]
+    require_columns(table, ["prompt_id", *(column for column, _ in named)], place)
     check_distinct(reward, constraints, place)
     if table.num_rows == 0:
         raise DataError(f"{place}: the table has no rows.")
@@ -209,8 +210,8 @@ def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], place
         raise DataError(f"{place}: prompt_id is null at rows {rows}. Give every row the id of its prompt.")
     prompt_N = np.asarray(plain_ids(table.column("prompt_id"), "prompt_id", place).to_pylist())
     if "response_id" in table.column_names:
-        check_unique(table, "response_id", place)
-    columns = [_finite_column(table, name, place) for name in (reward, *constraints)]
+        check_unique(table, ["prompt_id", "response_id"], place)
+    columns = [sign * _finite_column(table, column, place) for column, sign in named]
     _, counts = np.unique(prompt_N, return_counts=True)
     if counts.max() == 1:
         raise DataError(
@@ -219,6 +220,12 @@ def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], place
         )
     utilities = np.stack(columns[1:], axis=1) if constraints else np.empty((table.num_rows, 0))
     return Scores(prompt_N, columns[0], utilities)
+
+
+def source_column(name: str, columns: Sequence[str]) -> tuple[str, float]:
+    """Return the column that ``name`` reads and its sign, as :func:`can_dist.dual.frame.source_column` does."""
+    turned = name.startswith("-") and name not in columns and name[1:] in columns
+    return (name[1:], -1.0) if turned else (name, 1.0)
 
 
 def _finite_column(table: pa.Table, name: str, place: str) -> npt.NDArray[np.float64]:

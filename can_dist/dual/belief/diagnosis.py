@@ -21,7 +21,7 @@ from can_dist.dual.objective import tilt
 from can_dist.dual.solution import DualSolution, Judgement, Margin
 from can_dist.dual.solve import solve_table
 from can_dist.dual.table import FloatArray, ScoreTable
-from can_dist.dual.weights import weight_diagnostics
+from can_dist.dual.weights import percent, weight_diagnostics
 from can_dist.errors import ConfigError
 
 HEAVY_SHAPE = 0.7
@@ -285,10 +285,10 @@ def _remarks(
         return []
     remarks = []
     if disagreement > DISAGREEMENT:
-        remarks.append(f"the estimators differ by {100 * disagreement:.2g}%")
+        remarks.append(f"the estimators differ by {percent(disagreement)}")
     change = _relative_change(stability["K/2"], stability["K"])
     if change > UNSTABLE:
-        remarks.append(f"half the responses per prompt move the empirical lambda by {100 * change:.2g}%")
+        remarks.append(f"half the responses per prompt move the empirical lambda by {percent(change)}")
     if shapes["pooled"] > HEAVY_SHAPE:
         remarks.append(f"rare responses carry the weight (Pareto k = {shapes['pooled']:.2g})")
     if influence and influence[0].standard_errors > INFLUENTIAL:

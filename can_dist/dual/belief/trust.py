@@ -54,6 +54,7 @@ class Trust:
     Attributes:
         delivered: E_{π_λ} g − E_{π_ref} g of new prompts (E_{π_λ} g where the constraint is a level), bias included in
             both ends; utility units.
+        kl: KL(π_λ‖π_ref) of a prompt, nats, bias included in both ends; ``kl_bias`` is that part of each arm.
         bias_J: how much of each arm allows for the finite K and for prompts with one response; utility units.
         lam_error_J: half the length of λ's interval over λ: bias and sampling; 0 where λ = 0 for certain, infinite
             where λ = 0 may be wrong.
@@ -67,6 +68,8 @@ class Trust:
     """
 
     delivered: tuple[Interval, ...]
+    kl: Interval
+    kl_bias: float
     bias_J: FloatArray
     lam_error_J: FloatArray
     ess_J: FloatArray
@@ -99,7 +102,8 @@ def judge(
     moments = prompt_moments(table, lam_J, beta)
     corrected = jackknife_moments(table, lam_J, beta, moments)
     single = float((table.num_responses_P == 1).mean())
-    silent_J = np.abs(corrected.gain_PJ.mean(axis=0)) * single / max(1 - single, 1e-9)
+    silent = single / max(1 - single, 1e-9)
+    silent_J = np.abs(corrected.gain_PJ.mean(axis=0)) * silent
     correction_J = moments.gain_PJ.mean(axis=0) - corrected.gain_PJ.mean(axis=0)
     bias_J = np.abs(correction_J) + silent_J
     slack_PJ = with_level(table, corrected.gain_PJ - margin_J, level_J)
@@ -122,8 +126,11 @@ def judge(
     steps = [np.abs(_step(moments, beta, lam_J, part_J)) for part_J in (correction_J, offset_J, silent_J)]
     lam_bias_J: FloatArray = np.sum(steps, axis=0)
     quantile = float(t.ppf(0.5 + confidence / 2, max(num_prompts - 1, 1)))
+    kl_bias = abs(float(corrected.kl_P.mean() - moments.kl_P.mean())) + float(corrected.kl_P.mean()) * silent
     return Trust(
         delivered=delivered,
+        kl=widened(mean_interval(corrected.kl_P, CONFIDENCE), kl_bias),
+        kl_bias=kl_bias,
         bias_J=bias_J,
         lam_error_J=_lam_error(found, lam_bias_J, quantile, delivered, _demand(table, margin_J, level_J)),
         ess_J=ess_J,

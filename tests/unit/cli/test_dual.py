@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
@@ -92,6 +93,19 @@ def test_estimator_is_passed_on(scores: Path, estimator: str) -> None:
     assert found == expected(Margin("safety", 0.3), estimator=estimator)
 
 
+def test_a_cost_is_asked_to_fall_by_its_name_with_a_minus(scores: Path, tmp_path: Path) -> None:
+    """-cost:margin=0.3 is a margin of 0.3 on minus the column; cost:margin=-0.3 is told what it allows."""
+    costs = pq.read_table(scores)
+    costs = costs.append_column("cost", pc.negate(costs.column("safety")))
+    path = tmp_path / "costs.parquet"
+    pq.write_table(costs, path)
+    found = solution(path, "--constraint", "-cost:margin=0.3")
+    assert found["lam"]["-cost"] == expected(Margin("safety", 0.3))["lam"]["safety"]
+    assert "-cost" in here("frontier", path, "--constraint", "-cost")
+    text = here("solve", path, "--constraint", "cost:margin=-2")
+    assert "If cost is a cost that should fall by 2, write -cost:margin=2." in text
+
+
 def test_estimators_differ_here() -> None:
     lam = {name: expected(Margin("safety", 0.3), estimator=name)["lam"]["safety"] for name in ESTIMATORS[:3]}
     assert len({round(value, 3) for value in lam.values()}) == 3
@@ -128,7 +142,7 @@ def test_equality_is_met_exactly_with_a_negative_multiplier(scores: Path) -> Non
 
 def test_a_level_given_as_a_margin_is_pointed_out(scores: Path) -> None:
     out = here("solve", scores, "--constraint", "safety:margin=-1.3")
-    assert "\nnote      safety: the reference meets margin=-1.3, an improvement below zero over its mean" in out
+    assert "\nnote      safety: margin=-1.3 allows the mean to fall by 1.3 below the reference mean" in out
     assert "note" not in here("solve", scores, "--constraint", "safety:threshold=-1.3")
 
 

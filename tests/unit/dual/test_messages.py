@@ -31,6 +31,9 @@ def solve(**change: Any) -> DualSolution:
     return solve_dual(*table, **arguments)
 
 
+MET = "it holds without any change, so lambda is 0."
+
+
 class TestInfeasible:
     def test_message_of_one_constraint(self) -> None:
         with pytest.raises(InfeasibleConstraint) as caught:
@@ -108,6 +111,19 @@ class TestInfeasible:
         assert "every prompt has one response" in solution.diagnostics["verdict"]
 
 
+def test_a_margin_raised_for_a_confidence_is_told_apart_from_the_one_asked() -> None:
+    generator = np.random.default_rng(0)
+    reward, utility = generator.normal(size=(2, 40))
+    prompt = np.repeat(np.arange(5), 8)
+    asked = round(float((utility.reshape(5, 8).max(axis=1) - utility.reshape(5, 8).mean(axis=1)).mean()) - 0.05, 2)
+    solve_dual(reward, utility, prompt, beta=1.0, constraints=[Margin("g", asked)])
+    with pytest.raises(InfeasibleConstraint) as caught:
+        solve_dual(reward, utility, prompt, beta=1.0, constraints=[Margin("g", asked)], confidence=0.99)
+    assert f"requested ({asked:g} and " in str(caught.value)
+    assert " for the confidence), at most " in str(caught.value)
+    assert "Do one of: lower confidence; lower constraints.g.margin" in str(caught.value)
+
+
 class TestBothReadings:
     """A number given as a margin where a level was meant, or the other way round: ḡ = −4.5 or 5.5, at most +1."""
 
@@ -155,14 +171,14 @@ class TestBothReadings:
             (
                 -3.0,
                 Margin("safety", -2.0),
-                "safety: the reference meets margin=-2, an improvement below zero over its mean -2.5; if you meant the "
-                "absolute level, write threshold=-2, which is a margin of +0.5.",
+                "safety: margin=-2 allows the mean to fall by 2 below the reference mean -2.5; it holds without any "
+                "change, so lambda is 0. If you meant the absolute level, write threshold=-2, a margin of +0.5.",
             ),
             (
                 5.0,
                 Margin("safety", threshold=0.4),
-                "safety: the reference meets threshold=0.4, an absolute level below its mean 5.5; if you meant the "
-                "improvement, write margin=0.4.",
+                "safety: threshold=0.4 allows the mean to fall by 5.1 below the reference mean 5.5; it holds without "
+                "any change, so lambda is 0. If you meant the improvement, write margin=0.4.",
             ),
         ],
     )
@@ -172,18 +188,23 @@ class TestBothReadings:
         assert misread_hints(solution) == [hint]
 
     @pytest.mark.parametrize(
-        ("shift", "constraint"),
+        ("shift", "constraint", "ending"),
         [
-            (5.0, Margin("safety", -0.9)),  # a tolerated loss, which as a level lies far below the mean
-            (-9.0, Margin("safety", -0.9)),  # and here far above what is attainable
-            (5.0, Margin("safety", threshold=3.0)),  # a floor, which as a margin is out of reach
-            (5.0, Margin("safety", threshold=-3.0)),  # and here asks for nothing either way
+            (5.0, Margin("safety", -0.9), "0. If safety is a cost that should fall by 0.9, write -safety:margin=0.9."),
+            (-9.0, Margin("safety", -0.9), "0. If safety is a cost that should fall by 0.9, write -safety:margin=0.9."),
+            (5.0, Margin("safety", threshold=3.0), "by 2.5 below the reference mean 5.5; " + MET),
+            (5.0, Margin("safety", threshold=-3.0), "by 8.5 below the reference mean 5.5; " + MET),
         ],
-    )
-    def test_other_demands_that_are_met_are_taken_as_given(self, shift: float, constraint: Margin) -> None:
+    )  # fmt: skip
+    def test_what_other_demands_below_the_reference_allow_is_said(
+        self, shift: float, constraint: Margin, ending: str
+    ) -> None:
+        """As a level they lie far from what is attainable; a threshold asks for nothing as an improvement either."""
         solution = solve(utility_NJ=UTILITY + shift, constraints=[constraint])
         assert solution.lam["safety"] == 0.0
-        assert misread_hints(solution) == []
+        (hint,) = misread_hints(solution)
+        assert hint.endswith(ending)
+        assert ("if you meant" in hint.lower()) is False
 
     def test_an_improvement_that_comes_by_itself_is_taken_as_given(self) -> None:
         """g = r improves without any λ; 0.1 is a sensible margin, though as a level it could be asked for as well."""

@@ -3,11 +3,14 @@
 import math
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from dual_worlds import World
 
 from can_dist.config.sections import Constraint
 from can_dist.dual import Margin, cross_fit, mean_interval, predict, solve_dual, solve_table
@@ -294,8 +297,34 @@ def test_drift_is_measured_from_the_loss_that_training_starts_at(
         curve = {"loss": [[0, 9.0], [5, last]], "reference_loss": [[0, 9.0], [5, reference_loss]], "eval_loss": []}
         write_json(stage.path / "curve.json", curve)
         policy = stage.commit(["curve.json"], info={"summary": {}})
-        warnings[last] = _drift({"realised": {"low": 0.0, "mean": 0.0}}, policy)
+        warnings[last] = _drift({"realised": {"low": 0.0, "mean": 0.0}}, policy, None)
     below, above = warnings.values()
     assert below == []
     assert len(above) == 1
     assert f"The last training loss is {last:.4f}, above the reference's {start} on the same examples" in above[0]
+
+
+@pytest.mark.parametrize(
+    ("objection", "low", "drifted"), [("", 2.1, True), ("", 1.9, False), ("too few", 9.0, False), (None, 9.0, False)]
+)
+def test_drift_is_said_only_beyond_a_prediction_that_can_be_believed(
+    objection: str | None, low: float, drifted: bool
+) -> None:
+    judgement = None if objection is None else {"objection": objection, "kl": {"mean": 0.8, "low": 0.7, "high": 1.0}}
+    examination = {"diagnosis": {"judgement": judgement}}
+    kl = {"predicted": 0.5, "realised": {"mean": low + 0.2, "low": low, "high": low + 0.4}}
+    policy = cast(Artifact, SimpleNamespace(info={}))
+    warnings = _drift(kl, policy, examination)
+    assert ["training drifted" in text for text in warnings] == [True] * drifted
+    assert _drift(kl, policy, None) == []
+
+
+def test_the_exact_policy_at_few_responses_is_not_said_to_drift() -> None:
+    """Scores with twice the spread of β, K = 8: the predicted KL is half the true one, and nothing is judged by it."""
+    world = World("gaussian", 2.0, num_prompts=200, num_responses=8)
+    table = ScoreTable.build(*world.sample(0))
+    solution = solve_table(table, beta=world.beta, constraints=[Margin("g", world.margin)])
+    exact = 2.0**2 / 2 * (0.75 + (solution.lam["g"] - 0.5) ** 2)
+    assert exact > 2 * solution.predicted["kl"]
+    kl = {"predicted": solution.predicted["kl"], "realised": {"mean": exact, "low": 0.99 * exact, "high": 1.01 * exact}}
+    assert _drift(kl, cast(Artifact, SimpleNamespace(info={})), examine(table, solution)) == []

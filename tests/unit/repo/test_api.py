@@ -99,6 +99,15 @@ def test_a_table_gives_what_its_arrays_give(kind: str) -> None:
     assert alone.lam == {}
 
 
+def test_minus_names_the_column_with_its_sign_turned() -> None:
+    asked = {"beta": 0.5, "reward": "helpful", "prompt": "id"}
+    cost = {**COLUMNS, "cost": [-value for value in COLUMNS["calm"]]}
+    expected = solve_dual(COLUMNS, constraints=[Margin("calm", 0.1)], **asked)
+    assert solve_dual(cost, constraints=[Margin("-cost", 0.1)], **asked).lam["-cost"] == expected.lam["calm"]
+    for table in TABLES.values():
+        assert solve_dual(table, constraints=[Margin("-calm", -9.0)], **asked).lam == {"-calm": 0.0}
+
+
 def test_a_sliced_frame_is_read_by_position_not_by_index() -> None:
     frame = pd.DataFrame(COLUMNS).iloc[[4, 1, 3, 0, 2]]
     asked = {"beta": 0.5, "reward": "helpful", "prompt": "id", "constraints": [Margin("calm", margin=0.1)]}

@@ -118,4 +118,4 @@ def test_description_tells_the_estimator_its_reason_and_the_safety_margin() -> N
 def test_description_points_out_a_level_given_as_a_margin() -> None:
     text = describe(expected(Margin("safety", -1.3)))
     assert text.startswith("λ* = safety 0.0000; ")
-    assert "write threshold=-1.3, which is a margin of" in text
+    assert "write threshold=-1.3, a margin of" in text

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from trained_run import TrainedRun, assert_weights
 
-from can_dist.config import StrengthChoice, identity, validate_config
+from can_dist.config import StrengthChoice, validate_config
+from can_dist.config.base import identity
 from can_dist.errors import CanDistError, ConfigError, DataError, InfeasibleConstraint
 from can_dist.outcomes.export import find_policy
 from can_dist.stages.estimate import demands, lam_of, trained_policy

@@ -262,9 +262,23 @@ def test_prompt_id_of_a_nested_type_is_refused() -> None:
 
 
 def test_f15_duplicate_response_id_is_refused_with_value_and_rows() -> None:
-    assert refusal({**GOOD, "response_id": ["a/0", "a/1", "a/0", "b/1"]}) == (
-        "my.parquet: response_id must be unique, 1 value(s) repeat: 'a/0' at rows [0, 2]. Remove the duplicates."
+    assert refusal({**GOOD, "response_id": ["a/0", "a/0", "b/0", "b/1"]}) == (
+        "my.parquet: (prompt_id, response_id) must be unique, 1 value(s) repeat: ('a', 'a/0') at rows [0, 1]. Remove "
+        "the duplicates."
     )
+
+
+def test_response_ids_may_count_within_each_prompt() -> None:
+    scores = score_arrays(pa.table({**GOOD, "response_id": [0, 1, 0, 1]}), "reward", ["safety"], "my.parquet")
+    assert scores.reward_N.tolist() == GOOD["reward"]
+
+
+def test_a_cost_is_named_with_a_minus() -> None:
+    table = pa.table({"prompt_id": GOOD["prompt_id"], "reward": GOOD["reward"], "cost": GOOD["safety"]})
+    found = score_arrays(table, "reward", ["-cost"], "my.parquet")
+    assert found.utility_NJ[:, 0].tolist() == [-value for value in GOOD["safety"]]
+    with pytest.raises(DataError, match="no column '-costs'"):
+        score_arrays(table, "reward", ["-costs"], "my.parquet")
 
 
 @pytest.mark.parametrize(
