@@ -1,4 +1,4 @@
-"""Three estimators of the dual from a finite number of responses per prompt (ALGORITHMS section 2).
+"""Three estimators of the dual from a finite number of responses per prompt (docs/estimators.md, 8 and 9).
 
 ``empirical``: the softmax weights over the K sampled responses, the paper's. Biased by the finite K.
 ``jackknife``: each per-prompt mean under the weights with its bias of order 1/K removed by leaving one response out.

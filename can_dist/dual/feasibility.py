@@ -1,4 +1,4 @@
-"""Can any policy on the table meet the margins? Answered before solving, with a certificate (ALGORITHMS section 1)."""
+"""Can any policy on the table meet the margins? Answered before solving, with a certificate (docs/dual.md, 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole trade-off between the margins and helpfulness, without a solve per point (ALGORITHMS section 1).
+"""The whole trade-off between the margins and helpfulness, without a solve per point (docs/dual.md, 3).
 
 D_b(λ) = D_0(λ) − ⟨λ,b⟩, so ∇D_0(λ) is the margin that λ is optimal for, whatever b was asked. Every λ ≥ 0 is therefore
 one exact point of the frontier, and a grid of λ is the frontier: one pass over the table per point, no iteration.

@@ -133,7 +133,7 @@ def survey(start_Q: IntArray, columns: Columns, scale_C: FloatArray, longest: in
 def newton_sums(
     start_Q: IntArray, columns: Columns, scale_C: FloatArray, longest: int, lam_J: FloatArray, beta: float
 ) -> FloatArray:
-    """Sum over prompts what one Newton step needs (ALGORITHMS section 1).
+    """Sum over prompts what one Newton step needs (docs/dual.md, 3 and 4).
 
     Returns:
         Σ_i of ln of the mean of exp((r+⟨λ,g⟩)/β), of E_w g (J numbers) and of Cov_w(g) (J² numbers), for each chunk of

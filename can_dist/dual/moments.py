@@ -12,7 +12,7 @@ from can_dist.dual.table import FloatArray, ScoreTable
 
 @dataclass(frozen=True)
 class PromptMoments:
-    """Moments of r and g under w_i = π_λ(·|x_i) on the table, one row per prompt (ALGORITHMS section 1).
+    """Moments of r and g under w_i = π_λ(·|x_i) on the table, one row per prompt (docs/dual.md, 3).
 
     Attributes:
         gain_PJ: E_{w_i} g − E_{π_ref} g.

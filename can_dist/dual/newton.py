@@ -39,7 +39,7 @@ def kkt_residual(lam_J: FloatArray, gradient_J: FloatArray) -> float:
 
 
 def minimise(table: Scores, beta: float, margin_J: FloatArray, *, max_steps: int, tolerance: float) -> Minimum:
-    """Minimise D over λ ≥ 0 (ALGORITHMS section 1) for a table and margins in units of about 1.
+    """Minimise D over λ ≥ 0 (docs/dual.md, 2) for a table and margins in units of about 1.
 
     Args:
         table: scores scaled so that each utility, and the larger of r and β, is about 1.

@@ -1,4 +1,4 @@
-"""The dual objective and its derivatives: one function, a sum over prompts (ALGORITHMS section 1)."""
+"""The dual objective and its derivatives: one function, a sum over prompts (docs/dual.md, 2 to 4)."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from can_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Prediction:
-    """Means over prompts of π_λ against π_ref on one table (ALGORITHMS sections 1 and 2).
+    """Means over prompts of π_λ against π_ref on one table (docs/dual.md, 3 and 5).
 
     Attributes:
         improvement_J: E_{π_λ} g − E_{π_ref} g, utility units.
@@ -115,7 +115,7 @@ def prediction_of(
 
 
 def lambda_standard_error(slack_PJ: FloatArray, hessian_JJ: FloatArray, lam_J: FloatArray) -> FloatArray:
-    """Return the sandwich √diag(H⁻¹ Cov(u) H⁻¹ / P) over the constraints with λ > 0 (ALGORITHMS section 2).
+    """Return the sandwich √diag(H⁻¹ Cov(u) H⁻¹ / P) over the constraints with λ > 0 (docs/estimators.md, 7).
 
     NaN for a constraint at the bound λ = 0, for a single prompt, and where H is singular.
     """

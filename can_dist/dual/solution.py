@@ -150,7 +150,7 @@ class DualSolution:
     Attributes:
         status: how the solve ended.
         lam: λ* by constraint, reward units per utility unit; NaN unless a finite λ was reached.
-        lam_se: sandwich standard error of λ* (ALGORITHMS section 2); NaN at the bound λ = 0.
+        lam_se: sandwich standard error of λ* (docs/estimators.md, 7); NaN at the bound λ = 0.
         value: D(λ*), reward units.
         slack: ∇D(λ*) = predicted improvement − margin.
         centre: ḡ, the mean of each utility under the reference.

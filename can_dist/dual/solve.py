@@ -1,4 +1,4 @@
-"""The exact dual of constrained alignment on a table of scores: λ* = argmin_{λ≥0} D(λ) (ALGORITHMS section 1)."""
+"""The exact dual of constrained alignment on a table of scores: λ* = argmin_{λ≥0} D(λ) (docs/dual.md, 2)."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class ScoreTable:
     """Scores of every response, grouped by prompt and centred on the reference.
 
     Rows are sorted by prompt (CSR form): prompt i owns rows ``start_P[i]`` to ``start_P[i] + num_responses_P[i]``.
-    Scores are stored minus their per-prompt reference mean, which the dual does not see (ALGORITHMS section 1):
+    Scores are stored minus their per-prompt reference mean, which the dual does not see (docs/dual.md):
     with them h_ik = g_ik − ḡ − b averages over prompts to ``utility_JN`` − b, and shifts by any f(x) cost no digits.
 
     Attributes:
@@ -164,7 +164,7 @@ class ScoreTable:
             )
 
     def take(self, prompt_Q: npt.NDArray[Any]) -> ScoreTable:
-        """Return the table of the prompts of a mask or of an index, in that order; a repeated prompt counts again."""
+        """Select prompts by mask or index, in that order; repeats count again (for the bootstrap)."""
         index = np.flatnonzero(prompt_Q) if prompt_Q.dtype == np.bool_ else prompt_Q
         num_responses = self.num_responses_P[index]
         start = np.concatenate(([0], np.cumsum(num_responses)[:-1])).astype(np.int64)

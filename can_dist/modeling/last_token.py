@@ -63,7 +63,7 @@ def reads_last_token(model: PreTrainedModel, body: PreTrainedModel, head: torch.
 
 @torch.no_grad()
 def choose_text_layout(read: LastToken, say: Callable[[str], None]) -> str:
-    """Return the best layout in which a model says of every text what it says of it alone; announce it."""
+    """Return, and announce, the fastest layout whose outputs equal those of each text alone."""
     weight = floating_weight(read.model)
     groups = probe_groups(int(read.model.config.get_text_config().vocab_size))
     alone_RX = values_alone(read, make_text_pack, groups, weight)

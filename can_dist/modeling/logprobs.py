@@ -12,7 +12,7 @@ from can_dist.modeling.packs import Group, Pack, make_pack
 from can_dist.modeling.probe import exact_layout, floating_weight, probe_groups, values_alone
 from can_dist.modeling.segments import NAME, attend_by, register
 
-# float32 logits of a pack; of more rows, one chunk has logits at a time and the backward pass makes them anew
+# Most bytes of float32 logits held at once. Above it, logits are computed chunk by chunk and recomputed backward.
 # (a GPU wants large products; on a CPU 32 MiB cost no time and took a third of the memory of 256)
 HEAD_BYTES_ON = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}
 HEAD_BYTES = HEAD_BYTES_ON["cuda" if torch.cuda.is_available() else "cpu"]
@@ -177,7 +177,7 @@ def _token_logp(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tenso
 
 @torch.no_grad()
 def choose_layout(model: ResponseModel, forward: Callable[[Pack], torch.Tensor], say: Callable[[str], None]) -> str:
-    """Return the best layout in which the model computes what it computes for every sequence alone; announce it.
+    """Return, and announce, the fastest layout whose outputs equal those of each sequence alone.
 
     ``forward`` is the model in eval mode, or the engine that wraps it: all ranks of ZeRO-3 come here together. Where
     the head is more than its output embeddings (a soft cap, a scale), it is not taken in chunks.

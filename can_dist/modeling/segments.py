@@ -23,7 +23,7 @@ from can_dist.errors import EnvironmentProblem
 from can_dist.modeling.attention import FLASH, SDPA, Attention, attention_for, grouped, torch_varlen
 
 NAME = "can_segments"  # among transformers' attention implementations
-# arguments that would change the numbers of an attention, and that this one does not take
+# Arguments that change attention's result and that segment_attention does not support.
 NOT_TAKEN = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
@@ -250,10 +250,10 @@ def register() -> None:
 
 @contextlib.contextmanager
 def noting_windows() -> Iterator[set[int]]:
-    """Collect the windows and chunks of the masks that a model asks transformers for, which then makes none.
+    """Record each window or chunk size for which the model requests a mask from transformers (none is built meanwhile).
 
-    One that the attention was not told of would silently be left out of texts that are longer than it. For the probe
-    only: see ``register``.
+    A window that reaches the mask but not our attention would be ignored on texts longer than it. For the probe only:
+    see ``register``.
     """
     from transformers import AttentionMaskInterface
 

@@ -91,7 +91,7 @@ def check_truncated(work: Workspace, responses: Artifact) -> Artifact:
     """Return responses of which no more than ``generate.max_truncated`` were cut at ``max_new_tokens``; tell of many.
 
     Raises:
-        DataError: More were cut: what a scorer says of the beginning of a text need not hold of the text.
+        DataError: More were cut: a score of a cut response may not hold for the whole one.
     """
     options = work.config.generate
     num_cut, num_all = responses.info["finish_reason"].get("length", 0), responses.info["num_responses"]
@@ -170,7 +170,7 @@ class GenerateJob:
         write_part(self.out, shard, pa.Table.from_pylist(out, schema=RESPONSES))
 
     def halved(self) -> None:
-        """Return that there is none: what is sampled depends on the batch."""
+        """Return None: a smaller batch would change the samples."""
 
     def row_names(self, shard: int) -> list[str]:
         """Return what the prompts of a shard are called."""

@@ -43,7 +43,7 @@ NOT_OFFERED = {
 
 
 def say_accelerator() -> None:
-    """Tell DeepSpeed, before it is imported, of a machine without GPU: what it finds out by itself it warns of."""
+    """Set DS_ACCELERATOR=cpu before DeepSpeed is imported on a machine without a GPU; its own detection warns."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -85,7 +85,7 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of JSON; a key that is there twice is refused, of which Python would keep the last."""
+    """Refuse a repeated JSON key (Python would silently keep the last)."""
     keys = [key for key, _ in pairs]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise ValueError(f"{', '.join(twice)}: given twice")

@@ -38,7 +38,7 @@ from can_dist.training.reference import check_reference, probe
 from can_dist.training.trackers import Tracker, open_trackers
 from can_dist.training.trainable import adapt
 
-# of the loss before the first step, relative above 1: bf16 log-probabilities differ by batch
+# Allowed |loss − expected| before step 1 (relative when expected > 1): bf16 log-probabilities vary with the batch.
 STEP0_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 
 
@@ -381,6 +381,6 @@ class _Loop:
         reports = enumerate(ranks.gathered(bad))
         places = "; ".join(f"rank {rank}: examples {', '.join(ids)}" for rank, ids in reports if ids)
         raise NumericalError(
-            f"step {step + 1}: the loss is not a finite number, before the update. {places}. "
+            f"step {step + 1}: the loss is not finite; no update was made. {places}. "
             "Look at these examples; lower train.learning_rate if the loss grew before."
         )

@@ -1,4 +1,4 @@
-"""The whole chain where the answer is known: score, solve, label and train reach π* (ALGORITHMS 8.5)."""
+"""The whole chain where the answer is known: score, solve, label and train reach π* (docs/dual.md, the mathematics)."""
 
 from pathlib import Path
 

@@ -218,7 +218,7 @@ def test_f33_non_finite_loss_stops_all_ranks_before_the_update(world: tw.World) 
     outcome = tw.launch(spec)
     assert outcome.codes == [5, 5], outcome.output
     assert (
-        "NumericalError: step 3: the loss is not a finite number, before the update. "
+        "NumericalError: step 3: the loss is not finite; no update was made. "
         f"rank 1: examples pair-{of_rank_1[0]}." in outcome.output
     )
     directory = tw.policy_dir(spec).parent

@@ -1,4 +1,4 @@
-"""The full examination of a solved table: what the number rests on, and whether to believe it (ALGORITHMS section 2).
+"""The full examination of a solved table: what the number rests on, and whether to believe it (docs/estimators.md).
 
 Costs a dozen solves, so it is asked for by name and not done by every solve.
 """

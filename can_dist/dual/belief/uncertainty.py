@@ -1,4 +1,4 @@
-"""What the prompts drawn cost in certainty: bootstrap over prompts, cross-fitted predictions (ALGORITHMS section 2).
+"""What the prompts drawn cost in certainty: bootstrap over prompts, cross-fitted predictions (docs/estimators.md, 7).
 
 The unit of replication is the prompt. ḡ is recomputed in every replicate by itself: each prompt's slack u_i carries
 its own reference mean (paired), and where the constraint is an absolute level, u_i = Σ_k w_ik g_ik − τ is not centred.

@@ -16,7 +16,7 @@ from can_dist.algorithms.mocan import mocan
 from can_dist.algorithms.sacpo import sacpo
 from can_dist.dual import Margin, solve_dual
 
-# ALGORITHMS 8.3, categorical with a weighted reference
+# categorical with a weighted reference
 REF = np.array([[0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25]])
 REWARD = np.array([[1, 0.2, -0.5, 0.7], [0, 1.5, -1, 0.5]])
 SAFETY = np.array([[-1, 0.5, 2, -0.3], [1, -2, 0.8, 0.1]])

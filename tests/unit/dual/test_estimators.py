@@ -58,7 +58,7 @@ class TestGaussian:
         assert found.moments.reward_gain_P[0] == pytest.approx((2 - 0.4 * 0.2) / 0.5, abs=1e-9)
 
     def test_it_is_unbiased_where_the_empirical_one_is_not(self) -> None:
-        """The table of ALGORITHMS section 2: K = 8, sd/β = 1, λ* = 1, empirical about 1.17."""
+        """A known value: K = 8, sd/β = 1, λ* = 1, empirical about 1.17."""
         world = World("gaussian", 1.0, num_responses=8, num_prompts=4000)
         table = world_table(world)
         found = {

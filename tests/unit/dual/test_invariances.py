@@ -1,4 +1,4 @@
-"""What must not change, and what must change in a known way (ALGORITHMS section 8.4), on generated tables."""
+"""What must not change, and what must change in a known way (docs/dual.md, the mathematics), on generated tables."""
 
 from __future__ import annotations
 

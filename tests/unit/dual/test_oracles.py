@@ -1,4 +1,4 @@
-"""The dual against closed forms (ALGORITHMS section 8) and against an independent solver."""
+"""The dual against closed forms (docs/dual.md, the mathematics) and against an independent solver."""
 
 from __future__ import annotations
 

@@ -231,7 +231,7 @@ def test_lam_interval_is_cut_at_zero() -> None:
 
 
 def population(world: World, lam: float) -> tuple[float, float, float]:
-    """Improvement, reward improvement and KL of π_λ in a Gaussian world of sd 1 (ALGORITHMS 8.1)."""
+    """Improvement, reward improvement and KL of π_λ in a Gaussian world of sd 1 (docs/dual.md, the mathematics)."""
     rho, scale = world.correlation, world.sd_over_beta
     return (rho + lam) * scale, (1 + rho * lam) * scale, (1 + 2 * rho * lam + lam**2) * scale**2 / 2
 

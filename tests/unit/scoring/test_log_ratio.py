@@ -27,7 +27,7 @@ from can_dist.workspace import Workspace
 WORDS = [f"w{i}" for i in range(6)]
 ANY = Model(model="any")
 
-# ------------------------------------------------------------------------------------- ALGORITHMS 8.3, 2 prompts × 4
+# ------------------------------------------------------------------------------- categorical, 2 prompts × 4 responses
 
 REF_PK = np.array([[0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25]])
 R_PK = np.array([[1, 0.2, -0.5, 0.7], [0, 1.5, -1, 0.5]])
