@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from openai import APIError, APIStatusError, AsyncOpenAI, OpenAI
 
 
-def read_key(where: str, endpoint: Endpoint) -> str:
+def read_key(owner: str, endpoint: Endpoint) -> str:
     """Return the key of an endpoint, 'no-key' for one without.
 
     Raises:
@@ -32,13 +32,13 @@ def read_key(where: str, endpoint: Endpoint) -> str:
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         state = "holds characters that no key has" if key else "is not set or empty"
         raise EnvironmentProblem(
-            f"{where}: its key is expected in the environment variable {endpoint.api_key_env}, which {state}. "
+            f"{owner}: its key is expected in the environment variable {endpoint.api_key_env}, which {state}. "
             "Export the key there."
         )
     return key
 
 
-def open_client(where: str, base_url: str, endpoint: Endpoint) -> OpenAI:
+def open_client(owner: str, base_url: str, endpoint: Endpoint) -> OpenAI:
     """Open a blocking client, for use by several threads; the caller closes it.
 
     Raises:
@@ -46,27 +46,27 @@ def open_client(where: str, base_url: str, endpoint: Endpoint) -> OpenAI:
     """
     from openai import DefaultHttpxClient, OpenAI
 
-    return OpenAI(http_client=_connection(DefaultHttpxClient, where, base_url), **_options(where, base_url, endpoint))
+    return OpenAI(http_client=_connection(DefaultHttpxClient, owner, base_url), **_options(owner, base_url, endpoint))
 
 
-def open_async_client(where: str, base_url: str, endpoint: Endpoint) -> AsyncOpenAI:
+def open_async_client(owner: str, base_url: str, endpoint: Endpoint) -> AsyncOpenAI:
     """Open a client for coroutines; the caller closes it. Errors are those of ``open_client``."""
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-    connection = _connection(DefaultAsyncHttpxClient, where, base_url)
-    return AsyncOpenAI(http_client=connection, **_options(where, base_url, endpoint))
+    connection = _connection(DefaultAsyncHttpxClient, owner, base_url)
+    return AsyncOpenAI(http_client=connection, **_options(owner, base_url, endpoint))
 
 
-def _options(where: str, base_url: str, endpoint: Endpoint) -> dict[str, Any]:
+def _options(owner: str, base_url: str, endpoint: Endpoint) -> dict[str, Any]:
     return {
-        "api_key": read_key(where, endpoint),
+        "api_key": read_key(owner, endpoint),
         "base_url": base_url,
         "timeout": endpoint.timeout_s,
         "max_retries": endpoint.max_retries,
     }
 
 
-def _connection(kind: Any, where: str, url: str) -> Any:
+def _connection(kind: Any, owner: str, url: str) -> Any:
     """Return the library's HTTP client: without proxies to this machine itself, whatever the environment says."""
     proxies = {name: proxy for name, proxy in getproxies_environment().items() if name in ("http", "https", "all")}
     if proxies and is_loopback(urlsplit(url).hostname or ""):
@@ -78,7 +78,7 @@ def _connection(kind: Any, where: str, url: str) -> Any:
     except (ImportError, ValueError) as error:
         variables = ", ".join(_variable(name) for name in proxies)
         raise EnvironmentProblem(
-            f"{where}: the proxy that the environment names ({variables}) cannot be used: {error}. Unset the variable "
+            f"{owner}: the proxy that the environment names ({variables}) cannot be used: {error}. Unset the variable "
             "or give a proxy whose address begins with http:// (for socks5:// install the client's extra 'socks')."
         ) from None
 
@@ -111,51 +111,51 @@ def _variable(scheme: str) -> str:
     return next((name for name in os.environ if name.lower() == f"{scheme}_proxy"), f"{scheme.upper()}_PROXY")
 
 
-def refused(where: str, endpoint: Endpoint, error: APIStatusError) -> str:
+def refused(owner: str, endpoint: Endpoint, error: APIStatusError) -> str:
     """Say what an HTTP status means. The body is not quoted: it may repeat the key or the prompt."""
-    return f"{_status(where, endpoint, error)}{'' if error.status_code in CONTENT else about_proxy(error)}"
+    return f"{_status(owner, endpoint, error)}{'' if error.status_code in CONTENT else about_proxy(error)}"
 
 
 CONTENT = (400, 413, 422, 429)
 """What an endpoint says of a request itself, so that it was reached."""
 
 
-def _status(where: str, endpoint: Endpoint, error: APIStatusError) -> str:
+def _status(owner: str, endpoint: Endpoint, error: APIStatusError) -> str:
     status = error.status_code
     if status in (401, 403):
         name = endpoint.api_key_env
         key = f"the key in the environment variable {name}" if name else "a request without key"
-        return f"{where}: HTTP {status}, the endpoint refused {key}. Set api_key_env to a variable with a valid key."
+        return f"{owner}: HTTP {status}, the endpoint refused {key}. Set api_key_env to a variable with a valid key."
     if status == 404:
-        return f"{where}: HTTP 404, no such model or address. Compare model and base_url with the endpoint's list."
+        return f"{owner}: HTTP 404, no such model or address. Compare model and base_url with the endpoint's list."
     if status == 429:
         return (
-            f"{where}: still rate-limited (HTTP 429) after {endpoint.max_retries} retries. Lower concurrency, raise "
+            f"{owner}: still rate-limited (HTTP 429) after {endpoint.max_retries} retries. Lower concurrency, raise "
             "max_retries, or wait until the quota allows more."
         )
     if status in (400, 413, 422):
         return (
-            f"{where}: HTTP {status}, the endpoint refused this request. See its log: a text may be too long, or the "
+            f"{owner}: HTTP {status}, the endpoint refused this request. See its log: a text may be too long, or the "
             "request may have keys that it does not know."
         )
     return (
-        f"{where}: HTTP {status} after {endpoint.max_retries} retries. See the endpoint's log; try again when it is "
+        f"{owner}: HTTP {status} after {endpoint.max_retries} retries. See the endpoint's log; try again when it is "
         "well."
     )
 
 
-def unreachable(where: str, endpoint: Endpoint, error: APIError) -> str:
+def unreachable(owner: str, endpoint: Endpoint, error: APIError) -> str:
     """Say why there is no answer; empty where the library has another reason than time or connection."""
     from openai import APIConnectionError, APITimeoutError
 
     if isinstance(error, APITimeoutError):
         return (
-            f"{where}: no answer within {endpoint.timeout_s:g} s, in {endpoint.max_retries + 1} attempts. Lower "
+            f"{owner}: no answer within {endpoint.timeout_s:g} s, in {endpoint.max_retries + 1} attempts. Lower "
             f"concurrency or raise timeout_s.{about_proxy(error)}"
         )
     if isinstance(error, APIConnectionError):
         return (
-            f"{where}: no connection in {endpoint.max_retries + 1} attempts. Is it running, and is base_url right?"
+            f"{owner}: no connection in {endpoint.max_retries + 1} attempts. Is it running, and is base_url right?"
             f"{about_proxy(error)}"
         )
     return ""

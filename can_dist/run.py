@@ -281,8 +281,8 @@ class Run:
         """
         if validation is None or self.config.strength == 1.0 or self._until == "train":
             return policy
-        found = self.estimate(policy, reference, solution, validation)
-        stretched = strength.strengthen(self._work, policy, reference, solution, found)
+        artifact = self.estimate(policy, reference, solution, validation)
+        stretched = strength.strengthen(self._work, policy, reference, solution, artifact)
         if stretched is not policy:
             strength.check(self._work, stretched, solution, self.estimate(stretched, reference, solution, validation))
         return self._reached("strength", stretched)
@@ -325,21 +325,21 @@ class Run:
         """Measure the policy on held-out prompts and write the report; ``variant`` names it among several policies."""
         lineage = report.lineage_of(policy, prompts)
         scorers = self._specs(reward, constraints, self.aligned(reference, prompts, reward, constraints))
-        found = self._estimated(lineage, reference)
+        artifact = self._estimated(lineage, reference)
         return evaluate.evaluate(
-            self._work, lineage, reference, scorers, constraints, reward=REWARD, variant=variant, estimate=found
+            self._work, lineage, reference, scorers, constraints, reward=REWARD, variant=variant, estimate=artifact
         )
 
     def _estimated(self, lineage: report.Lineage, reference: Model) -> Artifact | None:
         """Return the estimate of a policy on its run's validation responses; None where λ or they are missing."""
-        policy, asked = lineage.policy, (self.config.reward, self.config.constraints)
+        policy, scorers = lineage.policy, (self.config.reward, self.config.constraints)
         if policy.stage == "strength":
             solution, validation = policy.input("solution"), policy.input("estimate").input("validation")
             return self.estimate(policy, reference, solution, validation)
         if lineage.solution is None or "strength" not in METHODS[self.config.method].stages:
             return None
-        aligned = self.aligned(reference, lineage.prompts, *asked)
-        scores = self.validation(reference, lineage.prompts, *asked, aligned)
+        aligned = self.aligned(reference, lineage.prompts, *scorers)
+        scores = self.validation(reference, lineage.prompts, *scorers, aligned)
         return scores and self.estimate(policy, reference, lineage.solution, scores)
 
     def say(self, message: str) -> None:

@@ -22,6 +22,6 @@ def estimate(run_dir: Path, policy: Path | None) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # libraries announce themselves on standard output
         from can_dist.outcomes.estimate import estimate_text, run_estimate
 
-        found = run_estimate(run_dir, policy)
-        text = estimate_text(found)
+        line = run_estimate(run_dir, policy)
+        text = estimate_text(line)
     click.echo(text)

@@ -85,16 +85,16 @@ def _write(
         if strength is None and not margins:
             written = export.export_policy(run_dir, out, adapter=adapter, max_shard_mb=max_shard_mb)
         else:
-            asked = dict(map(_margin, margins))
+            demanded = dict(map(_margin, margins))
             largest = max_shard_mb or stretch.SHARD_MB
-            found = stretch.export_strength(
-                run_dir, out, strength=strength, margins=asked, adapter=adapter, max_shard_mb=largest
+            exported = stretch.export_strength(
+                run_dir, out, strength=strength, margins=demanded, adapter=adapter, max_shard_mb=largest
             )
-            written, sentences = found.path, (f"strength {found.alpha:.4g}", *found.sentences)
-        where = str(written) if push is None else export.push(written, push)
+            written, sentences = exported.path, (f"strength {exported.alpha:.4g}", *exported.sentences)
+        destination = str(written) if push is None else export.push(written, push)
     for sentence in sentences:
         click.echo(f"can-dist: {sentence}", err=True)
-    click.echo(where)
+    click.echo(destination)
 
 
 def _margin(text: str) -> tuple[str, float]:

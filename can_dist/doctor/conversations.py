@@ -42,10 +42,10 @@ def check_conversations(config: Config, prompts: Artifact | None = None) -> list
         ConfigError: A model has no chat template and no ``template``, or several chat templates and no default.
         DataError: A template refuses a conversation, or does not write one of its messages or the response.
     """
-    asked = kinds_of(_prompts_of(config.prompts) if prompts is None else prompts.table)
-    notes = check_reference("reference", config.reference, asked)
+    kinds = kinds_of(_prompts_of(config.prompts) if prompts is None else prompts.table)
+    notes = check_reference("reference", config.reference, kinds)
     for key, scorer in scorers(config).items():
-        notes += check_scorer(key, scorer, asked)
+        notes += check_scorer(key, scorer, kinds)
     if config.evaluate.benign_prompts is not None:
         notes += check_reference("reference", config.reference, kinds_of(_prompts_of(config.evaluate.benign_prompts)))
     for source in _pair_sources(config):
@@ -55,7 +55,7 @@ def check_conversations(config: Config, prompts: Artifact | None = None) -> list
             for key, scorer in scorers(config).items():
                 notes += check_scorer(key, scorer, pairs)
     if config.generate.responses is not None or config.generate.endpoint is not None:
-        check_reference("reference", config.reference, asked, are_texts=True)
+        check_reference("reference", config.reference, kinds, are_texts=True)
     return list(dict.fromkeys(notes))
 
 
@@ -92,12 +92,12 @@ def _pair_sources(config: Config) -> list[DataSource]:
     return [source for number, source in enumerate(sources) if source is not None and source not in sources[:number]]
 
 
-def check_reference(key: str, reference: Model, asked: Conversations, *, are_texts: bool = False) -> list[str]:
+def check_reference(key: str, reference: Model, kinds: Conversations, *, are_texts: bool = False) -> list[str]:
     """Check what the reference is asked; with ``are_texts`` also that responses given as text can be tokenised."""
     formatter = open_formatter(reference)
     owner = f"{key} {reference.model!r}"
-    notes = _check_written(lambda messages, _: formatter.prompt_text(messages), asked, owner, answers=False)
-    for prompt_id, messages in asked.values():
+    notes = _check_written(lambda messages, _: formatter.prompt_text(messages), kinds, owner, answers=False)
+    for prompt_id, messages in kinds.values():
         with _named(owner, prompt_id):
             if are_texts:
                 formatter.response_ids(messages, "")
@@ -106,26 +106,26 @@ def check_reference(key: str, reference: Model, asked: Conversations, *, are_tex
     return notes
 
 
-def check_scorer(key: str, scorer: Any, asked: Conversations) -> list[str]:
+def check_scorer(key: str, scorer: Any, kinds: Conversations) -> list[str]:
     """Check what a scorer reads of conversations and their responses; a Python function gets them as they are."""
     if isinstance(scorer, LogRatio):
-        return check_reference(f"{key}.model", scorer.model, asked) if scorer.model is not None else []
+        return check_reference(f"{key}.model", scorer.model, kinds) if scorer.model is not None else []
     kind = kind_of(scorer)
     if kind.writer is None:
         return []
     owner = f"{key} {kind.name(scorer)!r}"
     if isinstance(scorer, HttpScorer):  # the request is the user's: what it leaves out is meant
-        for prompt_id, messages in asked.values():
+        for prompt_id, messages in kinds.values():
             with _named(owner, prompt_id):
                 kind.writer(scorer)(messages, "")
         return []
-    return _check_written(kind.writer(scorer), asked, owner, answers=True)
+    return _check_written(kind.writer(scorer), kinds, owner, answers=True)
 
 
-def _check_written(write: Writer, asked: Conversations, owner: str, *, answers: bool) -> list[str]:
+def _check_written(write: Writer, kinds: Conversations, owner: str, *, answers: bool) -> list[str]:
     """Raise ``DataError`` where a message, or with ``answers`` the response, is not in what a template writes."""
     notes = []
-    for prompt_id, messages in asked.values():
+    for prompt_id, messages in kinds.values():
         with _named(owner, prompt_id):
             text = write(messages, MARK.format("response"))
             marked = [{**turn, "content": MARK.format(number)} for number, turn in enumerate(messages)]

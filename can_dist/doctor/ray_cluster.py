@@ -31,8 +31,8 @@ def _local() -> Finding:
     try:
         directory = session_directory()
     except EnvironmentProblem as problem:
-        found, _, remedy = str(problem).partition(". ")
-        return error("Ray", found, remedy)
+        state, _, remedy = str(problem).partition(". ")
+        return error("Ray", state, remedy)
     place = f"; its sessions lie in {directory}, since TMPDIR is too long for its sockets" if directory else ""
     return ok("Ray", f"no address given: a run starts a local Ray, which demands a token of its own{place}")
 

@@ -72,33 +72,33 @@ class PassResult:
     def total(cls, results: Iterable[PassResult]) -> PassResult:
         """Add up the results of blocks or shards, in their order."""
         every = list(results)
-        sums = functools.reduce(operator.add, (one.sums for one in every))
-        return cls(sums, max(one.largest for one in every), np.concatenate([one.rows for one in every]))
+        sums = functools.reduce(operator.add, (part.sums for part in every))
+        return cls(sums, max(part.largest for part in every), np.concatenate([part.rows for part in every]))
 
 
 Runner = Callable[[Pass], Iterable[PassResult]]
 
 
-def run_pass(blocks: Iterable[Block], asked: Pass) -> PassResult:
+def run_pass(blocks: Iterable[Block], request: Pass) -> PassResult:
     """Answer a pass over the blocks of one shard."""
-    return PassResult.total(_block_pass(block, asked) for block in blocks)
+    return PassResult.total(_block_pass(block, request) for block in blocks)
 
 
-def _block_pass(block: Block, asked: Pass) -> PassResult:
+def _block_pass(block: Block, request: Pass) -> PassResult:
     from can_dist.dual import kernel  # compiled on first use; a table that fits NumPy never needs it
 
     start_Q = np.concatenate(([0], np.cumsum(block.num_responses_P))).astype(np.int64)
     longest = int(block.num_responses_P.max())
-    scale_C, lam_J = np.array(asked.scale_C, dtype=np.float64), np.array(asked.lam_J, dtype=np.float64)
-    what = (start_Q, tuple(block.columns[c] for c in asked.columns_C), scale_C, longest)
-    if asked.kind == "sums":
-        return PassResult(kernel.newton_sums(*what, lam_J, asked.beta).sum(axis=0), 0.0, np.empty((0, 0)))
-    if asked.kind == "best":
-        sums_J, largest = kernel.best_sums(*what, lam_J)
+    scale_C, lam_J = np.array(request.scale_C, dtype=np.float64), np.array(request.lam_J, dtype=np.float64)
+    columns = (start_Q, tuple(block.columns[c] for c in request.columns_C), scale_C, longest)
+    if request.kind == "sums":
+        return PassResult(kernel.newton_sums(*columns, lam_J, request.beta).sum(axis=0), 0.0, np.empty((0, 0)))
+    if request.kind == "best":
+        sums_J, largest = kernel.best_sums(*columns, lam_J)
         return PassResult(sums_J.sum(axis=0), float(largest.max()), np.empty((0, 0)))
-    if asked.kind == "means":
-        return PassResult(np.zeros(0), 0.0, kernel.tilted_means(*what, lam_J, asked.beta))
-    stats_PC3, covariance_PCC = kernel.survey(*what)
+    if request.kind == "means":
+        return PassResult(np.zeros(0), 0.0, kernel.tilted_means(*columns, lam_J, request.beta))
+    stats_PC3, covariance_PCC = kernel.survey(*columns)
     extremes_C2 = stats_PC3[:, :, 1:].sum(axis=0)
     sums = np.concatenate([extremes_C2.ravel(), covariance_PCC.sum(axis=0).ravel()])
     return PassResult(sums, float(np.abs(stats_PC3[:, :, 1:]).max()), stats_PC3[:, :, 0])
@@ -149,11 +149,11 @@ class ColumnScores:
                 "nothing. Sample at least 2 responses per prompt (generate.num_responses)."
             )
         columns_C, scale_C = tuple(range(num_columns)), (1.0,) * num_columns
-        found = PassResult.total(runner(Pass("survey", columns_C, scale_C)))
-        extremes_C2 = found.sums[: 2 * num_columns].reshape(num_columns, 2) / num_prompts
-        covariance = found.sums[2 * num_columns :].reshape(num_columns, num_columns) / num_prompts
+        answer = PassResult.total(runner(Pass("survey", columns_C, scale_C)))
+        extremes_C2 = answer.sums[: 2 * num_columns].reshape(num_columns, 2) / num_prompts
+        covariance = answer.sums[2 * num_columns :].reshape(num_columns, num_columns) / num_prompts
         top_C, low_C = extremes_C2[:, 0], extremes_C2[:, 1]
-        return cls(runner, num_responses_P, found.rows, top_C, low_C, covariance, found.largest, columns_C, scale_C)
+        return cls(runner, num_responses_P, answer.rows, top_C, low_C, covariance, answer.largest, columns_C, scale_C)
 
     @classmethod
     def from_arrays(
@@ -176,7 +176,7 @@ class ColumnScores:
         counts = np.asarray(num_responses_P, dtype=np.int64)
         _check(columns, counts)
         blocks = [Block(counts, columns)]
-        return cls.survey(lambda asked: [run_pass(blocks, asked)], counts, len(columns) - 1)
+        return cls.survey(lambda request: [run_pass(blocks, request)], counts, len(columns) - 1)
 
     @property
     def num_prompts(self) -> int:
@@ -240,8 +240,8 @@ class ColumnScores:
 
     def best(self, mixture_J: FloatArray) -> tuple[FloatArray, float]:
         """Return the mean utilities of each prompt's best response under ⟨v,g⟩, and the largest |⟨v,g⟩|."""
-        found = self.ask("best", mixture_J)
-        return found.sums / self.num_prompts, found.largest
+        answer = self.ask("best", mixture_J)
+        return answer.sums / self.num_prompts, answer.largest
 
     def signed(self, sign_J: FloatArray) -> ColumnScores:
         """Multiply each utility by +1 or −1."""

@@ -132,8 +132,8 @@ def _lam_grid(table: ScoreTable, beta: float, num_points: int) -> tuple[list[Fro
     """Return exact points on a product grid of λ, each axis spread so that its margin moves in even steps."""
     num_constraints = table.num_constraints
     if num_constraints == 1:
-        found = _curve(table, beta, 0, num_points)
-        return [point for _, point in sorted(found.items())], (len(found),)
+        curve = _curve(table, beta, 0, num_points)
+        return [point for _, point in sorted(curve.items())], (len(curve),)
     side = max(2, round(num_points ** (1 / num_constraints)))
     axes = [sorted(_curve(table, beta, axis, side)) for axis in range(num_constraints)]
     points = [_point(table, np.array(lam), beta) for lam in product(*axes)]
@@ -149,24 +149,24 @@ def _curve(table: ScoreTable, beta: float, axis: int, num_points: int) -> dict[f
     spread = table.within_sd(table.utility_JN[axis])
     if spread == 0.0:
         return {0.0: _point(table, np.zeros(table.num_constraints), beta)}
-    found = {0.0: _point(table, np.zeros(table.num_constraints), beta)}
-    start = float(found[0.0].improvement_J[axis])
+    points = {0.0: _point(table, np.zeros(table.num_constraints), beta)}
+    start = float(points[0.0].improvement_J[axis])
     goal = start + REACH * (float(table.attainable_J[axis]) - start)
     lam, step = max(table.within_sd(table.reward_N), beta) / spread / 4, 2.0 if num_points >= 12 else 8.0
     for _ in range(min(_DOUBLINGS, max(1, num_points // 2))):
-        found[lam] = _point(table, lam * direction, beta)
-        if found[lam].improvement_J[axis] >= goal:
+        points[lam] = _point(table, lam * direction, beta)
+        if points[lam].improvement_J[axis] >= goal:
             break
         lam *= step
-    while len(found) < num_points:
-        known = np.array(sorted(found))
-        margin = np.maximum.accumulate([found[value].improvement_J[axis] for value in known])
-        missing = num_points - len(found)
-        fresh = _between(known, margin, missing if len(found) >= 6 else min(missing, 4))
+    while len(points) < num_points:
+        known = np.array(sorted(points))
+        margin = np.maximum.accumulate([points[value].improvement_J[axis] for value in known])
+        missing = num_points - len(points)
+        fresh = _between(known, margin, missing if len(points) >= 6 else min(missing, 4))
         if not fresh:
             break
-        found |= {value: _point(table, value * direction, beta) for value in fresh}
-    return found
+        points |= {value: _point(table, value * direction, beta) for value in fresh}
+    return points
 
 
 def _between(known: FloatArray, margin: FloatArray, count: int) -> list[float]:

@@ -118,11 +118,11 @@ def misread_hints(solution: DualSolution) -> list[str]:
     return hints
 
 
-def estimator_message(found: Estimate) -> str:
+def estimator_message(corrected: Estimate) -> str:
     """Say that an estimator has no solution near the empirical one."""
-    ess = float(np.median(found.moments.ess_P))
+    ess = float(np.median(corrected.moments.ess_P))
     return (
-        f"the {found.estimator} estimator has no solution near the empirical lambda: leaving one response out of a "
+        f"the {corrected.estimator} estimator has no solution near the empirical lambda: leaving one response out of a "
         f"prompt changes too much (median effective sample size {ess:.1f}).\n"
         "  Do one of: estimator auto, gaussian or empirical; raise beta; raise generate.num_responses."
     )
@@ -145,18 +145,18 @@ def _attainable_line(
     table: Scores, constraint: Margin, margin: float, feasibility: Feasibility, j: int, raised: float
 ) -> str:
     requested, attainable = _pair(margin, float(feasibility.attainable_J[j]))
-    asked = f"margin {requested} requested"
+    demand = f"margin {requested} requested"
     if constraint.threshold is not None:
         centre = float(table.centre_J[j])
-        asked = (
+        demand = (
             f"threshold {constraint.threshold:.6g} requested, margin {requested} over the reference mean {centre:.6g}"
         )
     if raised > 0:
-        asked += f" ({margin - raised:.6g} and {raised:.6g} for the confidence)"
+        demand += f" ({margin - raised:.6g} and {raised:.6g} for the confidence)"
     counts = table.num_responses_P
     num = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()}-{counts.max()}"
     return (
-        f"  {constraint.name}: {asked}, at most {attainable} attainable "
+        f"  {constraint.name}: {demand}, at most {attainable} attainable "
         f"(mean over prompts of the best of K = {num}, minus the reference mean)."
     )
 
@@ -165,13 +165,13 @@ def _other_reading(table: Scores, constraint: Margin, attainable: float, j: int)
     """Echo both readings of a number that cannot be met as given and could be as the other kind of demand."""
     centre = float(table.centre_J[j])
     if constraint.threshold is None:
-        asked, kind = float(constraint.margin or 0.0), "an improvement over"
-        own, other = asked, asked - centre
-        advice = f"the absolute level {asked:.6g}, write threshold={asked:.6g}, which is a margin of {other:+.6g}"
+        demand, kind = float(constraint.margin or 0.0), "an improvement over"
+        own, other = demand, demand - centre
+        advice = f"the absolute level {demand:.6g}, write threshold={demand:.6g}, which is a margin of {other:+.6g}"
     else:
-        asked, kind = float(constraint.threshold), "an absolute level, compared with"
-        own, other = asked - centre, asked
-        advice = f"an improvement of {asked:.6g}, write margin={asked:.6g}"
+        demand, kind = float(constraint.threshold), "an absolute level, compared with"
+        own, other = demand - centre, demand
+        advice = f"an improvement of {demand:.6g}, write margin={demand:.6g}"
     if not own >= attainable > other:
         return []
     return [

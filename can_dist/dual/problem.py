@@ -67,11 +67,11 @@ class Problem:
             return Outcome(Status.INFEASIBLE, None, feasibility)
         if feasibility.border:
             return Outcome(Status.BOUNDARY, None, feasibility)
-        found = minimise(self.table, self.beta, self.margin_J, max_steps=max_steps, tolerance=tolerance)
-        point = self._raw_point(found)
-        if not (found.at.finite and point.at.finite):
+        minimum = minimise(self.table, self.beta, self.margin_J, max_steps=max_steps, tolerance=tolerance)
+        point = self._raw_point(minimum)
+        if not (minimum.at.finite and point.at.finite):
             return Outcome(Status.NONFINITE, None, feasibility)
-        return Outcome(Status.OPTIMAL if found.residual <= tolerance else Status.MAX_STEPS, point, feasibility)
+        return Outcome(Status.OPTIMAL if minimum.residual <= tolerance else Status.MAX_STEPS, point, feasibility)
 
     def _feasibility(self) -> Feasibility:
         """Feasibility over all constraints, those that never vary included: each of these attains 0 and no more."""
@@ -92,12 +92,12 @@ class Problem:
             return Feasibility(inner.t_star, certificate, attainable, relative, inner.flat)
         return Feasibility(float(slack_J[worst]), np.eye(attainable.shape[0])[worst], attainable, relative, inner.flat)
 
-    def _raw_point(self, found: Minimum) -> Minimum:
+    def _raw_point(self, minimum: Minimum) -> Minimum:
         """Undo the scaling and evaluate D in raw units."""
         lam = np.zeros(self.varies_J.shape[0])
-        lam[self.varies_J] = found.lam_J * self.reward_scale / self.scale_J[self.varies_J]
+        lam[self.varies_J] = minimum.lam_J * self.reward_scale / self.scale_J[self.varies_J]
         at: Evaluation = evaluate(self.raw, lam, self.raw_beta, self.raw_margin_J)
-        return Minimum(lam, at, kkt_residual(found.lam_J, found.at.gradient_J), found.num_steps)
+        return Minimum(lam, at, kkt_residual(minimum.lam_J, minimum.at.gradient_J), minimum.num_steps)
 
 
 def _power_of_two(spread: float) -> float:

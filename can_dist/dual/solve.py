@@ -128,18 +128,18 @@ def solve_table(
     check_estimator(estimator, table)
     if confidence is not None and not 0.5 <= confidence < 1:
         raise ConfigError(f"confidence = {confidence}: expected at least 0.5 and below 1, or none.")
-    asked = _Request(table, float(beta), tuple(constraints), max_steps, tolerance, estimator)
+    request = _Request(table, float(beta), tuple(constraints), max_steps, tolerance, estimator)
     if any(constraint.equal for constraint in constraints):
         if confidence is not None:
             raise ConfigError("confidence: an equality has no safe side to move to; leave confidence or equal out.")
-        return _solve_equalities(asked, throw)
+        return _solve_equalities(request, throw)
     margin = margins(table, constraints)
-    outcome = asked.solve(margin)
+    outcome = request.solve(margin)
     if confidence is not None and names:
-        margin, outcome = _raise_margins(asked, margin, outcome, confidence)
+        margin, outcome = _raise_margins(request, margin, outcome, confidence)
     if throw:
-        _raise(outcome, asked, margin)
-    return _report(outcome, asked, margin, confidence)
+        _raise(outcome, request, margin)
+    return _report(outcome, request, margin, confidence)
 
 
 @dataclass(frozen=True)
@@ -179,72 +179,72 @@ class _Request:
     def prediction(self, outcome: Outcome, margin_J: FloatArray) -> Prediction | None:
         """Predict with the estimator that gave λ; None where there is no λ."""
         if outcome.corrected is not None:
-            found = outcome.corrected
+            corrected = outcome.corrected
             assert isinstance(self.table, ScoreTable)
-            return prediction_from(self.table, found.moments, self.beta, margin_J) if found.converged else None
+            return prediction_from(self.table, corrected.moments, self.beta, margin_J) if corrected.converged else None
         return None if outcome.point is None else predict(self.table, outcome.point.lam_J, self.beta, margin_J)
 
 
-def _solve_equalities(asked: _Request, throw: bool) -> DualSolution:
+def _solve_equalities(request: _Request, throw: bool) -> DualSolution:
     """Solve with multipliers of free sign for the equalities, orthant by orthant.
 
     In one orthant every multiplier is ≥ 0 after the sign of its utility. Where an equality stops at λ_j = 0 with slack
     above zero, D falls across that face, so its sign is turned and the solve repeated; D decreases each time, so no
     orthant comes twice, and at the end ∇_jD = 0 for every equality.
     """
-    equal_J = np.array([constraint.equal for constraint in asked.constraints])
-    spread_J = asked.table.spread_J
+    equal_J = np.array([constraint.equal for constraint in request.constraints])
+    spread_J = request.table.spread_J
     sign_J = np.ones(equal_J.size)
     for _ in range(2**equal_J.size + 1):
         solution = solve_table(
-            asked.table.signed(sign_J),
-            beta=asked.beta,
+            request.table.signed(sign_J),
+            beta=request.beta,
             constraints=[
-                replace(c.turned(sign), equal=False) for c, sign in zip(asked.constraints, sign_J, strict=True)
+                replace(c.turned(sign), equal=False) for c, sign in zip(request.constraints, sign_J, strict=True)
             ],
-            max_steps=asked.max_steps,
-            tolerance=asked.tolerance,
+            max_steps=request.max_steps,
+            tolerance=request.tolerance,
             throw=False,
-            estimator=asked.estimator,
+            estimator=request.estimator,
         )
         if solution.status is not Status.OPTIMAL:
             break
         slack_J = np.array(list(solution.slack.values()))
-        turn = equal_J & (solution.lam_vector == 0) & (slack_J > asked.tolerance * spread_J)
+        turn = equal_J & (solution.lam_vector == 0) & (slack_J > request.tolerance * spread_J)
         if not turn.any():
             break
         sign_J[np.flatnonzero(turn)[0]] *= -1
     if throw and solution.status is not Status.OPTIMAL:
-        ends = [asked.table.signed(sign * np.ones(equal_J.size)).attainable_J * sign for sign in (-1.0, 1.0)]
-        margin_J = margins(asked.table, asked.constraints)
-        text = messages.equality_message(solution.status, asked.constraints, margin_J, ends[0], ends[1])
+        ends = [request.table.signed(sign * np.ones(equal_J.size)).attainable_J * sign for sign in (-1.0, 1.0)]
+        margin_J = margins(request.table, request.constraints)
+        text = messages.equality_message(solution.status, request.constraints, margin_J, ends[0], ends[1])
         infeasible = solution.status in (Status.INFEASIBLE, Status.BOUNDARY)
         raise (InfeasibleConstraint if infeasible else NumericalError)(text)
     sign = dict(zip(solution.lam, sign_J.tolist(), strict=True))
-    turned = solution.turned(sign_J, [constraint.threshold for constraint in asked.constraints])
+    turned = solution.turned(sign_J, [constraint.threshold for constraint in request.constraints])
     return replace(turned, diagnostics=turned_diagnostics(solution.diagnostics, sign))
 
 
 def _raise_margins(
-    asked: _Request, margin_J: FloatArray, outcome: Outcome, confidence: float
+    request: _Request, margin_J: FloatArray, outcome: Outcome, confidence: float
 ) -> tuple[FloatArray, Outcome]:
     """Iterate b ← b₀ + z·SE(improvement at λ(b)) until it moves by less than a thousandth of the SE (section 2)."""
     quantile = float(norm.ppf(1 - (1 - confidence) / margin_J.size))
     raised_J = margin_J
     for _ in range(_MAX_RAISES):
-        prediction = asked.prediction(outcome, raised_J)
+        prediction = request.prediction(outcome, raised_J)
         if outcome.status is not Status.OPTIMAL or prediction is None:
             return raised_J, outcome
-        if asked.table.num_prompts < 2:
+        if request.table.num_prompts < 2:
             raise ConfigError("confidence: one prompt has no standard error; score more prompts or leave it out.")
-        slack_PJ = with_level(asked.table, prediction.slack_PJ, asked.level_J)
-        error_J = slack_PJ.std(axis=0, ddof=1) / math.sqrt(asked.table.num_prompts)
+        slack_PJ = with_level(request.table, prediction.slack_PJ, request.level_J)
+        error_J = slack_PJ.std(axis=0, ddof=1) / math.sqrt(request.table.num_prompts)
         following_J = margin_J + quantile * error_J
         settled = np.all(np.abs(following_J - raised_J) <= 1e-3 * error_J)
         if settled and np.all(raised_J >= margin_J):
             return raised_J, outcome
         raised_J = following_J
-        outcome = asked.solve(raised_J)
+        outcome = request.solve(raised_J)
     return raised_J, replace(outcome, status=Status.MAX_STEPS)
 
 
@@ -267,27 +267,27 @@ def margins(table: Scores, constraints: Sequence[Margin]) -> FloatArray:
     return np.array(values, dtype=np.float64)
 
 
-def _raise(outcome: Outcome, asked: _Request, margin_J: FloatArray) -> None:
-    table = asked.table
+def _raise(outcome: Outcome, request: _Request, margin_J: FloatArray) -> None:
+    table = request.table
     if outcome.status in (Status.INFEASIBLE, Status.BOUNDARY):
         spread = np.maximum(table.spread_J, 1e-200)
         say = messages.infeasible_message if outcome.status is Status.INFEASIBLE else messages.boundary_message
-        raised_J = margin_J - margins(table, asked.constraints)
-        raise InfeasibleConstraint(say(table, asked.constraints, margin_J, outcome.feasibility, spread, raised_J))
+        raised_J = margin_J - margins(table, request.constraints)
+        raise InfeasibleConstraint(say(table, request.constraints, margin_J, outcome.feasibility, spread, raised_J))
     if outcome.status is Status.NONFINITE:
-        raise NumericalError(messages.nonfinite_message(table.peak, asked.beta))
+        raise NumericalError(messages.nonfinite_message(table.peak, request.beta))
     if outcome.status is Status.MAX_STEPS and outcome.corrected is not None:
         raise NumericalError(messages.estimator_message(outcome.corrected))
     if outcome.status is Status.MAX_STEPS and outcome.point is not None:
-        raise NumericalError(messages.max_steps_message(outcome.point, asked.max_steps, asked.tolerance))
+        raise NumericalError(messages.max_steps_message(outcome.point, request.max_steps, request.tolerance))
 
 
-def _report(outcome: Outcome, asked: _Request, margin_J: FloatArray, confidence: float | None) -> DualSolution:
-    table, constraints = asked.table, asked.constraints
+def _report(outcome: Outcome, request: _Request, margin_J: FloatArray, confidence: float | None) -> DualSolution:
+    table, constraints = request.table, request.constraints
     names = [constraint.name for constraint in constraints]
     none_J = np.full(len(names), math.nan)
     point, corrected, feasibility = outcome.point, outcome.corrected, outcome.feasibility
-    prediction = asked.prediction(outcome, margin_J)
+    prediction = request.prediction(outcome, margin_J)
     lam_J = error_J = none_J
     value = residual = math.nan
     steps = 0
@@ -296,10 +296,10 @@ def _report(outcome: Outcome, asked: _Request, margin_J: FloatArray, confidence:
     if corrected is not None:
         lam_J, error_J = corrected.lam_J, corrected.lam_se_J
         log_norm = float(corrected.moments.log_norm_P.mean())
-        value = asked.beta * log_norm + table.mean_reward - float(lam_J @ margin_J)
+        value = request.beta * log_norm + table.mean_reward - float(lam_J @ margin_J)
         residual, steps = corrected.residual, steps + corrected.num_steps
     elif point is not None and prediction is not None:
-        slack_PJ = with_level(table, prediction.slack_PJ, asked.level_J)
+        slack_PJ = with_level(table, prediction.slack_PJ, request.level_J)
         error_J = lambda_standard_error(slack_PJ, point.at.hessian_JJ, lam_J)
 
     def by_name(values: npt.ArrayLike) -> dict[str, float]:
@@ -314,7 +314,7 @@ def _report(outcome: Outcome, asked: _Request, margin_J: FloatArray, confidence:
         centre=by_name(table.centre_J),
         margin=by_name(margin_J),
         threshold={c.name: None if c.threshold is None else float(c.threshold) for c in constraints},
-        beta=asked.beta,
+        beta=request.beta,
         kkt_residual=residual,
         num_steps=steps,
         predicted=_predicted(prediction, names),
@@ -323,31 +323,32 @@ def _report(outcome: Outcome, asked: _Request, margin_J: FloatArray, confidence:
             "certificate": by_name(feasibility.certificate_J),
             "attainable": by_name(feasibility.attainable_J),
         },
-        diagnostics=_diagnostics(outcome, asked, lam_J, margin_J, prediction),
-        estimator=_estimator(outcome, asked),
+        diagnostics=_diagnostics(outcome, request, lam_J, margin_J, prediction),
+        estimator=_estimator(outcome, request),
         estimator_reason=outcome.reason,
         confidence=confidence,
         safety_margin=by_name(margin_J - margins(table, constraints)) if confidence is not None else {},
     )
 
 
-def _estimator(outcome: Outcome, asked: _Request) -> str:
+def _estimator(outcome: Outcome, request: _Request) -> str:
     """Return the estimator that gave λ̂: ``auto`` is replaced by its choice."""
-    if asked.estimator != "auto":
-        return asked.estimator
+    if request.estimator != "auto":
+        return request.estimator
     return "empirical" if outcome.corrected is None else outcome.corrected.estimator
 
 
 def _diagnostics(
-    outcome: Outcome, asked: _Request, lam_J: FloatArray, margin_J: FloatArray, prediction: Prediction | None
+    outcome: Outcome, request: _Request, lam_J: FloatArray, margin_J: FloatArray, prediction: Prediction | None
 ) -> Diagnostics:
     """Summarise the weights, and judge λ̂ where the table's responses are samples that can be revisited."""
-    table, names = asked.table, [constraint.name for constraint in asked.constraints]
+    table, names = request.table, [constraint.name for constraint in request.constraints]
     trust = None
     if prediction is not None and names and isinstance(table, ScoreTable) and not table.weighted:
-        used = outcome.corrected or estimate(table, asked.beta, margin_J, "empirical", lam_J, asked.level_J)
-        trust = judge(table, asked.beta, margin_J, used, asked.level_J)
-    return weight_diagnostics(table, lam_J, asked.beta, prediction, trust, dict(zip(names, asked.level_J, strict=True)))
+        used = outcome.corrected or estimate(table, request.beta, margin_J, "empirical", lam_J, request.level_J)
+        trust = judge(table, request.beta, margin_J, used, request.level_J)
+    levels = dict(zip(names, request.level_J, strict=True))
+    return weight_diagnostics(table, lam_J, request.beta, prediction, trust, levels)
 
 
 def _predicted(prediction: Prediction | None, names: list[str]) -> Predicted:

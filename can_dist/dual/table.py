@@ -330,9 +330,9 @@ def _group(prompt_N: npt.ArrayLike, num_rows: int) -> tuple[IntArray, npt.NDArra
     if ids.dtype == object:
         kinds = {type(value) for value in ids.tolist()}
         if not kinds <= {str} and not kinds <= {int}:
-            found = ", ".join(sorted(kind.__name__ for kind in kinds))
+            names = ", ".join(sorted(kind.__name__ for kind in kinds))
             raise DataError(
-                f"prompt_N: ids of types {found}; give every prompt id as a string, or every one as an integer."
+                f"prompt_N: ids of types {names}; give every prompt id as a string, or every one as an integer."
             )
         ids = np.asarray(ids.tolist())
     if ids.dtype.kind not in "USiu":

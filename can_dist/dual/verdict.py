@@ -65,10 +65,10 @@ def estimate_line(estimate: PolicyEstimate, demands: Sequence[Demand]) -> str:
         estimate: of the policy.
         demands: what is asked of its constraints; those not named here are shown alone.
     """
-    asked = {demand.name: demand.margin for demand in demands}
+    margin_of = {demand.name: demand.margin for demand in demands}
     parts = []
     for name, gain in estimate.improvement.items():
-        of = f" of {asked[name]:+.2f}" if name in asked else ""
+        of = f" of {margin_of[name]:+.2f}" if name in margin_of else ""
         parts.append(f"{name} {_signed(gain.mean)} ± {gain.high - gain.mean:.2f}{of}")
     parts += [f"reward {_signed(estimate.reward_improvement.mean)}", f"KL {estimate.kl.mean:.2f}"]
     for name, value in (("length", estimate.length.mean), ("direction", estimate.direction.mean)):

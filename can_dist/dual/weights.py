@@ -150,12 +150,10 @@ def _mirrored(delivered: Delivered) -> Delivered:
 def _delivered_text(judgement: Judgement) -> str:
     """Say what new prompts can expect, with the bias beside the interval that includes it."""
     parts = []
-    for name, one in judgement["delivered"].items():
+    for name, interval in judgement["delivered"].items():
         verb = "has a mean" if judgement["level"][name] else "changes"
-        parts.append(
-            f"{verb} {name} {'of' if judgement['level'][name] else 'by'} {one['low']:+.3g} to {one['high']:+.3g} "
-            f"(bias at most {one['bias']:.2g})"
-        )
+        amount = f"{interval['low']:+.3g} to {interval['high']:+.3g} (bias at most {interval['bias']:.2g})"
+        parts.append(f"{verb} {name} {'of' if judgement['level'][name] else 'by'} {amount}")
     joint = " jointly" if len(parts) > 1 else ""
     return f"On new prompts the policy of this lambda {' and '.join(parts)}, at 95%{joint}."
 

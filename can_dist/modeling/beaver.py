@@ -38,20 +38,20 @@ def check_beaver(spec: Beaver, config: Any) -> None:
 
     ``score_type`` says what a higher score means: of a reward model better, of a cost model more harmful.
     """
-    where = f"scorer model {spec.model!r}"
+    owner = f"scorer model {spec.model!r}"
     architectures = config.architectures or ["model without head"]
     if not set(architectures) & set(ARCHITECTURES):
         raise DataError(
-            f"{where}: its checkpoint is a {', '.join(architectures)}, expected {' or '.join(ARCHITECTURES)}. "
+            f"{owner}: its checkpoint is a {', '.join(architectures)}, expected {' or '.join(ARCHITECTURES)}. "
             "For another classifier leave out 'kind: beaver'."
         )
     for name, expected in (("score_dim", 1), ("do_normalize", False)):
-        if (found := getattr(config, name, expected)) != expected:
-            raise DataError(f"{where}: config.json has {name} {found}, only {expected} is supported.")
+        if (value := getattr(config, name, expected)) != expected:
+            raise DataError(f"{owner}: config.json has {name} {value}, only {expected} is supported.")
     score_type = getattr(config, "score_type", None)
     expected_sign = {"reward": 1, "cost": -1}.get(str(score_type), spec.sign)
     if spec.sign != expected_sign:
         raise DataError(
-            f"{where}: config.json says it is a {score_type} model, the configuration gives sign {spec.sign}. "
+            f"{owner}: config.json says it is a {score_type} model, the configuration gives sign {spec.sign}. "
             f"Set sign to {expected_sign}, so that higher is better."
         )

@@ -351,9 +351,9 @@ def context_length(model_or_config: Any) -> int:
     config = getattr(model_or_config, "config", model_or_config).get_text_config()
     longest = int(getattr(config, "max_position_embeddings", None) or 10**9)
     rope = getattr(config, "rope_parameters", None) or {}
-    for one in (rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))):
-        if one.get("rope_type") == "longrope":
-            longest = min(longest, int(one["original_max_position_embeddings"]))
+    for part in (rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))):
+        if part.get("rope_type") == "longrope":
+            longest = min(longest, int(part["original_max_position_embeddings"]))
     modules = model_or_config.named_modules() if hasattr(model_or_config, "named_modules") else ()
     # RoBERTa and its kin count positions from behind the padding token's
     padding = [getattr(module, "padding_idx", None) for name, module in modules if name.endswith("position_embeddings")]

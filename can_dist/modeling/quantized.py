@@ -44,11 +44,11 @@ def make_trainable(model: torch.nn.Module, name: str) -> None:
     """
     from bitsandbytes.nn import Linear4bit
 
-    for where, module in model.named_modules():
+    for place, module in model.named_modules():
         if isinstance(module, Linear4bit):
             if module.in_features % BLOCK:
                 raise ConfigError(
-                    f"train.lora.quantize: {where} of model {name!r} has rows of {module.in_features} weights, which "
+                    f"train.lora.quantize: {place} of model {name!r} has rows of {module.in_features} weights, which "
                     f"blocks of {BLOCK} do not divide; bitsandbytes reads them wrongly on a CPU. Leave quantize out."
                 )
             module.support_avx512bf16_for_cpu = False

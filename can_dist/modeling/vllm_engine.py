@@ -62,12 +62,12 @@ def open_engine(spec: Model, precision: str, longest: int) -> Any:
     check_installed(num_gpus)
     # the engine in this process, whose memory ends with it, and whose scheduling repeats
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    where: dict[str, Any] = {"tensor_parallel_size": num_gpus}
+    placement: dict[str, Any] = {"tensor_parallel_size": num_gpus}
     if built_for_cpu():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GB)
-        where = {"enforce_eager": True}  # else it compiles, with a C++ compiler, at every start
+        placement = {"enforce_eager": True}  # else it compiles, with a C++ compiler, at every start
     elif num_gpus > 1:
-        where["distributed_executor_backend"] = "mp"  # Ray's placement is the actor's; vLLM would ask it for more
+        placement["distributed_executor_backend"] = "mp"  # Ray's placement is the actor's; vLLM would ask it for more
     from vllm import LLM
 
     with _in_words("open model " + repr(spec.model)):
@@ -80,18 +80,18 @@ def open_engine(spec: Model, precision: str, longest: int) -> Any:
             dtype=str(torch_dtype(precision)).removeprefix("torch."),
             max_model_len=longest,
             generation_config="vllm",  # nothing of the model's own sampling defaults
-            **where,
+            **placement,
         )
 
 
 @contextmanager
-def _in_words(what: str) -> Iterator[None]:
+def _in_words(action: str) -> Iterator[None]:
     """Tell what vLLM says of a model or a machine that it does not take; some it refuses at the first token only."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
         raise EnvironmentProblem(
-            f"generate.engine: vllm cannot {what}: {error} Set generate.engine to transformers, or change what vLLM "
+            f"generate.engine: vllm cannot {action}: {error} Set generate.engine to transformers, or change what vLLM "
             "asks for; its own log is in the actor's, under Ray's session directory."
         ) from error
 
@@ -149,7 +149,7 @@ def sample(
 
     prompts, params = requests(prompt_ids, seeds, options, end_ids)
     with _in_words("sample"):
-        outputs = engine.generate(prompts, [SamplingParams(**one) for one in params], use_tqdm=False)
+        outputs = engine.generate(prompts, [SamplingParams(**settings) for settings in params], use_tqdm=False)
     return [read_output(output, ids, end_ids) for output, ids in zip(outputs, prompt_ids, strict=True)]
 
 

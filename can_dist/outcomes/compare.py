@@ -216,10 +216,10 @@ def _method_record(method: Evaluated, names: Sequence[str]) -> dict[str, Any]:
 
 def _estimate_record(report: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return a policy's strength and its estimate in a line; None where it was not estimated."""
-    found = report.get("estimate")
-    if not found:
+    estimate = report.get("estimate")
+    if not estimate:
         return None
-    return {"strength": found["strength"]["alpha"] if found["strength"] else 1.0, "line": found["line"]}
+    return {"strength": estimate["strength"]["alpha"] if estimate["strength"] else 1.0, "line": estimate["line"]}
 
 
 def _ranking_record(ranking: Ranking) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def find_validation(run: Path, solution: Artifact) -> Artifact:
         DataError: There are none.
     """
     scores = solution.input("scores")
-    tables = [load_artifact(found.parent) for found in sorted(run.glob(f"scores-*/{MANIFEST}"))]
+    tables = [load_artifact(estimate.parent) for estimate in sorted(run.glob(f"scores-*/{MANIFEST}"))]
     names = [REWARD, *load_solution(solution).lam, LOGP_REFERENCE]
     for table in tables:
         if (
@@ -75,13 +75,13 @@ def find_validation(run: Path, solution: Artifact) -> Artifact:
 
 def estimate_text(artifact: Artifact) -> str:
     """Return an estimate as lines: the numbers, how they were made, the verdict with its cause, the artifact."""
-    found, solution = load_estimate(artifact), artifact.input("solution")
-    asked, predicted = demands(solution), float(load_solution(solution).predicted["kl"])
+    estimate, solution = load_estimate(artifact), artifact.input("solution")
+    demanded, predicted = demands(solution), float(load_solution(solution).predicted["kl"])
     return "\n".join(
         [
-            estimate_line(found, asked),
-            f"{found.num_prompts} validation prompts. {found.sentence}",
-            verdict(found, asked, predicted_kl=predicted),
+            estimate_line(estimate, demanded),
+            f"{estimate.num_prompts} validation prompts. {estimate.sentence}",
+            verdict(estimate, demanded, predicted_kl=predicted),
             str(artifact.path),
         ]
     )

@@ -77,10 +77,10 @@ def export_strength(
     _check_reference(trained, reference)
     trained.check()
     solution, estimate = find_solution(policy), find_estimate(policy)
-    asked = _replaced(demands(solution), margins or {})
+    demanded = _replaced(demands(solution), margins or {})
     if strength is None:
-        frontier_at(solution, {demand.name: demand.margin for demand in asked})  # tells of what nothing could attain
-    alpha = strength or choose_strength(load_estimate(estimate), asked, max_strength=StrengthChoice().max).alpha
+        frontier_at(solution, {demand.name: demand.margin for demand in demanded})  # tells of what nothing could attain
+    alpha = strength or choose_strength(load_estimate(estimate), demanded, max_strength=StrengthChoice().max).alpha
     sentences = expectations(load_estimate(estimate), solution, alpha)
     facts = facts_of(trained, None)
     made_from = [("strength", f"{alpha:.4g} times what was trained"), ("expected", sentences[0]), *facts["made_from"]]
@@ -102,10 +102,10 @@ def find_estimate(policy: Artifact) -> Artifact:
     if policy.stage == "strength":
         return policy.input("estimate")
     run = policy.path.parent
-    for found in sorted(run.glob(f"estimate-*/{MANIFEST}")):
-        one = load_artifact(found.parent)
-        if one.manifest["inputs"].get("policy", {}).get("digest") == policy.digest:
-            return one
+    for manifest in sorted(run.glob(f"estimate-*/{MANIFEST}")):
+        artifact = load_artifact(manifest.parent)
+        if artifact.manifest["inputs"].get("policy", {}).get("digest") == policy.digest:
+            return artifact
     raise DataError(
         f"{policy.path}: no estimate on validation prompts, so what another strength does is not known. Run "
         f"'can-dist estimate {policy.path}' first."
@@ -148,15 +148,15 @@ def frontier_at(solution: Artifact, margins: Mapping[str, float]) -> DualSolutio
     )
 
 
-def _replaced(asked: tuple[Demand, ...], margins: Mapping[str, float]) -> tuple[Demand, ...]:
-    names = [demand.name for demand in asked]
+def _replaced(demanded: tuple[Demand, ...], margins: Mapping[str, float]) -> tuple[Demand, ...]:
+    names = [demand.name for demand in demanded]
     if "" in margins and len(names) > 1:
         raise ConfigError(f"--margin: the run has several constraints ({', '.join(names)}). Give --margin NAME=VALUE.")
     given = {name or names[0]: value for name, value in margins.items()}
     if unknown := [name for name in given if name not in names]:
         raise ConfigError(f"--margin {unknown[0]}=…: no constraint of the run. Its constraints: {', '.join(names)}.")
     return tuple(
-        replace(demand, margin=given[demand.name], error=0.0) if demand.name in given else demand for demand in asked
+        replace(demand, margin=given[demand.name], error=0.0) if demand.name in given else demand for demand in demanded
     )
 
 

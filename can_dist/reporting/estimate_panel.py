@@ -34,8 +34,8 @@ def _rows(report: Mapping[str, Any], policy: Mapping[str, Any]) -> Iterator[dict
     """Yield each quantity as estimated, beside what the dual predicted and what was realised."""
     for row in report["constraints"]:
         if row["name"] in policy["improvement"]:
-            found = policy["improvement"][row["name"]]
-            yield _row(row["name"], found, row.get("predicted"), row["realised"], margin=row["margin"])
+            gain = policy["improvement"][row["name"]]
+            yield _row(row["name"], gain, row.get("predicted"), row["realised"], margin=row["margin"])
     reward = report["reward"]
     yield _row(reward["name"], policy["reward_improvement"], reward.get("predicted"), reward["realised"])
     kl = report["kl"]
@@ -59,9 +59,9 @@ def _row(
     def text(value: Mapping[str, Any] | None) -> str:
         return "" if not value else f"{number(value['mean'], decimals, sign=sign)} {interval_text(value, decimals)}"
 
-    asked = "" if margin is None else number(margin, decimals)
+    demand = "" if margin is None else number(margin, decimals)
     values = {"estimated": text(estimate), "predicted": text(predicted), "realised": text(realised)}
-    return {"name": name, "asked": asked, **values}
+    return {"name": name, "asked": demand, **values}
 
 
 def _panels(report: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -53,8 +53,8 @@ class GuardScorer:
         """Return float64 scores, one per response, in order; a text longer than the model's context is refused."""
         texts = [guard_ids(self.tokenizer, self.spec, response) for response in responses]
         check_lengths(self.where, responses, texts, self.max_length)
-        where, pad_id = self.read.model.device, self.tokenizer.pad_token_id
-        logits_R2 = outputs_of_texts(self.passes, self.read, responses, texts, where, pad_id).double().numpy()
+        device, pad_id = self.read.model.device, self.tokenizer.pad_token_id
+        logits_R2 = outputs_of_texts(self.passes, self.read, responses, texts, device, pad_id).double().numpy()
         log_odds: np.ndarray = logits_R2[:, 0] - logits_R2[:, 1]
         return log_odds if self.spec.output == "log_odds" else 1 / (1 + np.exp(-log_odds))
 

@@ -55,21 +55,21 @@ def score_batch(client: OpenAI, spec: HttpScorer, batch: Sequence[Response]) -> 
     """
     from openai import APIError, APIStatusError
 
-    where = f"{_where(spec)}, {_rows(batch)}"
+    owner = f"{_where(spec)}, {_rows(batch)}"
     body = fill(spec.request, spec, batch)
     try:
         text = client.post(spec.url, cast_to=str, body=body)
     except APIStatusError as error:
         kind = DataError if error.status_code in (400, 413, 422) else EnvironmentProblem
-        raise kind(refused(where, spec, error)) from None
+        raise kind(refused(owner, spec, error)) from None
     except APIError as error:
-        reason = unreachable(where, spec, error) or f"{where}: no usable answer ({type(error).__name__})."
+        reason = unreachable(owner, spec, error) or f"{owner}: no usable answer ({type(error).__name__})."
         raise EnvironmentProblem(reason) from None
     try:
         answer = json.loads(text)
     except ValueError:
-        raise DataError(f"{where}: the answer is not JSON: {_short(text)}. Is url the right address?") from None
-    values = values_at(answer, spec, len(batch), where)
+        raise DataError(f"{owner}: the answer is not JSON: {_short(text)}. Is url the right address?") from None
+    values = values_at(answer, spec, len(batch), owner)
     return [_number(value, spec, response) for value, response in zip(values, batch, strict=True)]
 
 
@@ -124,29 +124,29 @@ def _text(spec: HttpScorer, response: Response) -> str:
 # ------------------------------------------------------------------------------------------------------- the answer
 
 
-def values_at(answer: Any, spec: HttpScorer, count: int, where: str) -> list[Any]:
+def values_at(answer: Any, spec: HttpScorer, count: int, owner: str) -> list[Any]:
     """Return what lies at the path ``spec.value`` of an answer, once for each of ``count`` responses.
 
     Raises:
         DataError: A step of the path is not there, or '*' stands for another number of places.
     """
     before, star, after = spec.value.partition("*")
-    found = _walk(answer, before, spec, where)
+    nodes = _walk(answer, before, spec, owner)
     if not star:
-        return [found]
-    if not isinstance(found, list) or len(found) != count:
-        held = f"{len(found)} entries" if isinstance(found, list) else f"{_short(found)}, no list"
-        raise DataError(f"{where}: sent {count} response(s), the answer has {held} at {before or 'the top'!r}.")
-    places = [one.get("index", place) if isinstance(one, Mapping) else place for place, one in enumerate(found)]
+        return [nodes]
+    if not isinstance(nodes, list) or len(nodes) != count:
+        held = f"{len(nodes)} entries" if isinstance(nodes, list) else f"{_short(nodes)}, no list"
+        raise DataError(f"{owner}: sent {count} response(s), the answer has {held} at {before or 'the top'!r}.")
+    places = [item.get("index", place) if isinstance(item, Mapping) else place for place, item in enumerate(nodes)]
     if count > 1 and places != list(range(count)):
         raise DataError(
-            f"{where}: the entries at {before or 'the top'!r} are not in the order of the request: their index is "
+            f"{owner}: the entries at {before or 'the top'!r} are not in the order of the request: their index is "
             f"{_short(places)}. Use an endpoint that keeps the order (a reranker sorts by score), or batch_size 1."
         )
-    return [_walk(one, after, spec, where) for one in found]
+    return [_walk(item, after, spec, owner) for item in nodes]
 
 
-def _walk(node: Any, path: str, spec: HttpScorer, where: str) -> Any:
+def _walk(node: Any, path: str, spec: HttpScorer, owner: str) -> Any:
     for step in filter(None, path.split(".")):
         if isinstance(node, Mapping) and step in node:
             node = node[step]
@@ -155,7 +155,7 @@ def _walk(node: Any, path: str, spec: HttpScorer, where: str) -> Any:
         else:
             there = ", ".join(map(str, node)) if isinstance(node, Mapping) else _short(node)
             raise DataError(
-                f"{where}: the answer has no {step!r} of value {spec.value!r}; there is: {there}. Set value to where "
+                f"{owner}: the answer has no {step!r} of value {spec.value!r}; there is: {there}. Set value to where "
                 "the score lies."
             )
     return node

@@ -28,9 +28,9 @@ class LogProbScorer:
         check_probe(lm, self.spec.model, precision)
         self.model = ResponseModel(lm).eval()
         self.formatter = open_formatter(self.spec)
-        where = f"model {self.spec.model!r}"
-        layout = choose_layout(self.model, self.model, functools.partial(say, where))
-        self.passes = Passes(where, layout, spec.tokens_per_pass)
+        owner = f"model {self.spec.model!r}"
+        layout = choose_layout(self.model, self.model, functools.partial(say, owner))
+        self.passes = Passes(owner, layout, spec.tokens_per_pass)
 
     @torch.inference_mode()
     def score(self, responses: Sequence[Response]) -> np.ndarray:

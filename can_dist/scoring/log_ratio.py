@@ -83,8 +83,8 @@ def _text_difference(policy: Model, reference: Model) -> str:
     vocabulary, expected = mine.get_vocab(), theirs.get_vocab()
     if vocabulary != expected:
         token, _ = min(set(vocabulary.items()) ^ set(expected.items()), key=lambda pair: (pair[1], pair[0]))
-        found = f"{token!r} is {vocabulary.get(token, 'absent')}"
-        return f"vocabulary: {found}, in the reference's {expected.get(token, 'absent')}"
+        state = f"{token!r} is {vocabulary.get(token, 'absent')}"
+        return f"vocabulary: {state}, in the reference's {expected.get(token, 'absent')}"
     for name in SPECIAL_IDS:
         if getattr(mine, name) != getattr(theirs, name):
             return f"{name} is {getattr(mine, name)}, the reference's {getattr(theirs, name)}"
@@ -101,18 +101,18 @@ def _text_difference(policy: Model, reference: Model) -> str:
 
 
 def _first_difference(mine: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str:
-    one, other = str(mine.chat_template), str(theirs.chat_template)
-    shared = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return f"from character {shared}: {one[shared : shared + 30]!r}, {other[shared : shared + 30]!r}"
+    own, other = str(mine.chat_template), str(theirs.chat_template)
+    shared = next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), min(len(own), len(other)))
+    return f"from character {shared}: {own[shared : shared + 30]!r}, {other[shared : shared + 30]!r}"
 
 
 def check_one_reference(identities: Mapping[str, Mapping[str, Any]], reference_column: str) -> None:
     """Raise ``DataError`` unless all log-ratios, and the column ln π_ref, are of one and the same reference."""
-    found = {name: one["reference"] for name, one in identities.items() if one["kind"] == "log_ratio"}
-    if found and reference_column in identities:
-        found[reference_column] = identities[reference_column]["weights"]
-    if len(set(found.values())) > 1:
-        listed = ", ".join(f"{name} to {weights[:12]}" for name, weights in found.items())
+    state = {name: ratio["reference"] for name, ratio in identities.items() if ratio["kind"] == "log_ratio"}
+    if state and reference_column in identities:
+        state[reference_column] = identities[reference_column]["weights"]
+    if len(set(state.values())) > 1:
+        listed = ", ".join(f"{name} to {weights[:12]}" for name, weights in state.items())
         raise DataError(
             f"log-ratios relative to different references ({listed}): their sum is the reward of no policy. "
             "Score them all relative to the model that is trained."
@@ -126,13 +126,13 @@ def margins_in_nats(table: ScoreTable, margins: Sequence[Margin], scorers: Mappi
     """Say, for each constraint on a log-ratio, its margin and the most attainable in score units and in nats."""
     lines = []
     for margin, centre, attainable in zip(margins, table.centre_J, table.attainable_J, strict=True):
-        what = scorers.get(margin.name, {})
-        if what.get("kind") != "log_ratio":
+        scorer = scorers.get(margin.name, {})
+        if scorer.get("kind") != "log_ratio":
             continue
-        unit = what["scale"] * what["beta"]
-        asked = float(margin.margin if margin.margin is not None else (margin.threshold or 0.0) - centre)
+        unit = scorer["scale"] * scorer["beta"]
+        demand = float(margin.margin if margin.margin is not None else (margin.threshold or 0.0) - centre)
         lines.append(
-            f"{margin.name}: margin {asked:.4g} is {asked / unit:.4g} nats of ln π/π_ref, at most {attainable:.4g} or "
-            f"{attainable / unit:.4g} nats attainable (one nat is {unit:.4g} of the score)"
+            f"{margin.name}: margin {demand:.4g} is {demand / unit:.4g} nats of ln π/π_ref, at most {attainable:.4g} "
+            f"or {attainable / unit:.4g} nats attainable (one nat is {unit:.4g} of the score)"
         )
     return lines

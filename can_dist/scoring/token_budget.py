@@ -18,8 +18,8 @@ Division = list[list[list[int]]]
 class Passes:
     """The token budget of one scorer, which it remembers as long as it lives: what did not fit is not tried again."""
 
-    def __init__(self, where: str, layout: str, tokens: int) -> None:
-        self.where, self.layout, self.tokens = where, layout, tokens
+    def __init__(self, owner: str, layout: str, tokens: int) -> None:
+        self.where, self.layout, self.tokens = owner, layout, tokens
 
     def run(
         self,
@@ -68,9 +68,9 @@ class Passes:
         say(self.where, f"out of memory at {tokens} tokens in one pass; from now on at most {self.tokens}")
 
 
-def say(where: str, message: str) -> None:
+def say(owner: str, message: str) -> None:
     """Tell what a scorer found out, on the standard error of its process (an actor's log)."""
-    print(f"can-dist: {where}: {message}", file=sys.stderr, flush=True)
+    print(f"can-dist: {owner}: {message}", file=sys.stderr, flush=True)
 
 
 def to_device(pack: Pack, device: torch.device) -> Pack:

@@ -12,12 +12,12 @@ from can_dist.scoring.protocol import Response
 from can_dist.scoring.token_budget import Passes, to_device
 
 
-def check_lengths(where: str, responses: Sequence[Response], texts: Sequence[Sequence[int]], max_length: int) -> None:
+def check_lengths(owner: str, responses: Sequence[Response], texts: Sequence[Sequence[int]], max_length: int) -> None:
     """Raise ``DataError`` naming the first response whose text has more tokens than the model takes."""
     for response, ids in zip(responses, texts, strict=True):
         if len(ids) > max_length:
             raise DataError(
-                f"{where}: response {response.response_id!r} has {len(ids)} tokens with its prompt, the model takes "
+                f"{owner}: response {response.response_id!r} has {len(ids)} tokens with its prompt, the model takes "
                 f"{max_length}. Lower generate.max_new_tokens or shorten the prompts."
             )
 

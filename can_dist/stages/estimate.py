@@ -57,16 +57,16 @@ def estimate(
     with work.timed("estimate", name):
         rows = _joined(validation, log_probs)
         log_weight = solution.manifest["identity"]["log_weight"]
-        found = estimate_policy(
+        estimate = estimate_policy(
             _score_table(rows, reward, list(lam), log_weight, str(validation.path)),
             rows.column(LOGP_REFERENCE).to_numpy(),
             rows.column(LOGP_POLICY).to_numpy(),
             lam=lam,
             beta=solved.beta,
         )
-        write_json(stage.path / ESTIMATE, found.to_dict())
-        line = estimate_line(found, demands(solution))
-        work.say(f"estimate: {line} ({found.num_prompts} validation prompts). {found.sentence}")
+        write_json(stage.path / ESTIMATE, estimate.to_dict())
+        line = estimate_line(estimate, demands(solution))
+        work.say(f"estimate: {line} ({estimate.num_prompts} validation prompts). {estimate.sentence}")
         return stage.commit([ESTIMATE])
 
 
@@ -77,8 +77,8 @@ def load_estimate(artifact: Artifact) -> PolicyEstimate:
 
 def demands(solution: Artifact) -> tuple[Demand, ...]:
     """Return what a solution's constraints ask of a policy; a threshold is an improvement over its table's mean."""
-    asked = [Margin(name, **one) for name, one in solution.manifest["identity"]["constraints"].items()]
-    return demands_of(solved_table(solution), asked)
+    margins = [Margin(name, **demand) for name, demand in solution.manifest["identity"]["constraints"].items()]
+    return demands_of(solved_table(solution), margins)
 
 
 def solved_table(solution: Artifact) -> ScoreTable:
@@ -121,12 +121,12 @@ def _shown(policy: Policy) -> str:
 def _joined(validation: Artifact, log_probs: Artifact) -> pa.Table:
     """Return the validation scores with the policy's log-probabilities, less what either leaves out."""
     left_out = quarantined(validation) | quarantined(log_probs)
-    scored, logp = (without(one.table, left_out) for one in (validation, log_probs))
+    scored, logp = (without(demand.table, left_out) for demand in (validation, log_probs))
     assert scored.column("response_id").equals(logp.column("response_id")), "both are scores of the same responses"
     return scored.append_column(LOGP_POLICY, logp.column(LOGP_POLICY))
 
 
-def _score_table(rows: pa.Table, reward: str, names: list[str], log_weight: str | None, where: str) -> ScoreTable:
-    arrays = score_arrays(rows, reward, names, where)
+def _score_table(rows: pa.Table, reward: str, names: list[str], log_weight: str | None, source: str) -> ScoreTable:
+    arrays = score_arrays(rows, reward, names, source)
     weights = None if log_weight is None else rows.column(log_weight).to_numpy()
     return ScoreTable.build(arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, weights, names=names)

@@ -155,17 +155,17 @@ def _estimated(inputs: Mapping[str, Artifact], reward: str) -> dict[str, Any] | 
         return None
     final, policy = inputs["estimate"], inputs["policy"]
     start = policy.input("estimate") if policy.stage == "strength" else final
-    solved, measured = (found.info["scorers"] for found in (final.input("validation"), inputs["scores_before"]))
+    solved, measured = (artifact.info["scorers"] for artifact in (final.input("validation"), inputs["scores_before"]))
     estimate, solution = load_estimate(start), final.input("solution")
     if any(solved[name] != measured.get(name) for name in (reward, *estimate.improvement)):
         return None
-    asked = demands(solution)
+    demanded = demands(solution)
     return {
         "strength": policy.read_json(STRENGTH) if policy.stage == "strength" else None,
         "policy": load_estimate(final).to_dict(),
-        "line": estimate_line(load_estimate(final), asked),
-        "verdict": verdict(estimate, asked, predicted_kl=float(load_solution(solution).predicted["kl"])),
-        "ray": ray(estimate, asked),
+        "line": estimate_line(load_estimate(final), demanded),
+        "verdict": verdict(estimate, demanded, predicted_kl=float(load_solution(solution).predicted["kl"])),
+        "ray": ray(estimate, demanded),
     }
 
 

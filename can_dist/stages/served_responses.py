@@ -145,28 +145,28 @@ class Sampler:
         from openai import APIError, APIStatusError, OpenAIError
 
         response_id = f"{prompt['prompt_id']}/{k}"
-        where = f"{_where(self.endpoint)}, response {response_id!r}"
+        owner = f"{_where(self.endpoint)}, response {response_id!r}"
         try:
             completion = self._ask(prompt, k)
         except APIStatusError as error:
             kind = DataError if error.status_code in (400, 413, 422) else EnvironmentProblem
-            raise kind(refused(where, self.endpoint, error)) from None
+            raise kind(refused(owner, self.endpoint, error)) from None
         except APIError as error:
-            reason = unreachable(where, self.endpoint, error) or _no_completion(where, type(error).__name__)
+            reason = unreachable(owner, self.endpoint, error) or _no_completion(owner, type(error).__name__)
             raise EnvironmentProblem(reason) from None
         except (OpenAIError, ValueError) as error:  # a body that is not the JSON its header promises
-            raise DataError(_no_completion(where, type(error).__name__)) from None
+            raise DataError(_no_completion(owner, type(error).__name__)) from None
         text, finish_reason, apart = _first_choice(completion)
         if apart:
             raise DataError(
-                f"{where}: the server takes {', '.join(apart)} out of the response, so its text is not what the "
+                f"{owner}: the server takes {', '.join(apart)} out of the response, so its text is not what the "
                 "reference wrote. Start it without a parser of reasoning and tool calls."
             )
         if not isinstance(text, str):
-            raise DataError(_no_completion(where, "no text in it"))
+            raise DataError(_no_completion(owner, "no text in it"))
         if finish_reason not in ("stop", "length"):
             raise DataError(
-                f"{where}: ended with finish_reason {finish_reason!r}, expected 'stop' or 'length'. A filtered "
+                f"{owner}: ended with finish_reason {finish_reason!r}, expected 'stop' or 'length'. A filtered "
                 "response is no sample of the reference; use a server without filters and tools, or remove this prompt."
             )
         return response_row(prompt, k, text, finish_reason)
@@ -208,8 +208,8 @@ def _where(endpoint: GenerateEndpoint) -> str:
     return f"generate.endpoint {endpoint.model} at {endpoint.base_url}"
 
 
-def _no_completion(where: str, what: str) -> str:
+def _no_completion(owner: str, fault: str) -> str:
     return (
-        f"{where}: the answer is no completion ({what}). Expected an OpenAI-compatible endpoint; base_url usually ends "
-        "in /v1."
+        f"{owner}: the answer is no completion ({fault}). Expected an OpenAI-compatible endpoint; base_url usually "
+        "ends in /v1."
     )

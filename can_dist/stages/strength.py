@@ -31,12 +31,12 @@ def strengthen(work: Workspace, policy: Artifact, reference: Model, solution: Ar
             strength meets all constraints. The policy as trained stays.
         DataError: The validation prompts are too few to say; or the policy is not the reference plus a difference.
     """
-    found, options = load_estimate(estimate), work.config.strength
+    estimated, options = load_estimate(estimate), work.config.strength
     if isinstance(options, StrengthChoice):
-        work.say(f"strength: {judged(found, solution, options)}")
-        strength = _choose(found, solution, options, policy)
+        work.say(f"strength: {judged(estimated, solution, options)}")
+        strength = _choose(estimated, solution, options, policy)
     else:
-        strength = Strength(options, math.nan, None, {}, at_strength(found, options), None, ())
+        strength = Strength(options, math.nan, None, {}, at_strength(estimated, options), None, ())
     for note in strength.notes:
         work.say(f"strength: {note}")
     if strength.alpha == 1.0:
@@ -55,9 +55,9 @@ def strengthen(work: Workspace, policy: Artifact, reference: Model, solution: Ar
 
 def check(work: Workspace, policy: Artifact, solution: Artifact, estimate: Artifact) -> None:
     """Say when the estimate of a policy that was given a strength leaves a margin outside of its interval."""
-    found = load_estimate(estimate)
+    estimated = load_estimate(estimate)
     for demand in demands(solution):
-        gain = found.improvement[demand.name]
+        gain = estimated.improvement[demand.name]
         reach = math.hypot(gain.high - gain.mean, 2 * demand.error)
         distance = gain.mean - demand.margin
         if distance < -reach or (demand.equal and distance > reach):
@@ -68,10 +68,10 @@ def check(work: Workspace, policy: Artifact, solution: Artifact, estimate: Artif
             )
 
 
-def judged(found: PolicyEstimate, solution: Artifact, options: StrengthChoice) -> str:
+def judged(estimated: PolicyEstimate, solution: Artifact, options: StrengthChoice) -> str:
     """Return how far a policy went, in which direction, and what strength would meet its margins."""
     return verdict(
-        found,
+        estimated,
         demands(solution),
         predicted_kl=float(load_solution(solution).predicted["kl"]),
         max_strength=options.max,
@@ -79,10 +79,10 @@ def judged(found: PolicyEstimate, solution: Artifact, options: StrengthChoice) -
     )
 
 
-def _choose(found: PolicyEstimate, solution: Artifact, options: StrengthChoice, policy: Artifact) -> Strength:
+def _choose(estimated: PolicyEstimate, solution: Artifact, options: StrengthChoice, policy: Artifact) -> Strength:
     try:
         return choose_strength(
-            found,
+            estimated,
             demands(solution),
             confidence=options.confidence,
             max_strength=options.max,

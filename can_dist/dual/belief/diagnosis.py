@@ -187,7 +187,7 @@ def _stability(
 
     A prompt with fewer responses than parts is left out of the smaller sizes, as it has none to give to some part.
     """
-    found = {"K/4": np.full(lam_J.size, math.nan), "K/2": np.full(lam_J.size, math.nan), "K": lam_J}
+    lam_of = {"K/4": np.full(lam_J.size, math.nan), "K/2": np.full(lam_J.size, math.nan), "K": lam_J}
     order_N = np.lexsort((generator.random(table.num_rows), table.row_prompt_N))
     rank_N = np.empty(table.num_rows, dtype=np.int64)
     rank_N[order_N] = np.arange(table.num_rows) - table.spread(table.start_P)
@@ -203,8 +203,8 @@ def _stability(
             weight_N = table.log_weight_N[rows] if table.weighted else None
             small = ScoreTable.build(reward_N[rows], utility_JN[:, rows].T, table.row_prompt_N[rows], weight_N)
             lams.append(solve_table(small, beta=beta, constraints=constraints, throw=False).lam_vector)
-        found[label] = np.mean(lams, axis=0)
-    return found
+        lam_of[label] = np.mean(lams, axis=0)
+    return lam_of
 
 
 def _influence(

@@ -86,7 +86,7 @@ class Trust:
 
 
 def judge(
-    table: ScoreTable, beta: float, margin_J: FloatArray, found: Estimate, level_J: FloatArray | None = None
+    table: ScoreTable, beta: float, margin_J: FloatArray, estimated: Estimate, level_J: FloatArray | None = None
 ) -> Trust:
     """Judge λ̂ of any estimator on the table that gave it.
 
@@ -97,7 +97,7 @@ def judge(
         found: λ̂, finite.
         level_J: 1 where the constraint is an absolute level, 0 where a margin.
     """
-    lam_J, num_prompts = found.lam_J, table.num_prompts
+    lam_J, num_prompts = estimated.lam_J, table.num_prompts
     confidence = 1 - (1 - CONFIDENCE) / lam_J.size
     moments = prompt_moments(table, lam_J, beta)
     corrected = jackknife_moments(table, lam_J, beta, moments)
@@ -132,7 +132,7 @@ def judge(
         kl=widened(mean_interval(corrected.kl_P, CONFIDENCE), kl_bias),
         kl_bias=kl_bias,
         bias_J=bias_J,
-        lam_error_J=_lam_error(found, lam_bias_J, quantile, delivered, _demand(table, margin_J, level_J)),
+        lam_error_J=_lam_error(estimated, lam_bias_J, quantile, delivered, _demand(table, margin_J, level_J)),
         ess_J=ess_J,
         carriers_J=carriers_J,
         own_carriers_J=own_carriers_J,
@@ -200,12 +200,12 @@ def _demand(table: ScoreTable, margin_J: FloatArray, level_J: FloatArray | None)
 
 
 def _lam_error(
-    found: Estimate, bias_J: FloatArray, quantile: float, delivered: tuple[Interval, ...], demand_J: FloatArray
+    estimated: Estimate, bias_J: FloatArray, quantile: float, delivered: tuple[Interval, ...], demand_J: FloatArray
 ) -> FloatArray:
-    error_J = np.empty(found.lam_J.size)
-    for j, lam in enumerate(found.lam_J.tolist()):
+    error_J = np.empty(estimated.lam_J.size)
+    for j, lam in enumerate(estimated.lam_J.tolist()):
         if lam > 0:
-            error_J[j] = (bias_J[j] + quantile * found.lam_se_J[j]) / lam
+            error_J[j] = (bias_J[j] + quantile * estimated.lam_se_J[j]) / lam
         else:
             error_J[j] = 0.0 if delivered[j].low >= demand_J[j] else math.inf
     return np.where(np.isnan(error_J), math.inf, error_J)

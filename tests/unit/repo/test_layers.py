@@ -361,3 +361,17 @@ def test_something_safe_is_left_alone(source: str) -> None:
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_file_is_no_longer_than_400_lines(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+VAGUE = {"found", "what", "one", "where", "asked"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_variables_are_named_by_nouns(path: Path) -> None:
+    """A pronoun names nothing that a reader could search for."""
+    names = {
+        node.id if isinstance(node, ast.Name) else node.arg
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.arg) or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+    }
+    assert not names & VAGUE
