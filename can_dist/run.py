@@ -163,7 +163,7 @@ class Run:
         aligned: Mapping[str, PolicyRatio] | None = None,
     ) -> Artifact | None:
         """Score samples of the reference for prompts that nothing is trained on; None without such prompts."""
-        if self.config.prompts.num_validation == 0:
+        if not prompts.info["counts"].get("validation"):
             return None
         responses = self.generate(reference, prompts, split="validation")
         return self.score(responses, reward, constraints, reference, aligned)
@@ -279,7 +279,10 @@ class Run:
 
         Returns the policy as trained where ``strength`` is 1, and for ``Run(until="train")``.
         """
-        if validation is None or self.config.strength == 1.0 or self._until == "train":
+        if self.config.strength == 1.0 or self._until == "train":
+            return policy
+        if validation is None:
+            self.say(strength.NOT_CHOSEN)
             return policy
         artifact = self.estimate(policy, reference, solution, validation)
         stretched = strength.strengthen(self._work, policy, reference, solution, artifact)

@@ -44,14 +44,17 @@ class Prompts(DataSource):
         None, ge=1, description="Prompts for scoring and training; default: all that are not held out."
     )
     num_test: int = Field(64, ge=2, description="Prompts held out for the evaluation, chosen by hash of seed and id.")
-    num_validation: int = Field(
-        128, ge=0, description="Prompts scored like those of the training and never trained on; 0: none."
+    num_validation: int | None = Field(
+        None,
+        ge=0,
+        description="Prompts scored like those of the training and never trained on; 0: none; default: 128, where as "
+        "many are left to train on.",
     )
 
     @field_validator("num_validation")
     @classmethod
-    def _enough_to_choose_by(cls, num_validation: int) -> int:
-        if 0 < num_validation < MIN_VALIDATION:
+    def _enough_to_choose_by(cls, num_validation: int | None) -> int | None:
+        if num_validation is not None and 0 < num_validation < MIN_VALIDATION:
             raise ValueError(
                 f"a validation table of {num_validation} prompts says too little of a policy; give at least "
                 f"{MIN_VALIDATION} (128 are advised), or 0 for none"

@@ -26,6 +26,7 @@ from can_dist.workspace import Workspace
 if TYPE_CHECKING:
     from can_dist.modeling.formatter import Formatter
 
+NUM_VALIDATION = 128  # prompts that choose the strength; docs/methods.md says what fewer cost
 SHARD_ROWS = 512
 UNLABELLED = {"better": -1, "safer": -1, "safe": -1}
 
@@ -55,9 +56,13 @@ def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
     Raises:
         DataError: the source cannot be read, or holds too few prompts for those held out and one for training.
     """
-    identity = {"source": source_identity(prompts), "num_train": prompts.num_train, "num_test": prompts.num_test}
-    if prompts.num_validation:  # a run without keeps the names it had before there were any
-        identity["num_validation"] = prompts.num_validation
+    identity: dict[str, Any] = {
+        "source": source_identity(prompts),
+        "num_train": prompts.num_train,
+        "num_test": prompts.num_test,
+    }
+    if prompts.num_validation != 0:  # a run without keeps the names it had before there were any
+        identity["num_validation"] = "default" if prompts.num_validation is None else prompts.num_validation
     stage, read = _open(
         work, ("prompts", "prompts"), {**identity, "seed": work.config.seed}, {}, lambda: _read(prompts, read_prompts)
     )
@@ -65,23 +70,31 @@ def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
         return _finished(stage)
     table = read.table
     ids: list[str] = table.column("prompt_id").to_pylist()
-    split_of = _splits(ids, prompts, work.config.seed)
+    num_validation = _num_validation(len(ids), prompts)
+    split_of = _splits(ids, prompts, num_validation, work.config.seed)
     splits = [split_of.get(prompt_id) for prompt_id in ids]
     table = table.append_column("split", pa.array(splits, pa.string()))
     kept = table.filter(pc.is_valid(table.column("split"))).cast(PROMPTS)
     write_part(stage.path, 0, kept.combine_chunks())
-    names = ("train", "test", *(["validation"] if prompts.num_validation else []))
+    names = ("train", "test", *(["validation"] if num_validation else []))
     counts = {**read.counts, **{name: splits.count(name) for name in names}}
     return stage.commit(info=_info(read) | {"counts": counts})
 
 
-def _splits(ids: list[str], prompts: Prompts, seed: int) -> dict[str, str]:
+def _num_validation(num_prompts: int, prompts: Prompts) -> int:
+    """Return how many prompts choose the strength: as given, or the default where as many are left to train on."""
+    if prompts.num_validation is not None:
+        return prompts.num_validation
+    return NUM_VALIDATION if num_prompts >= prompts.num_test + 2 * NUM_VALIDATION else 0
+
+
+def _splits(ids: list[str], prompts: Prompts, num_validation: int, seed: int) -> dict[str, str]:
     """Return the split of each prompt by its id; prompts that are not used are left out."""
     order = sorted(ids, key=lambda prompt_id: hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest())
-    num_held_out = prompts.num_test + prompts.num_validation
+    num_held_out = prompts.num_test + num_validation
     if len(order) <= num_held_out:
-        also = f" and prompts.num_validation = {prompts.num_validation}" if prompts.num_validation else ""
-        lower = " or prompts.num_validation" if prompts.num_validation else ""
+        also = f" and prompts.num_validation = {num_validation}" if num_validation else ""
+        lower = " or prompts.num_validation" if num_validation else ""
         raise DataError(
             f"{prompts.source}: {len(order)} distinct prompts, of which prompts.num_test = {prompts.num_test}{also} "
             f"are to be held out; none would be left to train on. Lower prompts.num_test{lower} or bring more prompts."

@@ -21,6 +21,10 @@ from can_dist.training import ADAPTER, POLICY
 from can_dist.workspace import Workspace
 
 STRENGTH = "strength.json"
+NOT_CHOSEN = (
+    "strength: no prompts are held out for validation, so the policy stays as it was trained. Bring more prompts, or "
+    "give prompts.num_validation; strength: 1 says that this is meant"
+)
 
 
 def strengthen(work: Workspace, policy: Artifact, reference: Model, solution: Artifact, estimate: Artifact) -> Artifact:

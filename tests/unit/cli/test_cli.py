@@ -338,7 +338,7 @@ def test_solve_with_options_missing_or_wrong_exits_2(tmp_path: Path, arguments: 
     [
         ({"reward": [1.0, float("nan"), 0.0, 2.0, 0.3, 0.1]}, "row 1 (r1): nan"),
         ({"safety": [None, 1.0, 1.2, 0.1, 1.5, 0.7]}, "row 0 (r0): None"),
-        ({"response_id": ["r0"] * 6}, "response_id must be unique"),
+        ({"response_id": ["r0"] * 6}, "(prompt_id, response_id) must be unique"),
         ({"prompt_id": list("abcdef")}, "every prompt has one response (K = 1)"),
         ({"safety": ["x"] * 6}, "column 'safety' is string, expected numbers"),
     ],

@@ -130,3 +130,13 @@ def test_too_few_prompts_name_both_keys(tmp_path: Path) -> None:
     message = r"36 distinct prompts, .*num_test = 4 and prompts\.num_validation = 32 .* none would be left to train on"
     with pytest.raises(DataError, match=message):
         split(work)
+
+
+@pytest.mark.parametrize(("num_prompts", "expected"), [(260, 128), (259, 0), (12, 0)])
+def test_by_default_prompts_are_held_out_where_as_many_are_left_to_train_on(
+    tmp_path: Path, num_prompts: int, expected: int
+) -> None:
+    work = open_run(tmp_path, [{"prompt": f"say {n}"} for n in range(num_prompts)], {"num_test": 4})
+    counts = ingest_prompts(work, work.config.prompts).info["counts"]
+    assert counts.get("validation", 0) == expected
+    assert counts["train"] == num_prompts - 4 - expected
