@@ -14,8 +14,10 @@ def test_demo_meets_its_margin_on_held_out_prompts_and_draws_the_report(tmp_path
     assert result.returncode == 0, result.stderr
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     started = [line["stage"] for line in log if line.get("event") == "started"]
-    assert list(dict.fromkeys(started)) == ["generate", "score", "solve", "label", "train", "evaluate"]
-    assert not any(line.get("event") == "reused" for line in log), "nothing may be precomputed"
+    stages = ["generate", "score", "solve", "label", "train", "estimate", "strength", "evaluate"]
+    assert list(dict.fromkeys(started)) == stages
+    first = {line["artifact"]: line["event"] for line in reversed(log) if "artifact" in line and "event" in line}
+    assert "reused" not in first.values(), "nothing may be precomputed"
 
     report = json.loads(next(run.glob("evaluate-*/report.json")).read_text())
     (safety,) = report["constraints"]
