@@ -163,7 +163,7 @@ class Run:
         aligned: Mapping[str, PolicyRatio] | None = None,
     ) -> Artifact | None:
         """Score samples of the reference for prompts that nothing is trained on; None without such prompts."""
-        if not prompts.info["counts"].get("validation"):
+        if self.config.prompts.num_validation == 0 or not prompts.info["counts"].get("validation"):
             return None
         responses = self.generate(reference, prompts, split="validation")
         return self.score(responses, reward, constraints, reference, aligned)
