@@ -41,6 +41,7 @@ def test_trained_policy_is_the_closed_form(
         assert world.gain(trained_PK, ref_PK, tables[name]) == pytest.approx(margin, rel=0.02)
 
 
+@pytest.mark.slow  # a training of its own
 def test_a_training_that_arrives_needs_no_strength(tmp_path: Path) -> None:
     """Length and direction are 1 and so is the strength: nothing that is right already is stretched."""
     reference = world.make_reference(tmp_path / "reference")

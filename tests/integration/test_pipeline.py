@@ -192,6 +192,7 @@ def test_pairs_of_a_preference_data_set_can_be_labelled_instead(folder: Path, fi
     assert all(row["texts"][1] == "w2 w3" and row["texts"][0].endswith(" w1") for row in rows)
 
 
+@pytest.mark.slow  # two whole runs
 def test_f07_driver_stopped_by_sigterm_exits_75_and_the_same_command_completes(folder: Path) -> None:
     """Stop the driver while it generates; nothing finished is lost, and the artifacts are those of a calm run."""
     options = ("--set", "generate.max_new_tokens=32", "--set", "generate.shard_prompts=4")

@@ -90,6 +90,7 @@ def can_dist(extended: Path, *arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=extended, env=environment, capture_output=True, text=True, timeout=400)
 
 
+@pytest.mark.slow  # a whole run
 def test_a_method_is_a_file_a_row_and_an_adapter(extended: Path, tmp_path: Path) -> None:
     changed = different_files(filecmp.dircmp(PACKAGE, extended / "can_dist", ignore=["__pycache__"]))
     assert changed == {"algorithms/toy.py", "algorithms/__init__.py", "config/methods.py"}
