@@ -224,10 +224,9 @@ def ingest_pairs(
     num_held_out = read.table.num_rows - len(pairs)
     held_out.tell_alike(work, source.source, [pair for _, pair in pairs])
     rows, left_out = _given_rows(reference, pairs, source.source, mismatched)
+    other_text = f"with another text in the tokens of {reference.model}"
     _tell_left_out(work, source.source, left_out.too_long, len(pairs), f"longer than {left_out.context}")
-    _tell_left_out(
-        work, source.source, left_out.unread, len(pairs), f"with another text in the tokens of {reference.model}"
-    )
+    _tell_left_out(work, source.source, left_out.unread, len(pairs), other_text)
     for part, first in enumerate(range(0, len(rows), SHARD_ROWS)):
         write_part(stage.path, part, pa.Table.from_pylist(rows[first : first + SHARD_ROWS], schema=GIVEN_RESPONSES))
     info = _info(read) | {

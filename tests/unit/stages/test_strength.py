@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from trained_run import TrainedRun, assert_weights
 
-from can_dist.config import StrengthChoice, validate_config
+from can_dist.config import Config, StrengthChoice, validate_config
 from can_dist.config.base import identity
 from can_dist.errors import CanDistError, ConfigError, DataError, InfeasibleConstraint
 from can_dist.outcomes.export import find_policy
@@ -156,10 +156,10 @@ def test_adapter_is_scaled_beside_the_policy(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- bad input
 
 
-def configured(**sections: Any) -> None:
+def configured(**sections: Any) -> Config:
     scorer = {"kind": "callable", "function": "builtins:len"}
     base = {"prompts": {"source": "p.jsonl"}, "reference": {"model": "lm"}, "reward": scorer}
-    validate_config({**base, "constraints": {"a": {"scorer": scorer, "margin": 1}}, **sections})
+    return validate_config({**base, "constraints": {"a": {"scorer": scorer, "margin": 1}}, **sections})
 
 
 @pytest.mark.parametrize(
@@ -186,6 +186,6 @@ def test_strengths_that_cannot_be_chosen_are_refused_before_anything_runs(
 
 
 def test_strength_one_needs_nothing() -> None:
-    configured(prompts={"source": "p.jsonl", "num_validation": 0}, strength=1)
-    configured(strength=1, train={"lora": {"quantize": "nf4"}})
-    configured(method="dpo_s", strength=1, label={"preferences": {"source": "pairs.jsonl"}})
+    assert configured(prompts={"source": "p.jsonl", "num_validation": 0}, strength=1).strength == 1.0
+    assert configured(strength=1, train={"lora": {"quantize": "nf4"}}).strength == 1.0
+    assert configured(method="dpo_s", strength=1, label={"preferences": {"source": "pairs.jsonl"}}).strength == 1.0
