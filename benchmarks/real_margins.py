@@ -1,0 +1,150 @@
+"""Is the stated margin met on real text? Margins, seeds, and what makes the policy meet them.
+
+    python recipes/pku_stories3M/prepare.py --data ../shared/data --out runs/pku_stories3M/world
+    python benchmarks/real_margins.py run strength                 # begun work goes on; hours on two cores
+    python benchmarks/real_margins.py run feedback --margin 0.5
+    python benchmarks/real_margins.py run as_trained               # the same trainings with strength: 1
+    python benchmarks/real_margins.py show                         # the table, and docs/images/margins_stories3M.svg
+
+Each cell is one ``can-dist run`` of the recipe. A seed moves everything: which prompts are trained on, held out and
+choose the strength, the reference's samples, and the order of the training. All cells of a seed share its samples and
+scores, since they share the run directory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import click
+from machine import machine
+from real_runs import IMAGES, RESULTS, evaluated, read_rows, row
+
+RESULT, FIGURE = RESULTS / "real_margins.json", IMAGES / "margins_stories3M.svg"
+MARGINS, SEEDS = (0.25, 0.5, 0.75), (0, 1, 2)
+WAYS: dict[str, dict[str, Any]] = {
+    "as_trained": {"strength": 1},
+    "strength": {},
+    "feedback": {"train.feedback": "validation", "strength": 1},
+}
+TITLES = {"as_trained": "as trained (the paper's)", "strength": "strength", "feedback": "feedback"}
+CELL = ("way", "margin", "seed")
+
+
+@click.group(help=(__doc__ or "").split("\n")[0])
+def main() -> None:
+    """Measure and show."""
+
+
+@main.command()
+@click.argument("way", type=click.Choice(list(WAYS)))
+@click.option(
+    "--run", "run_dir", default="runs/pku_stories3M_margins", show_default=True, type=click.Path(path_type=Path)
+)
+@click.option("--margin", "margins", multiple=True, type=float, default=MARGINS, show_default=True)
+@click.option("--seed", "seeds", multiple=True, type=int, default=SEEDS, show_default=True)
+def run(way: str, run_dir: Path, margins: Sequence[float], seeds: Sequence[int]) -> None:
+    """Run the cells of one way that have no row yet, and write each row as it is known."""
+    for seed in seeds:
+        for margin in margins:
+            cell = {"way": way, "margin": margin, "seed": seed}
+            if any(all(known[key] == cell[key] for key in CELL) for known in read_rows(RESULT)):
+                continue
+            settings = {"seed": seed, "constraints.safety.margin": margin, **WAYS[way]}
+            save([*read_rows(RESULT), {**cell, **row(evaluated(run_dir, settings))}])
+
+
+def save(rows: list[dict[str, Any]]) -> None:
+    """Write the rows as JSON, with the machine and the date."""
+    record = {"what": "recipes/pku_stories3M/mocan.yaml", "machine": machine(), "rows": rows}
+    RESULT.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+@main.command()
+def show() -> None:
+    """Print the table and the criteria, and draw the figure."""
+    rows = read_rows(RESULT)
+    click.echo("| | margin | strength | safety, three seeds | of the margin | reward | KL (predicted) | margin met |")
+    click.echo("|---|---|---|---|---|---|---|---|")
+    for way in WAYS:
+        for margin in MARGINS:
+            cells = [known for known in rows if (known["way"], known["margin"]) == (way, margin)]
+            if cells:
+                click.echo(table_row(way, margin, cells))
+    for way in WAYS:
+        cells = [known for known in rows if known["way"] == way]
+        if cells:
+            shares = [safety(cell)["mean"] / cell["margin"] for cell in cells]
+            missed = sum(safety(cell)["verdict"] == "not met" for cell in cells)
+            agree = sum(map(agrees, cells))
+            click.echo(
+                f"\n{way}: {len(cells)} policies, {missed} not met, realised/asked {fmean(shares):.3f} "
+                f"({min(shares):.2f} to {max(shares):.2f}); estimate and fresh samples agree in {agree}"
+            )
+    draw(rows)
+
+
+def safety(cell: dict[str, Any]) -> dict[str, Any]:
+    """Return the row's only constraint."""
+    entry: dict[str, Any] = cell["constraints"]["safety"]
+    return entry
+
+
+def agrees(cell: dict[str, Any]) -> bool:
+    """Whether the estimate, from other prompts, and the realised gain differ by no more than their joint interval."""
+    estimate, realised = safety(cell)["estimate"], safety(cell)
+    reach = sum(((value["high"] - value["low"]) / 2) ** 2 for value in (estimate, realised)) ** 0.5
+    return bool(abs(estimate["mean"] - realised["mean"]) <= reach)
+
+
+def table_row(way: str, margin: float, cells: list[dict[str, Any]]) -> str:
+    """Return the row of a way at a margin: each seed's gain, means of the rest, the worst verdict."""
+    gains = ", ".join(f"{safety(cell)['mean']:+.2f}" for cell in cells)
+    width = fmean((safety(cell)["high"] - safety(cell)["low"]) / 2 for cell in cells)
+    verdicts = [safety(cell)["verdict"] for cell in cells]
+    counted = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(sorted(verdicts)))
+    alpha = ", ".join(f"{cell['alpha']:.2f}" for cell in cells)
+    share = fmean(safety(cell)["mean"] for cell in cells) / margin
+    reward, kl, asked = (fmean(cell[a][b] for cell in cells) for a, b in (("reward", "mean"), ("kl", "mean"), ("kl", "predicted")))  # fmt: skip  # noqa: E501
+    return f"| {TITLES[way]} | {margin} | {alpha} | {gains} (each ± {width:.2f}) | {share:.2f} | {reward:+.2f} | {kl:.2f} ({asked:.2f}) | {counted} |"  # noqa: E501
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Draw asked against realised, and the KL each way pays, beside what the dual predicts."""
+    from can_dist.reporting.figures.style import DASHED, DOTTED, GREY, MARKERS, SERIES, paper_figure, save_figure
+
+    with paper_figure((6.2, 2.7)) as figure:
+        left, right = figure.subplots(1, 2)
+        left.plot([0, 0.9], [0, 0.9], color=GREY, linestyle=DASHED, label="as stated")
+        for number, way in enumerate(WAYS):
+            cells = [known for known in rows if known["way"] == way]
+            if not cells:
+                continue
+            style = {"color": SERIES[number], "marker": MARKERS[number], "markersize": 4, "linestyle": "none"}
+            asked = [cell["margin"] + 0.02 * (number - 1) + 0.008 * (cell["seed"] - 1) for cell in cells]
+            gain = [safety(cell)["mean"] for cell in cells]
+            reach = [safety(cell)["high"] - safety(cell)["mean"] for cell in cells]
+            left.errorbar(asked, gain, yerr=reach, elinewidth=0.7, label=TITLES[way], **style)
+            right.plot(gain, [cell["kl"]["mean"] for cell in cells], label=TITLES[way], **style)
+        predicted = sorted({(margin, mean_kl(rows, margin)) for margin in MARGINS if mean_kl(rows, margin)})
+        right.plot(*zip(*predicted, strict=True), color=GREY, linestyle=DOTTED, label="predicted at the margin")
+        left.set_xlabel("margin asked")
+        left.set_ylabel("safety gained on held-out prompts")
+        right.set_xlabel("safety gained on held-out prompts")
+        right.set_ylabel("KL(policy‖reference), nats")
+        left.legend(loc="upper left")
+        right.legend(loc="upper left")
+        save_figure(figure, FIGURE, "svg")
+
+
+def mean_kl(rows: list[dict[str, Any]], margin: float) -> float:
+    """Return the KL that the dual predicts at a margin, the mean over seeds; 0 without rows."""
+    predicted = [cell["kl"]["predicted"] for cell in rows if cell["margin"] == margin]
+    return fmean(predicted) if predicted else 0.0
+
+
+if __name__ == "__main__":
+    main()
