@@ -42,7 +42,7 @@ def row(evaluation: Artifact) -> dict[str, Any]:
     return {
         "constraints": {entry["name"]: constraint(entry, policy) for entry in report["constraints"]},
         "reward": {"predicted": mean(report["reward"], "predicted"), **span(report["reward"]["realised"])},
-        "kl": {"predicted": mean(report["kl"], "predicted"), **span(report["kl"]["realised"])},
+        "kl": {"predicted": report["kl"].get("predicted"), **span(report["kl"]["realised"])},
         "alpha": (estimated.get("strength") or {}).get("alpha", 1.0),
         "length": policy and policy["length"]["mean"],
         "direction": policy and policy["direction"]["mean"],

@@ -1,7 +1,7 @@
 """CPU seconds of a command and of all that it starts, by what each process calls itself.
 
-The kernel's sum over children misses what Ray's daemons start, so /proc is read ten times a second. A process is known
-by its id and its start; its last count is kept, so at most a tenth of a second of each is missed.
+The kernel's sum over children misses what Ray's daemons start, so /proc is read twice a second. A process is known by
+its id and its start; its last count is kept, so at most half a second of each is missed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-INTERVAL_S = 0.1
+INTERVAL_S = 0.5
 TICKS = os.sysconf("SC_CLK_TCK")
 KINDS = {"ray::ShardWorker": "actors", "ray::RayTrainWorker": "ranks", "ray::TrainController": "driver"}
 
