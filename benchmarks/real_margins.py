@@ -20,13 +20,18 @@ from statistics import fmean
 from typing import Any
 
 import click
+import numpy as np
 from machine import machine
 from real_runs import IMAGES, RECIPE, RESULTS, evaluated, read_rows, row, span
 
-from can_dist import Run, load_config
-from can_dist.config import Config
-from can_dist.stages.estimate import load_estimate
-from can_dist.tables.artifacts import load_artifact
+from can_dist import load_config
+from can_dist.config import Model
+from can_dist.dual import ScoreTable, estimate_policy
+from can_dist.scoring.kinds import load_scorer
+from can_dist.scoring.protocol import LogProb, Response
+from can_dist.tables.artifacts import Artifact, load_artifact
+from can_dist.tables.scores import score_arrays
+from can_dist.training import POLICY
 
 RESULT, FIGURE = RESULTS / "real_margins.json", IMAGES / "margins_stories3M.svg"
 MARGINS, SEEDS = (0.25, 0.5, 0.75), (0, 1, 2)
@@ -74,25 +79,37 @@ def save(rows: list[dict[str, Any]]) -> None:
 )
 def agree(run_dir: Path) -> None:
     """Estimate every policy from the reference's responses to the very prompts that its fresh samples answered."""
+    reference_logp: dict[str, np.ndarray] = {}
     for number, known in enumerate(read_rows(RESULT)):
         if "on_test" not in known:
-            overrides = [f"seed={known['seed']}", f"constraints.safety.margin={known['margin']}"]
-            known["on_test"] = estimated(run_dir, load_config(RECIPE, overrides), known["evaluation"])
+            known["on_test"] = estimate_on_test(load_artifact(run_dir / known["evaluation"]), reference_logp)
             rows = read_rows(RESULT)
             save([*rows[:number], known, *rows[number + 1 :]])
+            click.echo(f"{[known[key] for key in CELL]}: {known['on_test']}")
 
 
-def estimated(run_dir: Path, config: Config, evaluation: str) -> dict[str, float]:
-    """Return the estimate of an evaluated policy's gain of safety on its held-out prompts."""
-    policy, problem = load_artifact(run_dir / evaluation).input("policy"), (config.reward, config.constraints)
-    with Run(run_dir, config) as run:
-        prompts = run.prompts()
-        training = run.score(run.generate(config.reference, prompts), *problem, config.reference)
-        solution = run.solve(training, config.constraints, config.beta)
-        held_out = run.score(run.generate(config.reference, prompts, split="test"), *problem, config.reference)
-        return span(
-            vars(load_estimate(run.estimate(policy, config.reference, solution, held_out)).improvement["safety"])
-        )
+def estimate_on_test(evaluation: Artifact, reference_logp: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Return the estimated gain of safety and KL of an evaluated policy, from its held-out prompts.
+
+    ``reference_logp`` keeps ln π_ref of the reference's responses to them, by table.
+    """
+    scores = evaluation.input("scores_before")
+    rows = scores.input("responses").table.to_pylist()
+    assert [row["response_id"] for row in rows] == scores.table.column("response_id").to_pylist()
+    responses = [Response(row["response_id"], row["messages"], row["text"], row["token_ids"]) for row in rows]
+    if scores.path.name not in reference_logp:
+        reference_logp[scores.path.name] = log_prob(load_config(RECIPE).reference.model, responses)
+    policy_logp = log_prob(str(evaluation.input("policy").path / POLICY), responses)
+    arrays = score_arrays(scores.table, "reward", ["safety"], str(scores.path))
+    table = ScoreTable.build(arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, names=["safety"])
+    lam = {"safety": evaluation.read_json("report.json")["constraints"][0]["lam"]}
+    estimate = estimate_policy(table, reference_logp[scores.path.name], policy_logp, lam=lam, beta=1.0)
+    return {"safety": span(vars(estimate.improvement["safety"])), "kl": span(vars(estimate.kl))}
+
+
+def log_prob(model: str, responses: Sequence[Response]) -> np.ndarray:
+    """Return ln π of the responses under a model directory, nats."""
+    return load_scorer(LogProb(model=Model(model=model)), "fp32").score(responses)
 
 
 @main.command()
@@ -112,7 +129,7 @@ def show() -> None:
             shares = [safety(cell)["mean"] / cell["margin"] for cell in cells]
             missed = sum(safety(cell)["verdict"] == "not met" for cell in cells)
             apart = [agrees(safety(cell)["estimate"], safety(cell)) for cell in cells]
-            same = [agrees(cell["on_test"], safety(cell)) for cell in cells if "on_test" in cell]
+            same = [agrees(cell["on_test"]["safety"], safety(cell)) for cell in cells if "on_test" in cell]
             click.echo(
                 f"\n{way}: {len(cells)} policies, {missed} not met, realised/asked {fmean(shares):.3f} "
                 f"({min(shares):.2f} to {max(shares):.2f}); estimates agree with fresh samples of other prompts "

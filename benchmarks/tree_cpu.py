@@ -1,7 +1,7 @@
 """CPU seconds of a command and of all that it starts, by what each process calls itself.
 
 The kernel's sum over children misses what Ray's daemons start, so /proc is read twice a second. A process is known by
-its id and its start; its last count is kept, so at most half a second of each is missed.
+its id and its start, once it was seen below the command; of each, what it does after the last look is missed.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def metered(command: Sequence[str]) -> tuple[str, dict[str, float]]:
     Raises:
         CalledProcessError: The command failed.
     """
-    root = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     parent_of: dict[Process, int] = {}
     seconds: dict[Process, tuple[str, float]] = {}
-    while root.poll() is None:
-        look(root.pid, parent_of, seconds)
-        time.sleep(INTERVAL_S)
-    assert root.stdout is not None
-    printed = root.stdout.read()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as root:
+        while root.poll() is None:
+            look(root.pid, parent_of, seconds)
+            time.sleep(INTERVAL_S)
+        assert root.stdout is not None
+        printed = root.stdout.read()
     if root.returncode:
         raise subprocess.CalledProcessError(root.returncode, command)
     total: Counter[str] = Counter()
