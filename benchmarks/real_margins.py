@@ -4,6 +4,8 @@
     python benchmarks/real_margins.py run strength                 # begun work goes on; hours on two cores
     python benchmarks/real_margins.py run feedback --margin 0.5
     python benchmarks/real_margins.py run as_trained               # the same trainings with strength: 1
+    python benchmarks/real_margins.py run two --margin 0.5         # safety and helpfulness demanded at once
+    python benchmarks/real_margins.py agree                        # estimates on the prompts of the fresh samples
     python benchmarks/real_margins.py show                         # the table, and docs/images/margins_stories3M.svg
 
 Each cell is one ``can-dist run`` of the recipe. A seed moves everything: which prompts are trained on, held out and
@@ -35,12 +37,18 @@ from can_dist.training import POLICY
 
 RESULT, FIGURE = RESULTS / "real_margins.json", IMAGES / "margins_stories3M.svg"
 MARGINS, SEEDS = (0.25, 0.5, 0.75), (0, 1, 2)
+FEEDBACK = {"train.feedback": "validation", "train.eval_every": 10}
 WAYS: dict[str, dict[str, Any]] = {
     "as_trained": {"strength": 1},
     "strength": {},
-    "feedback": {"train.feedback": "validation", "strength": 1},
+    "feedback": FEEDBACK,
 }
-TITLES = {"as_trained": "as trained (the paper's)", "strength": "strength", "feedback": "feedback"}
+TWO = {
+    **FEEDBACK,
+    "constraints.helpful.scorer.model": "runs/pku_stories3M/world/reward",
+    "constraints.helpful.margin": 0.2,
+}
+TITLES = {"as_trained": "as trained (the paper's)", "strength": "strength", "feedback": "feedback, then strength"}
 CELL = ("way", "margin", "seed")
 
 
@@ -50,7 +58,7 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("way", type=click.Choice(list(WAYS)))
+@click.argument("way", type=click.Choice([*WAYS, "two"]))
 @click.option(
     "--run", "run_dir", default="runs/pku_stories3M_margins", show_default=True, type=click.Path(path_type=Path)
 )
@@ -61,10 +69,11 @@ def run(way: str, run_dir: Path, margins: Sequence[float], seeds: Sequence[int])
     for seed in seeds:
         for margin in margins:
             cell = {"way": way, "margin": margin, "seed": seed}
-            if any(all(known[key] == cell[key] for key in CELL) for known in read_rows(RESULT)):
+            if any(all(done[key] == cell[key] for key in CELL) for done in read_rows(RESULT)):
                 continue
-            settings = {"seed": seed, "constraints.safety.margin": margin, **WAYS[way]}
-            save([*read_rows(RESULT), {**cell, **row(evaluated(run_dir, settings))}])
+            settings = {"seed": seed, "constraints.safety.margin": margin, **WAYS.get(way, TWO)}
+            known = row(evaluated(run_dir, settings))
+            save([*read_rows(RESULT), {**cell, **known}])
 
 
 def save(rows: list[dict[str, Any]]) -> None:
@@ -135,7 +144,15 @@ def show() -> None:
                 f"({min(shares):.2f} to {max(shares):.2f}); estimates agree with fresh samples of other prompts "
                 f"in {sum(apart)} of {len(apart)}, of the same in {sum(same)} of {len(same)}"
             )
-    draw(rows)
+    for cell in rows:
+        if cell["way"] == "two":
+            gains = [
+                f"{name} {gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}] of {gain['margin']:+.2f}: "
+                f"{gain['verdict']}"
+                for name, gain in cell["constraints"].items()
+            ]
+            click.echo(f"\ntwo, seed {cell['seed']}: {'; '.join(gains)}; KL {cell['kl']['mean']:.2f}")
+    draw([cell for cell in rows if cell["way"] in WAYS])
 
 
 def safety(cell: dict[str, Any]) -> dict[str, Any]:

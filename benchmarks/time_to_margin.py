@@ -32,7 +32,7 @@ FIRST, BASE = "MoCAN as trained", "MoCAN + strength"
 WAYS: dict[str, dict[str, Any]] = {
     FIRST: AS_TRAINED,
     BASE: {},
-    "MoCAN + feedback": {"train.feedback": "validation", **AS_TRAINED},
+    "MoCAN + feedback": {"train.feedback": "validation", "train.eval_every": 10},
     "sampled labels, as published": {"label.labels": "sampled", **PAIRS, **AS_TRAINED},
     "soft labels, the recipe before": {"label.labels": "soft", **PAIRS, **AS_TRAINED},
     "C-DPO": {"method": "cdpo", "cdpo.rounds": CDPO_ROUNDS, **AS_TRAINED},
