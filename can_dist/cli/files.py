@@ -39,7 +39,9 @@ def copy_shipped(names: tuple[str, ...], directory: Path) -> list[str]:
         whole = name.rstrip("/")
         named = [file for file in everything if file == whole or file.startswith(f"{whole}/")]
         if not named:
-            raise ConfigError(f"{name}: no file or folder of this name comes with can-dist; `can-dist files` lists all.")
+            raise ConfigError(
+                f"{name}: no file or folder of this name comes with can-dist; `can-dist files` lists all."
+            )
         chosen += named
     chosen = list(dict.fromkeys(chosen))
     texts = {name: (shipped_root() / name).read_text(encoding="utf-8") for name in chosen}

@@ -27,8 +27,8 @@ reward: {model: reward}
 constraints: {safety: {scorer: {model: hub/cost}, margin: 1}}
 train: {ds_config: mine.json}
 methods:
-  pecan:
-    label: {preferences: {source: pairs.jsonl}}
+  mocan:
+    label: {pairs: preferences, preferences: {source: pairs.jsonl}}
 """
 
 
@@ -51,7 +51,7 @@ def test_paths_of_a_file_lead_to_what_is_beside_it(project: Path) -> None:
         assert config.prompts.source == f"{folder}/data/p.jsonl"
         assert config.reference.model == f"{folder}/models/lm"
         assert config.train.ds_config == f"{folder}/mine.json"
-        assert config.methods["pecan"]["label"]["preferences"]["source"] == f"{folder}/pairs.jsonl"
+        assert config.methods["mocan"]["label"]["preferences"]["source"] == f"{folder}/pairs.jsonl"
         assert config.constraints["safety"].scorer.model == "hub/cost"  # type: ignore[union-attr]
 
 
