@@ -43,7 +43,9 @@ def run(*command: str, cwd: Path, check: bool = True) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built in isolation as a user's pip builds it."""
+    """The wheel, built in isolation as a user's pip builds it; or that of a release (``make release``)."""
+    if "CAN_DIST_WHEEL" in os.environ:
+        return Path(os.environ["CAN_DIST_WHEEL"])
     folder = tmp_path_factory.mktemp("wheel")
     try:
         run(
