@@ -68,8 +68,6 @@ def run_stage(stage: Stage, context: Path, roots: Path, left_out: Sequence[str])
     """
     root = roots / stage.name
     subprocess.run([sys.executable, "-m", "venv", root / "venv"], check=True)
-    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment = {**kept, "PATH": f"{root / 'venv' / 'bin'}:{kept['PATH']}", "VIRTUAL_ENV": str(root / "venv")}
     here = root
     for instruction, rest in stage.steps:
         if instruction == "WORKDIR":
@@ -79,10 +77,21 @@ def run_stage(stage: Stage, context: Path, roots: Path, left_out: Sequence[str])
             *sources, target = rest.split()
             copy(sources, here / target, context, roots)
         elif instruction == "RUN" and not rest.startswith(tuple(left_out)):
-            subprocess.run(["/bin/sh", "-c", rest], cwd=here, env=environment, check=True)
+            run_step(rest, root, here)
         else:
             assert instruction in ("ARG", "USER", "CMD", "RUN"), instruction
     return root
+
+
+def run_step(command: str, root: Path, here: Path) -> str:
+    """Run a ``RUN`` in the environment of a stage's folder; return what it prints. A failure raises AssertionError."""
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment = {**kept, "PATH": f"{root / 'venv' / 'bin'}:{kept['PATH']}", "VIRTUAL_ENV": str(root / "venv")}
+    done = subprocess.run(
+        ["/bin/sh", "-c", command], cwd=here, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return done.stdout
 
 
 def copy(sources: Sequence[str], target: Path, context: Path, roots: Path) -> None:
