@@ -40,7 +40,7 @@ def copy_shipped(names: tuple[str, ...], directory: Path) -> list[str]:
         named = [file for file in everything if file == whole or file.startswith(f"{whole}/")]
         if not named:
             raise ConfigError(
-                f"{name}: no file or folder of this name comes with can-dist; `can-dist files` lists all."
+                f"{name}: no file or folder of this name comes with can-dist.", "`can-dist files` lists all."
             )
         chosen += named
     chosen = list(dict.fromkeys(chosen))
@@ -48,8 +48,16 @@ def copy_shipped(names: tuple[str, ...], directory: Path) -> list[str]:
     for name, text in texts.items():
         there = directory / name
         if there.exists() and not (there.is_file() and there.read_bytes() == text.encode()):
-            raise ConfigError(f"{there}: is there already and is another. Nothing was copied; move it, or give --to.")
-    for name, text in texts.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        write_text(directory / name, text)
+            raise ConfigError(
+                f"{there}: is there already and is another. Nothing was copied.", "Move it, or give --to."
+            )
+    try:
+        for name in chosen:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_text(directory / name, text)
+    except OSError as error:
+        raise ConfigError(
+            f"{directory}: cannot be written to ({error}).", "Give --to a directory that you may write to."
+        ) from None
     return chosen

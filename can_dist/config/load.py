@@ -49,8 +49,8 @@ def find_yaml(name: str) -> Path:
     file = path if path.is_file() else shipped_file(name, "recipes", ".yaml")
     if file is None:
         raise ConfigError(
-            f"{name}: no such configuration file. Give the path of a YAML file, or the name of a recipe: "
-            f"{short_names('recipes', '.yaml')}."
+            f"{name}: no such configuration file.",
+            f"Give the path of a YAML file, or the name of a recipe: {short_names('recipes', '.yaml')}.",
         )
     return file
 
@@ -80,7 +80,7 @@ def for_method(config: Config, method: str, source: str = "configuration") -> Co
     overrides = given.pop("methods", {}).get(method, {})
     source = f"{source}, methods.{method}"
     if fixed := [name for name in ("method", "methods") if name in overrides]:
-        raise ConfigError(f"{source}: {fixed[0]} cannot be set for one method. Leave it out.")
+        raise ConfigError(f"{source}: {fixed[0]} cannot be set for one method.", "Leave it out.")
     row = METHODS.get(method)
     others = set(OWN_SECTIONS) - set(row.sections if row else ())
     if row and "strength" not in row.stages:

@@ -19,7 +19,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}). Give a YAML file.") from None
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}).", "Give a YAML file.") from None
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys at the top level, found {type(raw).__name__}.")
@@ -56,7 +56,8 @@ def parse_yaml(text: str, source: str) -> Any:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         key = re.search(r'duplicate key "([^"]*)"', str(error.problem))
         raise ConfigError(
-            f"{source}, line {line}: key {key.group(1) if key else '?'!r} is given twice. Keep one."
+            f"{source}, line {line}: key {key.group(1) if key else '?'!r} is given twice.",
+            "Keep one.",
         ) from None
     except YAMLError as error:
         text = str(error).replace('in "<unicode string>", ', "")

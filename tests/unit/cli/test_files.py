@@ -44,6 +44,13 @@ def test_another_file_in_the_way_is_kept_and_nothing_is_copied(tmp_path: Path, m
     assert (tmp_path / "ray_jobs" / "run.py").read_text() == "mine"
 
 
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ray_jobs").touch()
+    with pytest.raises(ConfigError, match=r"cannot be written to .*ray_jobs.* Give --to a directory"):
+        run("ds_configs", "ray_jobs", "--to", str(tmp_path))
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["ray_jobs"]
+
+
 @pytest.mark.parametrize("name", ["ray_job", "ray_jobs/run", "../ray_jobs", "/etc/passwd", "", "can_dist"])
 def test_an_unknown_name_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
