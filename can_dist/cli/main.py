@@ -88,7 +88,7 @@ def config_command(config: str | None, schema: bool, overrides: tuple[str, ...])
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
 def verify(run_dir: Path) -> None:
     """Check the digest of every file of a run, and that each artifact was made from what it says."""
-    from can_dist.tables.artifacts import verify_run
+    from can_dist.tables.verify import verify_run
 
     if not run_dir.is_dir():
         raise DataError(f"{run_dir}: no such run directory.")

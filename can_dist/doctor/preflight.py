@@ -28,12 +28,13 @@ from can_dist.training.trackers import check_trackers
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def preflight(config: Config, prompts: Artifact | None = None) -> list[str]:
+def preflight(config: Config, prompts: Artifact | None = None, *, trains: bool = True) -> list[str]:
     """Raise the error that a later stage would meet after hours, now. Data sources are ``check_sources``'s.
 
     Args:
         config: The configuration.
         prompts: The prompts, where they have been read already.
+        trains: Whether the run goes as far as a training.
 
     Returns:
         What a user should know and is no error.
@@ -56,8 +57,8 @@ def preflight(config: Config, prompts: Artifact | None = None) -> list[str]:
             - the key of an endpoint, GPUs for vLLM, or a way to an endpoint that a proxy stands in;
             - training would wait for the lock of a killed build, or load extensions that others can write.
     """
-    if "RANK" not in os.environ:  # launched ranks look together, each on its node, and fail together
-        check_build_directories()
+    if trains and "RANK" not in os.environ:  # launched ranks look together, each on its node, and fail together
+        check_build_directories(launched=False)
     if config.train.ds_config is not None:
         build_ds_config(read_ds_config(config.train.ds_config), config.train, resolve_precision(config.precision))
     check_trackers(config.train.trackers)

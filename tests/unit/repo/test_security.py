@@ -28,7 +28,8 @@ from can_dist.modeling.classifiers import load_sequence_classifier
 from can_dist.modeling.loading import load_causal_lm, load_tokenizer
 from can_dist.run import Run
 from can_dist.stages.ingest import ingest_prompts
-from can_dist.tables.artifacts import digest_of, file_digest, load_artifact, open_stage, verify_run
+from can_dist.tables.artifacts import digest_of, file_digest, load_artifact, open_stage
+from can_dist.tables.verify import verify_run
 from can_dist.training import checkpoints
 from can_dist.workspace import Workspace
 
@@ -251,6 +252,28 @@ def test_s4_checkpoint_that_others_can_write_is_not_loaded(tmp_path: Path, marke
     ) as caught:
         checkpoints.newest(directory)
     assert f"chmod -R go-w {directory}" in str(caught.value)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("name", [".", "step-000004", "step-000004/state", "step-000004/state/rank_0.pt",
+                                  "step-000004/COMMIT.json"])  # fmt: skip
+def test_s4_checkpoint_that_its_group_can_write_is_not_loaded(tmp_path: Path, marker: Path, name: str) -> None:
+    directory = tmp_path / "checkpoints"
+    write_checkpoint(directory, Bomb(marker), committed=True)
+    path = directory / name
+    path.chmod(path.stat().st_mode | 0o020)
+    with pytest.raises(EnvironmentProblem, match="is writable by its group"):
+        checkpoints.newest(directory)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
+def test_s4_checkpoint_file_of_another_user_is_not_loaded(tmp_path: Path, marker: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    write_checkpoint(directory, Bomb(marker), committed=True)
+    os.chown(directory / "step-000004" / "state" / "rank_0.pt", 12345, -1)
+    with pytest.raises(EnvironmentProblem, match=r"rank_0\.pt: belongs to another user \(id 12345\)"):
+        checkpoints.newest(directory)
 
 
 @pytest.mark.usefixtures("group")

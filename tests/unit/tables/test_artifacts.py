@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -26,16 +28,17 @@ from can_dist.tables.artifacts import (
     STAGE,
     Artifact,
     StageDirectory,
+    atomic_directory,
     atomic_file,
     canonical_json,
     digest_of,
     load_artifact,
     open_stage,
     read_part,
-    verify_run,
     write_json,
     write_part,
 )
+from can_dist.tables.verify import verify_run
 
 
 def table(part: int, rows: int = 50) -> pa.Table:
@@ -654,3 +657,17 @@ def test_stage_killed_from_outside_ends_as_an_undisturbed_one(tmp_path: Path) ->
         assert not list(run.glob(f"*/{MANIFEST}"))
     assert finish_worker(run, 60) == undisturbed
     assert verify_run(run) == (1, [])
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_files_have_the_rights_that_the_umask_leaves(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "a.json", {})
+        with atomic_directory(tmp_path / "b") as built:
+            private = built / "weights"
+            os.close(os.open(private, os.O_CREAT, 0o600))  # as libraries do that write to a temporary file first
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == mode
+    assert stat.S_IMODE((tmp_path / "b" / "weights").stat().st_mode) == mode
