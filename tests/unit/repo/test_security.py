@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import pickle
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from can_dist.config.sections import Prompts
 from can_dist.doctor.preflight import preflight
 from can_dist.errors import CanDistError, ConfigError, DataError, EnvironmentProblem
 from can_dist.modeling.classifiers import load_sequence_classifier
-from can_dist.modeling.loading import load_causal_lm, load_tokenizer
+from can_dist.modeling.loading import load_causal_lm, load_model_config, load_tokenizer, model_digest
 from can_dist.run import Run
 from can_dist.stages.ingest import ingest_prompts
 from can_dist.tables.artifacts import digest_of, file_digest, load_artifact, open_stage
@@ -160,9 +161,9 @@ def test_s3_code_that_a_model_ships_is_not_run(models: Path, tmp_path: Path, mar
 def test_s3_remote_code_of_the_hub_needs_a_commit(tmp_path: Path, revision: str | None) -> None:
     reference = {"model": "owner/model", "trust_remote_code": True, "revision": revision}
     write_prompts(tmp_path)
-    with pytest.raises(ConfigError, match=r"reference\.trust_remote_code: runs whatever code 'owner/model'") as caught:
+    with pytest.raises(ConfigError, match="reference: trust_remote_code runs whatever code 'owner/model'") as caught:
         preflight(validate_config(configuration(tmp_path, reference=reference)))
-    assert str(caught.value).endswith("give its 40 hexadecimal digits as reference.revision.")
+    assert str(caught.value).endswith("give its 40 hexadecimal digits as revision.")
 
 
 def test_s3_remote_code_of_a_commit_passes_that_check(tmp_path: Path) -> None:
@@ -170,6 +171,49 @@ def test_s3_remote_code_of_a_commit_passes_that_check(tmp_path: Path) -> None:
     write_prompts(tmp_path)
     with pytest.raises(DataError, match="the hub answered"):  # which is offline here
         preflight(validate_config(configuration(tmp_path, reference=reference)))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_s3_code_of_another_repository_is_refused_wherever_a_model_is_opened(
+    models: Path, tmp_path: Path, marker: Path, file: str
+) -> None:
+    directory = with_code(models / "lm", tmp_path / "lm", marker, "llama")
+    code = "other/code--evil.C"
+    named = {"AutoConfig": code} if file == "config.json" else {"AutoTokenizer": [None, code]}
+    content = json.loads((directory / file).read_text())
+    (directory / file).write_text(json.dumps(content | {"auto_map": named}))
+    model = Model(model=str(directory), trust_remote_code=True)
+    openings: list[Callable[[Model], Any]] = [
+        load_tokenizer,
+        model_digest,
+        lambda spec: load_causal_lm(spec, "fp32"),
+        lambda spec: load_model_config(spec, "lm"),
+    ]
+    for opening in openings:
+        with pytest.raises(ConfigError, match=r"names 'other/code--evil\.C', code of another repository"):
+            opening(model)
+
+
+def test_s3_code_that_is_run_is_in_the_digest(models: Path, tmp_path: Path, marker: Path) -> None:
+    directory = with_code(models / "lm", tmp_path / "lm", marker, "llama")
+    plain, trusted = Model(model=str(directory)), Model(model=str(directory), trust_remote_code=True)
+    first = model_digest(trusted)
+    assert first != model_digest(plain)
+    (directory / "inner").mkdir()
+    (directory / "inner" / "more.py").write_text("x = 1")
+    assert model_digest(trusted) != first
+
+
+def test_s3_permission_to_run_code_is_given_in_one_place() -> None:
+    given = [
+        (path.name, ast.unparse(keyword.value))
+        for path in sorted((ROOT / "can_dist").rglob("*.py"))
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call)
+        for keyword in call.keywords
+        if keyword.arg == "trust_remote_code" and ast.unparse(keyword.value) != "False"
+    ]
+    assert given == [("loading.py", "source_options(spec)['trust_remote_code']")]
 
 
 # --------------------------------------------------------------------------------------------------------- S4: pickle
