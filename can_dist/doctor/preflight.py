@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from can_dist.config import METHODS, Config, LogRatio, Model
@@ -32,7 +31,7 @@ def preflight(config: Config, prompts: Artifact | None = None, *, trains: bool =
     Args:
         config: The configuration.
         prompts: The prompts, where they have been read already.
-        trains: Whether the run goes as far as a training.
+        trains: Whether this process starts the ranks of a training.
 
     Returns:
         What a user should know and is no error.
@@ -55,7 +54,7 @@ def preflight(config: Config, prompts: Artifact | None = None, *, trains: bool =
             - the key of an endpoint, GPUs for vLLM, or a way to an endpoint that a proxy stands in;
             - training would wait for the lock of a killed build, or load extensions that others can write.
     """
-    if trains and "RANK" not in os.environ:  # launched ranks look together, each on its node, and fail together
+    if trains:
         check_build_directories(launched=False)
     if config.train.ds_config is not None:
         build_ds_config(read_ds_config(config.train.ds_config), config.train, resolve_precision(config.precision))

@@ -33,6 +33,7 @@ MANIFEST = "MANIFEST.json"
 STAGE = "STAGE.json"
 PART = re.compile(r"part-(\d{5})\.arrow")
 DIRECTORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # beside the artifact, never above it
+MANIFEST_KEYS = {"stage", "format_version", "identity", "inputs", "files", "info", "digest"}
 MANIFEST_ENTRY, FILE_ENTRY = {"stage": str, "identity": dict, "info": dict}, {"file": str, "bytes": int, "sha256": str}
 
 
@@ -219,6 +220,9 @@ def load_artifact(directory: Path) -> Artifact:
         well_formed &= all(isinstance(entry[key], kind) for entry in files for key, kind in FILE_ENTRY.items())
         well_formed &= all(isinstance(entry[key], str) for entry in inputs for key in ("artifact", "digest"))
         well_formed &= all(DIRECTORY.fullmatch(entry["artifact"]) for entry in inputs)
+        well_formed &= manifest.keys() <= MANIFEST_KEYS
+        own = manifest.pop("digest", None)  # manifests of before have none
+        well_formed &= own is None or own == digest_of(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         well_formed = False
     if not well_formed:
@@ -290,7 +294,7 @@ class StageDirectory:
             "files": entries,
             "info": dict(info or {}),
         }
-        write_json(self.path / MANIFEST, manifest)
+        write_json(self.path / MANIFEST, {**manifest, "digest": digest_of(manifest)})
         return load_artifact(self.path)
 
     def _check_parts(self, there: set[int], expected: set[int]) -> None:

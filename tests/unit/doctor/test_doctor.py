@@ -325,12 +325,12 @@ def test_run_lock_of_a_dead_and_of_a_living_process(tmp_path: Path) -> None:
     host = os.uname().nodename
     child = subprocess.Popen(["true"])
     child.wait()
-    (tmp_path / ".owner").write_text(f"process {child.pid} on {host} since 2026-11-21 10:00:00\n")
+    (tmp_path / ".owner").write_text(f"process {child.pid} on {host} since 2100-01-01 10:00:00\n")
     [dead] = filesystem.held(tmp_path)
     assert dead.state.endswith("which is gone")
-    (tmp_path / ".owner").write_text(f"process {os.getpid()} on {host} since 2026-11-21 10:00:00\n")
+    (tmp_path / ".owner").write_text(f"process {os.getpid()} on {host} since 2100-01-01 10:00:00\n")
     [alive] = filesystem.held(tmp_path)
-    assert alive.state == f"held by process {os.getpid()} on {host} since 2026-11-21 10:00:00"
+    assert alive.state == f"held by process {os.getpid()} on {host} since 2100-01-01 10:00:00"
 
 
 def test_f25_clean_removes_old_temporary_files_of_the_run_and_nothing_else(tmp_path: Path) -> None:
