@@ -84,9 +84,8 @@ MACHINE = {
     errno.ENOTDIR: "A file is in the way: give another path",
     errno.EISDIR: "A directory is in the way: give another path",
     errno.EIO: "Look at the disk, or give a place on another",
-    errno.EPIPE: "The program that read it has ended",
 }
-"""What a disk, a path or a pipe can refuse, and what to do."""
+"""What a disk or a path can refuse, and what to do."""
 
 
 def of_machine(error: OSError) -> str:

@@ -51,7 +51,7 @@ class Workspace:
         self.config = config
         self._only_stage = only_stage
         # a launcher starts one stage in every rank; the variables that it sets mean nothing to a whole run
-        self.rank = int(os.environ["RANK"]) if only_stage else None
+        self.rank = int(os.environ["RANK"]) if only_stage and "RANK" in os.environ else None
         self._pool: ActorPool | None = None
         self._opened: dict[tuple[str, str], str] = {}
         directory.mkdir(parents=True, exist_ok=True)

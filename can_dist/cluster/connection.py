@@ -50,10 +50,13 @@ def connect(cluster: Cluster) -> None:
     try:
         with _own_sigterm():
             ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:
+        # Ray raises a plain Exception where a node does not start in time
+        if not isinstance(error, (ConnectionError, RuntimeError, ValueError)) and type(error) is not Exception:
+            raise
         raise EnvironmentProblem(
-            f"Ray at {address or 'this machine'} cannot be reached: {error}. "
-            "If the cluster uses tokens, export RAY_AUTH_MODE=token and its token."
+            f"Ray at {address or 'this machine'} cannot be reached: {error}.",
+            "If the cluster uses tokens, export RAY_AUTH_MODE=token and its token.",
         ) from None
 
 
@@ -70,8 +73,8 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def open_to_the_network() -> str:
-    """Return a sentence if anyone on the network can run commands on the connected cluster, else ''."""
+def open_to_the_network() -> EnvironmentProblem | None:
+    """Return the error if anyone on the network can run commands on the connected cluster, else None."""
     import ray
 
     with _own_sigterm():

@@ -14,9 +14,11 @@ import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
 
+from can_dist.errors import EnvironmentProblem
+
 REMEDY = (
-    "start every node with RAY_AUTH_MODE=token and the same token (ray get-auth-token --generate), "
-    "on a private interface"
+    "start every node with RAY_AUTH_MODE=token and the same token (ray get-auth-token --generate), on a private "
+    "interface."
 )
 TIMEOUT_S = 5
 STRANGER_TIMEOUT_S = 30
@@ -38,7 +40,7 @@ def takes_strangers(gcs_address: str) -> bool | None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
     try:
         stranger = subprocess.run(
-            [sys.executable, "-P", "-c", STRANGER, gcs_address],
+            [sys.executable, "-I", "-c", STRANGER, gcs_address],
             env=environment | {"RAY_AUTH_MODE": "disabled"},
             capture_output=True,
             timeout=STRANGER_TIMEOUT_S,
@@ -76,21 +78,24 @@ def _is_loopback_ip(host: str) -> bool:
         return False
 
 
-def exposure(gcs_address: str, dashboard_url: str) -> str:
-    """Return a sentence on a cluster that anyone can command, or of which that could not be found out, or ''.
+def exposure(gcs_address: str, dashboard_url: str) -> EnvironmentProblem | None:
+    """Return the error of a cluster that anyone can command, or of which nobody can tell, or None.
 
     A cluster without tokens whose addresses are all loopback passes: only this machine's users reach it.
     """
     addresses = [gcs_address, *([dashboard_url] if dashboard_url else [])]
     if is_loopback(*addresses):
-        return ""
+        return None
     open_head = takes_strangers(gcs_address)
     if open_head or (dashboard_url and is_open(dashboard_url)):
         reached = gcs_address if open_head else dashboard_url
-        return (
+        return EnvironmentProblem(
             f"the Ray cluster at {gcs_address} is not authenticated and not on loopback: whoever reaches "
-            f"{reached} runs commands on it; {REMEDY}."
+            f"{reached} runs commands on it;",
+            REMEDY,
         )
     if open_head is None:
-        return f"whether the Ray cluster at {gcs_address} refuses strangers could not be determined; {REMEDY}."
-    return ""
+        return EnvironmentProblem(
+            f"whether the Ray cluster at {gcs_address} refuses strangers could not be determined;", REMEDY
+        )
+    return None

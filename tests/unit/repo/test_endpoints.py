@@ -78,7 +78,7 @@ def test_redirect_is_refused_and_the_text_stays(status: int) -> None:
             spec = HttpScorer(
                 url=server.url, model="rm", request={"response": "{response}"}, value="score", max_retries=0
             )
-            with pytest.raises(EnvironmentProblem, match=rf"HTTP {status}, the endpoint sends on to 127\.0\.0\.1"):
+            with pytest.raises(EnvironmentProblem, match=rf"HTTP {status}, the endpoint sends on to another address"):
                 load_scorer(spec, "fp32").score([Response("r1", [], "private", [])])
         assert elsewhere.bodies == []
     with serving(send_on) as server, opened(server.url) as client, pytest.raises(APIStatusError):

@@ -73,8 +73,9 @@ def half_done(run: Path, num_parts: int = 3) -> StageDirectory:
 def rewrite_manifest(artifact: Artifact, change: Callable[[dict[str, Any]], None]) -> Artifact:
     """Change a manifest as someone who can write to the run directory could."""
     manifest = json.loads((artifact.path / MANIFEST).read_text())
+    del manifest["digest"]
     change(manifest)
-    (artifact.path / MANIFEST).write_text(json.dumps(manifest))
+    (artifact.path / MANIFEST).write_text(json.dumps(manifest | {"digest": digest_of(manifest)}))
     return load_artifact(artifact.path)
 
 
@@ -571,6 +572,24 @@ def test_verify_finds_changed_info_through_what_was_made_from_it(tmp_path: Path,
     rewrite_manifest(lineage["prompts"], lambda manifest: manifest["info"].update(num_prompts=4))
     _, (problem,) = verify_run(tmp_path)
     assert problem.startswith(f"{lineage['generate'].path}: made from another")
+
+
+def test_verify_finds_any_flipped_bit_of_the_last_manifest(tmp_path: Path) -> None:
+    """No artifact was made from it, so its own digest alone can tell."""
+    artifact = make(tmp_path)
+    whole = (artifact.path / MANIFEST).read_bytes()
+    missed = []
+    for place in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        (artifact.path / MANIFEST).write_bytes(flipped)
+        try:
+            same = load_artifact(artifact.path).manifest == artifact.manifest
+        except DataError:
+            continue
+        if not same:
+            missed.append(place)
+    assert missed == []
 
 
 def test_verify_tells_of_a_damaged_manifest_and_goes_on(tmp_path: Path, lineage: dict[str, Artifact]) -> None:
