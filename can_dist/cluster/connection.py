@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from can_dist.cluster.exposure import exposure
-from can_dist.cluster.local_ray import listen_on_loopback, make_private
+from can_dist.cluster.local_ray import listen_on_loopback, make_private, own_session
 from can_dist.config import Cluster
 from can_dist.errors import EnvironmentProblem
 
@@ -48,7 +48,7 @@ def connect(cluster: Cluster) -> None:
         listen_on_loopback(False)
         options |= {"address": address, "runtime_env": {"env_vars": forwarded(os.environ)}}
     try:
-        with _own_sigterm():
+        with _own_sigterm(), own_session():
             ray.init(**options)
     except Exception as error:
         # Ray raises a plain Exception where a node does not start in time

@@ -7,10 +7,13 @@ lie in a directory that nobody else can enter.
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from can_dist.cluster.ray_directory import session_directory
@@ -88,6 +91,23 @@ def listen_on_loopback(only: bool) -> None:
 
     # Ray reads its variable when it is imported, which may be long past
     constants.ENABLE_RAY_CLUSTER = not only
+
+
+@contextmanager
+def own_session() -> Iterator[None]:
+    """Start Ray's servers in sessions of their own.
+
+    A signal to the whole group of the driver (a terminal, ``timeout``, systemd, Slurm) is then the driver's to handle,
+    and ends no server under it. The kernel still ends them with the driver.
+    """
+    from ray._private import services
+
+    start = services.ConsolePopen
+    services.ConsolePopen = functools.partial(start, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = start
 
 
 def _own_token(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from can_dist.cluster import ray_directory
-from can_dist.cluster.local_ray import make_private
+from can_dist.cluster.local_ray import listen_on_loopback, make_private
 from can_dist.cluster.ray_directory import session_directory
 from can_dist.config import Cluster
 from can_dist.doctor import Severity
@@ -97,17 +98,18 @@ class Worker:
 
 pid, file, name = ray.get(Worker.remote().shadowed.remote())
 session = ray._private.worker._global_node.get_session_dir_path()
-print(session, file, name, ray.get_runtime_context().gcs_address, sep="\\n")
-processes = [pid, os.getpid(), *subprocess.run(["pgrep", "-f", session], capture_output=True, text=True).stdout.split()]
+servers = subprocess.run(["pgrep", "-f", session], capture_output=True, text=True).stdout.split()
+shared = os.getpgrp() in {os.getpgid(int(server)) for server in servers}
+print(session, file, name, shared, ray.get_runtime_context().gcs_address, sep="\\n")
+processes = [pid, os.getpid(), *servers]
 for line in subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True).stdout.splitlines():
     if any(f"pid={process}," in line for process in processes):
         print("listens", line.split()[3])
 """
 
 
-@pytest.mark.parametrize("token", ["none", "readable by everybody"])
-def test_s1_local_ray_is_closed_to_other_users(tmp_path: Path, token: str) -> None:
-    """A TMPDIR too long for Ray's sockets, a directory with a random.py, and Ray's own ways of keeping its token.
+def test_s1_local_ray_is_closed_to_other_users(tmp_path: Path) -> None:
+    """A token that everybody can read, a TMPDIR too long for Ray's sockets, and a directory with a random.py.
 
     With the check of the length left out, Ray's own OSError about AF_UNIX paths comes, as a traceback.
     """
@@ -124,10 +126,9 @@ def test_s1_local_ray_is_closed_to_other_users(tmp_path: Path, token: str) -> No
         "def score(conversations, responses):\n    return [0.0 for _ in responses]\n"
     )
     kept = tmp_path / "home" / ".ray" / "auth_token"
-    if token != "none":
-        kept.parent.mkdir(parents=True)
-        kept.write_text("a" * 64)
-        kept.chmod(0o644)
+    kept.parent.mkdir(parents=True)
+    kept.write_text("a" * 64)
+    kept.chmod(0o644)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"HOME": str(tmp_path / "home"), "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -140,9 +141,10 @@ def test_s1_local_ray_is_closed_to_other_users(tmp_path: Path, token: str) -> No
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    session, random, scorer, head, *listening = done.stdout.splitlines()
+    session, random, scorer, in_our_group, head, *listening = done.stdout.splitlines()
     assert Path(random).parent != here
     assert scorer == "score"
+    assert in_our_group == "False", "a signal to the driver's group must not end Ray under it"
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
     assert stat.S_IMODE(Path(session).parents[1].stat().st_mode) == 0o700
     assert head.startswith("127.0.0.1:")
@@ -150,6 +152,56 @@ def test_s1_local_ray_is_closed_to_other_users(tmp_path: Path, token: str) -> No
     assert all(address.startswith(("listens 127.0.0.1:", "listens [::ffff:127.0.0.1]:")) for address in listening), (
         listening
     )
+
+
+STOPPED = """
+import os, signal, time
+from can_dist.cluster.connection import connect
+from can_dist.config import Cluster
+from can_dist.console import interruptible
+from can_dist.errors import Interrupted
+
+connect(Cluster())
+import ray
+
+@ray.remote
+def wait():
+    time.sleep(600)
+
+try:
+    with interruptible():
+        waiting = wait.remote()
+        print("waits", flush=True)
+        ray.get(waiting)
+except Interrupted as stopped:
+    raise SystemExit(stopped.exit_code)
+"""
+
+
+@pytest.mark.slow
+def test_signal_to_the_whole_process_group_is_the_drivers(tmp_path: Path) -> None:
+    """As ``timeout``, systemd and Slurm send it; Ray's servers were in the group, and died under the driver."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    driver = subprocess.Popen(
+        [sys.executable, "-c", STOPPED], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == "waits\n"
+    os.killpg(driver.pid, signal.SIGTERM)
+    _, said = driver.communicate(timeout=60)
+    assert driver.returncode == 75, said
+
+
+def test_s1_token_is_made_for_this_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "kept" / "token"))
+    for name in ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "1")  # put back afterwards
+    make_private()
+    listen_on_loopback(False)
+    assert len((tmp_path / "kept" / "token").read_text()) == 64
+    assert stat.S_IMODE((tmp_path / "kept" / "token").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "kept").stat().st_mode) == 0o700
 
 
 def test_s1_local_ray_without_a_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
