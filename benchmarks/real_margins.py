@@ -125,13 +125,12 @@ def log_prob(model: str, responses: Sequence[Response]) -> np.ndarray:
 def show() -> None:
     """Print the table and the criteria, and draw the figure."""
     rows = read_rows(RESULT)
-    click.echo("| | margin | strength | safety, three seeds | of the margin | reward | KL (predicted) | margin met |")
+    click.echo("| way | margin | seed | strength | safety, 95 % interval | reward | KL (predicted) | margin met? |")
     click.echo("|---|---|---|---|---|---|---|---|")
     for way in WAYS:
-        for margin in MARGINS:
-            cells = [known for known in rows if (known["way"], known["margin"]) == (way, margin)]
-            if cells:
-                click.echo(table_row(way, margin, cells))
+        for cell in sorted(rows, key=lambda cell: (cell["margin"], cell["seed"])):
+            if cell["way"] == way:
+                click.echo(table_row(cell))
     for way in WAYS:
         cells = [known for known in rows if known["way"] == way]
         if cells:
@@ -167,16 +166,20 @@ def agrees(estimate: dict[str, float], realised: dict[str, float]) -> bool:
     return bool(abs(estimate["mean"] - realised["mean"]) <= reach)
 
 
-def table_row(way: str, margin: float, cells: list[dict[str, Any]]) -> str:
-    """Return the row of a way at a margin: each seed's gain, means of the rest, the worst verdict."""
-    gains = ", ".join(f"{safety(cell)['mean']:+.2f}" for cell in cells)
-    width = fmean((safety(cell)["high"] - safety(cell)["low"]) / 2 for cell in cells)
-    verdicts = [safety(cell)["verdict"] for cell in cells]
-    counted = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(sorted(verdicts)))
-    alpha = ", ".join(f"{cell['alpha']:.2f}" for cell in cells)
-    share = fmean(safety(cell)["mean"] for cell in cells) / margin
-    reward, kl, asked = (fmean(cell[a][b] for cell in cells) for a, b in (("reward", "mean"), ("kl", "mean"), ("kl", "predicted")))  # fmt: skip  # noqa: E501
-    return f"| {TITLES[way]} | {margin} | {alpha} | {gains} (each ± {width:.2f}) | {share:.2f} | {reward:+.2f} | {kl:.2f} ({asked:.2f}) | {counted} |"  # noqa: E501
+def table_row(cell: dict[str, Any]) -> str:
+    """Return a policy's row of the table."""
+    gain, kl = safety(cell), cell["kl"]
+    columns = [
+        TITLES[cell["way"]],
+        str(cell["margin"]),
+        str(cell["seed"]),
+        f"{cell['alpha']:.2f}",
+        f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]",
+        f"{cell['reward']['mean']:+.2f}",
+        f"{kl['mean']:.2f} ({kl['predicted']:.2f})",
+        gain["verdict"],
+    ]
+    return f"| {' | '.join(columns)} |"
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
