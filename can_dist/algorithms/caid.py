@@ -43,12 +43,12 @@ def caid(
     step_size = run.step_sizes(data, options.step_size)
 
     preferences = run.label(data.pairs, data.pair_scores, data.solution, beta)
-    policy = run.train(reference, preferences, beta)  # MoCAN's, of λ*
+    policy = run.train(reference, preferences, beta, watched=data.watched)  # MoCAN's, of λ*
     rounds = [Round(data.lam, policy, run.measure(policy, prompts, data.scores, reward, constraints))]
     for _ in range(options.rounds):
         lam = next_lam(rounds[-1], step_size)  # [λ − η·slack]_+
         preferences = run.label(data.pairs, data.pair_scores, lam, beta)
-        policy = run.train(reference, preferences, beta, start=policy, epochs=options.epochs)
+        policy = run.train(reference, preferences, beta, start=policy, epochs=options.epochs, watched=data.watched)
         rounds.append(Round(lam, policy, run.measure(policy, prompts, data.scores, reward, constraints)))
     run.trajectory(rounds)
     return run.strength(policy, reference, data.solution, data.validation)

@@ -153,6 +153,40 @@ class Config(Strict):
             )
         return solve
 
+    @field_validator("train")
+    @classmethod
+    def _lam_can_be_steered(cls, train: Train, info: ValidationInfo) -> Train:
+        if train.feedback is None:
+            return train
+        (method, row), names = method_of(info), ("label", "prompts", "generate")
+        label, prompts, generate = (info.data.get(name) for name in names)  # absent where they were refused
+        if row.steers:
+            raise ValueError(
+                f"feedback moves λ within a training, and method {method} between its trainings; leave out"
+            )
+        if "solve" not in row.stages:
+            raise ValueError(
+                f"feedback recomputes the labels for each λ, and method {method} learns labels that hold for none; "
+                "leave out, or set method to mocan or pecan"
+            )
+        if label is not None and (label.labels == "sampled" or label.as_published):
+            key = "label.labels 'sampled'" if label.labels == "sampled" else "label.as_published"
+            raise ValueError(
+                f"feedback recomputes the labels for each λ, which {key} does not allow; give labels soft, regression "
+                "or listwise, without as_published"
+            )
+        if prompts is not None and prompts.num_validation == 0:
+            raise ValueError(
+                "feedback is by validation prompts, and prompts.num_validation is 0; give it (128 are advised), or "
+                "leave feedback out"
+            )
+        if generate is not None and generate.num_responses == 1:
+            raise ValueError(
+                "feedback is by which of a prompt's responses are preferred, and generate.num_responses is 1; give at "
+                "least 2"
+            )
+        return train
+
     @field_validator("strength")
     @classmethod
     def _strength_can_be_chosen(cls, strength: float | StrengthChoice, info: ValidationInfo) -> float | StrengthChoice:
