@@ -291,6 +291,12 @@ class Run:
         scores = self._score(responses, self._specs(reward, constraints))
         return slack.measure(self._work, scores, reference_scores, constraints, reward=REWARD)
 
+    def estimated_slack(self, policy: Artifact, reference: Model, data: ReferenceData) -> Artifact:
+        """Read the slack of a trained policy off the validation responses, without generating."""
+        if data.validation is None:
+            raise ConfigError("caid.slack: no validation prompts are held out. Give prompts.num_validation.")
+        return slack.estimated(self._work, self.estimate(policy, reference, data.solution, data.validation))
+
     def step_sizes(self, data: ReferenceData, step_size: StepSize) -> dict[str, float]:
         """Return the step size η of each constraint: the given number, or for '1/H' from the table's dual."""
         return slack.step_sizes(data.scores, data.solution, step_size, reward=REWARD)

@@ -156,11 +156,11 @@ class Config(Strict):
     @field_validator("train")
     @classmethod
     def _lam_can_be_steered(cls, train: Train, info: ValidationInfo) -> Train:
-        if train.feedback is None:
+        (method, row), label, caid = method_of(info), info.data.get("label"), info.data.get("caid")
+        within = caid is not None and caid.within
+        if train.feedback is None and not within:
             return train
-        (method, row), names = method_of(info), ("label", "prompts", "generate")
-        label, prompts, generate = (info.data.get(name) for name in names)  # absent where they were refused
-        if row.steers:
+        if train.feedback is not None and row.steers:
             raise ValueError(
                 f"feedback moves λ within a training, and method {method} between its trainings; leave out"
             )
@@ -172,20 +172,18 @@ class Config(Strict):
         if label is not None and (label.labels == "sampled" or label.as_published):
             key = "label.labels 'sampled'" if label.labels == "sampled" else "label.as_published"
             raise ValueError(
-                f"feedback recomputes the labels for each λ, which {key} does not allow; give labels soft, regression "
-                "or listwise, without as_published"
+                f"{'caid.within' if within else 'feedback'} recomputes the labels for each λ, which {key} does not "
+                "allow; give labels soft, regression or listwise, without as_published"
             )
-        if prompts is not None and prompts.num_validation == 0:
-            raise ValueError(
-                "feedback is by validation prompts, and prompts.num_validation is 0; give it (128 are advised), or "
-                "leave feedback out"
-            )
-        if generate is not None and generate.num_responses == 1:
-            raise ValueError(
-                "feedback is by which of a prompt's responses are preferred, and generate.num_responses is 1; give at "
-                "least 2"
-            )
+        _check_validation("feedback", info)
         return train
+
+    @field_validator("caid")
+    @classmethod
+    def _slack_can_be_estimated(cls, caid: Caid, info: ValidationInfo) -> Caid:
+        if caid.slack == "estimate":
+            _check_validation("slack 'estimate'", info)
+        return caid
 
     @field_validator("strength")
     @classmethod
@@ -223,6 +221,19 @@ class Config(Strict):
         if generate is not None and generate.engine == "vllm" and gpus != int(gpus):
             raise ValueError(f"generate.engine vllm takes whole GPUs; gpus_per_actor is {gpus:g}, set 1 or more, or 0")
         return cluster
+
+
+def _check_validation(key: str, info: ValidationInfo) -> None:
+    """Raise ``ValueError`` where a key reads validation responses and none are asked for, or one per prompt."""
+    prompts, generate = info.data.get("prompts"), info.data.get("generate")  # absent where they were refused
+    if prompts is not None and prompts.num_validation == 0:
+        raise ValueError(
+            f"{key} is by validation prompts, and prompts.num_validation is 0; give it (128 are advised), or leave out"
+        )
+    if generate is not None and generate.num_responses == 1:
+        raise ValueError(
+            f"{key} is by which of a prompt's responses are preferred, and generate.num_responses is 1; give at least 2"
+        )
 
 
 RESERVED_SCORE_NAMES = ("reward", "prompt_id", "response_id", "num_tokens", "finish_reason")

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from can_dist.modeling.formatter import require_convention, text_identity
 from can_dist.modeling.loading import model_digest
 from can_dist.modeling.policy_probe import PROBE
 from can_dist.modeling.precision import resolve_precision
-from can_dist.stages.watch import Watched, watch_spec
+from can_dist.stages.watch import Ascent, Watched, watch_spec
 from can_dist.tables.artifacts import Artifact, StageDirectory, write_json
 from can_dist.training import ADAPTER, CHECKPOINTS, CURVE, POLICY, STOP, SUMMARY
 from can_dist.training.batches import num_steps
@@ -82,7 +83,7 @@ def train(
     _check_start(config, start or reference)
     models = {name: policy_model(policy, config.reference) for name, policy in policies.items()}
     inputs = {"preferences": preferences, **trained, **_steered_by(config, watched)}
-    stage = _open(work, config, models, inputs, beta)
+    stage = _open(work, config, models, inputs, beta, watched.ascent if watched else None)
     if stage.finished:
         return stage.finished
     require_convention(models["reference"], preferences.info.get("text"), str(preferences.path))
@@ -133,12 +134,12 @@ def _check_start(config: Config, start: Policy) -> None:
 
 def _steered_by(config: Config, watched: Watched | None) -> dict[str, Artifact]:
     """Return the inputs of a training that λ moves in; what merely watches a training is none of its inputs."""
-    if config.train.feedback is None or watched is None:
+    if watched is None or (config.train.feedback is None and watched.ascent is None):
         return {}
     if watched.validation is None:
         raise ConfigError(
-            "train.feedback: there are no validation responses to steer λ by. Give prompts.num_validation (128 are "
-            "advised) or bring more prompts; or leave feedback out."
+            f"{'caid.within' if watched.ascent else 'train.feedback'}: there are no validation responses to steer λ "
+            "by. Give prompts.num_validation (128 are advised) or bring more prompts; or leave it out."
         )
     return {"validation": watched.validation, "solution": watched.solution}
 
@@ -166,6 +167,7 @@ def _open(
     models: Mapping[str, Model],
     inputs: Mapping[str, Artifact],
     beta: float,
+    ascent: Ascent | None = None,
 ) -> StageDirectory:
     ds_config, precision = read_ds_config(config.train.ds_config), resolve_precision(config.precision)
     identity_keys = {
@@ -179,7 +181,9 @@ def _open(
         "precision": precision,
         "record": 3,  # the files beside the weights; 2: the curve, and the adapter; 3: the probe
     }
-    if "validation" in inputs:
+    if ascent is not None:
+        identity_keys["ascent"] = asdict(ascent)
+    elif "validation" in inputs:
         identity_keys |= {"feedback": config.train.feedback, "eval_every": config.train.eval_every}
     return work.open("train", "policy", identity_keys, inputs)
 

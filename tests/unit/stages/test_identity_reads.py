@@ -34,6 +34,7 @@ from can_dist.workspace import Workspace
 
 ROOT = Path(__file__).parents[3]
 STAGES = ROOT / "can_dist" / "stages"
+DS_CONFIG = str(ROOT / "ds_configs" / "zero3_cpu.json")
 ALIASES = {"num_samples": "samples", "method": "label"}
 # not held by name: how many texts a function is given at once, on which the number of one text must not depend;
 # and what `align` makes of a scorer, whose weights, β and scale are held where it scores
@@ -242,7 +243,7 @@ CASES: dict[str, Any] = {
         "prompts": {**source(folder, "many.jsonl"), "num_test": 4, "num_validation": 33},
     },
     "mocan, feedback": lambda folder: {
-        "train": {"feedback": "validation", "eval_every": 2, "max_steps": 5, "batch_size": 13},
+        "train": {"feedback": "validation", "eval_every": 2, "max_steps": 5, "ds_config": DS_CONFIG},
         "prompts": {**source(folder, "many.jsonl"), "num_test": 4, "num_validation": 34},
     },
     "dpo_s": lambda folder: {
