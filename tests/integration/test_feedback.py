@@ -179,7 +179,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_lambda(world: ww.Watching
 
 def test_batches_made_ahead_are_labelled_by_the_lambda_of_their_step(world: ww.Watching, undisturbed: str) -> None:
     spec = world.spec("ahead", TOTAL, feedback="validation", checkpoint_every=3, collate_workers=1)
-    outcome = tw.launch(spec)
+    outcome = tw.launch(spec, timeout=400)  # every evaluation starts processes of its own
     assert outcome.codes == [0, 0], outcome.output
     assert tw.policy_bytes(spec) == tw.policy_bytes(undisturbed)
 
