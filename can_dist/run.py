@@ -294,7 +294,7 @@ class Run:
     def estimated_slack(self, policy: Artifact, reference: Model, data: ReferenceData) -> Artifact:
         """Read the slack of a trained policy off the validation responses, without generating."""
         if data.validation is None:
-            raise ConfigError("caid.slack: no validation prompts are held out. Give prompts.num_validation.")
+            raise ConfigError("caid.slack: no validation prompts are held out.", "Give prompts.num_validation.")
         return slack.estimated(self._work, self.estimate(policy, reference, data.solution, data.validation))
 
     def step_sizes(self, data: ReferenceData, step_size: StepSize) -> dict[str, float]:
@@ -330,13 +330,18 @@ class Run:
             solution, validation = policy.input("solution"), policy.input("estimate").input("validation")
             return self.estimate(policy, reference, solution, validation)
         if METHODS[self.config.method].steers:  # λ of its last training is none of a solution
-            data = self.reference_data(lineage.prompts, reference, *scorers, self.config.beta)
-            return data.validation and self.estimate(policy, reference, data.solution, data.validation)
-        if lineage.solution is None or "strength" not in METHODS[self.config.method].stages:
+            solution = self.reference_data(lineage.prompts, reference, *scorers, self.config.beta).solution
+        elif lineage.solution is None or "strength" not in METHODS[self.config.method].stages:
             return None
+        else:
+            solution = lineage.solution
         aligned = self.aligned(reference, lineage.prompts, *scorers)
         scores = self.validation(reference, lineage.prompts, *scorers, aligned)
-        return scores and self.estimate(policy, reference, lineage.solution, scores)
+        if scores is None:
+            return None
+        artifact = self.estimate(policy, reference, solution, scores)
+        self.say(f"estimate: {strength.verdict_of(artifact)}")
+        return artifact
 
     def say(self, message: str) -> None:
         """Print a line for the user, and log it."""

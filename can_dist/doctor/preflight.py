@@ -93,8 +93,8 @@ def _check_without_validation(config: Config, prompts: Artifact) -> None:
     keys = {"train.feedback": config.train.feedback == "validation", "caid.slack": config.caid.slack == "estimate"}
     for key in (key for key, is_given in keys.items() if is_given):
         raise ConfigError(
-            f"{key}: no validation prompts are held out of the {prompts.num_rows} of {config.prompts.source}. Give "
-            "prompts.num_validation (128 are advised), or bring more prompts."
+            f"{key}: no validation prompts are held out of the {prompts.num_rows} of {config.prompts.source}.",
+            "Give prompts.num_validation (128 are advised), or bring more prompts.",
         )
 
 

@@ -49,9 +49,9 @@ def find_solution(policy: Artifact) -> Artifact:
         return estimate.input("solution")
     if solution is None:
         raise DataError(
-            f"{policy.path}: was labelled with no dual's solution, so there is no margin and no λ to estimate it by. "
+            f"{policy.path}: was labelled with no dual's solution, so there is no margin and no λ to estimate it by.",
             "Give the policy of a MoCAN or PeCAN run, or one of C-DPO or CAID that was evaluated with validation "
-            "prompts."
+            "prompts.",
         )
     return solution
 

@@ -83,6 +83,11 @@ def judged(estimated: PolicyEstimate, solution: Artifact, options: StrengthChoic
     )
 
 
+def verdict_of(estimate: Artifact) -> str:
+    """Return the same for the estimate of a policy that keeps the strength it was trained to."""
+    return judged(load_estimate(estimate), estimate.input("solution"), StrengthChoice())
+
+
 def _choose(estimated: PolicyEstimate, solution: Artifact, options: StrengthChoice, policy: Artifact) -> Strength:
     try:
         return choose_strength(

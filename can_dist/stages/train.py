@@ -139,7 +139,8 @@ def _steered_by(config: Config, watched: Watched | None) -> dict[str, Artifact]:
     if watched.validation is None:
         raise ConfigError(
             f"{'caid.within' if watched.ascent else 'train.feedback'}: there are no validation responses to steer λ "
-            "by. Give prompts.num_validation (128 are advised) or bring more prompts; or leave it out."
+            "by.",
+            "Give prompts.num_validation (128 are advised) or bring more prompts; or leave it out.",
         )
     return {"validation": watched.validation, "solution": watched.solution}
 

@@ -79,11 +79,14 @@ def _ascent(ascent: Ascent, epoch: int, total: int) -> Steering:
     if not steps:
         raise ConfigError(
             f"caid.within: lambda moves after {ascent.after_epochs[0] * epoch} steps for the first time, and this "
-            f"training has {total}, so it would never move. Raise train.max_steps, or leave it out."
+            f"training has {total}, so it would never move.",
+            "Raise train.max_steps, or leave it out.",
         )
     fixed = [name for name, eta in ascent.step_size.items() if eta == 0]
     if fixed:
-        raise NumericalError(f"{', '.join(fixed)}: no variance within prompts, so no lambda can steer it.")
+        raise NumericalError(
+            f"{', '.join(fixed)}: no variance within prompts, so no lambda can steer it.", "Leave it out."
+        )
     hessian_JJ = np.diag([1 / eta for eta in ascent.step_size.values()])
     return Steering(steps=steps, step=1.0, hessian_JJ=tuple(map(tuple, hessian_JJ.tolist())))
 
@@ -94,7 +97,8 @@ def _feedback(solution: Artifact, every: int, total: int) -> Steering:
     if not steps:
         raise ConfigError(
             f"train.feedback: lambda moves every train.eval_every = {every} steps, and this training has {total}, so "
-            f"it would never move. Lower train.eval_every: an eighth of the training is {max(1, total // 8)}."
+            "it would never move.",
+            f"Lower train.eval_every: an eighth of the training is {max(1, total // 8)}.",
         )
     solved = load_solution(solution)
     hessian_JJ = evaluate(solved_table(solution), solved.lam_vector, solved.beta, solved.margin_vector).hessian_JJ

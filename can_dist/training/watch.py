@@ -133,7 +133,8 @@ class Watch:
         if bad := int((~np.isfinite(logp_N)).sum()):
             raise NumericalError(
                 f"step {step}: the policy's log-probabilities of {bad} of {len(logp_N)} validation responses are not "
-                "finite. Lower train.learning_rate, or use precision fp32 to find the cause."
+                "finite.",
+                "Lower train.learning_rate, or use precision fp32 to find the cause.",
             )
         estimate = estimate_policy(self.table, self.ref_N, logp_N, lam=self.lam, beta=self.beta)
         line = estimate_line(estimate, self.spec.demands)

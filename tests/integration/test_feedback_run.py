@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,9 @@ def test_caid_reads_its_slack_off_the_validation_responses(tmp_path: Path, withi
     generated = {path.name for path in place.glob("generate-*")}
     labels = [json.loads((place / name / "STAGE.json").read_text())["identity"]["label"] for name in generated]
     assert sorted(labels) == ["policy on test", "reference on test", "reference on train", "reference on validation"]
-    report = evaluation.read_json(REPORT)
+    report, log = evaluation.read_json(REPORT), (place / "log.jsonl").read_text(encoding="utf-8")
     assert report["estimate"] is not None, "a policy kept as trained is estimated all the same"
+    assert re.search(r"estimate: (Stopped short|Arrived|Went too far): calm went -?\d+% of the way", log)
     trainings = list(place.glob("train-*"))
     if within:
         assert len(trainings) == 1

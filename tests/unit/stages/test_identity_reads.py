@@ -136,6 +136,7 @@ def _openers(stage: str) -> list[str]:
         "examples": ["label", "human_labels"],
         "ingest": ["ingest", "brought_responses"],
         "align": ["human_labels", "train"],
+        "watch": ["train"],
     }.get(stage, [stage])
 
 
