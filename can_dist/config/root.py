@@ -59,7 +59,7 @@ class Config(Strict):
     cdpo: Cdpo = Field(default_factory=lambda: Cdpo(), description="C-DPO's loop.")
     caid: Caid = Field(default_factory=lambda: Caid(), description="CAID's feedback.")
     label: Label = Field(default_factory=lambda: Label(), validate_default=True, description="Preferences.")
-    train: Train = Field(default_factory=lambda: Train(), description="Fine-tuning.")
+    train: Train = Field(default_factory=lambda: Train(), validate_default=True, description="Fine-tuning.")
     strength: Strength = Field(
         default_factory=lambda: StrengthChoice(),
         validate_default=True,
@@ -102,6 +102,8 @@ class Config(Strict):
         if name not in row.sections and section != type(section)():
             users = " or ".join(user for user, other in METHODS.items() if name in other.sections)
             raise ValueError(f"method {method} does not use this section; leave out, or set method to {users}")
+        if isinstance(section, Caid) and section.slack == "estimate":
+            _check_validation("slack 'estimate'", info)
         return section
 
     @field_validator("sacpo")
@@ -156,8 +158,9 @@ class Config(Strict):
     @field_validator("train")
     @classmethod
     def _lam_can_be_steered(cls, train: Train, info: ValidationInfo) -> Train:
-        (method, row), label, caid = method_of(info), info.data.get("label"), info.data.get("caid")
-        within = caid is not None and caid.within
+        (method, row), label = method_of(info), info.data.get("label")
+        sections = (info.data.get(name) for name in row.sections)
+        within = any(isinstance(section, Caid) and section.within for section in sections)
         if train.feedback is None and not within:
             return train
         if train.feedback is not None and row.steers:
@@ -177,13 +180,6 @@ class Config(Strict):
             )
         _check_validation("feedback", info)
         return train
-
-    @field_validator("caid")
-    @classmethod
-    def _slack_can_be_estimated(cls, caid: Caid, info: ValidationInfo) -> Caid:
-        if caid.slack == "estimate":
-            _check_validation("slack 'estimate'", info)
-        return caid
 
     @field_validator("strength")
     @classmethod

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Checkpoint:
     path: Path
     step: int
     universal: bool
-    lam: Mapping[str, float]
+    lam: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ds_config(self) -> dict[str, Any]:

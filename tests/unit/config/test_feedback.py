@@ -68,3 +68,36 @@ def test_labels_from_scores_are_steered(labels: str) -> None:
     assert configured(method="pecan", label={"labels": labels}, **ratios).train.feedback == "validation"
     pairs = {"labels": labels, "pairs": "preferences", **PEOPLE}
     assert configured(label=pairs).train.feedback == "validation"
+
+
+CAID = {"method": "caid", "train": {}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"caid": {"within": True}}, "caid: within one training nothing is generated; give slack 'estimate'"),
+        (
+            {"caid": {"slack": "estimate"}, "prompts": {"source": "p.jsonl", "num_validation": 0}, "strength": 1},
+            "caid: slack 'estimate' is by validation prompts, and prompts.num_validation is 0",
+        ),
+        (
+            {"caid": {"slack": "estimate"}, "generate": {"num_responses": 1}, "strength": 1},
+            "generate.num_responses is 1; give at least 2",
+        ),
+        (
+            {"caid": {"slack": "estimate", "within": True}, "label": {"labels": "sampled"}},
+            "caid.within recomputes the labels for each λ, which label.labels 'sampled' does not allow",
+        ),
+        ({"method": "mocan", "caid": {"slack": "estimate"}}, "method mocan does not use this section"),
+    ],
+)
+def test_caid_is_refused_what_it_cannot_estimate(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configured(**{**CAID, **sections})
+    assert message in str(caught.value)
+
+
+def test_caid_within_is_accepted_without_a_section_of_training() -> None:
+    raw = {"slack": "estimate", "within": True}
+    assert configured(**CAID, caid=raw).caid.within
