@@ -92,12 +92,12 @@ def train(
     steps = _total_steps(config, preferences)
     watch = watch_spec(watched, preferences, config.train, steps)
     spec = _spec(config, stage.path, models, preferences, beta, watch)
-    if _launched():
+    if work.rank is not None:
         from can_dist.training.engine import train_worker
 
         with work.timed("train", "policy", ranks=int(os.environ["WORLD_SIZE"]), steps=steps):
             train_worker(spec)
-            if int(os.environ["RANK"]) != 0:
+            if work.rank != 0:
                 raise SystemExit(0)  # rank 0 commits for all
             return _commit(work, stage)
     return _train_on_ray(work, config, stage, spec, steps)
@@ -216,10 +216,6 @@ def _spec(
 
 def _absolute(path: str | None) -> str | None:
     return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
-
-
-def _launched() -> bool:
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _total_steps(config: Config, preferences: Artifact) -> int:
