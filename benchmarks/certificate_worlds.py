@@ -1,4 +1,4 @@
-"""Measure how often a certificate would be false: worlds whose true mean is the margin, so that every "met" is an error.
+"""Measure how often a certificate would be false: in worlds whose true mean is the margin, every "met" is an error.
 
 Two kinds of world: laws of one prompt's difference (``trust_intervals.py``; those of rare losers count the tables that
 hold one), and responses of a reference and of its π_λ* to the prompts of ``trust_worlds.py``, K each, from a finite
@@ -68,7 +68,9 @@ def policy_world(world: trust_worlds.TrustWorld) -> CertificateWorld:
     truth = float((weight_QM * utility_QM).sum(axis=1).mean() - utility_QM.mean())
     cumulative_QM = np.cumsum(weight_QM, axis=1)
 
-    def means(draw: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]], row_P: npt.NDArray[np.int64]) -> FloatArray:
+    def means(
+        draw: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]], row_P: npt.NDArray[np.int64]
+    ) -> FloatArray:
         total_P = np.zeros(row_P.size)
         for _ in range(NUM_RESPONSES):
             total_P += utility_QM[row_P, draw(row_P)]
@@ -146,7 +148,9 @@ def main() -> None:
             cells = []
             for low in LOWS.values():
                 shares = zip(certified(low, value_RP), ERRORS, strict=True)
-                texts = [f"{100 * share:.2f}" + "!" * (share > allowed(error, len(value_RP))) for share, error in shares]
+                texts = [
+                    f"{100 * share:.2f}" + "!" * (share > allowed(error, len(value_RP))) for share, error in shares
+                ]
                 cells.append(" / ".join(texts))
             print(f"| {world.name} | {num_prompts} | " + " | ".join(cells) + " |", flush=True)
     for num_prompts in (64, 256):

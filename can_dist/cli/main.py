@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from can_dist.cli.certify import certify
 from can_dist.cli.compare import compare, judge, run_and_compare
 from can_dist.cli.estimate import estimate
 from can_dist.cli.export import export
@@ -19,8 +20,8 @@ from can_dist.console import interruptible
 from can_dist.errors import CanDistError, ConfigError, DataError, Interrupted
 
 EXIT_CODES = (
-    "Exit codes: 0 done, 2 usage or configuration, 3 bad data, 4 infeasible, 5 numerical, 6 environment, "
-    "75 interrupted (run again)."
+    "Exit codes: 0 done, 2 usage or configuration, 3 bad data, 4 infeasible or not certified, 5 numerical, "
+    "6 environment, 7 not enough prompts to certify, 75 interrupted (run again)."
 )
 
 
@@ -63,7 +64,7 @@ def _stage_command(stage: str, text: str) -> None:
 
 for name, text in STAGES.items():
     _stage_command(name, text)
-for added in (solve, frontier, compare, estimate, export, plan, judge, doctor, status):
+for added in (solve, frontier, compare, estimate, certify, export, plan, judge, doctor, status):
     cli.add_command(added)
 
 

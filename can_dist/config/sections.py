@@ -62,8 +62,8 @@ class Prompts(DataSource):
     def _enough_to_certify_by(cls, num_sealed: int) -> int:
         if 0 < num_sealed < MIN_SEALED:
             raise ValueError(
-                f"{num_sealed} sealed prompts certify nothing; give at least {MIN_SEALED} (256 or more are advised), or "
-                "0 for none"
+                f"{num_sealed} sealed prompts certify nothing; give at least {MIN_SEALED} (256 or more are advised), "
+                "or 0 for none"
             )
         return num_sealed
 

@@ -36,7 +36,8 @@ def lower_bound(value_P: FloatArray, error: float) -> Bound:
     variable", Math. Methods of Statistics 14): the ``error``-quantile of Σ D_i v_i, D uniform on the simplex over the
     P values and a floor, below which no value lies. The floor is not known; it is put below the worst value by
     ``BEYOND_THE_WORST`` of that value's distance from the mean. The first is too high where few prompts lose much, the
-    second where a minority of the prompts carries the spread on both sides (docs/estimators.md, "Bounds of a certificate").
+    second where a minority of the prompts carries the spread on both sides (docs/estimators.md, "The bounds of a
+    certificate").
 
     Args:
         value_P: one finite number per prompt, shape (P,), any unit.

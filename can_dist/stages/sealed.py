@@ -110,8 +110,8 @@ def record_look(
     looks = read_looks(run)
     if looks and delta is not None and delta != looks[0].delta:
         raise ConfigError(
-            f"--delta {delta:g}: the first look at the sealed prompts of {run} was taken at {looks[0].delta:g}, which is "
-            "the joint error of all of them; chosen after a look it would be none.",
+            f"--delta {delta:g}: the first look at the sealed prompts of {run} was taken at {looks[0].delta:g}, which "
+            "is the joint error of all of them; chosen after a look it would be none.",
             f"Leave --delta out, or give {looks[0].delta:g}.",
         )
     key = digest_of(measurement)
@@ -139,7 +139,7 @@ def check_unread(run: Path, prompts: Artifact) -> None:
     rows = [row for row in prompts.table.to_pylist() if row["split"] == SPLIT]
     ids, contents = {row["prompt_id"] for row in rows}, {prompt_id(row["messages"]) for row in rows}
     artifacts = [load_artifact(path.parent) for path in sorted(run.glob(f"*/{MANIFEST}"))]
-    _check_looks(run, artifacts)
+    _check_looks(run)
     looking = _looking(run, artifacts)
     for artifact in artifacts:
         if artifact.stage == "prompts" or artifact.path.name in looking:
@@ -167,9 +167,8 @@ def _looking(run: Path, artifacts: Sequence[Artifact]) -> set[str]:
     return names
 
 
-def _check_looks(run: Path, artifacts: Sequence[Artifact]) -> None:
+def _check_looks(run: Path) -> None:
     """Raise where responses to sealed prompts, finished or not, are those of no look of the ledger."""
-    del artifacts
     known = {model for look in read_looks(run) for model in look.models}
     for path in sorted(run.glob(f"generate-*/{STAGE}")):
         about = json.loads(path.read_text(encoding="utf-8"))["identity"]
@@ -184,8 +183,8 @@ def _check_looks(run: Path, artifacts: Sequence[Artifact]) -> None:
 def _used(run: Path, num_sealed: int | None, artifact: Artifact, how: str) -> DataError:
     of = f" of {num_sealed}" if num_sealed else ""
     return DataError(
-        f"{run}: its sealed prompts were used by {artifact.path.name} ({how}{of}), so a certificate would say less than "
-        "it claims.",
+        f"{run}: its sealed prompts were used by {artifact.path.name} ({how}{of}), so a certificate would say less "
+        "than it claims.",
         "Run again in a directory of its own, with prompts.num_sealed from the start and no sealed prompt, nor its id, "
         "in other data.",
     )
