@@ -149,7 +149,8 @@ def main() -> None:
             for low in LOWS.values():
                 shares = zip(certified(low, value_RP), ERRORS, strict=True)
                 texts = [
-                    f"{100 * share:.2f}" + "!" * (share > allowed(error, len(value_RP))) for share, error in shares
+                    f"{100 * share:.2f}" + ("!" if share > allowed(error, len(value_RP)) else "")
+                    for share, error in shares
                 ]
                 cells.append(" / ".join(texts))
             print(f"| {world.name} | {num_prompts} | " + " | ".join(cells) + " |", flush=True)

@@ -13,8 +13,8 @@ from can_dist.dual.interval import mean_interval
 from can_dist.dual.table import FloatArray
 from can_dist.errors import ConfigError
 
-LARGEST_ERROR = 0.25
-"""A bound at a larger error is the one at this error, which holds all the more."""
+LARGEST_ERROR, SMALLEST_ERROR = 0.25, 1e-12
+"""A bound at a larger error is the one at the largest, which holds all the more; at a smaller one there is none."""
 
 BEYOND_THE_WORST = 0.5
 """The floor lies this share of the worst value's distance from the mean below the worst value."""
@@ -44,7 +44,8 @@ def lower_bound(value_P: FloatArray, error: float) -> Bound:
         error: largest probability that the mean lies below, in (0, 1).
 
     Returns:
-        The bound; −∞ where fewer than two prompts, or prompts that are all alike, show no spread.
+        The bound; −∞ where fewer than two prompts, or prompts that are all alike, show no spread, and at an error that
+        no quantile is computed for.
 
     Raises:
         ConfigError: ``error`` outside (0, 1).
@@ -56,7 +57,7 @@ def lower_bound(value_P: FloatArray, error: float) -> Bound:
         raise ConfigError(f"error = {error}: expected between 0 and 1.")
     mean, worst = float(value_P.mean()), float(value_P.min())
     floor = worst - BEYOND_THE_WORST * (mean - worst)
-    if value_P.size < 2 or not floor < worst:
+    if value_P.size < 2 or not floor < worst or error < SMALLEST_ERROR:
         return Bound(-math.inf, floor)
     error = min(error, LARGEST_ERROR)
     interval = mean_interval(value_P, 1 - 2 * error)

@@ -127,6 +127,8 @@ def constraint_sentence(row: Mapping[str, Any]) -> str:
     """Return what is known of one constraint."""
     kind = "improvement over the reference" if row["demand"] == "margin" else "mean"
     asked = f"at least {row['asked']:g}" if row["tolerance"] is None else f"{row['asked']:g} ± {row['tolerance']:g}"
+    if row["low"] is None and row["se"] > 0:
+        return f"{row['name']}: nothing is sure of the {kind} at an error this small; {asked} is asked."
     if row["low"] is None or row["high"] is None:
         same = f"{row['name']}: every prompt gives the same {kind}, {row['mean']:.4g}"
         return f"{same}, so its spread is not known; {asked} is asked."
