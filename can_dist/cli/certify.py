@@ -24,8 +24,7 @@ def certify(run_dir: Path, delta: float | None, tolerance: float | None) -> None
     Exit code 0: certified; 4: not certified; 7: not enough prompts.
     """
     with contextlib.redirect_stdout(sys.stderr):  # libraries announce themselves on standard output
-        from can_dist.measuring.certificate import EXIT_CODES
-        from can_dist.outcomes.certify import run_certificate
+        from can_dist.outcomes.certify import EXIT_CODES, run_certificate
         from can_dist.stages.certify import CERTIFICATE, CERTIFICATE_PAGE
 
         certificate = run_certificate(run_dir, delta=delta, tolerance=tolerance)

@@ -12,8 +12,6 @@ from can_dist.dual import lower_bound, mean_interval
 from can_dist.measuring.gains import FloatArray
 
 CERTIFIED, NOT_CERTIFIED, NOT_ENOUGH = "CERTIFIED", "NOT CERTIFIED", "NOT ENOUGH PROMPTS"
-EXIT_CODES = {CERTIFIED: 0, NOT_CERTIFIED: 4, NOT_ENOUGH: 7}
-"""Answer → what the command line returns: as for margins that cannot be met, or a code of its own."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from can_dist.config import Config, load_config
 from can_dist.errors import ConfigError, DataError
+from can_dist.measuring.certificate import CERTIFIED, NOT_CERTIFIED, NOT_ENOUGH
 from can_dist.modeling.loading import model_digest
 from can_dist.outcomes.certificates import CONFIG
 from can_dist.outcomes.export import find_policy
@@ -14,6 +15,9 @@ from can_dist.stages.estimate import trained_policy
 from can_dist.stages.sealed import SPLIT
 from can_dist.tables.artifacts import Artifact
 from can_dist.tables.lineage import ancestor
+
+EXIT_CODES = {CERTIFIED: 0, NOT_CERTIFIED: 4, NOT_ENOUGH: 7}
+"""Answer → what the command line returns: as for margins that cannot be met, or a code of its own."""
 
 
 def run_certificate(path: Path, *, delta: float | None = None, tolerance: float | None = None) -> Artifact:
