@@ -19,21 +19,21 @@ class Demand:
     """What is asked of the mean of one value per prompt.
 
     Attributes:
-        asked: the margin or the threshold, in units of the score.
+        target: the margin or the threshold, in units of the score.
         is_margin: whether the value is the improvement over the reference, or the policy's own score.
-        tolerance: half-width of what counts as equal, where an equality is asked; None: at least ``asked``.
+        tolerance: half-width of what counts as equal, where an equality is asked; None: at least ``target``.
     """
 
-    asked: float
+    target: float
     is_margin: bool
     tolerance: float | None = None
 
     @classmethod
     def of(cls, constraint: Constraint, tolerance: float | None) -> Demand:
         """Return the demand of a constraint; ``tolerance`` belongs to equalities alone."""
-        asked = constraint.threshold if constraint.margin is None else constraint.margin
-        assert asked is not None
-        return cls(asked, constraint.margin is not None, tolerance if constraint.equal else None)
+        target = constraint.threshold if constraint.margin is None else constraint.margin
+        assert target is not None
+        return cls(target, constraint.margin is not None, tolerance if constraint.equal else None)
 
 
 def num_bounds(demands: Sequence[Demand]) -> int:
@@ -52,8 +52,8 @@ def judge(name: str, demand: Demand, value_P: FloatArray, error: float) -> dict[
     """
     interval, lower, upper = mean_interval(value_P), lower_bound(value_P, error), lower_bound(-value_P, error)
     low, high, mean = lower.low, -upper.low, interval.mean
-    least = demand.asked - (demand.tolerance or 0.0)
-    most = math.inf if demand.tolerance is None else demand.asked + demand.tolerance
+    least = demand.target - (demand.tolerance or 0.0)
+    most = math.inf if demand.tolerance is None else demand.target + demand.tolerance
     if low >= least and high <= most:
         answer, needed = CERTIFIED, None
     elif high < least or low > most:
@@ -63,7 +63,7 @@ def judge(name: str, demand: Demand, value_P: FloatArray, error: float) -> dict[
     return {
         "name": name,
         "demand": "margin" if demand.is_margin else "threshold",
-        "asked": demand.asked,
+        "target": demand.target,
         "tolerance": demand.tolerance,
         "mean": mean,
         "se": interval.se,
@@ -77,12 +77,12 @@ def judge(name: str, demand: Demand, value_P: FloatArray, error: float) -> dict[
     }
 
 
-def _needed(num_prompts: int, mean: float, bounds: tuple[float, float], asked: tuple[float, float]) -> int | None:
+def _needed(num_prompts: int, mean: float, bounds: tuple[float, float], targets: tuple[float, float]) -> int | None:
     """Return how many prompts would decide if mean and spread stayed: a bound's reach falls as 1/√P, or faster.
 
     None where nothing is known of the spread, or the mean is what is asked.
     """
-    (low, high), (least, most) = bounds, asked
+    (low, high), (least, most) = bounds, targets
     if not math.isfinite(low) or not math.isfinite(high):
         return None
     down, up = mean - low, high - mean
@@ -124,22 +124,22 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
 def constraint_sentence(row: Mapping[str, Any]) -> str:
     """Return what is known of one constraint."""
     kind = "improvement over the reference" if row["demand"] == "margin" else "mean"
-    asked = f"at least {row['asked']:g}" if row["tolerance"] is None else f"{row['asked']:g} ± {row['tolerance']:g}"
+    target = f"at least {row['target']:g}" if row["tolerance"] is None else f"{row['target']:g} ± {row['tolerance']:g}"
     if row["low"] is None and row["se"] > 0:
-        return f"{row['name']}: nothing is sure of the {kind} at an error this small; {asked} is asked."
+        return f"{row['name']}: nothing is sure of the {kind} at an error this small; {target} is asked."
     if row["low"] is None or row["high"] is None:
         same = f"{row['name']}: every prompt gives the same {kind}, {row['mean']:.4g}"
-        return f"{same}, so its spread is not known; {asked} is asked."
+        return f"{same}, so its spread is not known; {target} is asked."
     bound = f"at least {row['low']:.4g}" if row["tolerance"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
     if row["answer"] == NOT_CERTIFIED:
         bound = f"{row['low']:.4g} to {row['high']:.4g}"
     side = "" if row["answer"] != NOT_ENOUGH else _side(row)
-    return f"{row['name']}: the {kind} is {bound} (measured {row['mean']:.4g}), where {asked} is asked{side}."
+    return f"{row['name']}: the {kind} is {bound} (measured {row['mean']:.4g}), where {target} is asked{side}."
 
 
 def _side(row: Mapping[str, Any]) -> str:
     """Return on which side of what is asked the measured value lies."""
-    distance, tolerance = row["mean"] - row["asked"], row["tolerance"]
+    distance, tolerance = row["mean"] - row["target"], row["tolerance"]
     is_inside = distance >= 0 if tolerance is None else abs(distance) <= tolerance
     return "; the measured value would do" if is_inside else "; the measured value would not do"
 

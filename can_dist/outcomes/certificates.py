@@ -23,14 +23,14 @@ def find_certificate(policy: Artifact) -> Artifact | None:
     if not (run / CONFIG).is_file():
         return None
     made = [load_artifact(path.parent) for path in sorted(run.glob(f"certify-*/{MANIFEST}"))]
-    constraints = load_config(run / CONFIG).constraints
-    asked = {name: identity(constraint) for name, constraint in constraints.items()}
+    config = load_config(run / CONFIG)
+    constraints = {name: identity(constraint) for name, constraint in config.constraints.items()}
     looks = {(look.number, look.digest) for look in read_looks(run)} if made else set()
     matching = [
         certificate
         for certificate in made
         if certificate.manifest["inputs"]["policy"]["digest"] == policy.digest
-        and certificate.info["constraints"] == asked
+        and certificate.info["constraints"] == constraints
         and (certificate.info["look"], policy.digest) in looks
     ]
     return next((c for c in matching if c.info["answer"] == CERTIFIED), matching[0] if matching else None)

@@ -37,13 +37,13 @@ def render_certificate(record: Mapping[str, Any]) -> str:
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return one constraint with as many decimals as its bounds deserve."""
-    decimals = decimals_of(row, row["asked"])
+    decimals = decimals_of(row, row["target"])
     tolerance = "" if row["tolerance"] is None else f" ± {plain(row['tolerance'])}"
     return {
         **row,
         "kind": KINDS[row["answer"]],
         "kind_text": "improvement over the reference" if row["demand"] == "margin" else "mean of the policy",
-        "asked_text": number(row["asked"], decimals) + tolerance,
+        "target_text": number(row["target"], decimals) + tolerance,
         "mean_text": number(row["mean"], decimals),
         "low_text": number(row["low"], decimals),
         "high_text": number(row["high"], decimals),
