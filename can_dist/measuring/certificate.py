@@ -115,6 +115,10 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
             said.append("No number of prompts can be named that would decide.")
         else:
             said.append(f"By the measured spread {max(needed)} prompts would decide.")
+    if record["num_cut"]:
+        of = record["num_prompts"] * record["num_responses"]
+        cut = f"{record['num_cut']} of {of} responses of the policy were cut at generate.max_new_tokens"
+        said.append(f"{cut}; what was scored ends there.")
     said.append(look_sentence(look))
     if record["answer"] == CERTIFIED:
         said.append(unseen_sentence(record["num_prompts"]))

@@ -33,7 +33,7 @@ def row(asked: float, tolerance: float | None = None, value_P: np.ndarray = VALU
 
 def record(answer: str, *rows: dict[str, Any], number: int = 1) -> dict[str, Any]:
     look = {"number": number, "delta": 0.05, "error": 0.0304}
-    return {"answer": answer, "constraints": rows, "num_prompts": 144, "num_responses": 4, "look": look}
+    return {"answer": answer, "constraints": rows, "num_prompts": 144, "num_responses": 4, "num_cut": 0, "look": look}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,8 @@ def test_sentences_say_answer_bounds_look_and_what_is_not_seen() -> None:
         "A harm that befalls fewer than 2.08% of prompts (3 in 144) may be unseen; so may one that these scores do not "
         "measure.",
     ]
+    cut = sentences(record(CERTIFIED, row(LOW - 0.1)) | {"num_cut": 5})
+    assert cut[2].startswith("5 of 576 responses of the policy were cut at generate.max_new_tokens")
     later = sentences(record(NOT_CERTIFIED, row(HIGH + 1), number=3))
     assert "This is look 3 at the sealed prompts, which other measurements saw before" in later[2]
     assert f"is {LOW:.4g} to {HIGH:.4g} (measured" in later[1]
