@@ -171,8 +171,12 @@ def _check_looks(run: Path) -> None:
     """Raise where responses to sealed prompts, finished or not, are those of no look of the ledger."""
     known = {model for look in read_looks(run) for model in look.models}
     for path in sorted(run.glob(f"generate-*/{STAGE}")):
-        about = json.loads(path.read_text(encoding="utf-8"))["identity"]
-        if about.get("split") == SPLIT and about["model"] not in known:
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))["identity"]
+            is_unknown = about.get("split") == SPLIT and about["model"] not in known
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{path}: damaged.", f"Delete {path.parent} and give the command again.") from None
+        if is_unknown:
             raise DataError(
                 f"{run / LEDGER}: does not name the look that made {path.parent.name}, so nobody knows how often the "
                 "sealed prompts were looked at.",

@@ -19,7 +19,8 @@ from can_dist.measuring.certificate import CERTIFIED
 from can_dist.outcomes.export import find_policy
 from can_dist.stages.certify import CERTIFICATE
 from can_dist.stages.sealed import LEDGER, read_looks
-from can_dist.tables.artifacts import MANIFEST, load_artifact, verify_run
+from can_dist.tables.artifacts import MANIFEST, load_artifact
+from can_dist.tables.verify import verify_run
 
 CAN_DIST = str(Path(sys.executable).parent / "can-dist")
 ROOT = Path(__file__).resolve().parents[2]
