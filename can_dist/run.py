@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from can_dist.config import METHODS, Config, DataSource, Human, LogRatio, Model, Scorer, Step
 from can_dist.config.sections import Constraint
-from can_dist.errors import ConfigError, DataError
+from can_dist.errors import ConfigError
 from can_dist.scoring.log_ratio import score_columns
 from can_dist.scoring.protocol import LogProb, PolicyRatio, ScorerSpec
 from can_dist.stages import (
     align,
+    certify,
     estimate,
     evaluate,
     generate,
@@ -35,8 +35,10 @@ from can_dist.stages.human_labels import Criterion
 from can_dist.stages.served_responses import ask_for_responses
 from can_dist.stages.slack import StepSize
 from can_dist.stages.train import Policy
-from can_dist.stages.trajectory import Round
-from can_dist.tables.artifacts import Artifact, load_artifact
+from can_dist.stages.trajectory import ReferenceData, Round
+from can_dist.stages.watch import Watched
+from can_dist.tables.artifacts import Artifact
+from can_dist.tables.lineage import ancestor
 from can_dist.tables.schemas import LOGP_REFERENCE
 from can_dist.workspace import Workspace
 
@@ -49,25 +51,6 @@ class StageReached(Exception):
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(str(artifact.path))
         self.artifact = artifact
-
-
-@dataclass(frozen=True)
-class ReferenceData:
-    """The artifacts before any training: scored samples of π_ref, the dual's solution, scored responses to compare.
-
-    ``validation`` are scored samples for prompts that nothing is trained on, None where there are none.
-    """
-
-    scores: Artifact
-    solution: Artifact
-    pairs: Artifact
-    pair_scores: Artifact
-    validation: Artifact | None
-
-    @property
-    def lam(self) -> dict[str, float]:
-        """λ* of the table, by constraint."""
-        return solve.load_solution(self.solution).lam
 
 
 class Run:
@@ -261,14 +244,17 @@ class Run:
         preferences: Artifact,
         beta: float,
         *,
+        watched: Watched | None = None,
         start: Policy | None = None,
         epochs: int | None = None,
     ) -> Artifact:
         """Fine-tune on the preferences, relative to ``reference``, from its weights or from those of ``start``.
 
-        ``epochs`` replaces ``train.num_epochs``. ``Run(until="train")`` continues to the method's last training.
+        Each evaluation estimates by the validation responses of ``watched`` how far the policy is from its margins, and
+        with ``train.feedback`` λ is steered by it. ``epochs`` replaces ``train.num_epochs``. ``Run(until="train")``
+        continues to the method's last training.
         """
-        return train.train(self._work, reference, preferences, beta=beta, start=start, epochs=epochs)
+        return train.train(self._work, reference, preferences, beta=beta, start=start, epochs=epochs, watched=watched)
 
     def estimate(self, policy: Policy, reference: Model, solution: Artifact, validation: Artifact) -> Artifact:
         """Estimate what a policy does from the validation responses and its log-probabilities, without generating."""
@@ -307,6 +293,12 @@ class Run:
         scores = self._score(responses, self._specs(reward, constraints))
         return slack.measure(self._work, scores, reference_scores, constraints, reward=REWARD)
 
+    def estimated_slack(self, policy: Artifact, reference: Model, data: ReferenceData) -> Artifact:
+        """Read the slack of a trained policy off the validation responses, without generating."""
+        if data.validation is None:
+            raise ConfigError("caid.slack: no validation prompts are held out.", "Give prompts.num_validation.")
+        return slack.estimated(self._work, self.estimate(policy, reference, data.solution, data.validation))
+
     def step_sizes(self, data: ReferenceData, step_size: StepSize) -> dict[str, float]:
         """Return the step size η of each constraint: the given number, or for '1/H' from the table's dual."""
         return slack.step_sizes(data.scores, data.solution, step_size, reward=REWARD)
@@ -333,36 +325,40 @@ class Run:
             self._work, lineage, reference, scorers, constraints, reward=REWARD, variant=variant, estimate=artifact
         )
 
+    def certify(self, policy: Artifact, prompts: Artifact, *, delta: float | None, tolerance: float | None) -> Artifact:
+        """Certify a policy by the configured constraints on the sealed prompts, which nothing else reads."""
+        config = self.config
+        aligned = self.aligned(config.reference, prompts, config.reward, config.constraints)
+        scorers = self._specs(config.reward, config.constraints, aligned)
+        return certify.certify(self._work, policy, prompts, scorers, delta=delta, tolerance=tolerance)
+
     def _estimated(self, lineage: report.Lineage, reference: Model) -> Artifact | None:
         """Return the estimate of a policy on its run's validation responses; None where λ or they are missing."""
         policy, scorers = lineage.policy, (self.config.reward, self.config.constraints)
         if policy.stage == "strength":
             solution, validation = policy.input("solution"), policy.input("estimate").input("validation")
             return self.estimate(policy, reference, solution, validation)
-        if lineage.solution is None or "strength" not in METHODS[self.config.method].stages:
+        if METHODS[self.config.method].steers:  # λ of its last training is none of a solution
+            solution = self.reference_data(lineage.prompts, reference, *scorers, self.config.beta).solution
+        elif lineage.solution is None or "strength" not in METHODS[self.config.method].stages:
             return None
+        else:
+            solution = lineage.solution
         aligned = self.aligned(reference, lineage.prompts, *scorers)
         scores = self.validation(reference, lineage.prompts, *scorers, aligned)
-        return scores and self.estimate(policy, reference, lineage.solution, scores)
+        if scores is None:
+            return None
+        artifact = self.estimate(policy, reference, solution, scores)
+        self.say(f"estimate: {strength.verdict_of(artifact)}")
+        return artifact
 
     def say(self, message: str) -> None:
         """Print a line for the user, and log it."""
         self._work.say(message)
 
     def ancestor(self, artifact: Artifact, stage: str) -> Artifact:
-        """Return the nearest artifact of ``stage`` among the inputs of ``artifact``, their inputs, and so on."""
-        level = [artifact]
-        while level:
-            inputs = [
-                load_artifact(self._work.directory / entry["artifact"])
-                for child in level
-                for entry in child.manifest["inputs"].values()
-            ]
-            for parent in inputs:
-                if parent.stage == stage:
-                    return parent
-            level = inputs
-        raise DataError(f"{artifact.path}: not made from a {stage!r} artifact.")
+        """Return the nearest artifact of ``stage`` that an artifact was made from."""
+        return ancestor(artifact, stage)
 
     def _published_units(self) -> dict[str, float]:
         """Return the β of each log-ratio: the paper's code leaves it out of the labels."""

@@ -92,6 +92,7 @@ BOUNDS = [
     ("prompts.num_train", 0, 1, 10**9, None),
     ("prompts.num_test", 1, 2, 10**9, None),
     ("prompts.num_validation", 31, 32, 10**9, None),
+    ("prompts.num_sealed", 63, 64, 10**9, None),
     ("generate.num_responses", 0, 1, 1000, None),
     ("generate.temperature", 0, 1e-6, 10, 10.001),
     ("generate.top_p", 0, 1e-6, 1, 1.001),
@@ -609,6 +610,8 @@ OTHER = {
     "generate.responses": {"source": "responses.jsonl"},
     "generate.endpoint": {"base_url": "http://localhost:8000/v1", "model": "m"},
     "prompts.num_validation": 64,
+    "prompts.num_sealed": 64,
+    "train.feedback": None,  # of runs with validation prompts, and here are none
     "strength": 1.5,
     "strength.max_kl": 2.0,
     "strength.confidence": 0.9,
