@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from can_dist.errors import DataError
 from can_dist.tables.artifacts import MANIFEST, STAGE, load_artifact
 from can_dist.tables.quarantine import quarantined
 from can_dist.training.metrics import METRICS, RESUMED, read_metrics
-from can_dist.workspace import LOG, Owner, read_owner
+from can_dist.workspace import LOG, Owner, read_events, read_owner
 
 CONFIG = "config.yaml"
 SILENT_S = 1800.0
@@ -29,7 +28,7 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
         DataError: when the directory holds no run.
     """
     if not (run / LOG).is_file():
-        raise DataError(f"{run}: holds no run ({LOG} is missing). Give the directory that --run named.")
+        raise DataError(f"{run}: holds no run ({LOG} is missing).", "Give the directory that --run named.")
     now = time.time() if now is None else now
     owner, events = read_owner(run), read_events(run / LOG)
     session = events[max((n for n, event in enumerate(events) if event.get("event") == "began"), default=0) :]
@@ -40,6 +39,7 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
     begun = {stage["stage"] for stage in stages}
     ended = any(event.get("event") == "ended" for event in session)
     failed = [event for event in session if event.get("event") == "failed"]
+    own = [] if _certifies(stages) else own
     stages += [{"stage": name, "state": "not started"} for name in own if name not in begun and not ended]
     return {
         "run": str(run),
@@ -49,19 +49,6 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
         "last_error": {key: failed[-1][key] for key in ("time", "error", "message")} if failed else None,
         "next": _next(run, owner, stages, ended),
     }
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a log; a last line that is being written, or that a kill cut, is left out."""
-    events = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            events.append(event)
-    return events
 
 
 def _method(run: Path) -> tuple[str, list[str]]:
@@ -147,7 +134,7 @@ def _heartbeat(directory: Path, now: float) -> float | None:
 
 def _next(run: Path, owner: Owner | None, stages: Sequence[Mapping[str, Any]], ended: bool) -> str:
     """Return the next command to give, or why there is none."""
-    again = f"can-dist run {run / CONFIG} --run {run}"
+    again = f"can-dist certify {run}" if _certifies(stages) else f"can-dist run {run / CONFIG} --run {run}"
     if owner is not None and owner.alive:
         silent = [s for s in stages if s["state"] == "in progress" and (s.get("heartbeat_s") or 0) > SILENT_S]
         if silent:
@@ -156,8 +143,13 @@ def _next(run: Path, owner: Owner | None, stages: Sequence[Mapping[str, Any]], e
     if owner is not None and owner.alive is None:
         return f"look on {owner.host} whether process {owner.process} is there; if it is gone: {again}"
     finished = ended and all(stage["state"] == "finished" for stage in stages)
-    done = finished and any(stage["stage"] == "evaluate" for stage in stages)
+    done = finished and any(stage["stage"] in ("evaluate", "certify") for stage in stages)
     return f"can-dist verify {run}" if done else again
+
+
+def _certifies(stages: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the last command was ``certify``: nothing else opens a stage on sealed prompts."""
+    return any(stage["stage"] == "certify" or stage.get("label", "").endswith(" on sealed") for stage in stages)
 
 
 def format_status(status: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from can_dist.config.sections import Train
+from can_dist.config.shipped import shipped_file, short_names
 from can_dist.errors import ConfigError
 
 # keys that the run's own configuration decides; a second opinion in the file would win or lose silently
@@ -31,14 +32,16 @@ OWNED = {
     "elasticity": "cluster.num_workers",
 }
 
-# what DeepSpeed can do and our loop cannot: it would train something else without a word
+# what DeepSpeed can do and our loop cannot, for it would train something else without a word; and what to do instead
 NOT_OFFERED = {
-    "sequence_parallel_size": "Ulysses would split a response over ranks, and the loss needs the sum over all its "
-    "tokens. For long contexts take train.activation_checkpointing, fewer train.tokens_per_pack and offload",
-    "tensor_parallel": "weights are divided by ZeRO-3 alone. Take more ranks",
-    "expert_parallel": "experts are divided by ZeRO-3 as other weights are. Take more ranks",
-    "pipeline": "weights are divided by ZeRO-3 alone. Take more ranks",
-    "compression_training": "the policy is exported in the precision it was trained in. Quantize it afterwards",
+    "sequence_parallel_size": (
+        "Ulysses would split a response over ranks, and the loss needs the sum over all its tokens",
+        "For long contexts take train.activation_checkpointing, fewer train.tokens_per_pack and offload.",
+    ),
+    "tensor_parallel": ("weights are divided by ZeRO-3 alone", "Take more ranks."),
+    "expert_parallel": ("experts are divided by ZeRO-3 as other weights are", "Take more ranks."),
+    "pipeline": ("weights are divided by ZeRO-3 alone", "Take more ranks."),
+    "compression_training": ("the policy is exported in the precision it was trained in", "Quantize it afterwards."),
 }
 
 
@@ -49,7 +52,7 @@ def say_accelerator() -> None:
 
 
 def read_ds_config(path: str | None) -> dict[str, Any]:
-    """Read the user's DeepSpeed JSON; without one, plain ZeRO-3.
+    """Read the user's DeepSpeed JSON, given by its path or as the name of one in ``ds_configs``; without, plain ZeRO-3.
 
     Raises:
         ConfigError: When the file is missing, is not JSON, has a key twice, is not for ZeRO-3 or ZeRO-2, has 'auto'
@@ -58,9 +61,13 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     if path is None:
         return {"zero_optimization": {"stage": 3}}
     try:
-        config = json.loads(Path(path).expanduser().read_text(encoding="utf-8"), object_pairs_hook=_once)
+        config = json.loads(_file_of(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
     except OSError:
-        raise ConfigError(f"train.ds_config: {path}: no such file. ds_configs/ holds some.") from None
+        raise ConfigError(
+            f"train.ds_config: {path}: no such file.",
+            "Give the path of a DeepSpeed JSON, or the name of one that comes with can-dist: "
+            f"{short_names('ds_configs', '.json')}.",
+        ) from None
     except ValueError as error:
         raise ConfigError(f"train.ds_config: {path}: not valid JSON: {error}.") from None
     if not isinstance(config, dict):
@@ -69,12 +76,13 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     if owned:
         raise ConfigError(f"train.ds_config: {path}: these keys belong to the run's configuration: {'; '.join(owned)}.")
     for key in NOT_OFFERED.keys() & config.keys():
-        raise ConfigError(f"train.ds_config: {path}: {key} is not offered: {NOT_OFFERED[key]}.")
+        reason, remedy = NOT_OFFERED[key]
+        raise ConfigError(f"train.ds_config: {path}: {key} is not offered: {reason}.", remedy)
     automatic = _automatic(config)
     if automatic:
         raise ConfigError(
-            f"train.ds_config: {path}: {', '.join(automatic)}: 'auto' means something to transformers' Trainer only. "
-            "Give a value, or leave the key out for DeepSpeed's default."
+            f"train.ds_config: {path}: {', '.join(automatic)}: 'auto' means something to transformers' Trainer only.",
+            "Give a value, or leave the key out for DeepSpeed's default.",
         )
     zero = config.setdefault("zero_optimization", {"stage": 3})
     if not isinstance(zero, dict) or zero.get("stage") not in (2, 3):
@@ -82,6 +90,12 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
             f"train.ds_config: {path}: zero_optimization.stage must be 3, or 2 with train.lora, found {zero!r}."
         )
     return config
+
+
+def _file_of(name: str) -> Path:
+    """Return the file of a path, or else that of a shipped file's name."""
+    path = Path(name).expanduser()
+    return path if path.exists() else shipped_file(name, "ds_configs", ".json") or path
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -130,7 +144,8 @@ def build_ds_config(base: dict[str, Any], train: Train, precision: str) -> dict[
     if base["zero_optimization"]["stage"] == 2 and train.lora is None:
         raise ConfigError(
             f"train.ds_config: {train.ds_config}: zero_optimization.stage 2 keeps every weight on every rank, and is "
-            "for adapters, whose optimizer is small. Set train.lora, or stage 3."
+            "for adapters, whose optimizer is small.",
+            "Set train.lora, or stage 3.",
         )
     whole = {
         "train_micro_batch_size_per_gpu": 1,
@@ -205,5 +220,5 @@ def _refuse_unknown(config: dict[str, Any], path: str | None) -> None:
     DeepSpeedConfig(read)
     for key in config.keys() - read.looked_for:
         nearest = difflib.get_close_matches(key, read.looked_for, n=1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise ConfigError(f"train.ds_config: {path}: {key}: DeepSpeed knows no such key.{hint}")
+        remedy = f"Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ConfigError(f"train.ds_config: {path}: {key}: DeepSpeed knows no such key.", remedy)
