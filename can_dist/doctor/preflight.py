@@ -14,7 +14,7 @@ from can_dist.errors import ConfigError, DataError
 from can_dist.modeling import quantized
 from can_dist.modeling.adapters import check_adapters
 from can_dist.modeling.loading import check_causal_lm, check_trainable, check_vocabulary, model_digest
-from can_dist.modeling.precision import resolve_precision
+from can_dist.modeling.precision import run_precision
 from can_dist.modeling.vllm_engine import check_installed
 from can_dist.scoring.kinds import check_scorer_opens, scorer_identity
 from can_dist.scoring.log_ratio import check_same_text
@@ -54,12 +54,14 @@ def preflight(config: Config, prompts: Artifact | None = None) -> list[str]:
             - code of a hub model that is not pinned is to be run.
         EnvironmentProblem: Something is missing around the run:
             - the key of an endpoint, GPUs for vLLM, or a way to an endpoint that a proxy stands in;
+            - a GPU by which ``precision: auto`` could be decided, or that computes in the precision given;
             - training would wait for the lock of a killed build, or load extensions that others can write.
     """
     if "RANK" not in os.environ:  # launched ranks look together, each on its node, and fail together
         check_build_directories()
+    precision = run_precision(config)
     if config.train.ds_config is not None:
-        build_ds_config(read_ds_config(config.train.ds_config), config.train, resolve_precision(config.precision))
+        build_ds_config(read_ds_config(config.train.ds_config), config.train, precision)
     check_trackers(config.train.trackers)
     for key, model in models(config).items():
         _check_remote_code(key, model)
@@ -80,7 +82,7 @@ def preflight(config: Config, prompts: Artifact | None = None) -> list[str]:
         if isinstance(scorer, LogRatio):
             _check_log_ratio(scorer, config.reference)
             continue
-        scorer_identity(scorer, resolve_precision(config.precision))
+        scorer_identity(scorer, precision)
         check_scorer_opens(scorer)
     return check_conversations(config, prompts)
 

@@ -23,7 +23,7 @@ from can_dist.errors import CanDistError, ConfigError, EnvironmentProblem, Inter
 from can_dist.modeling.formatter import require_convention, text_identity
 from can_dist.modeling.loading import model_digest
 from can_dist.modeling.policy_probe import PROBE
-from can_dist.modeling.precision import resolve_precision
+from can_dist.modeling.precision import run_precision
 from can_dist.tables.artifacts import Artifact, StageDirectory, write_json
 from can_dist.training import ADAPTER, CHECKPOINTS, CURVE, POLICY, STOP, SUMMARY
 from can_dist.training.batches import num_steps
@@ -143,7 +143,7 @@ def policy_model(policy: Policy, reference: Model) -> Model:
 def _open(
     work: Workspace, config: Config, models: Mapping[str, Model], inputs: Mapping[str, Artifact], beta: float
 ) -> StageDirectory:
-    ds_config, precision = read_ds_config(config.train.ds_config), resolve_precision(config.precision)
+    ds_config, precision = read_ds_config(config.train.ds_config), run_precision(config)
     identity_keys = {
         **{name: model_digest(model) for name, model in models.items()},
         **text_identity(models["reference"]),
@@ -171,7 +171,7 @@ def _spec(config: Config, directory: Path, models: Mapping[str, Model], preferen
         train=config.train.model_copy(update={"ds_config": _absolute(config.train.ds_config)}),
         beta=beta,
         seed=config.seed,
-        precision=resolve_precision(config.precision),
+        precision=run_precision(config),
         hang_timeout_s=config.cluster.hang_timeout_s,
     ).model_dump_json()
 
@@ -202,8 +202,8 @@ def _run_ray_train(config: Config, stage: StageDirectory, spec: str) -> None:
     use_gpu = cluster.gpus_per_worker > 0
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if use_gpu else {})
     environment = {"RAY_TRAIN_RUN": "1", "TORCH_EXTENSIONS_DIR": _extensions_directory()}
-    if not use_gpu:
-        environment["DS_ACCELERATOR"] = "cpu"
+    if not use_gpu:  # Ray leaves the machine's GPUs visible to workers that were given none
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={"spec": spec},
