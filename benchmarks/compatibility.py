@@ -86,26 +86,24 @@ def run_tests(python: Path, room: str) -> dict[str, Any]:
     report = python.parents[1] / "report.xml"
     report.unlink(missing_ok=True)
     tests = TRAININGS if room == TRAINING else ["-n", "2", f"tests/unit/{room}"]
-    subprocess.run(
+    done = subprocess.run(
         [python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", f"--junitxml={report}", *tests],
         cwd=ROOT,
         env={**os.environ, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
         check=False,
     )
-    return read_report(report)
+    return read_report(report, done.returncode)
 
 
-def read_report(report: Path) -> dict[str, Any]:
-    """Read a JUnit report; a run that left none, or had no test, failed."""
+def read_report(report: Path, code: int) -> dict[str, Any]:
+    """Read the JUnit report of a pytest that ended with a code; a run that did not come to its end failed."""
     cases = list(ElementTree.parse(report).getroot().iter("testcase")) if report.exists() else []
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = [case for case in cases if case.find("skipped") is not None]
     names = sorted({f"{case.get('classname', '')}.{case.get('name')}" for case in failed})
-    return {
-        "passed": len(cases) - len(failed) - len(skipped),
-        "skipped": len(skipped),
-        "failed": names if cases else ["no test ran"],
-    }
+    if code not in (0, 1):
+        names.append(f"pytest ended with exit code {code}")
+    return {"passed": len(cases) - len(failed) - len(skipped), "skipped": len(skipped), "failed": names}
 
 
 def record_runs(name: str, python: Path, rooms: Iterable[str]) -> Path:

@@ -201,9 +201,6 @@ def _run_ray_train(config: Config, stage: StageDirectory, spec: str) -> None:
     cluster = config.cluster
     use_gpu = cluster.gpus_per_worker > 0
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if use_gpu else {})
-    environment = {"RAY_TRAIN_RUN": "1", "TORCH_EXTENSIONS_DIR": _extensions_directory()}
-    if not use_gpu:  # Ray leaves the machine's GPUs visible to workers that were given none
-        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={"spec": spec},
@@ -215,7 +212,7 @@ def _run_ray_train(config: Config, stage: StageDirectory, spec: str) -> None:
             name="group",
             storage_path=str((stage.path / "ray").resolve()),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            worker_runtime_env={"env_vars": environment},
+            worker_runtime_env={"env_vars": _worker_environment(use_gpu)},
         ),
     )
     shutil.rmtree(stage.path / "ray", ignore_errors=True)
@@ -263,6 +260,12 @@ def _ray_worker(config: dict[str, Any]) -> None:
         if os.environ["RANK"] == "0":
             directory = TrainSpec.model_validate_json(config["spec"]).directory
             write_json(directory / FAILURE, {"type": type(error).__name__, "message": str(error)})
+
+
+def _worker_environment(use_gpu: bool) -> dict[str, str]:
+    """Return the variables of a rank; Ray leaves the machine's GPUs visible to workers that were given none."""
+    without = {} if use_gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return {"RAY_TRAIN_RUN": "1", "TORCH_EXTENSIONS_DIR": _extensions_directory(), **without}
 
 
 def _extensions_directory() -> str:

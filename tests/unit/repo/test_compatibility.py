@@ -70,10 +70,12 @@ def test_the_bounds_are_read_from_the_project() -> None:
 
 def test_a_report_of_pytest_is_counted(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
-    assert c.read_report(report) == {"passed": 0, "skipped": 0, "failed": ["no test ran"]}
+    ended = ["pytest ended with exit code 5"]
+    assert c.read_report(report, 5) == {"passed": 0, "skipped": 0, "failed": ended}, "no test ran"
     cases = '<testcase classname="a" name="x"/><testcase classname="a" name="y"><skipped/></testcase>'
     cases += (
         '<testcase classname="a" name="z"><failure/></testcase><testcase classname="b" name="z"><error/></testcase>'
     )
     report.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
-    assert c.read_report(report) == {"passed": 1, "skipped": 1, "failed": ["a.z", "b.z"]}
+    assert c.read_report(report, 1) == {"passed": 1, "skipped": 1, "failed": ["a.z", "b.z"]}
+    assert "pytest ended with exit code 2" in c.read_report(report, 2)["failed"], "it was interrupted"
