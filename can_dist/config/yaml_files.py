@@ -9,6 +9,9 @@ from typing import Any
 
 from can_dist.errors import ConfigError
 
+MOST_NODES = 100_000
+"""Values of a configuration; ten aliases of ten aliases of ten are soon more than any machine holds."""
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds.
@@ -17,11 +20,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: there is no such file, or it holds something else.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such configuration file. Give the path of a YAML file; recipes/ holds examples.")
+        raise ConfigError(
+            f"{path}: no such configuration file.",
+            "Give the path of a YAML file; recipes/ holds examples.",
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}). Give a YAML file.") from None
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}).", "Give a YAML file.") from None
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys at the top level, found {type(raw).__name__}.")
@@ -53,16 +59,45 @@ def parse_yaml(text: str, source: str) -> Any:
     from ruamel.yaml.error import YAMLError
 
     try:
-        return YAML(typ="safe", pure=True).load(text)
+        data = YAML(typ="safe", pure=True).load(text)
+        if _num_nodes(data, {}) > MOST_NODES:
+            raise ConfigError(f"{source}: more than {MOST_NODES} values once its aliases (*name) are filled in.")
+        return data
+    except ConfigError:
+        raise
     except DuplicateKeyError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         key = re.search(r'duplicate key "([^"]*)"', str(error.problem))
         raise ConfigError(
-            f"{source}, line {line}: key {key.group(1) if key else '?'!r} is given twice. Keep one."
+            f"{source}, line {line}: key {key.group(1) if key else '?'!r} is given twice.",
+            "Keep one.",
         ) from None
+    except (RecursionError, _Endless):
+        raise ConfigError(f"{source}: nested without end, or too deeply for a configuration.") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ConfigError(f"{source}: not valid YAML: {error}.") from None
     except YAMLError as error:
         text = str(error).replace('in "<unicode string>", ', "")
         raise ConfigError(f"{source}: not valid YAML: {text}") from None
+
+
+class _Endless(Exception):
+    """A value holds itself, by an alias."""
+
+
+def _num_nodes(value: Any, known: dict[int, int | None]) -> int:
+    """Return how many values a tree has when every alias is filled in; each value is counted once."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) in known:
+        if (count := known[id(value)]) is None:
+            raise _Endless
+        return count
+    known[id(value)] = None
+    inner = value.values() if isinstance(value, dict) else value
+    total = 1 + sum(_num_nodes(item, known) for item in inner)
+    known[id(value)] = total
+    return total
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import socket
 
-from can_dist.cluster.ray_directory import session_directory
+from can_dist.cluster.local_ray import private_directory, token_exposure, token_path
 from can_dist.config import Cluster
-from can_dist.doctor.finding import Finding, error, note, ok, warning
+from can_dist.doctor.finding import Finding, Severity, error, note, ok, refusal, warning
 from can_dist.errors import EnvironmentProblem
 
 TIMEOUT_S = 3
@@ -27,14 +27,17 @@ def check_ray(cluster: Cluster) -> list[Finding]:
 
 
 def _local() -> Finding:
-    """Say where a local Ray would keep its sessions."""
+    """Say where a local Ray would keep its sessions, and whether anybody else could command it."""
     try:
-        directory = session_directory()
+        directory = private_directory()
     except EnvironmentProblem as problem:
-        state, _, remedy = str(problem).partition(". ")
-        return error("Ray", state, remedy)
-    place = f"; its sessions lie in {directory}, since TMPDIR is too long for its sockets" if directory else ""
-    return ok("Ray", f"no address given: a run starts a local Ray, which demands a token of its own{place}")
+        return refusal("Ray", problem)
+    state = f"no address given: a run starts a local Ray on the loopback interface, whose sessions lie in {directory}"
+    path = token_path()
+    if path is not None and path.exists() and (exposed := token_exposure(path)):
+        new = "A run closes it to others. Delete it if anybody may have read it and no cluster uses it."
+        return warning("Ray", f"{state}; its token {path} {exposed}", new)
+    return ok("Ray", f"{state}; it demands a token that only you can read")
 
 
 def _unreachable(address: str) -> str:
@@ -60,12 +63,11 @@ def _connected(cluster: Cluster, address: str) -> list[Finding]:
     try:
         connect(cluster)
     except EnvironmentProblem as problem:
-        remedy = "If the cluster uses tokens: export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
-        return [error("Ray", str(problem).splitlines()[0], remedy)]
+        return [refusal("Ray", problem)]
     try:
         exposed = open_to_the_network()
         if exposed:
-            authentication = warning("Ray authentication", exposed.partition(";")[0], exposed.partition("; ")[2])
+            authentication = refusal("Ray authentication", exposed, Severity.WARNING)
         else:
             authentication = ok("Ray authentication", "the job server refuses strangers, or answers on loopback only")
         totals = {name: float(number) for name, number in ray.cluster_resources().items()}

@@ -13,8 +13,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from can_dist.config import Beaver, Model, SequenceClassifier
-from can_dist.errors import ConfigError, DataError
+from can_dist.errors import CanDistError, ConfigError, DataError
 from can_dist.modeling import quantized, stored
+from can_dist.modeling.remote_code import code_digests, refuse_floating_code, source_options
 from can_dist.tables.artifacts import digest_of, file_digest
 
 if TYPE_CHECKING:
@@ -35,16 +36,23 @@ def model_digest(spec: Model) -> str:
     if not path.is_dir():
         if looks_local(spec.model):
             raise DataError(
-                f"model {spec.model!r}: no such directory. Give a model directory or a hub id 'owner/name'."
+                f"model {spec.model!r}: no such directory.",
+                "Give a model directory or a hub id 'owner/name'.",
             )
-        return digest_of({"hub": spec.model, "commit": _hub_commit(spec)})
+        refuse_floating_code(f"model {spec.model!r}", spec)
+        commit = {"hub": spec.model, "commit": _hub_commit(spec)}
+        return digest_of(commit | ({"runs_code": True} if spec.trust_remote_code else {}))
     stored.refuse_adapter(path)
     if not (path / "config.json").is_file():
-        raise DataError(f"model {spec.model!r}: no config.json in the directory. Expected a Hugging Face model.")
+        raise DataError(f"model {spec.model!r}: no config.json in the directory.", "Expected a Hugging Face model.")
     if not list(path.glob("*.safetensors")):
-        raise DataError(f"model {spec.model!r}: no *.safetensors in the directory. Pickled weights are not loaded.")
+        raise DataError(f"model {spec.model!r}: no *.safetensors in the directory.", "Pickled weights are not loaded.")
     files = sorted({file for pattern in MODEL_FILES for file in path.glob(pattern)})
-    return digest_of({file.name: _cached_digest(str(file), file.stat().st_mtime_ns) for file in files})
+    digests: dict[str, Any] = {file.name: _cached_digest(str(file), file.stat().st_mtime_ns) for file in files}
+    if spec.trust_remote_code:
+        refuse_floating_code(f"model {spec.model!r}", spec)
+        digests["runs_code"] = code_digests(path)
+    return digest_of(digests)
 
 
 def looks_local(name: str) -> bool:
@@ -92,7 +100,7 @@ def _refuse_hub_adapter(spec: Model) -> None:
         file = cached_file(spec.model, stored.ADAPTER, revision=spec.revision)
     except OSError:
         return
-    raise DataError(stored.about_adapter(spec.model, stored.read_json(Path(str(file)))))
+    raise stored.adapter_error(spec.model, stored.read_json(Path(str(file))))
 
 
 TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "merges.txt", "*.py")
@@ -113,13 +121,11 @@ def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
     path = Path(spec.model).expanduser()
     if path.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
         raise DataError(
-            f"model {spec.model!r}: no tokenizer in the directory (tokenizer.json, tokenizer.model). Copy the files of "
-            "the tokenizer that the model was trained with into it."
+            f"model {spec.model!r}: no tokenizer in the directory (tokenizer.json, tokenizer.model).",
+            "Copy the files of the tokenizer that the model was trained with into it.",
         )
     with named_errors(spec.model, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(spec.model, **source_options(spec))
     for argument in ("is_local", "local_files_only"):  # would make a saved policy's bytes depend on the machine
         tokenizer.init_kwargs.pop(argument, None)
     if tokenizer.eos_token_id is None and not (isinstance(spec, SequenceClassifier) and has_own_marks(tokenizer)):
@@ -147,8 +153,8 @@ def check_vocabulary(spec: Model) -> tuple[PreTrainedTokenizerBase, Any]:
     rows = int(config.get_text_config().vocab_size)
     if len(tokenizer) > rows:
         raise DataError(
-            f"model {spec.model!r}: its tokenizer has {len(tokenizer)} tokens, the model has embeddings for {rows}. "
-            "Give the tokenizer that the model was trained with."
+            f"model {spec.model!r}: its tokenizer has {len(tokenizer)} tokens, the model has embeddings for {rows}.",
+            "Give the tokenizer that the model was trained with.",
         )
     ids = {
         f"token {token!r}": index
@@ -161,8 +167,8 @@ def check_vocabulary(spec: Model) -> tuple[PreTrainedTokenizerBase, Any]:
     outside = [f"{name} is {index}" for name, index in ids.items() if index is not None and not 0 <= index < rows]
     if outside:
         raise DataError(
-            f"model {spec.model!r}: special tokens without an embedding (there are {rows}): {', '.join(outside)}. "
-            "Correct config.json, or give the tokenizer that the model was trained with."
+            f"model {spec.model!r}: special tokens without an embedding (there are {rows}): {', '.join(outside)}.",
+            "Correct config.json, or give the tokenizer that the model was trained with.",
         )
     return tokenizer, config
 
@@ -200,7 +206,7 @@ def empty_causal_lm(spec: Model, precision: str) -> PreTrainedModel:
     config = load_model_config(spec, "causal language model")
     with named_errors(spec.model, "causal language model"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch_dtype(precision), trust_remote_code=spec.trust_remote_code
+            config, dtype=torch_dtype(precision), trust_remote_code=source_options(spec)["trust_remote_code"]
         )
     model.config.use_cache = False
     return model
@@ -230,8 +236,7 @@ def load_whole(
     with named_errors(spec.model, role):
         model, info = kind.from_pretrained(
             spec.model,
-            revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
+            **source_options(spec),
             use_safetensors=True,
             dtype=torch_dtype(precision),
             output_loading_info=True,
@@ -275,31 +280,34 @@ def refuse_unfit(spec: Model, role: str, config: Any, info: Mapping[str, Any]) -
         name, stored_shape, made_shape = min(info["mismatched_keys"])
         raise DataError(
             f"model {spec.model!r}: the checkpoint's {name} has the shape {list(stored_shape)}, config.json makes it "
-            f"{list(made_shape)}. Give the config.json that was saved with these weights."
+            f"{list(made_shape)}.",
+            "Give the config.json that was saved with these weights.",
         )
     if info["missing_keys"]:
         instead = f" It holds {_some(unread)} instead, which nothing reads." if unread else ""
         raise DataError(
             f"model {spec.model!r}: weights missing from the checkpoint: {_some(info['missing_keys'])}; they would be "
-            f"random.{instead} Give a complete, trained {role}."
+            f"random.{instead}",
+            f"Give a complete, trained {role}.",
         )
     statistics = STATISTICS & set(unread)
     if isinstance(spec, SequenceClassifier) and not isinstance(spec, Beaver) and statistics:
         raise DataError(
             f"scorer model {spec.model!r}: the checkpoint holds {' and '.join(sorted(statistics))} of its scores, "
-            "which nothing reads, and config.json does not say whether its maker's loader normalises by them. Write "
-            '"normalize_reward": false into config.json if its score is the raw one.'
+            "which nothing reads, and config.json does not say whether its maker's loader normalises by them.",
+            'Write "normalize_reward": false into config.json if its score is the raw one.',
         )
     if isinstance(spec, Beaver) and unread:
         raise DataError(
-            f"model {spec.model!r}: the checkpoint holds weights of another layout: {_some(unread)}. "
-            "Give a Beaver score model as it was published."
+            f"model {spec.model!r}: the checkpoint holds weights of another layout: {_some(unread)}.",
+            "Give a Beaver score model as it was published.",
         )
     if isinstance(spec, SequenceClassifier) and unread:
         raise DataError(
-            f"scorer model {spec.model!r}: the checkpoint holds tensors that nothing reads: {_some(unread)}; the score "
-            "may not be its maker's. Use a model that transformers reads whole, or remove them from the checkpoint if "
-            "the score does not need them."
+            f"scorer model {spec.model!r}: the checkpoint holds tensors that nothing reads: {_some(unread)}; the "
+            "score may not be its maker's.",
+            "Use a model that transformers reads whole, or remove them from the checkpoint if the score does not need "
+            "them.",
         )
     return sorted(set(info["unexpected_keys"]) - set(unread)) if isinstance(spec, SequenceClassifier) else []
 
@@ -310,7 +318,7 @@ def load_model_config(spec: Model, role: str) -> Any:
 
     stored.refuse_adapter(Path(spec.model))
     with named_errors(spec.model, role):
-        return AutoConfig.from_pretrained(spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        return AutoConfig.from_pretrained(spec.model, **source_options(spec))
 
 
 def generation_config(spec: Model) -> GenerationConfig:
@@ -336,9 +344,9 @@ def check_trainable(spec: Model) -> None:
     if quantization is not None:
         method = dict(quantization).get("quant_method") if isinstance(quantization, dict) else quantization
         raise ConfigError(
-            f"reference: model {spec.model!r} is stored quantized ({method}). Give the model as it was before: "
-            "train.lora.quantize: nf4 loads its base in 4 bits under adapters (QLoRA), and writes a policy in full "
-            "precision."
+            f"reference: model {spec.model!r} is stored quantized ({method}).",
+            "Give the model as it was before: train.lora.quantize: nf4 loads its base in 4 bits under adapters "
+            "(QLoRA), and writes a policy in full precision.",
         )
 
 
@@ -374,7 +382,7 @@ def named_errors(model: str, role: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, json.JSONDecodeError, SafetensorError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, CanDistError):
             raise
         raise DataError(f"model {model!r}: cannot be loaded as a {role}: {error}") from None
     finally:

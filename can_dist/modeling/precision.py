@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from can_dist.errors import ConfigError, EnvironmentProblem
@@ -25,7 +24,6 @@ def run_precision(config: Config) -> str:
     Raises:
         EnvironmentProblem: When GPUs are asked for and this machine has none to look at, or bf16 is given and its GPU
             does not compute in it.
-        ConfigError: When launched ranks see GPUs that the configuration does not ask for.
     """
     import torch
 
@@ -35,15 +33,24 @@ def run_precision(config: Config) -> str:
     if asks and not torch.cuda.is_available():
         raise EnvironmentProblem(
             "precision: auto looks at the GPU of the machine that starts the run, and torch sees none here, while "
-            "cluster.gpus_per_actor or cluster.gpus_per_worker asks for GPUs. Set precision: bf16 (for GPUs of compute "
-            "capability 8.0 or later: A100, L40S, H100) or fp32; or set both numbers of GPUs to 0."
-        )
-    if not asks and "RANK" in os.environ and torch.cuda.is_available():
-        raise ConfigError(
-            "precision: auto is fp32, since cluster.gpus_per_actor and cluster.gpus_per_worker are 0, and the launched "
-            "ranks see GPUs. Set cluster.gpus_per_worker: 1, or the precision."
+            "cluster.gpus_per_actor or cluster.gpus_per_worker asks for GPUs.",
+            "Set precision: bf16 (for GPUs of compute capability 8.0 or later: A100, L40S, H100) or fp32; or set both "
+            "numbers of GPUs to 0.",
         )
     return resolve_precision("auto") if asks else "fp32"
+
+
+def require_known_gpus(config: Config) -> None:
+    """Raise ``ConfigError`` in a launched rank that would train in fp32 on a GPU that nobody gave the run."""
+    import torch
+
+    asks = max(config.cluster.gpus_per_actor, config.cluster.gpus_per_worker) > 0
+    if config.precision == "auto" and not asks and torch.cuda.is_available():
+        raise ConfigError(
+            "precision: auto is fp32, since cluster.gpus_per_actor and cluster.gpus_per_worker are 0, and the launched "
+            "ranks see GPUs.",
+            "Set cluster.gpus_per_worker: 1, or the precision.",
+        )
 
 
 def resolve_precision(precision: str) -> str:
@@ -63,8 +70,8 @@ def resolve_precision(precision: str) -> str:
         return "fp32"
     have, need = (".".join(map(str, version)) for version in (capability, OLDEST_BF16))
     raise EnvironmentProblem(
-        f"precision: bf16: {torch.cuda.get_device_name()} has compute capability {have}, bf16 needs {need}. "
-        "Set precision: fp32, or take a newer GPU."
+        f"precision: bf16: {torch.cuda.get_device_name()} has compute capability {have}, bf16 needs {need}.",
+        "Set precision: fp32, or take a newer GPU.",
     )
 
 

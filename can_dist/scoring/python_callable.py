@@ -55,11 +55,14 @@ def import_callable(function: str) -> Any:
         ConfigError: The module cannot be imported, or has no such function.
     """
     module_name, _, name = function.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # last: a file there must not stand in for a module of Python's own
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(
-            f"scorer {function!r}: cannot import {module_name!r} ({error}). Start the command where it can be imported."
+            f"scorer {function!r}: cannot import {module_name!r} ({error}).",
+            "Start the command where it can be imported.",
         ) from None
     if not callable(getattr(module, name, None)):
         raise ConfigError(f"scorer {function!r}: module {module_name!r} has no function {name!r}.")

@@ -23,7 +23,7 @@ from can_dist.errors import CanDistError, ConfigError, EnvironmentProblem, Inter
 from can_dist.modeling.formatter import require_convention, text_identity
 from can_dist.modeling.loading import model_digest
 from can_dist.modeling.policy_probe import PROBE
-from can_dist.modeling.precision import run_precision
+from can_dist.modeling.precision import require_known_gpus, run_precision
 from can_dist.tables.artifacts import Artifact, StageDirectory, write_json
 from can_dist.training import ADAPTER, CHECKPOINTS, CURVE, POLICY, STOP, SUMMARY
 from can_dist.training.batches import num_steps
@@ -75,6 +75,8 @@ def train(
     policies = {"reference": reference} if start is None else {"reference": reference, "start": start}
     trained = {name: policy for name, policy in policies.items() if isinstance(policy, Artifact)}
     _check_start(config, start or reference)
+    if work.rank is not None:
+        require_known_gpus(config)
     models = {name: policy_model(policy, config.reference) for name, policy in policies.items()}
     stage = _open(work, config, models, {"preferences": preferences, **trained}, beta)
     if stage.finished:
@@ -83,12 +85,12 @@ def train(
     for name in (FAILURE, STOP, f"{RANKS}/{HANG}"):  # left by an earlier attempt
         (stage.path / name).unlink(missing_ok=True)
     spec, steps = _spec(config, stage.path, models, preferences, beta), _total_steps(config, preferences)
-    if _launched():
+    if work.rank is not None:
         from can_dist.training.engine import train_worker
 
         with work.timed("train", "policy", ranks=int(os.environ["WORLD_SIZE"]), steps=steps):
             train_worker(spec)
-            if int(os.environ["RANK"]) != 0:
+            if work.rank != 0:
                 raise SystemExit(0)  # rank 0 commits for all
             return _commit(work, stage)
     return _train_on_ray(work, config, stage, spec, steps)
@@ -126,7 +128,8 @@ def _check_start(config: Config, start: Policy) -> None:
 def refuse_requantizing(why: str) -> ConfigError:
     """Return the error for a trained policy that would be quantized again; ``why`` begins its message."""
     return ConfigError(
-        f"train.lora.quantize: {why}. Rounded to 4 bits again it would lose part of what it learnt. Leave quantize out."
+        f"train.lora.quantize: {why}. Rounded to 4 bits again it would lose part of what it learnt.",
+        "Leave quantize out.",
     )
 
 
@@ -178,10 +181,6 @@ def _spec(config: Config, directory: Path, models: Mapping[str, Model], preferen
 
 def _absolute(path: str | None) -> str | None:
     return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
-
-
-def _launched() -> bool:
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _total_steps(config: Config, preferences: Artifact) -> int:

@@ -106,7 +106,8 @@ def check_unique(table: pa.Table, columns: Sequence[str], source: str) -> None:
         shown.append(f"{value if len(columns) == 1 else f'({value})'} at rows {entry['row_list'][:3]}")
     named = columns[0] if len(columns) == 1 else f"({', '.join(columns)})"
     raise DataError(
-        f"{source}: {named} must be unique, {len(repeated)} value(s) repeat: {'; '.join(shown)}. Remove the duplicates."
+        f"{source}: {named} must be unique, {len(repeated)} value(s) repeat: {'; '.join(shown)}.",
+        "Remove the duplicates.",
     )
 
 
@@ -123,4 +124,7 @@ def require_columns(table: pa.Table, columns: Sequence[str], source: str) -> Non
         )
     twice = [name for name in columns if table.column_names.count(name) > 1]
     if twice:
-        raise DataError(f"{source}: column {', '.join(map(repr, twice))} is there more than once. Rename or drop one.")
+        raise DataError(
+            f"{source}: column {', '.join(map(repr, twice))} is there more than once.",
+            "Rename or drop one.",
+        )

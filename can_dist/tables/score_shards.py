@@ -55,7 +55,8 @@ def open_score_shards(path: Path, columns: Sequence[str]) -> list[Path]:
     paths = score_files(path)
     if is_json(paths[0]):
         raise DataError(
-            f"{path}: a JSON file cannot be read block by block. Write it as Parquet, or give --engine memory."
+            f"{path}: a JSON file cannot be read block by block.",
+            "Write it as Parquet, or give --engine memory.",
         )
     check_distinct(columns[0], columns[1:], str(path))
     first = _schema(paths[0])
@@ -83,14 +84,17 @@ def index_shard(path: Path, columns: Sequence[str]) -> ShardIndex:
         _check_no_null(batch.column(0), path, row)
         prompt = plain_ids(batch.column(0), "prompt_id", str(path), row).cast(pa.string())
         if "response_id" in ids and pc.count_distinct(batch.column(1)).as_py() < batch.num_rows:
-            raise DataError(f"{path}: a response_id is repeated in rows {row} to {row + batch.num_rows - 1}. Keep one.")
+            raise DataError(
+                f"{path}: a response_id is repeated in rows {row} to {row + batch.num_rows - 1}.",
+                "Keep one.",
+            )
         changes = pc.not_equal(prompt[1:], prompt[:-1]).to_numpy(zero_copy_only=False)
         first = np.flatnonzero(np.concatenate(([prompt[0].as_py() != last], changes)))
         starts.append(first + row)
         hashes.append(np.array([_hash(text) for text in prompt.take(pa.array(first)).to_pylist()], dtype=np.uint64))
         row, last = row + batch.num_rows, prompt[-1].as_py()
     if row == 0:
-        raise DataError(f"{path}: the shard has no rows. Remove it or write it again.")
+        raise DataError(f"{path}: the shard has no rows.", "Remove it or write it again.")
     start_P = np.concatenate(starts)
     index = ShardIndex(np.diff(np.concatenate((start_P, [row]))).astype(np.int64), np.concatenate(hashes))
     _check_side_by_side(path, index, start_P)
@@ -198,7 +202,7 @@ def _floats(column: pa.Array, narrow: bool) -> npt.NDArray[Any]:
 def _check_no_null(column: pa.Array, path: Path, row: int) -> None:
     if column.null_count:
         null = row + int(pc.index(pc.is_null(column), True).as_py())
-        raise DataError(f"{path}: prompt_id is null at row {null}. Every row needs the id of its prompt.")
+        raise DataError(f"{path}: prompt_id is null at row {null}.", "Every row needs the id of its prompt.")
 
 
 def _check_finite(batch: pa.RecordBatch, name: str, path: Path, row: int) -> None:
@@ -209,7 +213,8 @@ def _check_finite(batch: pa.RecordBatch, name: str, path: Path, row: int) -> Non
         raise DataError(
             f"{path}: column {name!r} has {bad.size} value(s) that are null, NaN or infinite in rows {row} to "
             f"{row + batch.num_rows - 1}, first row {row + int(bad[0])} ({batch.column(0)[int(bad[0])].as_py()}): "
-            f"{value}. Remove these prompts or score them again."
+            f"{value}.",
+            "Remove these prompts or score them again.",
         )
 
 
@@ -219,8 +224,9 @@ def _check_side_by_side(path: Path, index: ShardIndex, start_P: IntArray) -> Non
     if again.size:
         first, second = int(order[again[0]]), int(order[again[0] + 1])
         raise DataError(
-            f"{path}: the rows of prompt {_prompt_of(path, index, index.hash_P[first])} are not side by side (from row "
-            f"{start_P[first]}, and again from row {start_P[second]}). Sort the table by prompt_id to stream it."
+            f"{path}: the rows of prompt {_prompt_of(path, index, index.hash_P[first])} are not side by side (from "
+            f"row {start_P[first]}, and again from row {start_P[second]}).",
+            "Sort the table by prompt_id to stream it.",
         )
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from can_dist.config import Cluster, Model
 from can_dist.config.sections import Lora, Train
 from can_dist.errors import ConfigError, EnvironmentProblem
-from can_dist.modeling.precision import resolve_precision, run_precision
+from can_dist.modeling.precision import require_known_gpus, resolve_precision, run_precision
 from can_dist.training import engine, room
 from can_dist.training import memory as m
 from can_dist.training.batches import Example
@@ -146,13 +146,11 @@ def test_auto_is_not_decided_on_a_head_without_a_gpu(monkeypatch: pytest.MonkeyP
 def test_launched_ranks_do_not_train_in_fp32_on_gpus_that_the_configuration_does_not_know_of(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with pytest.raises(ConfigError, match=r"Set cluster.gpus_per_worker: 1, or the precision"):
-        run_precision(settings())
-    assert run_precision(settings(gpus_per_worker=1)) == "bf16"
-    assert run_precision(settings("fp32")) == "fp32"
+        require_known_gpus(settings())
+    require_known_gpus(settings(gpus_per_worker=1))
+    require_known_gpus(settings("fp32"))
 
 
 def test_a_rank_asks_for_its_own_gpu_before_the_model_is_loaded(
