@@ -112,7 +112,7 @@ def test_placement_stages_hand_all_cpus_of_two_nodes_to_each_other(nodes: Any, t
 
 def test_placement_actors_hand_the_gpus_to_the_ranks(nodes: Any, tmp_path: Path) -> None:
     """Every GPU that Ray counts: actors of two stages take and leave them, and NCCL is the first to miss real ones."""
-    gpus = {"gpus_per_actor": 1, "gpus_per_worker": 1, "wait_resources_s": 20}
+    gpus = {"precision": "fp32", "gpus_per_actor": 1, "gpus_per_worker": 1, "wait_resources_s": 20}
     placements = Placements()
     placements.start()
     try:
