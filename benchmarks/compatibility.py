@@ -81,11 +81,10 @@ def uv(*arguments: str | Path) -> None:
         sys.exit("compatibility.py: uv is not on PATH; pip install uv")
 
 
-def run_tests(python: Path, room: str) -> dict[str, Any]:
-    """Run the tests of a room, or the training, in an environment; return how many passed, and which failed."""
+def run_tests(python: Path, tests: Sequence[str | Path]) -> dict[str, Any]:
+    """Run tests in an environment; return how many passed, and which failed."""
     report = python.parents[1] / "report.xml"
     report.unlink(missing_ok=True)
-    tests = TRAININGS if room == TRAINING else ["-n", "2", f"tests/unit/{room}"]
     done = subprocess.run(
         [python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", f"--junitxml={report}", *tests],
         cwd=ROOT,
@@ -95,19 +94,30 @@ def run_tests(python: Path, room: str) -> dict[str, Any]:
     return read_report(report, done.returncode)
 
 
+def tests_of(room: str) -> list[str]:
+    """Return what pytest is told to run: the tests of a room, or the training."""
+    return TRAININGS if room == TRAINING else ["-n", "2", f"tests/unit/{room}"]
+
+
+def run_failed(python: Path, earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Run again what failed, and nothing else."""
+    again = run_tests(python, earlier["failed"])
+    return {name: earlier[name] + again[name] for name in ("passed", "skipped")} | {"failed": again["failed"]}
+
+
 def read_report(report: Path, code: int) -> dict[str, Any]:
     """Read the JUnit report of a pytest that ended with a code; a run that did not come to its end failed."""
     cases = list(ElementTree.parse(report).getroot().iter("testcase")) if report.exists() else []
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = [case for case in cases if case.find("skipped") is not None]
-    names = sorted({f"{case.get('classname', '')}.{case.get('name')}" for case in failed})
+    names = sorted({f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}" for case in failed})
     if code not in (0, 1):
         names.append(f"pytest ended with exit code {code}")
     return {"passed": len(cases) - len(failed) - len(skipped), "skipped": len(skipped), "failed": names}
 
 
-def record_runs(name: str, python: Path, rooms: Iterable[str]) -> Path:
-    """Run rooms in an environment; its record is written after each."""
+def record_runs(name: str, python: Path, rooms: Iterable[str], *, only_failed: bool) -> Path:
+    """Run rooms in an environment, or what failed of them before; its record is written after each."""
     told = subprocess.run(
         [python, "-c", ASK_THE_ENVIRONMENT, *requirements()],
         cwd=ROOT,
@@ -121,7 +131,9 @@ def record_runs(name: str, python: Path, rooms: Iterable[str]) -> Path:
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     runs = earlier.get("runs", {}) if earlier.get("packages") == about["packages"] else {}
     for room in rooms:
-        runs[room] = run_tests(python, room)
+        if only_failed and not runs.get(room, {}).get("failed"):
+            continue
+        runs[room] = run_failed(python, runs[room]) if only_failed else run_tests(python, tests_of(room))
         print(f"{path.stem}, {room}: {runs[room]}", flush=True)
         date = datetime.now(timezone.utc).date().isoformat()
         record = {"versions": name, "date": date, **about, "runs": dict(sorted(runs.items()))}
@@ -220,6 +232,7 @@ def main() -> None:
     attempt.add_argument("versions", choices=sorted(RESOLUTIONS))
     attempt.add_argument("--python", default=f"{sys.version_info.major}.{sys.version_info.minor}", metavar="3.x")
     attempt.add_argument("--rooms", nargs="+", choices=[TRAINING, *ROOMS], default=[TRAINING, *ROOMS], metavar="ROOM")
+    attempt.add_argument("--failed", action="store_true", help="only the tests that failed before")
     attempt.add_argument("--environment", type=Path, help="an environment that is there and is taken as it is")
     commands.add_parser("page", help="write docs/compatibility.md from the records")
     arguments = parser.parse_args()
@@ -231,7 +244,7 @@ def main() -> None:
         python = arguments.environment.absolute() / "bin" / "python"
     else:
         python = environment(ENVIRONMENTS / f"{name}-{version}", RESOLUTIONS[name], version)
-    path = record_runs(name, python, arguments.rooms)
+    path = record_runs(name, python, arguments.rooms, only_failed=arguments.failed)
     failed = [test for result in json.loads(path.read_text())["runs"].values() for test in result["failed"]]
     sys.exit(1 if failed else 0)
 
