@@ -11,6 +11,7 @@ import click
 from can_dist.cli.compare import compare, judge, run_and_compare
 from can_dist.cli.estimate import estimate
 from can_dist.cli.export import export
+from can_dist.cli.files import files
 from can_dist.cli.frontier import frontier
 from can_dist.cli.look import doctor, status
 from can_dist.cli.options import overrides_option, read_config, run_options, run_until
@@ -64,7 +65,7 @@ def _stage_command(stage: str, text: str) -> None:
 
 for name, text in STAGES.items():
     _stage_command(name, text)
-for added in (solve, frontier, compare, estimate, export, plan, judge, doctor, status):
+for added in (solve, frontier, compare, estimate, export, plan, judge, doctor, status, files):
     cli.add_command(added)
 
 

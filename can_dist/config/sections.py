@@ -167,7 +167,9 @@ class Train(Strict):
         False, "Recompute activations in the backward pass: of every layer (true), or of every n-th (n)."
     )
     lora: Lora | None = Field(None, description="Train adapters; default: every weight.")
-    ds_config: str | None = Field(None, description="DeepSpeed JSON (see ds_configs/); default: plain ZeRO-3.")
+    ds_config: str | None = Field(
+        None, description="DeepSpeed JSON, or a name such as zero3_bf16 (ds_configs/); default: plain ZeRO-3."
+    )
     checkpoint_every: int = runtime(200, "Steps between checkpoints; the two newest are kept.", ge=1)
     eval_every: int = runtime(50, "Steps between evaluations of the validation loss.", ge=1)
     log_every: int = runtime(5, "Steps between lines of metrics.", ge=1)
