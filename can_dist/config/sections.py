@@ -16,6 +16,9 @@ from can_dist.config.sources import DataSource
 MIN_VALIDATION = 32
 """Fewer validation prompts are refused, as ``can_dist.dual.strength`` refuses to choose by them."""
 
+MIN_SEALED = 64
+"""Fewer sealed prompts are refused: the bounds of a certificate were measured from here on (docs/estimators.md)."""
+
 
 class Constraint(Strict):
     """A demand on the mean of one safety score: a margin over the reference, or an absolute threshold.
@@ -50,6 +53,19 @@ class Prompts(DataSource):
         description="Prompts scored like those of the training and never trained on; 0: none; default: 128, where as "
         "many are left to train on.",
     )
+    num_sealed: int = Field(
+        0, ge=0, description="Prompts that nothing but `can-dist certify` reads, 64 or more; 0: none, no certificate."
+    )
+
+    @field_validator("num_sealed")
+    @classmethod
+    def _enough_to_certify_by(cls, num_sealed: int) -> int:
+        if 0 < num_sealed < MIN_SEALED:
+            raise ValueError(
+                f"{num_sealed} sealed prompts certify nothing; give at least {MIN_SEALED} (256 or more are advised), "
+                "or 0 for none"
+            )
+        return num_sealed
 
     @field_validator("num_validation")
     @classmethod
