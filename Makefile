@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+UV := build/compatibility/uv
 GPU_PYTHON ?= 3.12
 
-.PHONY: setup demo test test-all test-vllm lint docs bench gpu gpu-wheels release clean
+.PHONY: setup demo test test-all test-vllm lint docs bench compatibility gpu gpu-wheels release clean
 
 setup: $(VENV)/.installed
 
@@ -60,6 +61,14 @@ bench: setup
 	$(BIN)/python benchmarks/train_vs_trl.py
 	$(BIN)/python benchmarks/score_vs_pipeline.py
 	$(BIN)/python benchmarks/scaling.py
+
+# the lowest and the newest versions that pyproject.toml allows, in an environment each (gigabytes): the tests, a training,
+# and docs/compatibility.md from both
+compatibility:
+	$(PYTHON) -m venv $(UV)
+	$(UV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	for versions in lowest newest; do PATH="$(CURDIR)/$(UV)/bin:$$PATH" $(PYTHON) benchmarks/compatibility.py try $$versions || failed=1; done; \
+	$(PYTHON) benchmarks/compatibility.py page && [ -z "$$failed" ]
 
 # what one GPU is asked in nine minutes; GPU_ARGS='--device cpu' checks the script itself. The environment is that of PYTHON
 gpu:

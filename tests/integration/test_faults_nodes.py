@@ -117,7 +117,8 @@ def test_placement_actors_hand_the_gpus_to_the_ranks(nodes: Any, tmp_path: Path)
     placements.start()
     try:
         with pytest.raises(EnvironmentProblem, match="NCCL"):
-            run_method(tmp_path / "run", on_nodes(nodes, tmp_path, **gpus))
+            config = on_nodes(nodes, tmp_path, **gpus)
+            run_method(tmp_path / "run", config.model_copy(update={"precision": "fp32"}))
     finally:
         placements.over.set()
         placements.join()
