@@ -4,15 +4,45 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 GPU_PYTHON ?= 3.12
+# `make setup HASHED=1`: every file that pip installs has a hash of constraints-hashes.txt
+HASHED ?=
+AUDIT := .venv-audit
 
-.PHONY: setup demo test test-all test-vllm lint docs bench gpu gpu-wheels clean
+.PHONY: setup hashes licences sbom audit demo test test-all test-vllm lint docs bench gpu gpu-wheels clean
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt constraints-hashes.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else f"can-dist needs Python 3.10 or later, {sys.executable} is {sys.version.split()[0]}; run: make PYTHON=/path/to/python3 ...")'
 	$(PYTHON) -m venv $(VENV)
+ifeq ($(HASHED),)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+else
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement constraints-hashes.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+endif
+	@touch $@
+
+# after a change of constraints.txt
+hashes: setup
+	$(BIN)/python supply_chain/hashes.py
+
+licences: $(AUDIT)/.installed
+	$(AUDIT)/bin/python supply_chain/licences.py
+
+# a CycloneDX bill of materials of what is installed
+sbom: setup $(AUDIT)/.installed
+	@mkdir -p build
+	$(AUDIT)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-format JSON --output-file build/sbom.cdx.json $(BIN)/python
+	@echo build/sbom.cdx.json
+
+# exit code 0: looked, and none known; 1: some known; 2: could not look (make itself ends with 2 for both, and says which)
+audit: $(AUDIT)/.installed
+	$(AUDIT)/bin/python supply_chain/audit.py
+
+$(AUDIT)/.installed: Makefile
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip 'packaging>=23.2' 'pip-audit>=2.10,<3' 'cyclonedx-bom>=7,<8'
 	@touch $@
 
 demo: setup
@@ -69,4 +99,4 @@ gpu-wheels:
 	PYTHON=$(PYTHON) benchmarks/gpu_wheels.sh $(GPU_PYTHON) gpu-wheels
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(AUDIT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
