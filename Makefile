@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 GPU_PYTHON ?= 3.12
-# `make setup HASHED=1`: every file that pip installs has a hash of constraints-hashes.txt
+# `make setup HASHED=1`: every file that pip installs has a hash of constraints-hashes.txt; TORCH names a build of the
+# pinned torch that lies in a folder (2.13.0+cpu), which pip passes over otherwise, since folders tell no hashes
 HASHED ?=
+TORCH ?=
 AUDIT := .venv-audit
 
 .PHONY: setup hashes licences sbom audit demo test test-all test-vllm lint docs bench gpu gpu-wheels clean
@@ -18,7 +20,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt constraints-hashes.txt
 ifeq ($(HASHED),)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 else
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement constraints-hashes.txt
+	sed 's/^torch==[^ ]*/torch==$(or $(TORCH),$(shell sed -n 's/^torch==//p' constraints.txt))/' constraints-hashes.txt >$(VENV)/hashes.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $(VENV)/hashes.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 endif
 	@touch $@

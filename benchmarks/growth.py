@@ -42,12 +42,12 @@ WORDS = [f"w{n}" for n in range(100)]
 PROMPT_WORDS, RESPONSE_WORDS = 12, 24
 
 
-def num_words(prompts: list[Any], responses: list[str]) -> list[float]:
+def num_words(_: list[Any], responses: list[str]) -> list[float]:
     """Score: the number of distinct words."""
     return [float(len(set(text.split()))) for text in responses]
 
 
-def num_low(prompts: list[Any], responses: list[str]) -> list[float]:
+def num_low(_: list[Any], responses: list[str]) -> list[float]:
     """Score: the share of words that end in 1, doubled."""
     return [text.count("1 ") / 12 for text in responses]
 
@@ -140,14 +140,17 @@ def run_stages(directory: Path, config: Any, stage: Callable[[str, int], Any], n
 
 def table(results: list[dict[str, Any]]) -> str:
     """Return the results as Markdown."""
-    lines = ["| prompts × K | stage | rows | rows/s | CPU s per million rows | driver's peak, MB |", "|---|---|---|---|---|---|"]
-    lines += [
+    lines = [
+        "| prompts × K | stage | rows | rows/s | CPU s per million rows | driver's peak, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = [
         f"| {result['prompts']:,} × {K} | {name} | {row['rows']:,} | {row['rows_per_second']:,} | "
         f"{1e6 * row['cpu_seconds'] / row['rows']:.0f} | {row['peak_mb']:,} |"
         for result in results
         for name, row in result["stages"].items()
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *rows])
 
 
 def main() -> None:
@@ -161,7 +164,9 @@ def main() -> None:
         return
     results = []
     for size in arguments.prompts:
-        done = subprocess.run([sys.executable, __file__, "--one", str(size)], check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", str(size)], check=True, stdout=subprocess.PIPE, text=True
+        )
         results.append(json.loads(done.stdout.splitlines()[-1]))
     about = machine("pyarrow", "ray")
     RESULTS.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")

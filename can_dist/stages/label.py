@@ -117,7 +117,10 @@ def check_scorers(scores: Artifact, solved: Artifact, names: Sequence[str]) -> N
     """
     mine, theirs = scores.info["scorers"], solved.info["scorers"]
     for name in names:
-        differing = sorted(key for key in mine[name] | theirs[name] if mine[name].get(key) != theirs[name].get(key))
+        both = mine[name] | theirs[name]
+        differing = sorted(key for key in both if mine[name].get(key) != theirs[name].get(key))
+        if differing == ["model"]:  # its name, as somebody typed it; what it is, the other keys say
+            continue
         if differing:
             differences = ", ".join(
                 f"{key} {theirs[name].get(key)!r}, here {mine[name].get(key)!r}" for key in differing

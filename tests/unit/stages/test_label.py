@@ -271,6 +271,14 @@ def test_f22_lambda_of_another_scorer_is_refused(tmp_path: Path, random_scores, 
     assert not list(tmp_path.glob("label-*/MANIFEST.json"))
 
 
+def test_lambda_of_the_same_scorer_under_another_path_is_taken(tmp_path: Path, random_scores) -> None:
+    responses, scores, solution, _ = tables(tmp_path, *random_scores)
+    stage = open_stage(tmp_path, "scores", "elsewhere", {}, {"responses": responses})
+    write_part(stage.path, 0, scores.table)
+    moved = {name: {**about, "model": "/elsewhere"} for name, about in scores.info["scorers"].items()}
+    assert labelled(tmp_path, (responses, stage.commit(info={"scorers": moved}), solution)).num_rows > 0
+
+
 @pytest.mark.parametrize("options", [{}, {"labels": "listwise"}, {"pairs_per_prompt": 2}])
 def test_few_rows_at_a_time_give_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
