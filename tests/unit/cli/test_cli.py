@@ -388,7 +388,7 @@ def test_verify_accepts_a_whole_run(finished_run: Path) -> None:
     assert result.code == 0
     first, second = result.out.splitlines()
     assert first == f"{finished_run}: 2 artifacts, every digest and every input as recorded."
-    assert second == f"Listed in no manifest, so not checked: 2 × STAGE.json, 2 × part-*.json."
+    assert second == "Listed in no manifest, so not checked: 2 × STAGE.json, 2 × part-*.json."
     assert not result.imported & HEAVY
 
 
