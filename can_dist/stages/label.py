@@ -33,6 +33,7 @@ from can_dist.stages.examples import (
 )
 from can_dist.stages.solve import load_solution
 from can_dist.tables.artifacts import Artifact
+from can_dist.training.targets import score_targets
 from can_dist.workspace import Workspace
 
 LOSS_OF = {"soft": "sigmoid", "sampled": "sigmoid", "regression": "regression", "listwise": "listwise"}
@@ -169,12 +170,11 @@ def _label_pair(a: Row, b: Row, options: Label, seed: int) -> Labelled:
 
 
 def _pair_target(name: str, a: Row, b: Row, options: Label, seed: int) -> tuple[float, float]:
-    if options.labels == "regression":
-        return a["score"], b["score"]
-    p = _sigmoid(a["score"] - b["score"])
+    first, second = score_targets(LOSS_OF[options.labels], [a["score"], b["score"]])
     if options.labels == "sampled":
-        p = float(draw(seed, f"label:{name}") < p)
-    return p, 1.0 - p
+        first = float(draw(seed, f"label:{name}") < first)
+        return first, 1.0 - first
+    return first, second
 
 
 def _label_list(name: str, members: list[Row], options: Label, seed: int, beta: float) -> Labelled:
@@ -192,9 +192,8 @@ def _label_list(name: str, members: list[Row], options: Label, seed: int, beta: 
     compared = list(distinct.values())
     if len(compared) < 2:
         return None, [*noted, note(name, "less than two responses", kept=False)]
-    logit_K = np.array([row["score"] for row in compared]) / beta
-    weight_K = np.exp(logit_K - logit_K.max())
-    return example(name, compared, (weight_K / weight_K.sum()).tolist(), options.validation_fraction, seed), noted
+    target = score_targets("listwise", [row["score"] for row in compared], beta)
+    return example(name, compared, target, options.validation_fraction, seed), noted
 
 
 def _pairs(members: list[Row], options: Label, seed: int) -> list[tuple[Row, Row]]:
@@ -205,7 +204,3 @@ def _pairs(members: list[Row], options: Label, seed: int) -> list[tuple[Row, Row
     random = np.random.default_rng(stream(seed, f"pairs:{members[0]['prompt_id']}"))
     chosen = sorted(random.choice(len(pairs), size=options.pairs_per_prompt, replace=False).tolist())
     return [pairs[index] for index in chosen]
-
-
-def _sigmoid(x: float) -> float:
-    return float(0.5 * (1.0 + np.tanh(0.5 * x)))  # never overflows
