@@ -22,6 +22,7 @@ from can_dist.errors import DataError
 from can_dist.tables.artifacts import MANIFEST, load_artifact
 from can_dist.tables.ids import plain_ids
 from can_dist.tables.json_rows import is_json
+from can_dist.tables.misfits import sound
 from can_dist.tables.schemas import require_columns
 from can_dist.tables.scores import check_distinct, check_numeric, doubles, schema_difference, score_files, unreadable
 
@@ -170,9 +171,11 @@ def _hash(text: str) -> int:
 def _schema(path: Path) -> pa.Schema:
     with unreadable(path):
         if path.suffix == ".parquet":
-            return pq.read_schema(path)
-        with pa.OSFile(str(path)) as source:
-            return pa.ipc.open_file(source).schema
+            schema = pq.read_schema(path)
+        else:
+            with pa.OSFile(str(path)) as source:
+                schema = pa.ipc.open_file(source).schema
+        return sound(schema.empty_table()).schema
 
 
 def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -182,13 +185,13 @@ def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
                     if batch.num_rows:
-                        yield batch.select(list(columns))
+                        yield sound(batch.select(list(columns)))
             return
         fields = [_schema(path).get_field_index(name) for name in columns]
         with pa.OSFile(str(path)) as source:
             reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=fields))
             for number in range(reader.num_record_batches):
-                batch = reader.get_batch(number).select(list(columns))
+                batch = sound(reader.get_batch(number).select(list(columns)))
                 for begin in range(0, batch.num_rows, BATCH_ROWS):
                     yield batch.slice(begin, BATCH_ROWS)
 

@@ -20,7 +20,7 @@ from can_dist.errors import DataError
 from can_dist.tables.artifacts import MANIFEST, load_artifact
 from can_dist.tables.ids import ID_COLUMNS, id_column, plain_ids
 from can_dist.tables.json_rows import is_json, json_rows
-from can_dist.tables.misfits import show
+from can_dist.tables.misfits import UNREADABLE, show, sound
 from can_dist.tables.schemas import check_unique, null_rows, require_columns
 
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
@@ -111,7 +111,7 @@ def unreadable(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: the file is empty.", "Expected a table with a prompt_id column and scores.")
     try:
         yield
-    except (pa.ArrowInvalid, OSError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: cannot be read as a table, it may be truncated ({error}).") from None
 
 
@@ -122,7 +122,7 @@ def _read_file(path: Path) -> pa.Table:
         if path.suffix == ".parquet":
             import pyarrow.parquet as pq
 
-            return pq.read_table(path, page_checksum_verification=True)
+            return sound(pq.read_table(path, page_checksum_verification=True))
         if path.suffix in (".arrow", ".feather"):
             with pa.memory_map(str(path)) as source:
                 start = source.read(4)
@@ -137,7 +137,7 @@ def _read_file(path: Path) -> pa.Table:
                         "Expected the Arrow file format: write it with pyarrow.ipc.new_file, pyarrow.feather or as "
                         "Parquet.",
                     )
-                return pa.ipc.open_file(source).read_all()
+                return sound(pa.ipc.open_file(source).read_all())
     raise DataError(f"{path}: unknown kind of file {path.suffix!r}.", "Expected .parquet, .arrow, .feather or .jsonl.")
 
 

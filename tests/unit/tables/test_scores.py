@@ -329,3 +329,30 @@ def test_f20_one_response_per_prompt_everywhere_is_refused() -> None:
 
 def test_f20_one_response_for_some_prompts_is_accepted() -> None:
     assert arrays({**GOOD, "prompt_id": ["a", "a", "b", "c"]}).prompt_N.tolist() == ["a", "a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("ending", "row", "told"),
+    [
+        ("jsonl", '{"prompt_id": "\\ud800", "reward": 1}', "line 2, field 'prompt_id': found '\\ud800', expected"),
+        ("jsonl", '{"prompt_id": "p", "re\\uDC00ward": 1}', "line 2, field 're\\udc00ward': found '\\udc00', expected"),
+        ("json", '{"prompt_id": "p", "more": ["\\ud83d"]}', "row 1, field 'more': found '\\ud83d', expected"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused_with_its_row(tmp_path: Path, ending: str, row: str, told: str) -> None:
+    path, sound = tmp_path / f"scores.{ending}", '{"prompt_id": "\\ud83d\\ude00", "reward": 1}'
+    path.write_text(f"[{sound}, {row}]" if ending == "json" else f"{sound}\n{row}\n")
+    with pytest.raises(DataError) as refused:
+        read_score_table(path)
+    assert told in str(refused.value)
+    assert "expected Unicode text without lone surrogates" in str(refused.value)
+    path.write_text(f"[{sound}]" if ending == "json" else sound)
+    assert read_score_table(path).column("prompt_id").to_pylist() == ["😀"]
+
+
+def test_parquet_column_whose_name_is_no_text_is_one_message(tmp_path: Path) -> None:
+    path = tmp_path / "scores.parquet"
+    pq.write_table(pa.table({"prompt_id": ["p"], "reward": [1.0]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"reward", b"\xb5eward"))
+    with pytest.raises(DataError, match=r"scores.parquet: cannot be read as a table"):
+        read_score_table(path)
