@@ -42,10 +42,11 @@ def write_json(path: str | None, record: dict[str, Any]) -> None:
 def read_scores(path: Path, reward: str, names: Sequence[str], prompts_path: Path | None = None) -> Scores:
     """Read the score columns of a table, refusing missing columns by name."""
     from can_dist.config.explain import nearest
+    from can_dist.score_names import source_column
     from can_dist.tables.score_shards import check_complete, id_hashes
-    from can_dist.tables.scores import read_score_table, score_arrays, source_column
+    from can_dist.tables.scores import read_score_table, score_arrays
 
-    table = read_score_table(path)
+    table = read_score_table(path, [reward, *names])
     for name in ("prompt_id", reward, *names):
         if source_column(name, table.column_names)[0] not in table.column_names:
             raise DataError(

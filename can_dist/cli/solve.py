@@ -25,7 +25,9 @@ from can_dist.cli.scores import (
 )
 
 ENGINES = ("memory", "stream", "ray")
-MEMORY_BYTES = 10**9
+MEMORY_BYTES = 10**8
+"""Larger files are streamed: from about there on that is faster as well as smaller (docs/dual.md, engines)."""
+
 ESTIMATORS = ("empirical", "jackknife", "gaussian", "auto")
 
 
@@ -40,13 +42,13 @@ ESTIMATORS = ("empirical", "jackknife", "gaussian", "auto")
     help="At least B over the reference mean; COL:threshold=T for an absolute level, COL:equals=B to improve by "
     "exactly B. May be repeated.",
 )
-@click.option("--estimator", type=click.Choice(ESTIMATORS), help="How λ* is estimated; default empirical.")
+@click.option("--estimator", type=click.Choice(ESTIMATORS), help="How λ* is estimated; default auto: the jackknife.")
 @click.option("--confidence", type=float, help="Raise the margins so that all are met with this confidence, e.g. 0.95.")
 @click.option(
     "--engine",
     type=click.Choice(ENGINES),
     help="memory: the whole table at once; stream: shard after shard; ray: shards as tasks on the cluster of "
-    "RAY_ADDRESS. Default: memory up to 1 GB of files, then stream. All give the same numbers.",
+    "RAY_ADDRESS. Default: memory up to 100 MB of files, then stream. All give the same numbers.",
 )
 @click.option(
     "--prompts",
@@ -91,10 +93,10 @@ def solve(
     check_output("--json", json_path)
     check_output("--report", report_path)
     margins = [parse_constraint(text) for text in constraints]
-    engine = engine or ("memory" if _size(scores) <= MEMORY_BYTES else "stream")
+    engine = engine or _engine(scores, needs_table=report_path is not None or estimator == "gaussian")
     if engine == "memory":
         arrays = read_scores(scores, reward, [margin.name for margin in margins], prompts_path)
-        record, text = _solve_arrays(arrays, margins, beta, estimator or "empirical", confidence, report_path)
+        record, text = _solve_arrays(arrays, margins, beta, estimator or "auto", confidence, report_path)
     else:
         if report_path is not None:
             raise ConfigError("--report: the table must be in memory for it; give --engine memory.")
@@ -147,13 +149,17 @@ def _solve_shards(
     columns = [reward, *(margin.name for margin in margins)]
     with big_scores(scores, columns, cluster=Cluster() if engine == "ray" else None, prompt_ids=ids) as table:
         solution = solve_table(
-            table, beta=beta, constraints=margins, estimator=estimator or "empirical", confidence=confidence
+            table, beta=beta, constraints=margins, estimator=estimator or "auto", confidence=confidence
         )
     return solution.to_dict(), solution_text(solution)
 
 
-def _size(path: Path) -> int:
-    """Return the bytes of a table's files; 0 without files, which the reader reports."""
+def _engine(path: Path, *, needs_table: bool) -> str:
+    """Return the engine for a table: memory for what is small, for what cannot be streamed, and where no file is."""
+    from can_dist.tables.json_rows import is_json
     from can_dist.tables.scores import score_files
 
-    return sum(file.stat().st_size for file in score_files(path)) if path.exists() else 0
+    files = score_files(path) if path.exists() and not needs_table else []
+    if not files or is_json(files[0]) or sum(file.stat().st_size for file in files) <= MEMORY_BYTES:
+        return "memory"
+    return "stream"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from can_dist.dual.messages import misread_hints
+from can_dist.dual.messages import gain_error, lam_error, misread_hints
 
 if TYPE_CHECKING:
     from can_dist.dual import DualSolution, Frontier
@@ -19,14 +19,14 @@ MAP_ROWS = 6
 def solution_text(solution: DualSolution) -> str:
     """Return a solution as labelled lines: status, estimator, one line per constraint, reward, weights, verdict."""
     lines = [f"status    {solution.status.name}: {solution.status.value}"]
-    if solution.estimator != "empirical" or solution.estimator_reason:
-        lines.append(f"estimator {solution.estimator}")
+    lines.append(f"estimator {solution.estimator}" + (f": {why}" if (why := solution.estimator_reason) else ""))
     for name, lam in solution.lam.items():
         gain = solution.predicted["improvement"][name]
         raised = f" ({solution.safety_margin[name]:+.4g} of it safety margin)" if solution.safety_margin else ""
         lines.append(
-            f"{name:9} lambda* {lam:.6g}{_error(solution.lam_se[name])}, margin {solution.margin[name]:.4g}{raised} "
-            f"over the reference mean {solution.centre[name]:.4g}, predicted {gain['mean']:+.4g}{_error(gain['se'])}"
+            f"{name:9} lambda* {lam:.6g}{_bracketed(lam_error(solution, name))}, margin {solution.margin[name]:.4g}"
+            f"{raised} over the reference mean {solution.centre[name]:.4g}, predicted {gain['mean']:+.4g}"
+            f"{_bracketed(gain_error(solution, name))}"
         )
     if solution.confidence is not None:
         each = "the margin is" if len(solution.lam) == 1 else "all margins are jointly"
@@ -41,9 +41,8 @@ def solution_text(solution: DualSolution) -> str:
     return "\n".join([*lines, f"verdict   {diagnostics['verdict']}"])
 
 
-def _error(error: float) -> str:
-    """Return a standard error in brackets; nothing where there is none (one prompt, or λ at its bound)."""
-    return f" (SE {error:.2g})" if math.isfinite(error) else ""
+def _bracketed(parts: Sequence[str]) -> str:
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def frontier_text(curve: Frontier) -> str:
@@ -55,7 +54,8 @@ def frontier_text(curve: Frontier) -> str:
     lines = [
         f"frontier of {' and '.join(names)}: {grid} points, beta {curve.beta:g}; margins are improvements over the "
         f"reference mean, at most {attainable} attainable; [..] are {share} bands over the prompts, KL in nats, "
-        "ESS the median effective responses per prompt."
+        "ESS the median effective responses per prompt. lambda* is that of the paper's estimator, which solve prints "
+        "beside its own."
     ]
     shown = _shown(curve)
     if len(shown) < len(curve.points):

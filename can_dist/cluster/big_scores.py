@@ -34,6 +34,7 @@ from can_dist.tables.score_shards import (
     index_shard,
     open_score_shards,
     read_blocks,
+    signed_columns,
 )
 
 Arrays = dict[str, np.ndarray]
@@ -48,7 +49,7 @@ def big_scores(
 
     Args:
         path: A Parquet or Arrow file, a directory of them, or a ``scores`` artifact.
-        columns: The reward, then one utility per constraint.
+        columns: The reward, then one utility per constraint; ``-cost`` is minus the column ``cost``.
         cluster: Run the passes as Ray tasks there; None streams in this process.
         prompt_ids: The ids that must be scored, no more and no fewer.
 
@@ -56,13 +57,14 @@ def big_scores(
         DataError: shards that differ in schema, are cut, missing, counted twice or hold a bad score.
     """
     shards = open_score_shards(path, columns)
+    named = signed_columns(shards[0], columns)
     states = [(str(shard.resolve()), shard.stat()) for shard in shards]
     files = [[path, state.st_size, state.st_mtime_ns] for path, state in states]
-    key = digest_of({"columns": list(columns), "shards": files})
+    key = digest_of({"columns": [column for column, _ in named], "shards": files})
     with _remembered(key) as memory:
         if cluster is not None:
             connect(cluster)
-        work = _Shards(shards, tuple(columns), memory, cluster is not None)
+        work = _Shards(shards, tuple(column for column, _ in named), memory, cluster is not None)
         indexes = [
             ShardIndex(answer["counts"], answer["hashes"]) for answer in work.run("index", _index, [()] * len(shards))
         ]
@@ -78,7 +80,9 @@ def big_scores(
 
         every = np.concatenate([index.num_responses_P for index in indexes])
         work.num_rows = [int(index.num_responses_P.sum()) for index in indexes]
-        yield ColumnScores.survey(runner, every, len(columns) - 1)
+        reward_sign, *sign_J = (sign for _, sign in named)
+        table = ColumnScores.survey(runner, every, len(columns) - 1)
+        yield table.scaled(reward_sign, np.array(sign_J), np.ones(len(sign_J), dtype=np.bool_))
 
 
 def _index(path: Path, columns: tuple[str, ...]) -> Arrays:

@@ -139,7 +139,7 @@ def gains_table(before: pa.Table, after: pa.Table, names: list[str], kl_N: Float
     Columns: ``prompt_id``, ``<score>.reference``, ``<score>.policy`` and ``kl``; ``kl_N`` belongs to ``after``.
     """
     prompts, kl_P = by_prompt(after, kl_N)
-    columns: dict[str, Any] = {"prompt_id": prompts.astype(str)}
+    columns: dict[str, Any] = {"prompt_id": [str(prompt) for prompt in prompts]}
     for name in names:
         for side, table in zip(SIDES, (before, after), strict=True):
             same, columns[f"{name}.{side}"] = by_prompt(table, column(table, name))

@@ -60,6 +60,8 @@ def _constraint(row: Mapping[str, Any]) -> dict[str, str]:
         margin += f" (mean at least {row['threshold']:.4g})"
         realised += f"; mean {_interval(row['policy_mean'])}"
     lam = "" if row.get("lam") is None else f"{row['lam']:.4g}"
+    if beside := row.get("lam_beside"):
+        lam += f" ({', '.join(beside)})"
     cells = {"name": _cell(row["name"]), "margin": margin, "lam": lam, "predicted": _predicted(row)}
     return {**cells, "realised": realised, "verdict": row["verdict"]}
 

@@ -178,8 +178,7 @@ def _tiles(
     for row in constraints:
         if row.get("lam") is None:
             continue
-        error = "" if row.get("lam_se") is None else f"SE {row['lam_se']:.2g}"
-        yield tile("Multiplier λ", plain(row["lam"]), row["name"], error)
+        yield tile("Multiplier λ", plain(row["lam"]), row["name"], *row.get("lam_beside", ()))
     for row in constraints:
         margin = f"margin {row['margin_text']}"
         yield tile("Realised improvement", row["realised_text"], row["name"], row["realised_interval"], margin)

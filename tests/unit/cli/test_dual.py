@@ -113,11 +113,14 @@ def test_estimators_differ_here() -> None:
 
 def test_text_tells_the_estimator_and_why(scores: Path) -> None:
     plain = here("solve", scores, "--constraint", "safety:margin=0.3")
-    chosen = here("solve", scores, "--constraint", "safety:margin=0.3", "--estimator", "auto")
-    record = expected(Margin("safety", 0.3), estimator="auto")
-    assert "estimator" not in plain
-    assert f"\nestimator {record['estimator']}\n" in chosen
-    assert f"\nverdict   {record['diagnostics']['verdict']}" in chosen
+    papers = here("solve", scores, "--constraint", "safety:margin=0.3", "--estimator", "empirical")
+    record, paper = (expected(Margin("safety", 0.3), estimator=name) for name in ("auto", "empirical"))
+    assert record["estimator"] == "jackknife"
+    assert "\nestimator jackknife\n" in plain
+    assert f", paper's {paper['lam']['safety']:.4g})" in plain
+    assert f"\nverdict   {record['diagnostics']['verdict']}" in plain
+    assert "\nestimator empirical\n" in papers
+    assert "paper's" not in papers
 
 
 def test_confidence_raises_the_margin_and_the_text_says_by_how_much(scores: Path) -> None:

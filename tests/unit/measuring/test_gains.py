@@ -236,7 +236,8 @@ def test_the_training_table_carries_the_weights_it_was_solved_with() -> None:
 def test_an_unknown_standard_error_is_null() -> None:
     solution = solve_dual([0.0, 1.0], [[1.0], [0.0]], ["a", "a"], beta=1.0, constraints=[Margin("safety", -0.1)])
     solution.lam_se["safety"] = float("nan")
-    assert multipliers(solution)["safety"] == {"lam": solution.lam["safety"], "lam_se": None}
+    paper = f"paper's {solution.lam_paper['safety']:.4g}"
+    assert multipliers(solution)["safety"] == {"lam": solution.lam["safety"], "lam_se": None, "lam_beside": [paper]}
 
 
 def test_a_prediction_belongs_to_the_policy_that_was_labelled_with_the_solution(tmp_path: Path) -> None:
