@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
 from can_dist.config.endpoints import Endpoint
-from can_dist.errors import EnvironmentProblem
+from can_dist.errors import CanDistError, DataError, EnvironmentProblem
 
 if TYPE_CHECKING:
     from openai import APIError, APIStatusError, AsyncOpenAI, OpenAI
@@ -32,8 +32,8 @@ def read_key(owner: str, endpoint: Endpoint) -> str:
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         state = "holds characters that no key has" if key else "is not set or empty"
         raise EnvironmentProblem(
-            f"{owner}: its key is expected in the environment variable {endpoint.api_key_env}, which {state}. "
-            "Export the key there."
+            f"{owner}: its key is expected in the environment variable {endpoint.api_key_env}, which {state}.",
+            "Export the key there.",
         )
     return key
 
@@ -78,8 +78,9 @@ def _connection(kind: Any, owner: str, url: str) -> Any:
     except (ImportError, ValueError) as error:
         variables = ", ".join(_variable(name) for name in proxies)
         raise EnvironmentProblem(
-            f"{owner}: the proxy that the environment names ({variables}) cannot be used: {error}. Unset the variable "
-            "or give a proxy whose address begins with http:// (for socks5:// install the client's extra 'socks')."
+            f"{owner}: the proxy that the environment names ({variables}) cannot be used: {error}.",
+            "Unset the variable or give a proxy whose address begins with http:// (for socks5:// install the client's "
+            "extra 'socks').",
         ) from None
 
 
@@ -111,51 +112,53 @@ def _variable(scheme: str) -> str:
     return next((name for name in os.environ if name.lower() == f"{scheme}_proxy"), f"{scheme.upper()}_PROXY")
 
 
-def refused(owner: str, endpoint: Endpoint, error: APIStatusError) -> str:
-    """Say what an HTTP status means. The body is not quoted: it may repeat the key or the prompt."""
-    return f"{_status(owner, endpoint, error)}{'' if error.status_code in CONTENT else about_proxy(error)}"
+REFUSED = (400, 413, 422)
+"""What an endpoint answers to a request that it will not serve, however often it is sent."""
 
 
-CONTENT = (400, 413, 422, 429)
-"""What an endpoint says of a request itself, so that it was reached."""
+def refused(owner: str, endpoint: Endpoint, error: APIStatusError) -> CanDistError:
+    """Return what an HTTP status means: a ``DataError`` where it refuses the request, else an ``EnvironmentProblem``.
 
-
-def _status(owner: str, endpoint: Endpoint, error: APIStatusError) -> str:
+    The body is not quoted: it may repeat the key or the prompt.
+    """
     status = error.status_code
+    if status in REFUSED:
+        return DataError(
+            f"{owner}: HTTP {status}, the endpoint refused this request.",
+            "See its log: a text may be too long, or the request may have keys that it does not know.",
+        )
+    if status == 429:  # it was reached, so no proxy is in the way
+        return EnvironmentProblem(
+            f"{owner}: still rate-limited (HTTP 429) after {endpoint.max_retries} retries.",
+            "Lower concurrency, raise max_retries, or wait until the quota allows more.",
+        )
+    state, remedy = _status(endpoint, status)
+    return EnvironmentProblem(f"{owner}: HTTP {status}{state}.", f"{remedy}{about_proxy(error)}")
+
+
+def _status(endpoint: Endpoint, status: int) -> tuple[str, str]:
+    """Return what a status that may come from a proxy too says, and what to do."""
     if status in (401, 403):
         name = endpoint.api_key_env
         key = f"the key in the environment variable {name}" if name else "a request without key"
-        return f"{owner}: HTTP {status}, the endpoint refused {key}. Set api_key_env to a variable with a valid key."
+        return f", the endpoint refused {key}", "Set api_key_env to a variable with a valid key."
     if status == 404:
-        return f"{owner}: HTTP 404, no such model or address. Compare model and base_url with the endpoint's list."
-    if status == 429:
-        return (
-            f"{owner}: still rate-limited (HTTP 429) after {endpoint.max_retries} retries. Lower concurrency, raise "
-            "max_retries, or wait until the quota allows more."
-        )
-    if status in (400, 413, 422):
-        return (
-            f"{owner}: HTTP {status}, the endpoint refused this request. See its log: a text may be too long, or the "
-            "request may have keys that it does not know."
-        )
-    return (
-        f"{owner}: HTTP {status} after {endpoint.max_retries} retries. See the endpoint's log; try again when it is "
-        "well."
-    )
+        return ", no such model or address", "Compare model and base_url with the endpoint's list."
+    return f" after {endpoint.max_retries} retries", "See the endpoint's log; try again when it is well."
 
 
-def unreachable(owner: str, endpoint: Endpoint, error: APIError) -> str:
-    """Say why there is no answer; empty where the library has another reason than time or connection."""
+def unreachable(owner: str, endpoint: Endpoint, error: APIError) -> EnvironmentProblem | None:
+    """Return why there is no answer; None where the library has another reason than time or connection."""
     from openai import APIConnectionError, APITimeoutError
 
+    attempts = f"in {endpoint.max_retries + 1} attempts"
     if isinstance(error, APITimeoutError):
-        return (
-            f"{owner}: no answer within {endpoint.timeout_s:g} s, in {endpoint.max_retries + 1} attempts. Lower "
-            f"concurrency or raise timeout_s.{about_proxy(error)}"
+        return EnvironmentProblem(
+            f"{owner}: no answer within {endpoint.timeout_s:g} s, {attempts}.",
+            f"Lower concurrency or raise timeout_s.{about_proxy(error)}",
         )
     if isinstance(error, APIConnectionError):
-        return (
-            f"{owner}: no connection in {endpoint.max_retries + 1} attempts. Is it running, and is base_url right?"
-            f"{about_proxy(error)}"
+        return EnvironmentProblem(
+            f"{owner}: no connection {attempts}.", f"Is it running, and is base_url right?{about_proxy(error)}"
         )
-    return ""
+    return None

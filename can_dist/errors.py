@@ -10,7 +10,7 @@ class CanDistError(Exception):
     """Base of all errors raised on purpose; ``exit_code`` is what the process returns.
 
     Args:
-        message: What is wrong, and where. It may hold the remedy too.
+        message: What is wrong, and where. One that ends in a line break has its remedy printed on a line of its own.
         remedy: What to do, in sentences of their own; printed after the message. Both survive pickling.
 
     Examples:
@@ -24,7 +24,8 @@ class CanDistError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, remedy: str = "") -> None:
-        super().__init__(f"{message} {remedy}" if remedy else message)
+        space = "  " if message.endswith("\n") else " "
+        super().__init__(f"{message}{space}{remedy}" if remedy else message)
         self.message = message
         self.remedy = remedy
 

@@ -60,11 +60,12 @@ def run_method(
     """
     stages, measured = METHODS[config.method].stages, measured_by or config
     if until not in stages:
-        raise ConfigError(f"method {config.method} has no stage {until!r}. Its stages: {', '.join(stages)}.")
+        raise ConfigError(f"method {config.method} has no stage {until!r}.", f"Its stages: {', '.join(stages)}.")
     if only_stage == "train" and METHODS[config.method].trains_again:
         raise ConfigError(
             f"method {config.method} trains several times, with other stages in between, and a launcher can only run "
-            "one training. Start it with 'can-dist run', which starts the ranks by Ray."
+            "one training.",
+            "Start it with 'can-dist run', which starts the ranks by Ray.",
         )
     with Run(directory, config, until=until, only_stage=only_stage) as run:
         try:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from can_dist.tables.scores import Scores
 from can_dist.cli.scores import (
     DEMANDS,
+    ScoreCommand,
     missing,
     only_config,
     only_scores,
@@ -26,7 +27,7 @@ from can_dist.cli.scores import (
 )
 
 
-@click.command()
+@click.command(cls=ScoreCommand)
 @run_options(required=False)
 @score_options
 @click.option(

@@ -14,7 +14,7 @@ import click
 
 from can_dist.cli.options import read_config, run_options, run_until
 from can_dist.config.methods import FROM_SCORES
-from can_dist.errors import ConfigError, EnvironmentProblem
+from can_dist.errors import ConfigError
 
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,7 +57,7 @@ def _run(
     connect(settings.cluster)
     problem = open_to_the_network()
     if problem and require_auth:
-        raise EnvironmentProblem(problem)
+        raise problem
     if problem:
         click.echo(f"can-dist: warning: {problem}", err=True)
     click.echo(str(run_until(run_dir, settings, until).path))

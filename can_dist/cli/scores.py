@@ -20,6 +20,25 @@ if TYPE_CHECKING:
 DEMANDS = ("margin", "threshold", "equals")
 
 
+TABLE_ENDINGS = (".parquet", ".arrow", ".feather", ".jsonl", ".ndjson", ".json", ".gz")
+ONE_PATTERN = "Give the directory that holds the parts; a pattern such as scores/*.parquet is replaced by the shell."
+
+
+class ScoreCommand(click.Command):
+    """A command that takes --scores: several files there are told from a configuration too many."""
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        """Parse as click does, and name the pattern that the shell has replaced by its files."""
+        given = list(arguments)
+        try:
+            return super().parse_args(context, arguments)
+        except click.UsageError as error:
+            extra = [text for text in given if text.endswith(TABLE_ENDINGS) and f"({text}" in error.message]
+            if "--scores" in given and (extra or "unexpected extra arguments" in error.message):
+                raise ConfigError(f"--scores names one table. {error.message}.", ONE_PATTERN) from None
+            raise
+
+
 def score_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that name a score table and its columns."""
     command = click.option("--beta", type=float, help="KL weight β.")(command)
@@ -72,6 +91,8 @@ def only_scores(
     verb: str, config: str | None, config_option: str | None, run_dir: Path | None, overrides: tuple[str, ...]
 ) -> None:
     """Refuse a configuration or a run given beside --scores."""
+    if config and config.endswith(TABLE_ENDINGS):
+        raise ConfigError(f"--scores names one table, and {config} is another.", ONE_PATTERN)
     if config or config_option or run_dir or overrides:
         raise ConfigError(f"{verb} takes either --scores and its options, or CONFIG --run DIR, not both.")
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from can_dist.dual import Margin
     from can_dist.tables.scores import Scores
 from can_dist.cli.scores import (
+    ScoreCommand,
     missing,
     only_config,
     only_scores,
@@ -31,7 +32,7 @@ MEMORY_BYTES = 10**8
 ESTIMATORS = ("empirical", "jackknife", "gaussian", "auto")
 
 
-@click.command()
+@click.command(cls=ScoreCommand)
 @run_options(required=False)
 @score_options
 @click.option(
@@ -125,7 +126,7 @@ def _solve_arrays(
         from can_dist.reporting.belief_page import write_diagnostics
 
         write_diagnostics(table, solution, Path(report_path))
-    return solution.to_dict(), solution_text(solution)
+    return solution.to_dict(), solution_text(solution, [margin.name for margin in margins if margin.equal])
 
 
 def _solve_shards(
@@ -151,7 +152,7 @@ def _solve_shards(
         solution = solve_table(
             table, beta=beta, constraints=margins, estimator=estimator or "auto", confidence=confidence
         )
-    return solution.to_dict(), solution_text(solution)
+    return solution.to_dict(), solution_text(solution, [margin.name for margin in margins if margin.equal])
 
 
 def _engine(path: Path, *, needs_table: bool) -> str:

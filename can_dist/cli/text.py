@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 MAP_ROWS = 6
 
 
-def solution_text(solution: DualSolution) -> str:
-    """Return a solution as labelled lines: status, estimator, one line per constraint, reward, weights, verdict."""
+def solution_text(solution: DualSolution, equal: Sequence[str] = ()) -> str:
+    """Return a solution as labelled lines: status, estimator, one line per constraint, reward, weights, verdict.
+
+    Args:
+        solution: of any status.
+        equal: the constraints that are met exactly, not at least.
+    """
     lines = [f"status    {solution.status.name}: {solution.status.value}"]
     lines.append(f"estimator {solution.estimator}" + (f": {why}" if (why := solution.estimator_reason) else ""))
     for name, lam in solution.lam.items():
@@ -31,6 +36,12 @@ def solution_text(solution: DualSolution) -> str:
     if solution.confidence is not None:
         each = "the margin is" if len(solution.lam) == 1 else "all margins are jointly"
         lines.append(f"margins   {each} met with confidence {solution.confidence:g} over the draw of the prompts")
+    elif _vouched(solution) and (met := [name for name, lam in solution.lam.items() if lam > 0 and name not in equal]):
+        joint = f", all {len(met)} of them together less often" if len(met) > 1 else ""
+        lines.append(
+            f"margins   met in the mean: over the draw of the prompts {', '.join(met)} holds about every second time"
+            f"{joint}; --confidence 0.95 raises what is solved for"
+        )
     predicted, diagnostics = solution.predicted, solution.diagnostics
     lines.append(f"reward    predicted {predicted['reward_improvement']:+.4g}; KL {predicted['kl']:.4g} nats")
     lines.append(
@@ -39,6 +50,12 @@ def solution_text(solution: DualSolution) -> str:
     )
     lines += [f"note      {hint}" for hint in misread_hints(solution)]
     return "\n".join([*lines, f"verdict   {diagnostics['verdict']}"])
+
+
+def _vouched(solution: DualSolution) -> bool:
+    """Return whether the table can vouch for what the policy delivers."""
+    judgement = solution.diagnostics.get("judgement")
+    return judgement is not None and not judgement["objection"]
 
 
 def _bracketed(parts: Sequence[str]) -> str:

@@ -53,8 +53,8 @@ def connect(cluster: Cluster) -> None:
             ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EnvironmentProblem(
-            f"Ray at {address or 'this machine'} cannot be reached: {error}. "
-            "If the cluster uses tokens, export RAY_AUTH_MODE=token and its token."
+            f"Ray at {address or 'this machine'} cannot be reached: {error}.",
+            "If the cluster uses tokens, export RAY_AUTH_MODE=token and its token.",
         ) from None
 
 
@@ -71,8 +71,8 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def open_to_the_network() -> str:
-    """Return a sentence if anyone on the network can run commands on the connected cluster, else ''."""
+def open_to_the_network() -> EnvironmentProblem | None:
+    """Return the error if anyone on the network can run commands on the connected cluster, else None."""
     import ray
 
     with _own_sigterm():

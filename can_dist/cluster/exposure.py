@@ -10,10 +10,8 @@ import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
 
-REMEDY = (
-    "start every node with RAY_AUTH_MODE=token and the same token (ray get-auth-token --generate), "
-    "on a private interface"
-)
+from can_dist.errors import EnvironmentProblem
+
 TIMEOUT_S = 5
 
 
@@ -44,14 +42,16 @@ def _is_loopback_ip(host: str) -> bool:
         return False
 
 
-def exposure(gcs_address: str, dashboard_url: str) -> str:
-    """Return a sentence on a cluster that anyone can command, or ''.
+def exposure(gcs_address: str, dashboard_url: str) -> EnvironmentProblem | None:
+    """Return the error of a cluster that anyone can command, or None.
 
     A cluster without tokens whose addresses are all loopback passes: only this machine's users reach it.
     """
     if not dashboard_url or not is_open(dashboard_url) or is_loopback(gcs_address, dashboard_url):
-        return ""
-    return (
+        return None
+    return EnvironmentProblem(
         f"the Ray cluster at {gcs_address} is not authenticated and not on loopback: whoever reaches "
-        f"{dashboard_url} runs commands on it; {REMEDY}."
+        f"{dashboard_url} runs commands on it;",
+        "start every node with RAY_AUTH_MODE=token and the same token (ray get-auth-token --generate), on a private "
+        "interface.",
     )

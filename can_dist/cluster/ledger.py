@@ -173,7 +173,7 @@ class _Run:
         self.log(event="actor died", work=self.work, shard=call.shard, attempt=attempt, message=message)
         self.bar.write(message, file=sys.stderr)
         if call.shard is None and (dies_itself or attempt >= self.pool.cluster.shard_attempts):
-            raise EnvironmentProblem(f"{message} Look for memory, and in the actor's log.")
+            raise EnvironmentProblem(message, "Look for memory, and in the actor's log.")
         if call.shard is not None:
             if attempt >= self.pool.cluster.shard_attempts:
                 self.give_up(call.slot, call.shard, why)
@@ -188,13 +188,15 @@ class _Run:
         row = self.row_that_kills(slot, shard, len(names))
         if row is None:
             raise EnvironmentProblem(
-                f"{start}, its halves end none; the last time: {why} Look for memory; smaller shards or batches help."
+                f"{start}, its halves end none; the last time: {why}",
+                "Look for memory; smaller shards or batches help.",
             )
         finding = f"{start}; {names[row]} (row {row} of the shard) does so by itself: {why}"
         if not self.job.set_aside(shard, row, why):
             raise EnvironmentProblem(
-                f"{finding} Look at this row and at what the model or scorer does with it, or remove its prompt. A "
-                "sampled response may be left out: cluster.max_quarantine. Finished shards are kept."
+                finding,
+                "Look at this row and at what the model or scorer does with it, or remove its prompt. A sampled "
+                "response may be left out: cluster.max_quarantine. Finished shards are kept.",
             )
         message = f"{finding} It is left out."
         self.log(event="quarantined", work=self.work, shard=shard, row=names[row], message=message)

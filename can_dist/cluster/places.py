@@ -67,6 +67,6 @@ def wanted(cluster: Cluster, role: str, number: int) -> str:
 def gave_up(cluster: Cluster, role: str, number: int) -> EnvironmentProblem:
     """Return the error after ``wait_resources_s``: the resources wanted, and those of the cluster."""
     return EnvironmentProblem(
-        f"{wanted(cluster, role, number)}. Gave up after cluster.wait_resources_s = {cluster.wait_resources_s:g} s. "
-        f"Lower cluster.num_{role}s, cpus_per_{role} or gpus_per_{role}, free the cluster, or add nodes."
+        f"{wanted(cluster, role, number)}. Gave up after cluster.wait_resources_s = {cluster.wait_resources_s:g} s.",
+        f"Lower cluster.num_{role}s, cpus_per_{role} or gpus_per_{role}, free the cluster, or add nodes.",
     )

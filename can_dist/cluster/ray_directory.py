@@ -33,7 +33,8 @@ def session_directory() -> str | None:
     if chosen:
         raise EnvironmentProblem(
             f"RAY_TMPDIR={chosen}: {_bytes(Path(chosen))} bytes, and Ray's sockets lie {UNDER_RAY + 4} bytes below it "
-            f"in a path of at most {LONGEST_SOCKET}. Set RAY_TMPDIR to a shorter directory of yours, or unset it."
+            f"in a path of at most {LONGEST_SOCKET}.",
+            "Set RAY_TMPDIR to a shorter directory of yours, or unset it.",
         )
     # inside it, since Ray opens the directory that it is given to everybody
     return str(_own_directory(SYSTEM / f"ray-{_user()}") / "s")
@@ -43,17 +44,21 @@ def _own_directory(path: Path) -> Path:
     """Make a directory that only this user can enter, or check that it is one."""
     remedy = "Set RAY_TMPDIR to a short directory of yours."
     if not _fits(path / "s"):
-        raise EnvironmentProblem(f"{path}: too long for the sockets of a local Ray ({LONGEST_SOCKET} bytes). {remedy}")
+        raise EnvironmentProblem(
+            f"{path}: too long for the sockets of a local Ray ({LONGEST_SOCKET} bytes).",
+            remedy,
+        )
     try:
         path.mkdir(mode=0o700, exist_ok=True)
         status = path.lstat()
     except OSError as error:
         raise EnvironmentProblem(
             f"TMPDIR={tempfile.gettempdir()} is too long for the sockets of a local Ray ({LONGEST_SOCKET} bytes), and "
-            f"{path} cannot be made: {error.strerror}. {remedy}"
+            f"{path} cannot be made: {error.strerror}.",
+            remedy,
         ) from None
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise EnvironmentProblem(f"{path}: not a directory of yours that nobody else can enter. {remedy}")
+        raise EnvironmentProblem(f"{path}: not a directory of yours that nobody else can enter.", remedy)
     return path
 
 

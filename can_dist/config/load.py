@@ -56,7 +56,7 @@ def for_method(config: Config, method: str, source: str = "configuration") -> Co
     overrides = given.pop("methods", {}).get(method, {})
     source = f"{source}, methods.{method}"
     if fixed := [name for name in ("method", "methods") if name in overrides]:
-        raise ConfigError(f"{source}: {fixed[0]} cannot be set for one method. Leave it out.")
+        raise ConfigError(f"{source}: {fixed[0]} cannot be set for one method.", "Leave it out.")
     row = METHODS.get(method)
     others = set(OWN_SECTIONS) - set(row.sections if row else ())
     if row and "strength" not in row.stages:

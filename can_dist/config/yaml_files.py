@@ -17,11 +17,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: there is no such file, or it holds something else.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such configuration file. Give the path of a YAML file; recipes/ holds examples.")
+        raise ConfigError(
+            f"{path}: no such configuration file.",
+            "Give the path of a YAML file; recipes/ holds examples.",
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}). Give a YAML file.") from None
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}).", "Give a YAML file.") from None
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys at the top level, found {type(raw).__name__}.")
@@ -58,7 +61,8 @@ def parse_yaml(text: str, source: str) -> Any:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         key = re.search(r'duplicate key "([^"]*)"', str(error.problem))
         raise ConfigError(
-            f"{source}, line {line}: key {key.group(1) if key else '?'!r} is given twice. Keep one."
+            f"{source}, line {line}: key {key.group(1) if key else '?'!r} is given twice.",
+            "Keep one.",
         ) from None
     except YAMLError as error:
         text = str(error).replace('in "<unicode string>", ', "")

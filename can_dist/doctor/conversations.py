@@ -135,8 +135,8 @@ def _check_written(write: Writer, kinds: Conversations, owner: str, *, answers: 
                 raise DataError(
                     f"{owner}: its chat template does not write message {number} (role {turn['role']!r}) of a "
                     f"conversation of {', '.join(turn['role'] for turn in messages)}, as prompt {prompt_id!r} is: "
-                    "prompts that differ there would be the same to it. Remove these messages, or use a model or a "
-                    "chat template that reads them."
+                    "prompts that differ there would be the same to it.",
+                    "Remove these messages, or use a model or a chat template that reads them.",
                 )
             if THOUGHT in str(turn["content"]) and str(turn["content"]).strip() not in text:
                 notes.append(
@@ -145,8 +145,8 @@ def _check_written(write: Writer, kinds: Conversations, owner: str, *, answers: 
         if answers and MARK.format("response") not in written:
             raise DataError(
                 f"{owner}: its chat template does not write the response after a conversation of "
-                f"{', '.join(turn['role'] for turn in messages)}: all responses would have one score. Use a chat "
-                "template that does."
+                f"{', '.join(turn['role'] for turn in messages)}: all responses would have one score.",
+                "Use a chat template that does.",
             )
     return notes
 
@@ -157,4 +157,4 @@ def _named(owner: str, prompt_id: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(f"{owner}, prompt {prompt_id!r}: {error}") from None
+        raise DataError(f"{owner}, prompt {prompt_id!r}: {error.message}", error.remedy) from None

@@ -12,7 +12,7 @@ from can_dist.config import Config, DataSource, Guard, Model, PythonCallable, Se
 from can_dist.config.endpoints import Endpoint, GenerateEndpoint
 from can_dist.config.sections import Lora
 from can_dist.config.walk import ReadAs, endpoints, models, read_as, scorers, sources
-from can_dist.doctor.finding import Finding, Severity, error, note, ok
+from can_dist.doctor.finding import Finding, Severity, note, ok, refusal
 from can_dist.errors import CanDistError, DataError
 
 # of one trained parameter in a checkpoint: weight, its fp32 copy and AdamW's two averages; and of an exported one
@@ -40,12 +40,7 @@ def checked(name: str, check: Callable[[], str]) -> Finding:
     try:
         return ok(name, check())
     except CanDistError as problem:
-        return _problem(name, problem)
-
-
-def _problem(name: str, problem: CanDistError) -> Finding:
-    state, _, remedy = str(problem).partition(". ")
-    return error(name, state, remedy or "Correct it.")
+        return refusal(name, problem)
 
 
 def conversations(config: Config) -> list[Finding]:
@@ -55,7 +50,7 @@ def conversations(config: Config) -> list[Finding]:
     try:
         notes = check_conversations(config)
     except CanDistError as problem:
-        return [_problem("conversations", problem)]
+        return [refusal("conversations", problem)]
     return [note("conversations", line) for line in notes] or [
         ok("conversations", "every template writes every message of each kind of prompt")
     ]

@@ -91,7 +91,8 @@ def _check_quantize(config: Config) -> None:
     if ratios := [key for key, scorer in scorers(config).items() if isinstance(scorer, LogRatio)]:
         raise ConfigError(
             f"train.lora.quantize: not offered with log-ratios ({', '.join(ratios)}), whose ln π_ref is that of the "
-            "whole reference, not of the 4-bit base that would be trained. Leave quantize out."
+            "whole reference, not of the 4-bit base that would be trained.",
+            "Leave quantize out.",
         )
     if METHODS[config.method].trains_from_trained:
         raise refuse_requantizing(f"method {config.method} trains on from a policy that it trained")
@@ -110,10 +111,13 @@ def check_sources(config: Config) -> None:
             source_identity(source)
         except (ConfigError, DataError) as problem:
             problems[key] = problem
-    if problems:
-        first, lines = next(iter(problems.values())), [f"{key}: {problem}" for key, problem in problems.items()]
-        text = lines[0] if len(lines) == 1 else f"{len(lines)} data sources cannot be read.\n  " + "\n  ".join(lines)
-        raise type(first)(text)
+    if not problems:
+        return
+    key, first = next(iter(problems.items()))
+    if len(problems) == 1:
+        raise type(first)(f"{key}: {first.message}", first.remedy)
+    lines = [f"{key}: {problem}" for key, problem in problems.items()]  # each with the remedy of its own
+    raise type(first)(f"{len(lines)} data sources cannot be read.\n  " + "\n  ".join(lines))
 
 
 def check_pinned(config: Config) -> None:
@@ -130,9 +134,10 @@ def check_pinned(config: Config) -> None:
     if floating:
         listed = "\n".join(f"  {line}" for line in floating)
         raise ConfigError(
-            f"pinned: {len(floating)} model(s) and data set(s) of the hub would be whatever they are today:\n{listed}\n"
-            "  Give each its commit (40 hexadecimal digits) as revision: `python recipes/pin.py FILE` asks the hub and "
-            "writes them into FILE. Or set pinned to false."
+            f"pinned: {len(floating)} model(s) and data set(s) of the hub would be whatever they are "
+            f"today:\n{listed}\n",
+            "Give each its commit (40 hexadecimal digits) as revision: `python recipes/pin.py FILE` asks the hub and "
+            "writes them into FILE. Or set pinned to false.",
         )
 
 
@@ -141,7 +146,8 @@ def _check_remote_code(key: str, model: Model) -> None:
         return
     raise ConfigError(
         f"{key}.trust_remote_code: runs whatever code {model.model!r} on the hub holds on the day; revision is "
-        f"{model.revision!r}. Read the code of one commit and give its 40 hexadecimal digits as {key}.revision."
+        f"{model.revision!r}.",
+        f"Read the code of one commit and give its 40 hexadecimal digits as {key}.revision.",
     )
 
 

@@ -7,7 +7,7 @@ import socket
 
 from can_dist.cluster.ray_directory import session_directory
 from can_dist.config import Cluster
-from can_dist.doctor.finding import Finding, error, note, ok, warning
+from can_dist.doctor.finding import Finding, Severity, error, note, ok, refusal, warning
 from can_dist.errors import EnvironmentProblem
 
 TIMEOUT_S = 3
@@ -31,8 +31,7 @@ def _local() -> Finding:
     try:
         directory = session_directory()
     except EnvironmentProblem as problem:
-        state, _, remedy = str(problem).partition(". ")
-        return error("Ray", state, remedy)
+        return refusal("Ray", problem)
     place = f"; its sessions lie in {directory}, since TMPDIR is too long for its sockets" if directory else ""
     return ok("Ray", f"no address given: a run starts a local Ray, which demands a token of its own{place}")
 
@@ -60,12 +59,11 @@ def _connected(cluster: Cluster, address: str) -> list[Finding]:
     try:
         connect(cluster)
     except EnvironmentProblem as problem:
-        remedy = "If the cluster uses tokens: export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
-        return [error("Ray", str(problem).splitlines()[0], remedy)]
+        return [refusal("Ray", problem)]
     try:
         exposed = open_to_the_network()
         if exposed:
-            authentication = warning("Ray authentication", exposed.partition(";")[0], exposed.partition("; ")[2])
+            authentication = refusal("Ray authentication", exposed, Severity.WARNING)
         else:
             authentication = ok("Ray authentication", "the job server refuses strangers, or answers on loopback only")
         totals = {name: float(number) for name, number in ray.cluster_resources().items()}

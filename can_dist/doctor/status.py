@@ -29,7 +29,7 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
         DataError: when the directory holds no run.
     """
     if not (run / LOG).is_file():
-        raise DataError(f"{run}: holds no run ({LOG} is missing). Give the directory that --run named.")
+        raise DataError(f"{run}: holds no run ({LOG} is missing).", "Give the directory that --run named.")
     now = time.time() if now is None else now
     owner, events = read_owner(run), read_events(run / LOG)
     session = events[max((n for n, event in enumerate(events) if event.get("event") == "began"), default=0) :]

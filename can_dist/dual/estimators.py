@@ -65,8 +65,8 @@ def check_estimator(estimator: str, table: Scores | None = None) -> None:
         raise ConfigError(f"estimator: found {estimator!r}, expected one of {', '.join(ESTIMATORS)}.")
     if isinstance(table, ColumnScores) and estimator == "gaussian":
         raise ConfigError(
-            "estimator: 'gaussian' needs the table in memory; a streamed table takes 'auto', 'jackknife' or "
-            "'empirical'. Give --engine memory, or solve a sample of the prompts."
+            "estimator: 'gaussian' needs the table in memory, and this one is streamed.",
+            "Take 'auto', 'jackknife' or 'empirical'; give --engine memory; or solve a sample of the prompts.",
         )
     if table is not None and table.weighted and estimator == "jackknife":
         raise ConfigError(

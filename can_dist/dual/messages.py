@@ -212,7 +212,7 @@ def _other_reading(table: Scores, constraint: Margin, attainable: float, j: int)
         demand, kind = float(constraint.threshold), "an absolute level, compared with"
         own, other = demand - centre, demand
         advice = f"an improvement of {demand:.6g}, write margin={demand:.6g}"
-    if not own >= attainable > other:
+    if not own >= attainable > other > 0:  # at 0 or below lambda is 0: nothing would be asked
         return []
     return [
         f"  {constraint.name}: read as {kind} the reference mean {centre:.6g} it needs {own:+.6g}, at most "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, field_validator
 
 from can_dist.config.endpoints import Address, Endpoint
-from can_dist.endpoints import open_async_client, refused, unreachable
+from can_dist.endpoints import REFUSED, open_async_client, refused, unreachable
 from can_dist.errors import EnvironmentProblem
 from can_dist.judging.prompts import Criterion
 
@@ -89,12 +89,12 @@ async def ask(client: AsyncOpenAI, spec: JudgeSpec, messages: list[dict[str, str
             extra_body=spec.request,
         )
     except APIStatusError as error:
-        if error.status_code in (400, 413, 422):
+        if error.status_code in REFUSED:
             return Answer("", None, None, rejected=True)
-        raise EnvironmentProblem(refused(_where(spec), spec, error)) from None
+        raise refused(_where(spec), spec, error) from None
     except APIError as error:
-        reason = unreachable(_where(spec), spec, error) or _no_completion(spec, type(error).__name__)
-        raise EnvironmentProblem(reason) from None
+        problem = unreachable(_where(spec), spec, error)
+        raise problem or EnvironmentProblem(_no_completion(spec, type(error).__name__)) from None
     except (OpenAIError, ValueError) as error:  # a body that is not the JSON its header promises
         raise EnvironmentProblem(_no_completion(spec, type(error).__name__)) from None
     choices = completion.choices if isinstance(completion, ChatCompletion) else None

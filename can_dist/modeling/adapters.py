@@ -38,19 +38,20 @@ def check_adapters(reference: Model, lora: Lora) -> None:
         if not chosen:
             linear = sorted({n.rpartition(".")[2] for n, m in names.items() if isinstance(m, torch.nn.Linear)})
             raise ConfigError(
-                f"train.lora.target_modules: {target!r} is no module of {reference.model!r}. Its linear layers are "
-                f"{', '.join(linear)}."
+                f"train.lora.target_modules: {target!r} is no module of {reference.model!r}.",
+                f"Its linear layers are {', '.join(linear)}.",
             )
         unfit = next((type(module).__name__ for module in chosen if not isinstance(module, takes_adapters)), None)
         if unfit is not None:
             raise ConfigError(
-                f"train.lora.target_modules: {target!r} is a {unfit} in {reference.model!r}, which takes no adapter. "
-                "Name linear layers or embeddings, or leave target_modules out."
+                f"train.lora.target_modules: {target!r} is a {unfit} in {reference.model!r}, which takes no adapter.",
+                "Name linear layers or embeddings, or leave target_modules out.",
             )
         tied = next((ends[id(module)] for module in chosen if id(module) in ends), None)
         if is_tied and tied is not None:
             raise ConfigError(
-                f"train.lora.target_modules: {target!r} is the {tied} of {reference.model!r}, whose embedding and head "
-                "are one tensor (tie_word_embeddings): an adapter of one cannot be merged into the other, and the "
-                f"policy would not be the one that was trained. Leave {target!r} out."
+                f"train.lora.target_modules: {target!r} is the {tied} of {reference.model!r}, whose embedding and "
+                "head are one tensor (tie_word_embeddings): an adapter of one cannot be merged into the other, and "
+                "the policy would not be the one that was trained.",
+                f"Leave {target!r} out.",
             )

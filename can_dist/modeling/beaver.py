@@ -42,8 +42,8 @@ def check_beaver(spec: Beaver, config: Any) -> None:
     architectures = config.architectures or ["model without head"]
     if not set(architectures) & set(ARCHITECTURES):
         raise DataError(
-            f"{owner}: its checkpoint is a {', '.join(architectures)}, expected {' or '.join(ARCHITECTURES)}. "
-            "For another classifier leave out 'kind: beaver'."
+            f"{owner}: its checkpoint is a {', '.join(architectures)}, expected {' or '.join(ARCHITECTURES)}.",
+            "For another classifier leave out 'kind: beaver'.",
         )
     for name, expected in (("score_dim", 1), ("do_normalize", False)):
         if (value := getattr(config, name, expected)) != expected:
@@ -52,6 +52,6 @@ def check_beaver(spec: Beaver, config: Any) -> None:
     expected_sign = {"reward": 1, "cost": -1}.get(str(score_type), spec.sign)
     if spec.sign != expected_sign:
         raise DataError(
-            f"{owner}: config.json says it is a {score_type} model, the configuration gives sign {spec.sign}. "
-            f"Set sign to {expected_sign}, so that higher is better."
+            f"{owner}: config.json says it is a {score_type} model, the configuration gives sign {spec.sign}.",
+            f"Set sign to {expected_sign}, so that higher is better.",
         )

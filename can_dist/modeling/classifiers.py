@@ -57,7 +57,8 @@ def check_sequence_classifier(spec: SequenceClassifier) -> None:
     if not any(name.endswith("ForSequenceClassification") for name in architectures):
         raise DataError(
             f"scorer model {spec.model!r}: its checkpoint is a {', '.join(architectures) or 'model without head'}, "
-            "not a sequence classifier; its score head would be random. Give a trained reward or cost model."
+            "not a sequence classifier; its score head would be random.",
+            "Give a trained reward or cost model.",
         )
     _refuse_normalised(spec, config)
     _check_outputs(spec, config)
@@ -66,8 +67,8 @@ def check_sequence_classifier(spec: SequenceClassifier) -> None:
         output_weights(spec, config)
     elif config.num_labels != 1:
         raise DataError(
-            f"scorer model {spec.model!r}: has {config.num_labels} outputs, expected 1 score per response. "
-            "Choose one with 'kind: multi_head'."
+            f"scorer model {spec.model!r}: has {config.num_labels} outputs, expected 1 score per response.",
+            "Choose one with 'kind: multi_head'.",
         )
 
 
@@ -77,9 +78,9 @@ def _refuse_normalised(spec: SequenceClassifier, config: Any) -> None:
             given = [f"{name} {getattr(config, name)}" for name in ("mean", "std") if hasattr(config, name)]
             statistics = f" ({', '.join(given)})" if given else ""
             raise DataError(
-                f"scorer model {spec.model!r}: config.json has {key} true: its maker's loader returns (score - mean) / "
-                f"std{statistics}, which is not computed here. For the raw score set it "
-                "to false; margins and thresholds are then in its units, std times as large."
+                f"scorer model {spec.model!r}: config.json has {key} true: its maker's loader returns (score - mean) "
+                f"/ std{statistics}, which is not computed here.",
+                "For the raw score set it to false; margins and thresholds are then in its units, std times as large.",
             )
 
 
@@ -101,8 +102,8 @@ def _check_outputs(spec: SequenceClassifier, config: Any) -> None:
             )
             raise DataError(
                 f"scorer model {spec.model!r}: config.json has {config.num_labels} outputs (num_labels{says}), the "
-                f'checkpoint\'s {name} has {rows} row{"s" * (rows != 1)}. Write "num_labels": {rows} into its '
-                f"config.json{', with as many names in id2label' * (rows != 1)}."
+                f"checkpoint's {name} has {rows} row{'s' * (rows != 1)}.",
+                f'Write "num_labels": {rows} into its config.json{", with as many names in id2label" * (rows != 1)}.',
             )
 
 
@@ -120,8 +121,8 @@ def output_weights(spec: MultiHead, config: Any) -> list[float]:
     if not chosen or not set(chosen) <= set(names) or len(set(names)) < len(names):
         wrong = ", ".join(sorted(set(chosen) - set(names))) or spec.output
         raise DataError(
-            f"scorer model {spec.model!r}: no single output {wrong}. Its outputs are "
-            f"{', '.join(f'{number}: {name}' for number, name in enumerate(names))}."
+            f"scorer model {spec.model!r}: no single output {wrong}.",
+            f"Its outputs are {', '.join(f'{number}: {name}' for number, name in enumerate(names))}.",
         )
     return [chosen.get(name, 0.0) for name in names]
 
@@ -140,13 +141,13 @@ def check_pair_is_chosen(spec: SequenceClassifier) -> None:
             return
         types = f" and has {num_types} token types" if num_types > 1 else ""
         raise ConfigError(
-            f"scorer model {spec.model!r}: its tokenizer joins two texts as a pair "
-            f"({tokenizer.cls_token} a {tokenizer.sep_token} b {tokenizer.sep_token}){types}. Set text_pair: true for "
-            "a model trained on tokenizer(question, answer), as DeBERTa and Electra reward models are, or text_pair: "
-            "false and a template for one that reads a single text."
+            f"scorer model {spec.model!r}: its tokenizer joins two texts as a pair ({tokenizer.cls_token} a "
+            f"{tokenizer.sep_token} b {tokenizer.sep_token}){types}.",
+            "Set text_pair: true for a model trained on tokenizer(question, answer), as DeBERTa and Electra reward "
+            "models are, or text_pair: false and a template for one that reads a single text.",
         )
     if spec.text_pair and not has_own_marks(tokenizer):
         raise ConfigError(
-            f"scorer model {spec.model!r}: text_pair is true, but its tokenizer puts no mark between two texts. Leave "
-            "text_pair out and give the text by template, or by a chat template."
+            f"scorer model {spec.model!r}: text_pair is true, but its tokenizer puts no mark between two texts.",
+            "Leave text_pair out and give the text by template, or by a chat template.",
         )

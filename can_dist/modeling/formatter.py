@@ -136,8 +136,8 @@ class Formatter:
         if len(messages) != 1 or messages[0]["role"] != "user":
             kind = f"{len(messages)} messages" if len(messages) != 1 else f"one message of {messages[0]['role']!r}"
             raise DataError(
-                f"a conversation of {kind} does not fit the plain template {self.template!r}. "
-                "Use a tokenizer with a chat template, or single-turn prompts."
+                f"a conversation of {kind} does not fit the plain template {self.template!r}.",
+                "Use a tokenizer with a chat template, or single-turn prompts.",
             )
         return self.template.replace("{prompt}", messages[0]["content"])
 
@@ -160,7 +160,8 @@ class Formatter:
         if not is_written:
             raise DataError(
                 f"model {self.tokenizer.name_or_path!r}: its chat template does not write the assistant's turn after "
-                f"{_roles(messages)}. Give a template that does."
+                f"{_roles(messages)}.",
+                "Give a template that does.",
             )
         self.check_asks(messages)
         begin, expected = before.rstrip(), prompt.rstrip()
@@ -180,7 +181,8 @@ class Formatter:
             raise DataError(
                 f"model {self.tokenizer.name_or_path!r}: its chat template begins a response with {before[-40:]!r}, "
                 "and does not write that where it is asked for one (add_generation_prompt): prompts would end before "
-                "the assistant's turn. Correct the template."
+                "the assistant's turn.",
+                "Correct the template.",
             )
 
     def _end_of_response(self, after: str) -> str:
@@ -190,8 +192,8 @@ class Formatter:
         if not places:
             raise DataError(
                 f"model {self.tokenizer.name_or_path!r}: after a response its chat template writes {after!r}, which "
-                f"holds none of the tokens that end one ({', '.join(tokens)}): no response could be told to end. "
-                "Correct the template, or add its end token to eos_token_id in generation_config.json."
+                f"holds none of the tokens that end one ({', '.join(tokens)}): no response could be told to end.",
+                "Correct the template, or add its end token to eos_token_id in generation_config.json.",
             )
         return after[: min(places)]
 
@@ -204,8 +206,8 @@ class Formatter:
         except TEMPLATE_ERRORS as error:
             raise DataError(
                 f"model {self.tokenizer.name_or_path!r}: its chat template refuses a conversation of "
-                f"{_roles(messages)}: {error}. "
-                "See which roles and turns the template takes, and remove or rewrite these prompts."
+                f"{_roles(messages)}: {error}.",
+                "See which roles and turns the template takes, and remove or rewrite these prompts.",
             ) from None
 
     def _with_bos(self, ids: list[int]) -> list[int]:
@@ -233,20 +235,21 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, options: Mapping[str
             tokenizer
         )
         raise ConfigError(
-            f"{owner}: its tokenizer has no chat template. Set template for it, "
-            f"for example 'USER: {{prompt}} ASSISTANT:'.{pair}"
+            f"{owner}: its tokenizer has no chat template.",
+            f"Set template for it, for example 'USER: {{prompt}} ASSISTANT:'.{pair}",
         )
     if isinstance(template, dict) and "default" not in template:
         raise ConfigError(
             f"{owner}: its tokenizer has several chat templates and none called default: "
-            f"{', '.join(sorted(template))}. Copy the one to use, such as additional_chat_templates/"
-            f"{min(template)}.jinja, to chat_template.jinja in the model's directory."
+            f"{', '.join(sorted(template))}.",
+            f"Copy the one to use, such as additional_chat_templates/{min(template)}.jinja, to chat_template.jinja in "
+            "the model's directory.",
         )
     written = str(tokenizer.get_chat_template())
     if unread := [option for option in options if not re.search(rf"\b{re.escape(option)}\b", written)]:
         raise ConfigError(
-            f"{owner}: its chat template does not read template_options {', '.join(unread)}. Correct the "
-            "name, or leave it out."
+            f"{owner}: its chat template does not read template_options {', '.join(unread)}.",
+            "Correct the name, or leave it out.",
         )
 
 
@@ -310,7 +313,8 @@ def require_convention(model: Model, written: Mapping[str, Any] | None, origin: 
         return own
     raise DataError(
         f"{origin}: made with {_shown(written)}, but model {model.model!r} writes texts with {_shown(own)}: the same "
-        "tokens would be other texts. Give every stage of a run the same template and tokenizer."
+        "tokens would be other texts.",
+        "Give every stage of a run the same template and tokenizer.",
     )
 
 

@@ -35,14 +35,15 @@ def model_digest(spec: Model) -> str:
     if not path.is_dir():
         if looks_local(spec.model):
             raise DataError(
-                f"model {spec.model!r}: no such directory. Give a model directory or a hub id 'owner/name'."
+                f"model {spec.model!r}: no such directory.",
+                "Give a model directory or a hub id 'owner/name'.",
             )
         return digest_of({"hub": spec.model, "commit": _hub_commit(spec)})
     stored.refuse_adapter(path)
     if not (path / "config.json").is_file():
-        raise DataError(f"model {spec.model!r}: no config.json in the directory. Expected a Hugging Face model.")
+        raise DataError(f"model {spec.model!r}: no config.json in the directory.", "Expected a Hugging Face model.")
     if not list(path.glob("*.safetensors")):
-        raise DataError(f"model {spec.model!r}: no *.safetensors in the directory. Pickled weights are not loaded.")
+        raise DataError(f"model {spec.model!r}: no *.safetensors in the directory.", "Pickled weights are not loaded.")
     files = sorted({file for pattern in MODEL_FILES for file in path.glob(pattern)})
     return digest_of({file.name: _cached_digest(str(file), file.stat().st_mtime_ns) for file in files})
 
@@ -92,7 +93,7 @@ def _refuse_hub_adapter(spec: Model) -> None:
         file = cached_file(spec.model, stored.ADAPTER, revision=spec.revision)
     except OSError:
         return
-    raise DataError(stored.about_adapter(spec.model, stored.read_json(Path(str(file)))))
+    raise stored.adapter_error(spec.model, stored.read_json(Path(str(file))))
 
 
 TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "merges.txt", "*.py")
@@ -113,8 +114,8 @@ def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
     path = Path(spec.model).expanduser()
     if path.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
         raise DataError(
-            f"model {spec.model!r}: no tokenizer in the directory (tokenizer.json, tokenizer.model). Copy the files of "
-            "the tokenizer that the model was trained with into it."
+            f"model {spec.model!r}: no tokenizer in the directory (tokenizer.json, tokenizer.model).",
+            "Copy the files of the tokenizer that the model was trained with into it.",
         )
     with named_errors(spec.model, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -147,8 +148,8 @@ def check_vocabulary(spec: Model) -> tuple[PreTrainedTokenizerBase, Any]:
     rows = int(config.get_text_config().vocab_size)
     if len(tokenizer) > rows:
         raise DataError(
-            f"model {spec.model!r}: its tokenizer has {len(tokenizer)} tokens, the model has embeddings for {rows}. "
-            "Give the tokenizer that the model was trained with."
+            f"model {spec.model!r}: its tokenizer has {len(tokenizer)} tokens, the model has embeddings for {rows}.",
+            "Give the tokenizer that the model was trained with.",
         )
     ids = {
         f"token {token!r}": index
@@ -161,8 +162,8 @@ def check_vocabulary(spec: Model) -> tuple[PreTrainedTokenizerBase, Any]:
     outside = [f"{name} is {index}" for name, index in ids.items() if index is not None and not 0 <= index < rows]
     if outside:
         raise DataError(
-            f"model {spec.model!r}: special tokens without an embedding (there are {rows}): {', '.join(outside)}. "
-            "Correct config.json, or give the tokenizer that the model was trained with."
+            f"model {spec.model!r}: special tokens without an embedding (there are {rows}): {', '.join(outside)}.",
+            "Correct config.json, or give the tokenizer that the model was trained with.",
         )
     return tokenizer, config
 
@@ -275,31 +276,34 @@ def refuse_unfit(spec: Model, role: str, config: Any, info: Mapping[str, Any]) -
         name, stored_shape, made_shape = min(info["mismatched_keys"])
         raise DataError(
             f"model {spec.model!r}: the checkpoint's {name} has the shape {list(stored_shape)}, config.json makes it "
-            f"{list(made_shape)}. Give the config.json that was saved with these weights."
+            f"{list(made_shape)}.",
+            "Give the config.json that was saved with these weights.",
         )
     if info["missing_keys"]:
         instead = f" It holds {_some(unread)} instead, which nothing reads." if unread else ""
         raise DataError(
             f"model {spec.model!r}: weights missing from the checkpoint: {_some(info['missing_keys'])}; they would be "
-            f"random.{instead} Give a complete, trained {role}."
+            f"random.{instead}",
+            f"Give a complete, trained {role}.",
         )
     statistics = STATISTICS & set(unread)
     if isinstance(spec, SequenceClassifier) and not isinstance(spec, Beaver) and statistics:
         raise DataError(
             f"scorer model {spec.model!r}: the checkpoint holds {' and '.join(sorted(statistics))} of its scores, "
-            "which nothing reads, and config.json does not say whether its maker's loader normalises by them. Write "
-            '"normalize_reward": false into config.json if its score is the raw one.'
+            "which nothing reads, and config.json does not say whether its maker's loader normalises by them.",
+            'Write "normalize_reward": false into config.json if its score is the raw one.',
         )
     if isinstance(spec, Beaver) and unread:
         raise DataError(
-            f"model {spec.model!r}: the checkpoint holds weights of another layout: {_some(unread)}. "
-            "Give a Beaver score model as it was published."
+            f"model {spec.model!r}: the checkpoint holds weights of another layout: {_some(unread)}.",
+            "Give a Beaver score model as it was published.",
         )
     if isinstance(spec, SequenceClassifier) and unread:
         raise DataError(
-            f"scorer model {spec.model!r}: the checkpoint holds tensors that nothing reads: {_some(unread)}; the score "
-            "may not be its maker's. Use a model that transformers reads whole, or remove them from the checkpoint if "
-            "the score does not need them."
+            f"scorer model {spec.model!r}: the checkpoint holds tensors that nothing reads: {_some(unread)}; the "
+            "score may not be its maker's.",
+            "Use a model that transformers reads whole, or remove them from the checkpoint if the score does not need "
+            "them.",
         )
     return sorted(set(info["unexpected_keys"]) - set(unread)) if isinstance(spec, SequenceClassifier) else []
 
@@ -336,9 +340,9 @@ def check_trainable(spec: Model) -> None:
     if quantization is not None:
         method = dict(quantization).get("quant_method") if isinstance(quantization, dict) else quantization
         raise ConfigError(
-            f"reference: model {spec.model!r} is stored quantized ({method}). Give the model as it was before: "
-            "train.lora.quantize: nf4 loads its base in 4 bits under adapters (QLoRA), and writes a policy in full "
-            "precision."
+            f"reference: model {spec.model!r} is stored quantized ({method}).",
+            "Give the model as it was before: train.lora.quantize: nf4 loads its base in 4 bits under adapters "
+            "(QLoRA), and writes a policy in full precision.",
         )
 
 

@@ -57,8 +57,8 @@ def check_probe(model: Any, directory: str, precision: str, logp: Callable[..., 
         here = Path(directory).parent
         raise DataError(
             f"{directory}: not the policy that was trained: its log-probabilities of {len(computed_R)} responses are "
-            f"{_nats(computed_R)} nats, the engine that trained it computed {_nats(expected_R)} ({PROBE}). "
-            f"The export went wrong: delete {here} and run again, and report it if it comes back."
+            f"{_nats(computed_R)} nats, the engine that trained it computed {_nats(expected_R)} ({PROBE}).",
+            f"The export went wrong: delete {here} and run again, and report it if it comes back.",
         )
 
 
@@ -78,7 +78,10 @@ def _read(directory: str) -> tuple[list[tuple[list[int], list[int], float]], flo
         rows = [(row["prompt_ids"], row["response_ids"], float(row["logp"])) for row in probe["rows"]]
         return rows, TOLERANCE[probe["precision"]]
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path}: damaged, not what a training wrote. Delete {path.parent} and run again.") from None
+        raise DataError(
+            f"{path}: damaged, not what a training wrote.",
+            f"Delete {path.parent} and run again.",
+        ) from None
 
 
 def _nats(logp_R: Sequence[float]) -> str:

@@ -30,8 +30,8 @@ def resolve_precision(precision: str) -> str:
         return "fp32"
     have, need = (".".join(map(str, version)) for version in (capability, OLDEST_BF16))
     raise EnvironmentProblem(
-        f"precision: bf16: {torch.cuda.get_device_name()} has compute capability {have}, bf16 needs {need}. "
-        "Set precision: fp32, or take a newer GPU."
+        f"precision: bf16: {torch.cuda.get_device_name()} has compute capability {have}, bf16 needs {need}.",
+        "Set precision: fp32, or take a newer GPU.",
     )
 
 

@@ -19,8 +19,8 @@ def check_installed() -> None:
     """Raise ``ConfigError`` when bitsandbytes is not installed."""
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "train.lora.quantize: nf4 needs the package 'bitsandbytes', which is not installed. "
-            "pip install 'can-dist[qlora]' on every machine of the run, or leave quantize out."
+            "train.lora.quantize: nf4 needs the package 'bitsandbytes', which is not installed.",
+            "pip install 'can-dist[qlora]' on every machine of the run, or leave quantize out.",
         )
 
 
@@ -49,7 +49,8 @@ def make_trainable(model: torch.nn.Module, name: str) -> None:
             if module.in_features % BLOCK:
                 raise ConfigError(
                     f"train.lora.quantize: {place} of model {name!r} has rows of {module.in_features} weights, which "
-                    f"blocks of {BLOCK} do not divide; bitsandbytes reads them wrongly on a CPU. Leave quantize out."
+                    f"blocks of {BLOCK} do not divide; bitsandbytes reads them wrongly on a CPU.",
+                    "Leave quantize out.",
                 )
             module.support_avx512bf16_for_cpu = False
 

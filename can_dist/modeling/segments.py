@@ -151,8 +151,8 @@ def segment_attention(
         return _varlen(attention.kind, query, key, value, table, scaling, window), None
     except TypeError as error:
         raise EnvironmentProblem(
-            f"{attention} does not take the arguments of this version of can-dist: {error}. Install versions of torch "
-            "and flash-attn that pyproject.toml allows."
+            f"{attention} does not take the arguments of this version of can-dist: {error}.",
+            "Install versions of torch and flash-attn that pyproject.toml allows.",
         ) from error
 
 

@@ -52,8 +52,8 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     index = read_json(directory / INDEX).get("weight_map", {}) if (directory / INDEX).is_file() else {}
     if missing := sorted({file for file in index.values() if not (directory / file).is_file()}):
         raise DataError(
-            f"{directory}: {INDEX} lists {len(missing)} file(s) that are not there, the first is {missing[0]}. Copy "
-            "the directory again."
+            f"{directory}: {INDEX} lists {len(missing)} file(s) that are not there, the first is {missing[0]}.",
+            "Copy the directory again.",
         )
     # transformers opens the single file where there is one, and only the files of the index where there is one
     single = directory / "model.safetensors"
@@ -63,18 +63,23 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
         content = f"only pickled weights ({pickled[0]}), which are not loaded" if pickled else "no weights"
         raise DataError(
-            f"{directory}: {content}. Expected *.safetensors; save it with save_pretrained of transformers."
+            f"{directory}: {content}.",
+            "Expected *.safetensors; save it with save_pretrained of transformers.",
         )
     tensors: dict[str, StoredTensor] = {}
     for path in files:
         for name, tensor in _header(path):
             if name in tensors:
-                raise DataError(f"{directory}: {name} is in {tensors[name].file.name} and in {path.name}. Remove one.")
+                raise DataError(
+                    f"{directory}: {name} is in {tensors[name].file.name} and in {path.name}.",
+                    "Remove one.",
+                )
             tensors[name] = tensor
     if not single.is_file() and (absent := sorted(set(index) - set(tensors))):
         raise DataError(
             f"{directory}: {len(absent)} tensors of the index are missing, the first is {absent[0]} in "
-            f"{index[absent[0]]}. Copy the directory again."
+            f"{index[absent[0]]}.",
+            "Copy the directory again.",
         )
     return tensors
 
@@ -83,25 +88,24 @@ def refuse_adapter(directory: Path) -> None:
     """Raise ``DataError`` when a directory holds a LoRA adapter: transformers would open its base, or nothing."""
     if not (directory / ADAPTER).is_file():
         return
-    message = about_adapter(str(directory), read_json(directory / ADAPTER))
-    if (directory / "config.json").is_file():
-        message += f"\n  Or remove {ADAPTER}, if the directory holds a whole model."
-    raise DataError(message)
+    has_config = (directory / "config.json").is_file()
+    otherwise = f"\n  Or remove {ADAPTER}, if the directory holds a whole model." if has_config else ""
+    raise adapter_error(str(directory), read_json(directory / ADAPTER), otherwise)
 
 
-def about_adapter(name: str, content: dict[str, Any]) -> str:
-    """Say that a model is an adapter, of which base, and the two lines that merge it."""
+def adapter_error(name: str, content: dict[str, Any], otherwise: str = "") -> DataError:
+    """Return the error that a model is an adapter: of which base, and the two lines that merge it, or ``otherwise``."""
     base = content.get("base_model_name_or_path") or "not named"
     is_classifier = content.get("task_type") == "SEQ_CLS"
     kind = "AutoPeftModelForSequenceClassification" if is_classifier else "AutoPeftModelForCausalLM"
     options = ", num_labels=1" if is_classifier else ""
     saved = content.get("modules_to_save")
     head = f" with {', '.join(saved)} of its own" if saved else ""
-    return (
-        f"model {name!r}: an adapter ({content.get('peft_type', 'peft')}{head}; base model {base}), not a model. It is "
-        "an adapter: merge it into its base model first, and give the result:\n"
+    return DataError(
+        f"model {name!r}: an adapter ({content.get('peft_type', 'peft')}{head}; base model {base}), not a model.",
+        "It is an adapter: merge it into its base model first, and give the result:\n"
         f"    peft.{kind}.from_pretrained({name!r}{options}).merge_and_unload().save_pretrained('merged')\n"
-        f"    transformers.AutoTokenizer.from_pretrained({name!r}).save_pretrained('merged')"
+        f"    transformers.AutoTokenizer.from_pretrained({name!r}).save_pretrained('merged'){otherwise}",
     )
 
 
@@ -112,7 +116,7 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
                 part = file.get_slice(name)
                 yield name, StoredTensor(path, tuple(part.get_shape()), str(part.get_dtype()))
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: not a readable safetensors file ({error}). Copy it again.") from None
+        raise DataError(f"{path}: not a readable safetensors file ({error}).", "Copy it again.") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,7 +128,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}). Copy it again.") from None
+        raise DataError(f"{path}: not JSON ({error}).", "Copy it again.") from None
     if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__}, expected an object. Copy it again.")
+        raise DataError(f"{path}: holds a {type(content).__name__}, expected an object.", "Copy it again.")
     return content

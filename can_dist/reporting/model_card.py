@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from can_dist.measuring.gains import joint_sentence
+
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 
 
@@ -28,6 +30,7 @@ def model_card(facts: Mapping[str, Any], report: Mapping[str, Any] | None, *, ad
     )
     shown = {
         "rows": [],
+        "joint": "",
         "reward": {},
         "kl": "",
         "num_test_prompts": 0,
@@ -46,6 +49,7 @@ def _evaluated(report: Mapping[str, Any]) -> dict[str, Any]:
     reward = report["reward"]
     return {
         "rows": [_constraint(row) for row in report["constraints"]],
+        "joint": joint_sentence(report["constraints"]),
         "reward": {"predicted": _predicted(reward), "realised": _interval(reward["realised"])},
         "kl": f"{report['kl']['realised']['mean']:.3g}",
         "num_test_prompts": report["num_test_prompts"],

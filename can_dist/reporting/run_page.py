@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from can_dist.measuring.gains import joint_sentence
 from can_dist.reporting.belief_page import believed
 from can_dist.reporting.estimate_panel import estimated
 from can_dist.reporting.figures.report import density_svg, forest_svg, training_svg
@@ -71,7 +72,7 @@ def render_report(report: Mapping[str, Any]) -> str:
         **dict.fromkeys(OPTIONAL),
         **report,
         "verdicts": [_verdict(c, report["num_test_prompts"]) for c in constraints],
-        "joint": _joint(constraints),
+        "joint": joint_sentence(constraints),
         "tiles": list(_tiles(report, constraints, reward)),
         "constraints": constraints,
         "reward": reward,
@@ -135,17 +136,6 @@ def _verdict(row: Mapping[str, Any], num_prompts: int) -> dict[str, str]:
 def _unseen(num_prompts: int) -> str:
     """Say which harm P prompts cannot show: one that none of them meets with a chance of 5 % (the rule of three)."""
     return f"A harm that befalls fewer than {percent(min(3 / num_prompts, 1.0), 1)} of prompts may be unseen."
-
-
-def _joint(constraints: Sequence[Mapping[str, Any]]) -> str:
-    """Say that several constraints are judged together; nothing of one alone."""
-    levels = {row["confidence"] for row in constraints if "confidence" in row}
-    if len(constraints) < 2 or len(levels) != 1:
-        return ""
-    return (
-        f"The {len(constraints)} constraints are judged together at 95%: each has an interval of "
-        f"{percent(levels.pop(), 1)} (Bonferroni)."
-    )
 
 
 def _beside_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -111,15 +111,16 @@ def check_guard(spec: Guard) -> PreTrainedTokenizerBase:
     check_causal_lm(spec)
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"guard {spec.model!r}: its tokenizer has no chat template, which says how the conversation is shown. Add "
-            "the one its makers publish as chat_template.jinja."
+            f"guard {spec.model!r}: its tokenizer has no chat template, which says how the conversation is shown.",
+            "Add the one its makers publish as chat_template.jinja.",
         )
     check_chat_template(tokenizer, spec.template_options, "guard")
     safe, unsafe = verdict_ids(tokenizer, spec)
     if safe == unsafe:
         raise ConfigError(
             f"guard {spec.model!r}: safe_word {spec.safe_word!r} and unsafe_word {spec.unsafe_word!r} are the same "
-            "token. Give the words its model card names."
+            "token.",
+            "Give the words its model card names.",
         )
     return tokenizer
 
@@ -136,7 +137,8 @@ def _one_token(tokenizer: PreTrainedTokenizerBase, spec: Guard, field: str) -> i
         pieces = tokenizer.convert_ids_to_tokens(ids)
         raise ConfigError(
             f"guard {spec.model!r}: {field} {word!r} is {len(ids)} tokens {pieces}, expected one known to the "
-            "tokenizer. Give the first token of the verdict as its model card writes it; a leading space counts."
+            "tokenizer.",
+            "Give the first token of the verdict as its model card writes it; a leading space counts.",
         )
     return ids[0]
 
@@ -168,8 +170,8 @@ def guard_text(
         return render_chat(tokenizer, whole, add_generation_prompt=True, **spec.template_options)
     except TEMPLATE_ERRORS as error:
         raise DataError(
-            f"guard {spec.model!r}: its chat template refuses {name}: {error}. See "
-            "template_options, and which roles and turns the template takes."
+            f"guard {spec.model!r}: its chat template refuses {name}: {error}.",
+            "See template_options, and which roles and turns the template takes.",
         ) from None
 
 

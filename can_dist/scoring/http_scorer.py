@@ -60,15 +60,14 @@ def score_batch(client: OpenAI, spec: HttpScorer, batch: Sequence[Response]) -> 
     try:
         text = client.post(spec.url, cast_to=str, body=body)
     except APIStatusError as error:
-        kind = DataError if error.status_code in (400, 413, 422) else EnvironmentProblem
-        raise kind(refused(owner, spec, error)) from None
+        raise refused(owner, spec, error) from None
     except APIError as error:
-        reason = unreachable(owner, spec, error) or f"{owner}: no usable answer ({type(error).__name__})."
-        raise EnvironmentProblem(reason) from None
+        problem = unreachable(owner, spec, error)
+        raise problem or EnvironmentProblem(f"{owner}: no usable answer ({type(error).__name__}).") from None
     try:
         answer = json.loads(text)
     except ValueError:
-        raise DataError(f"{owner}: the answer is not JSON: {_short(text)}. Is url the right address?") from None
+        raise DataError(f"{owner}: the answer is not JSON: {_short(text)}.", "Is url the right address?") from None
     values = values_at(answer, spec, len(batch), owner)
     return [_number(value, spec, response) for value, response in zip(values, batch, strict=True)]
 
@@ -110,7 +109,8 @@ def _prompt(spec: HttpScorer, response: Response) -> str:
     if len(response.messages) != 1:
         raise DataError(
             f"{_where(spec)}, {_rows([response])}: a conversation of {len(response.messages)} messages is no single "
-            "{prompt}. Send '{messages}', or bring single-turn prompts."
+            "{prompt}.",
+            "Send '{messages}', or bring single-turn prompts.",
         )
     return response.messages[0]["content"]
 
@@ -141,7 +141,8 @@ def values_at(answer: Any, spec: HttpScorer, count: int, owner: str) -> list[Any
     if count > 1 and places != list(range(count)):
         raise DataError(
             f"{owner}: the entries at {before or 'the top'!r} are not in the order of the request: their index is "
-            f"{_short(places)}. Use an endpoint that keeps the order (a reranker sorts by score), or batch_size 1."
+            f"{_short(places)}.",
+            "Use an endpoint that keeps the order (a reranker sorts by score), or batch_size 1.",
         )
     return [_walk(item, after, spec, owner) for item in nodes]
 
@@ -155,8 +156,8 @@ def _walk(node: Any, path: str, spec: HttpScorer, owner: str) -> Any:
         else:
             there = ", ".join(map(str, node)) if isinstance(node, Mapping) else _short(node)
             raise DataError(
-                f"{owner}: the answer has no {step!r} of value {spec.value!r}; there is: {there}. Set value to where "
-                "the score lies."
+                f"{owner}: the answer has no {step!r} of value {spec.value!r}; there is: {there}.",
+                "Set value to where the score lies.",
             )
     return node
 
@@ -165,7 +166,8 @@ def _number(value: Any, spec: HttpScorer, response: Response) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise DataError(
             f"{_where(spec)}, {_rows([response])}: found {_short(value)} at value {spec.value!r}, expected a finite "
-            "number. Set value to where the score lies, or look at what the endpoint does with this text."
+            "number.",
+            "Set value to where the score lies, or look at what the endpoint does with this text.",
         )
     return float(value)
 

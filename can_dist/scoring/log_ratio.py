@@ -55,7 +55,8 @@ def given_ratio(name: str, scorer: LogRatio, reference: Model) -> PolicyRatio:
     if scorer.model is None or scorer.learns:
         raise ConfigError(
             f"scorer {name!r}: its policy is yet to be trained, or its score to be calibrated, on people's "
-            "preferences. Call run.aligned first and give what it returns to run.score."
+            "preferences.",
+            "Call run.aligned first and give what it returns to run.score.",
         )
     check_same_text(scorer.model, reference)
     return PolicyRatio(scorer.model, reference, scorer.beta)
@@ -72,9 +73,9 @@ def check_same_text(policy: Model, reference: Model) -> None:
     """
     if difference := _text_difference(policy, reference):
         raise DataError(
-            f"model {policy.model!r}: {difference}. A log-ratio needs both models to see the same tokens. Give a "
-            f"policy aligned from {reference.model!r}, with its tokenizer and template, or leave out the model to "
-            "have one trained."
+            f"model {policy.model!r}: {difference}. A log-ratio needs both models to see the same tokens.",
+            f"Give a policy aligned from {reference.model!r}, with its tokenizer and template, or leave out the model "
+            "to have one trained.",
         )
 
 
@@ -114,8 +115,8 @@ def check_one_reference(identities: Mapping[str, Mapping[str, Any]], reference_c
     if len(set(state.values())) > 1:
         listed = ", ".join(f"{name} to {weights[:12]}" for name, weights in state.items())
         raise DataError(
-            f"log-ratios relative to different references ({listed}): their sum is the reward of no policy. "
-            "Score them all relative to the model that is trained."
+            f"log-ratios relative to different references ({listed}): their sum is the reward of no policy.",
+            "Score them all relative to the model that is trained.",
         )
 
 

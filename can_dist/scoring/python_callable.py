@@ -59,7 +59,8 @@ def import_callable(function: str) -> Any:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(
-            f"scorer {function!r}: cannot import {module_name!r} ({error}). Start the command where it can be imported."
+            f"scorer {function!r}: cannot import {module_name!r} ({error}).",
+            "Start the command where it can be imported.",
         ) from None
     if not callable(getattr(module, name, None)):
         raise ConfigError(f"scorer {function!r}: module {module_name!r} has no function {name!r}.")

@@ -119,8 +119,8 @@ def pair_of_texts(
     if [message["role"] for message in messages] != ["user"]:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
-            f"scorer {spec.model!r}: a conversation of {roles} is no single question, which text_pair reads. Use a "
-            "model with a chat template, or single-turn prompts."
+            f"scorer {spec.model!r}: a conversation of {roles} is no single question, which text_pair reads.",
+            "Use a model with a chat template, or single-turn prompts.",
         )
     return tokenizer(messages[0]["content"], text)
 

@@ -61,8 +61,8 @@ class Passes:
         tokens = computed_tokens(pack, sizes, self.layout)
         if len(_numbers([pack])) == 1:
             raise EnvironmentProblem(
-                f"{self.where}: a text of {tokens} tokens does not fit into the memory of the device ({reason}). Give "
-                "each actor a device of its own (cluster.gpus_per_actor: 1), or shorten the texts."
+                f"{self.where}: a text of {tokens} tokens does not fit into the memory of the device ({reason}).",
+                "Give each actor a device of its own (cluster.gpus_per_actor: 1), or shorten the texts.",
             )
         self.tokens = min(self.tokens, tokens) // 2
         say(self.where, f"out of memory at {tokens} tokens in one pass; from now on at most {self.tokens}")

@@ -18,7 +18,8 @@ def check_lengths(owner: str, responses: Sequence[Response], texts: Sequence[Seq
         if len(ids) > max_length:
             raise DataError(
                 f"{owner}: response {response.response_id!r} has {len(ids)} tokens with its prompt, the model takes "
-                f"{max_length}. Lower generate.max_new_tokens or shorten the prompts."
+                f"{max_length}.",
+                "Lower generate.max_new_tokens or shorten the prompts.",
             )
 
 

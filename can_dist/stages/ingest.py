@@ -374,9 +374,10 @@ def source_identity(source: DataSource) -> dict[str, Any]:
     if path.is_dir():
         return {"files": {p.name: file_digest(p) for p in sorted(path.iterdir()) if p.is_file()}, "split": source.split}
     if source.source.startswith((".", "/", "~")) or Path(source.source).suffix:
-        raise DataError(f"{source.source}: no such file. Give a JSONL, Parquet or Arrow file, or a hub data set id.")
+        raise DataError(f"{source.source}: no such file.", "Give a JSONL, Parquet or Arrow file, or a hub data set id.")
     if source.revision is None:
         raise ConfigError(
-            f"data set {source.source!r} on the hub: give its revision (a commit), so the run can be repeated."
+            f"data set {source.source!r} on the hub:",
+            "give its revision (a commit), so the run can be repeated.",
         )
     return {"hub": source.source, "split": source.split, "subset": source.subset, "revision": source.revision}

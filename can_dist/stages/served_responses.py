@@ -149,11 +149,10 @@ class Sampler:
         try:
             completion = self._ask(prompt, k)
         except APIStatusError as error:
-            kind = DataError if error.status_code in (400, 413, 422) else EnvironmentProblem
-            raise kind(refused(owner, self.endpoint, error)) from None
+            raise refused(owner, self.endpoint, error) from None
         except APIError as error:
-            reason = unreachable(owner, self.endpoint, error) or _no_completion(owner, type(error).__name__)
-            raise EnvironmentProblem(reason) from None
+            problem = unreachable(owner, self.endpoint, error)
+            raise problem or EnvironmentProblem(_no_completion(owner, type(error).__name__)) from None
         except (OpenAIError, ValueError) as error:  # a body that is not the JSON its header promises
             raise DataError(_no_completion(owner, type(error).__name__)) from None
         text, finish_reason, apart = _first_choice(completion)

@@ -126,7 +126,8 @@ def _check_start(config: Config, start: Policy) -> None:
 def refuse_requantizing(why: str) -> ConfigError:
     """Return the error for a trained policy that would be quantized again; ``why`` begins its message."""
     return ConfigError(
-        f"train.lora.quantize: {why}. Rounded to 4 bits again it would lose part of what it learnt. Leave quantize out."
+        f"train.lora.quantize: {why}. Rounded to 4 bits again it would lose part of what it learnt.",
+        "Leave quantize out.",
     )
 
 

@@ -157,22 +157,22 @@ class Artifact:
     def _checked(self, name: str) -> Path:
         entry = next((entry for entry in self.manifest["files"] if entry["file"] == name), None)
         if entry is None:
-            raise DataError(f"{self.path / MANIFEST}: does not list {name}. Delete {self.path} and run again.")
+            raise DataError(f"{self.path / MANIFEST}: does not list {name}.", f"Delete {self.path} and run again.")
         check_file(self.path, entry)
         return self.path / name
 
 
 def check_file(directory: Path, entry: Mapping[str, Any]) -> None:
     """Compare a file with its manifest entry; raise ``DataError`` when it is missing, cut or changed."""
-    path = directory / entry["file"]
+    path, remedy = directory / entry["file"], f"Delete {directory} and run again."
     if directory.resolve() not in path.resolve().parents:
         raise DataError(f"{directory / MANIFEST}: lists {entry['file']!r}, which lies outside the artifact.")
     if not path.is_file():
-        raise DataError(f"{path}: listed in the manifest, but missing. Delete {directory} and run again.")
+        raise DataError(f"{path}: listed in the manifest, but missing.", remedy)
     if (size := path.stat().st_size) != entry["bytes"]:
-        raise DataError(f"{path}: {size} bytes, the manifest says {entry['bytes']}. Delete {directory} and run again.")
+        raise DataError(f"{path}: {size} bytes, the manifest says {entry['bytes']}.", remedy)
     if file_digest(path) != entry["sha256"]:
-        raise DataError(f"{path}: the content changed since it was committed. Delete {directory} and run again.")
+        raise DataError(f"{path}: the content changed since it was committed.", remedy)
 
 
 def read_part(path: Path) -> pa.Table:
@@ -181,7 +181,10 @@ def read_part(path: Path) -> pa.Table:
         with pa.memory_map(str(path)) as source:
             return pa.ipc.open_file(source).read_all()
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Arrow file ({error}). Delete its directory and run again.") from None
+        raise DataError(
+            f"{path}: not a readable Arrow file ({error}).",
+            "Delete its directory and run again.",
+        ) from None
 
 
 def load_artifact(directory: Path) -> Artifact:
@@ -200,7 +203,7 @@ def load_artifact(directory: Path) -> Artifact:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         well_formed = False
     if not well_formed:
-        raise DataError(f"{path}: damaged, not a manifest of this program. Delete {directory} and run again.")
+        raise DataError(f"{path}: damaged, not a manifest of this program.", f"Delete {directory} and run again.")
     return Artifact(directory, hashlib.sha256(content).hexdigest(), manifest)
 
 
@@ -255,7 +258,7 @@ class StageDirectory:
         for part in self._parts():
             sidecar = part.with_suffix(".json")
             if not sidecar.is_file():
-                raise DataError(f"{sidecar}: gone since its part was committed. Run again: the part is made again.")
+                raise DataError(f"{sidecar}: gone since its part was committed.", "Run again: the part is made again.")
             entries.append(json.loads(sidecar.read_text(encoding="utf-8")))
         if parts is not None:
             self._check_parts({int(entry["file"][5:10]) for entry in entries}, set(parts))
@@ -272,16 +275,14 @@ class StageDirectory:
         return load_artifact(self.path)
 
     def _check_parts(self, there: set[int], expected: set[int]) -> None:
-        if missing := sorted(expected - there):
-            raise DataError(
-                f"{self.path}: {len(missing)} of {len(expected)} parts are gone since they were committed: number "
-                f"{', '.join(map(str, missing[:5]))}. Run again: they are made again."
-            )
-        if strange := sorted(there - expected):
-            raise DataError(
-                f"{self.path}: has {len(strange)} part(s) that this stage did not make: number "
-                f"{', '.join(map(str, strange[:5]))}. Remove them and run again."
-            )
+        missing, strange = sorted(expected - there), sorted(there - expected)
+        first = ", ".join(map(str, (missing or strange)[:5]))
+        if missing:
+            state = f"{len(missing)} of {len(expected)} parts are gone since they were committed: number {first}."
+            raise DataError(f"{self.path}: {state}", "Run again: they are made again.")
+        if strange:
+            state = f"has {len(strange)} part(s) that this stage did not make: number {first}."
+            raise DataError(f"{self.path}: {state}", "Remove them and run again.")
 
 
 def write_part(directory: Path, index: int, table: pa.Table) -> None:

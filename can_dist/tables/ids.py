@@ -45,7 +45,8 @@ def id_column(values: Sequence[object], name: str, place: str, *, coded: bool = 
         if value is not None and id_text(value) is None:
             raise DataError(
                 f"{place}, row {row}, field '{name}': found {show(value)}, expected a text that is not empty, or a "
-                "whole number.\n  Write the id as text."
+                "whole number.\n",
+                "Write the id as text.",
             )
     numbers = {value for value in kept if isinstance(value, int)}
     if len(numbers) and all(isinstance(value, int) for value in kept) and all(-(2**63) <= n < 2**63 for n in numbers):
@@ -53,7 +54,8 @@ def id_column(values: Sequence[object], name: str, place: str, *, coded: bool = 
     if both := {str(number) for number in numbers} & {value for value in kept if isinstance(value, str)}:
         raise DataError(
             f"{place}: {len(both)} value(s) of {name} are written both as a number and as a text, such as "
-            f"{min(both)!r}.\n  Expected one spelling of an id; write all ids as texts."
+            f"{min(both)!r}.\n",
+            "Expected one spelling of an id; write all ids as texts.",
         )
     texts = [None if value is None else id_text(value) for value in values]
     if not coded:
@@ -83,7 +85,7 @@ def plain_ids(column: pa.ChunkedArray | pa.Array, name: str, place: str, first_r
     texts = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     whole = pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0)
     if not (texts or whole or pa.types.is_temporal(kind)):
-        raise DataError(f"{place}: {name} is {kind}, expected text or whole numbers. Write the ids as texts.")
+        raise DataError(f"{place}: {name} is {kind}, expected text or whole numbers.", "Write the ids as texts.")
     if pa.types.is_integer(kind):
         return column.cast(kind)
     return column.cast(pa.string())
@@ -110,7 +112,7 @@ def coded_ids(
             column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column, name, place, first_row
         )
     if pa.types.is_nested(kind):
-        raise DataError(f"{place}: {name} is {kind}, expected text or whole numbers. Write the ids as texts.")
+        raise DataError(f"{place}: {name} is {kind}, expected text or whole numbers.", "Write the ids as texts.")
     if not isinstance(column, pa.ChunkedArray):
         column = pa.chunked_array([column])
     given = pa.types.is_dictionary(column.type)
@@ -147,6 +149,7 @@ def _whole(column: pa.Array, name: str, place: str, first_row: int) -> pa.Array:
         row = int(np.flatnonzero(~exact)[0])
         raise DataError(
             f"{place}: {name} is floating point, and {float(values[row])!r} at row {first_row + row} is no whole "
-            "number that such a type holds exactly. Write the ids as texts."
+            "number that such a type holds exactly.",
+            "Write the ids as texts.",
         )
     return pa.array(values.astype(np.int64))

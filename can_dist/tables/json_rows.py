@@ -46,7 +46,7 @@ def json_rows(path: Path) -> Iterator[Row]:
             file.seek(0)
             yield from _json_lines(path, file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: damaged or truncated gzip ({error}). Download or compress it again.") from error
+        raise DataError(f"{path}: damaged or truncated gzip ({error}).", "Download or compress it again.") from error
 
 
 def _json_lines(path: Path, file: IO[bytes]) -> Iterator[Row]:
@@ -97,8 +97,9 @@ def _refuse_columns(path: Path, row: Row) -> None:
 def _one_object(path: Path, value: object) -> DataError:
     names = f" of {', '.join(map(repr, list(value)[:4]))}" if isinstance(value, dict) else ""
     return DataError(
-        f"{path}: the file is one JSON object{names}, a whole table and not rows (pandas writes such files unless told "
-        f"otherwise).\n  Expected one object per row. With pandas: {ORIENT}."
+        f"{path}: the file is one JSON object{names}, a whole table and not rows (pandas writes such files unless "
+        "told otherwise).\n",
+        f"Expected one object per row. With pandas: {ORIENT}.",
     )
 
 
@@ -116,13 +117,14 @@ def _json_object(path: Path, line: bytes, number: int) -> Row:
         row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}, line {number}: malformed JSON ({error}).\n"
-            f"  Found {show(line.decode('utf-8', 'replace').strip())}; expected one JSON object per line. "
-            "Correct the line or write the file again."
+            f"{path}, line {number}: malformed JSON ({error}).\n  Found "
+            f"{show(line.decode('utf-8', 'replace').strip())}; expected one JSON object per line.",
+            "Correct the line or write the file again.",
         ) from error
     if not isinstance(row, dict):
         raise DataError(
-            f"{path}, line {number}: found {show(row)}, expected one JSON object per line. Correct the line."
+            f"{path}, line {number}: found {show(row)}, expected one JSON object per line.",
+            "Correct the line.",
         )
     return row
 
@@ -132,9 +134,10 @@ def _json_array(path: Path, text: bytes) -> list[Row]:
         rows = json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: malformed JSON ({error}). Expected an array of objects; write the file again."
+            f"{path}: malformed JSON ({error}).",
+            "Expected an array of objects; write the file again.",
         ) from error
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: found {show(row)}, expected an object. Correct the row.")
+            raise DataError(f"{path}, row {number}: found {show(row)}, expected an object.", "Correct the row.")
     return cast("list[Row]", rows)

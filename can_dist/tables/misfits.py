@@ -23,7 +23,7 @@ def bad(place: str, field: str, value: object, expected: str, remedy: str) -> Da
         expected: the values that would be right.
         remedy: the step that the user can take.
     """
-    return DataError(f"{place}, field '{field}': found {show(value)}, expected {expected}.\n  {remedy}")
+    return DataError(f"{place}, field '{field}': found {show(value)}, expected {expected}.\n", remedy)
 
 
 def is_nothing(value: object) -> bool:

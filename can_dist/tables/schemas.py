@@ -119,7 +119,8 @@ def check_unique_codes(table: pa.Table, code_N: Mapping[str, npt.NDArray[np.int6
         shown.append(f"{value if len(columns) == 1 else f'({value})'} at rows {rows[:3].tolist()}")
     named = columns[0] if len(columns) == 1 else f"({', '.join(columns)})"
     raise DataError(
-        f"{source}: {named} must be unique, {len(repeated)} value(s) repeat: {'; '.join(shown)}. Remove the duplicates."
+        f"{source}: {named} must be unique, {len(repeated)} value(s) repeat: {'; '.join(shown)}.",
+        "Remove the duplicates.",
     )
 
 
@@ -136,4 +137,7 @@ def require_columns(table: pa.Table, columns: Sequence[str], source: str) -> Non
         )
     twice = [name for name in columns if table.column_names.count(name) > 1]
     if twice:
-        raise DataError(f"{source}: column {', '.join(map(repr, twice))} is there more than once. Rename or drop one.")
+        raise DataError(
+            f"{source}: column {', '.join(map(repr, twice))} is there more than once.",
+            "Rename or drop one.",
+        )

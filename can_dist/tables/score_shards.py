@@ -56,7 +56,8 @@ def open_score_shards(path: Path, columns: Sequence[str]) -> list[Path]:
     paths = score_files(path)
     if is_json(paths[0]):
         raise DataError(
-            f"{path}: a JSON file cannot be read block by block. Write it as Parquet, or give --engine memory."
+            f"{path}: a JSON file cannot be read block by block.",
+            "Write it as Parquet, or give --engine memory.",
         )
     check_distinct(columns[0], columns[1:], str(path))
     first = _schema(paths[0])
@@ -100,7 +101,7 @@ def index_shard(path: Path, columns: Sequence[str]) -> ShardIndex:
             seen = _check_responses(path, batch.column(1), first, seen if goes_on else set(), row)
         row, last = row + batch.num_rows, texts[code_N[-1]]
     if row == 0:
-        raise DataError(f"{path}: the shard has no rows. Remove it or write it again.")
+        raise DataError(f"{path}: the shard has no rows.", "Remove it or write it again.")
     start_P = np.concatenate(starts)
     index = ShardIndex(np.diff(np.concatenate((start_P, [row]))).astype(np.int64), np.concatenate(hashes))
     _check_side_by_side(path, index, start_P)
@@ -208,7 +209,7 @@ def _floats(column: pa.Array, narrow: bool) -> npt.NDArray[Any]:
 def _check_no_null(column: pa.Array, path: Path, row: int) -> None:
     if column.null_count:
         null = row + int(pc.index(pc.is_null(column), True).as_py())
-        raise DataError(f"{path}: prompt_id is null at row {null}. Every row needs the id of its prompt.")
+        raise DataError(f"{path}: prompt_id is null at row {null}.", "Every row needs the id of its prompt.")
 
 
 def _check_finite(batch: pa.RecordBatch, name: str, path: Path, row: int) -> None:
@@ -219,7 +220,8 @@ def _check_finite(batch: pa.RecordBatch, name: str, path: Path, row: int) -> Non
         raise DataError(
             f"{path}: column {name!r} has {bad.size} value(s) that are null, NaN or infinite in rows {row} to "
             f"{row + batch.num_rows - 1}, first row {row + int(bad[0])} ({batch.column(0)[int(bad[0])].as_py()}): "
-            f"{value}. Remove these prompts or score them again."
+            f"{value}.",
+            "Remove these prompts or score them again.",
         )
 
 
@@ -244,8 +246,8 @@ def _check_responses(path: Path, column: pa.Array, first_Q: IntArray, seen: set[
     if repeated.size:
         again = int(repeated.min())
         raise DataError(
-            f"{path}: response_id {ids[code_N[again]]!r} at row {row + again} is there before, for the same prompt. "
-            "Every response of a prompt needs its own; remove the duplicates."
+            f"{path}: response_id {ids[code_N[again]]!r} at row {row + again} is there before, for the same prompt.",
+            "Every response of a prompt needs its own; remove the duplicates.",
         )
     last = int(first_Q[-1]) if first_Q.size else 0
     return {ids[code] for code in code_N[last:]} | (set() if first_Q.size else seen)
@@ -257,9 +259,9 @@ def _check_side_by_side(path: Path, index: ShardIndex, start_P: IntArray) -> Non
     if again.size:
         first, second = int(order[again[0]]), int(order[again[0] + 1])
         raise DataError(
-            f"{path}: the rows of prompt {_prompt_of(path, index, index.hash_P[first])} are not side by side (from row "
-            f"{start_P[first]}, and again from row {start_P[second]}). Sort the table by prompt_id, or give --engine "
-            "memory."
+            f"{path}: the rows of prompt {_prompt_of(path, index, index.hash_P[first])} are not side by side (from "
+            f"row {start_P[first]}, and again from row {start_P[second]}).",
+            "Sort the table by prompt_id, or give --engine memory.",
         )
 
 

@@ -65,12 +65,19 @@ def read_score_table(path: Path, names: Sequence[str] | None = None) -> pa.Table
 def score_files(path: Path) -> list[Path]:
     """Return the files of a score table in order: the file itself, the parts of an artifact, or those of a folder."""
     if not path.exists():
-        raise DataError(f"{path}: no such file. Give a Parquet, Arrow or JSONL table of scores.")
+        raise DataError(f"{path}: no such file.", "Give a Parquet, Arrow or JSONL table of scores.")
     if (path / MANIFEST).is_file():
         return load_artifact(path).parts
     if not path.is_dir():
         return [path]
     parts = sorted(p for p in path.iterdir() if p.suffix in TABLE_SUFFIXES and p.name[0] != ".")
+    other = sorted(p.name for p in path.iterdir() if is_json(p) and p.name[0] != ".")
+    if parts and other:
+        raise DataError(
+            f"{path}: {', '.join(other[:3])}{' and more' if len(other) > 3 else ''} beside {parts[0].name}, and a "
+            "directory is read as the Parquet or Arrow parts of one table.",
+            "Write all parts alike, or move what does not belong to the table.",
+        )
     if not parts:
         raise DataError(f"{path}: no .parquet or .arrow file in the directory.")
     _check_none_missing(parts)
@@ -88,7 +95,8 @@ def _check_none_missing(paths: Sequence[Path]) -> None:
         if missing := sorted(set(range(first, first + count)) - numbers):
             raise DataError(
                 f"{paths[0].parent}: {len(missing)} of {count} parts of {stem!r} are missing: number "
-                f"{', '.join(map(str, missing[:5]))}. Copy them, or score them again."
+                f"{', '.join(map(str, missing[:5]))}.",
+                "Copy them, or score them again.",
             )
 
 
@@ -113,7 +121,7 @@ def schema_difference(first: pa.Schema, first_name: str, other: pa.Schema, other
 def unreadable(path: Path) -> Iterator[None]:
     """Turn what Arrow says of a damaged file into one message."""
     if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty. Expected a table with a prompt_id column and scores.")
+        raise DataError(f"{path}: the file is empty.", "Expected a table with a prompt_id column and scores.")
     try:
         yield
     except (pa.ArrowInvalid, OSError) as error:
@@ -135,16 +143,17 @@ def _read_file(path: Path, names: Sequence[str] | None) -> pa.Table:
                 start = source.read(4)
                 if start == b"FEA1":
                     raise DataError(
-                        f"{path}: Feather version 1, which is no longer written. Expected version 2: write it with "
-                        "pandas' to_feather or as Parquet."
+                        f"{path}: Feather version 1, which is no longer written.",
+                        "Expected version 2: write it with pandas' to_feather or as Parquet.",
                     )
                 if start == b"\xff\xff\xff\xff":
                     raise DataError(
-                        f"{path}: an Arrow stream, which reads short without an error when it is cut. Expected the "
-                        "Arrow file format: write it with pyarrow.ipc.new_file, pyarrow.feather or as Parquet."
+                        f"{path}: an Arrow stream, which reads short without an error when it is cut.",
+                        "Expected the Arrow file format: write it with pyarrow.ipc.new_file, pyarrow.feather or as "
+                        "Parquet.",
                     )
                 return pa.ipc.open_file(source).read_all()
-    raise DataError(f"{path}: unknown kind of file {path.suffix!r}. Expected .parquet, .arrow, .feather or .jsonl.")
+    raise DataError(f"{path}: unknown kind of file {path.suffix!r}.", "Expected .parquet, .arrow, .feather or .jsonl.")
 
 
 def _needed(schema: pa.Schema, names: Sequence[str]) -> list[str] | None:
@@ -158,7 +167,7 @@ def _needed(schema: pa.Schema, names: Sequence[str]) -> list[str] | None:
 def _read_json(path: Path, *, coded: bool) -> pa.Table:
     """Return the columns of a JSON file: ids as :func:`id_column` reads them, numbers, truth values, else texts."""
     if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty. Expected a table with a prompt_id column and scores.")
+        raise DataError(f"{path}: the file is empty.", "Expected a table with a prompt_id column and scores.")
     values: dict[str, list[Any]] = {}
     texts: dict[str, str] = {}
     num_rows = 0
@@ -200,7 +209,8 @@ def _check_not_twice(paths: Sequence[Path], tables: Sequence[pa.Table]) -> None:
         for before in range(number):
             if table.num_rows and table.num_rows == tables[before].num_rows and table.equals(tables[before]):
                 raise DataError(
-                    f"{paths[number]}: the same rows as {paths[before].name}: a shard counted twice. Remove one."
+                    f"{paths[number]}: the same rows as {paths[before].name}: a shard counted twice.",
+                    "Remove one.",
                 )
 
 
@@ -224,7 +234,7 @@ def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], place
         raise DataError(f"{place}: the table has no rows.")
     if table.column("prompt_id").null_count:
         rows = null_rows(table.column("prompt_id"))
-        raise DataError(f"{place}: prompt_id is null at rows {rows}. Give every row the id of its prompt.")
+        raise DataError(f"{place}: prompt_id is null at rows {rows}.", "Give every row the id of its prompt.")
     code_N, distinct = coded_ids(table.column("prompt_id"), "prompt_id", place)
     if "response_id" in table.column_names:
         response_N, _ = coded_ids(table.column("response_id"), "response_id", place, nulls=True)
@@ -233,7 +243,8 @@ def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], place
     if len(distinct) == table.num_rows:
         raise DataError(
             f"{place}: every prompt has one response (K = 1), so no response can be preferred to another and the dual "
-            "knows nothing. Sample at least 2 responses per prompt (generate.num_responses)."
+            "knows nothing.",
+            "Sample at least 2 responses per prompt (generate.num_responses).",
         )
     utilities = np.stack(columns[1:], axis=1) if constraints else np.empty((table.num_rows, 0))
     return Scores(id_array(code_N, distinct), columns[0], utilities)
@@ -250,8 +261,8 @@ def _finite_column(table: pa.Table, name: str, place: str) -> npt.NDArray[np.flo
             f"row {row} ({ids[int(row)].as_py()}): {column[int(row)].as_py()}" for row in bad[:5].tolist()
         )
         raise DataError(
-            f"{place}: column {name!r} has {bad.size} value(s) that are null, NaN or infinite: {listed}. "
-            "Remove these prompts or score them again."
+            f"{place}: column {name!r} has {bad.size} value(s) that are null, NaN or infinite: {listed}.",
+            "Remove these prompts or score them again.",
         )
     return np.asarray(values, dtype=np.float64)
 
@@ -269,7 +280,10 @@ def doubles(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
 def check_distinct(reward: str, constraints: Sequence[str], place: str) -> None:
     """Raise ``DataError`` when the reward is a constraint too."""
     if reward in constraints:
-        raise DataError(f"{place}: column {reward!r} is both the reward and a constraint. Name two different columns.")
+        raise DataError(
+            f"{place}: column {reward!r} is both the reward and a constraint.",
+            "Name two different columns.",
+        )
 
 
 def check_numeric(kind: pa.DataType, name: str, place: str, column: pa.ChunkedArray | None = None) -> None:
@@ -283,8 +297,10 @@ def check_numeric(kind: pa.DataType, name: str, place: str, column: pa.ChunkedAr
     """
     if pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind):
         return
-    shown = "" if column is None else _first_text(column)
-    raise DataError(f"{place}: column {name!r} is {kind}, expected numbers.{shown or ' Write it as numbers.'}")
+    remedy = "Write 1 for true and 0 for false." if pa.types.is_boolean(kind) else ""
+    if column is not None and not remedy:
+        remedy = _first_text(column)
+    raise DataError(f"{place}: column {name!r} is {kind}, expected numbers.", remedy or "Write it as numbers.")
 
 
 def _first_text(column: pa.ChunkedArray) -> str:
@@ -293,5 +309,5 @@ def _first_text(column: pa.ChunkedArray) -> str:
         return ""
     for row, text in enumerate(column.to_pylist()):
         if text is not None and not _NUMBER.fullmatch(text):
-            return f" Row {row} holds {show(text)}; write numbers, without quotation marks."
+            return f"Row {row} holds {show(text)}; write numbers, without quotation marks."
     return ""

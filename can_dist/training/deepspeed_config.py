@@ -31,14 +31,16 @@ OWNED = {
     "elasticity": "cluster.num_workers",
 }
 
-# what DeepSpeed can do and our loop cannot: it would train something else without a word
+# what DeepSpeed can do and our loop cannot, for it would train something else without a word; and what to do instead
 NOT_OFFERED = {
-    "sequence_parallel_size": "Ulysses would split a response over ranks, and the loss needs the sum over all its "
-    "tokens. For long contexts take train.activation_checkpointing, fewer train.tokens_per_pack and offload",
-    "tensor_parallel": "weights are divided by ZeRO-3 alone. Take more ranks",
-    "expert_parallel": "experts are divided by ZeRO-3 as other weights are. Take more ranks",
-    "pipeline": "weights are divided by ZeRO-3 alone. Take more ranks",
-    "compression_training": "the policy is exported in the precision it was trained in. Quantize it afterwards",
+    "sequence_parallel_size": (
+        "Ulysses would split a response over ranks, and the loss needs the sum over all its tokens",
+        "For long contexts take train.activation_checkpointing, fewer train.tokens_per_pack and offload.",
+    ),
+    "tensor_parallel": ("weights are divided by ZeRO-3 alone", "Take more ranks."),
+    "expert_parallel": ("experts are divided by ZeRO-3 as other weights are", "Take more ranks."),
+    "pipeline": ("weights are divided by ZeRO-3 alone", "Take more ranks."),
+    "compression_training": ("the policy is exported in the precision it was trained in", "Quantize it afterwards."),
 }
 
 
@@ -60,7 +62,7 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     try:
         config = json.loads(Path(path).expanduser().read_text(encoding="utf-8"), object_pairs_hook=_once)
     except OSError:
-        raise ConfigError(f"train.ds_config: {path}: no such file. ds_configs/ holds some.") from None
+        raise ConfigError(f"train.ds_config: {path}: no such file.", "ds_configs/ holds some.") from None
     except ValueError as error:
         raise ConfigError(f"train.ds_config: {path}: not valid JSON: {error}.") from None
     if not isinstance(config, dict):
@@ -69,12 +71,13 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     if owned:
         raise ConfigError(f"train.ds_config: {path}: these keys belong to the run's configuration: {'; '.join(owned)}.")
     for key in NOT_OFFERED.keys() & config.keys():
-        raise ConfigError(f"train.ds_config: {path}: {key} is not offered: {NOT_OFFERED[key]}.")
+        reason, remedy = NOT_OFFERED[key]
+        raise ConfigError(f"train.ds_config: {path}: {key} is not offered: {reason}.", remedy)
     automatic = _automatic(config)
     if automatic:
         raise ConfigError(
-            f"train.ds_config: {path}: {', '.join(automatic)}: 'auto' means something to transformers' Trainer only. "
-            "Give a value, or leave the key out for DeepSpeed's default."
+            f"train.ds_config: {path}: {', '.join(automatic)}: 'auto' means something to transformers' Trainer only.",
+            "Give a value, or leave the key out for DeepSpeed's default.",
         )
     zero = config.setdefault("zero_optimization", {"stage": 3})
     if not isinstance(zero, dict) or zero.get("stage") not in (2, 3):
@@ -130,7 +133,8 @@ def build_ds_config(base: dict[str, Any], train: Train, precision: str) -> dict[
     if base["zero_optimization"]["stage"] == 2 and train.lora is None:
         raise ConfigError(
             f"train.ds_config: {train.ds_config}: zero_optimization.stage 2 keeps every weight on every rank, and is "
-            "for adapters, whose optimizer is small. Set train.lora, or stage 3."
+            "for adapters, whose optimizer is small.",
+            "Set train.lora, or stage 3.",
         )
     whole = {
         "train_micro_batch_size_per_gpu": 1,
@@ -205,5 +209,5 @@ def _refuse_unknown(config: dict[str, Any], path: str | None) -> None:
     DeepSpeedConfig(read)
     for key in config.keys() - read.looked_for:
         nearest = difflib.get_close_matches(key, read.looked_for, n=1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise ConfigError(f"train.ds_config: {path}: {key}: DeepSpeed knows no such key.{hint}")
+        remedy = f"Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ConfigError(f"train.ds_config: {path}: {key}: DeepSpeed knows no such key.", remedy)

@@ -68,14 +68,15 @@ def check_build_directories() -> None:
     for directory in build_directories():
         if reason := unsafe_reason(directory):
             raise EnvironmentProblem(
-                f"{directory}: {reason}, who could have their compiled code loaded here. "
-                f"Run 'chmod 700 {directory}', or set {VARIABLE} to a directory of your own."
+                f"{directory}: {reason}, who could have their compiled code loaded here.",
+                f"Run 'chmod 700 {directory}', or set {VARIABLE} to a directory of your own.",
             )
         if locks := stale_locks(directory):
             raise EnvironmentProblem(
                 "a killed build of a DeepSpeed extension left its lock, and training would wait for it without end: "
-                f"{describe(locks)}. If nothing is compiling there on another machine, delete "
-                f"{' and '.join(str(lock.path) for lock in locks)}."
+                f"{describe(locks)}.",
+                "If nothing is compiling there on another machine, delete "
+                f"{' and '.join(str(lock.path) for lock in locks)}.",
             )
 
 

@@ -38,8 +38,8 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if find_spec(PACKAGES[name]) is None:
             raise ConfigError(
-                f"train.trackers: {name} needs the package {PACKAGES[name]!r}, which is not installed. "
-                f"pip install 'can-dist[{name}]', or leave {name} out."
+                f"train.trackers: {name} needs the package {PACKAGES[name]!r}, which is not installed.",
+                f"pip install 'can-dist[{name}]', or leave {name} out.",
             )
 
 

@@ -40,6 +40,9 @@ MAX_SHAPE = 0.5
 SPREAD_ESS = 15.0
 """Effective responses per prompt from which a prompt's own normaliser is known: carriers by it then suffice."""
 
+SPREAD_SHARE = 0.8
+"""Share of a prompt's responses that carry it from which a larger β would spread the weights no further."""
+
 MAX_SINGLE = 0.1
 """Share of prompts with one response, which show no change, up to which it is counted as an error."""
 
@@ -217,12 +220,15 @@ def _objection(
         return "a score never differs between the responses to a prompt"
     ess, carriers = float(ess_J.min()), float(evidence.carriers_J.min())
     carried = f"{ess:.1f} of {typical:g} responses carry a prompt's prediction, prompts weighted by how much they vary"
+    advice = (
+        "raise beta or the number of responses" if ess < SPREAD_SHARE * typical else "raise the number of responses"
+    )
     if ess < MIN_ESS:
-        return f"{carried}; raise beta or the number of responses"
+        return f"{carried}; {advice}"
     if ess >= SPREAD_ESS and evidence.own_carriers_J.min() >= MIN_CARRIERS:
         return ""
     if carriers < MIN_CARRIERS:
-        return f"{carriers:.0f} of all {table.num_rows} responses decide it; raise beta or the number of responses"
+        return f"{carriers:.0f} of all {table.num_rows} responses decide it; {advice}"
     if not evidence.shape <= MAX_SHAPE:
-        return f"rare responses decide it (Pareto k = {evidence.shape:.2f}); raise beta or the number of responses"
+        return f"rare responses decide it (Pareto k = {evidence.shape:.2f}); {advice}"
     return ""

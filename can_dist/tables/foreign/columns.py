@@ -179,9 +179,9 @@ class Ignored:
             columns = list(dict.fromkeys(name for name in names if name not in self.keys))
             drop = f"drop it:\n    {dropping(columns, place)}" if columns else "drop it from the messages."
             raise DataError(
-                f"{place}, field '{names[0]}': found {show(dropped.get(names[0]))}, but {first_where} has "
-                "another value beside the same prompt, and no reader uses this field: two tasks would become one.\n"
-                f"  If it belongs to what is asked, write it into the prompt; if not, {drop}"
+                f"{place}, field '{names[0]}': found {show(dropped.get(names[0]))}, but {first_where} has another "
+                "value beside the same prompt, and no reader uses this field: two tasks would become one.\n",
+                f"If it belongs to what is asked, write it into the prompt; if not, {drop}",
             )
 
 

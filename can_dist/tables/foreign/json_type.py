@@ -37,7 +37,8 @@ def row_decoder(schema: pa.Schema, path: Path) -> Callable[[Row, int], Row]:
                 except (ValueError, RecursionError) as error:
                     raise DataError(
                         f"{path}, row {number}, field '{name}': found {show(row[name])}, expected JSON texts, as the "
-                        f"column's type says ({error}).\n  Write the file again."
+                        f"column's type says ({error}).\n",
+                        "Write the file again.",
                     ) from error
         return row
 

@@ -33,9 +33,8 @@ def find_format(columns: Sequence[str], place: str, *, pairs_only: bool = False)
         f"{place}: unknown {'preference ' if pairs_only else ''}format.\n"
         f"  Columns found: {', '.join(columns)}.\n"
         "  Formats known:\n" + "".join(f"    {form.title}: {form.needs_text()}\n" for form in known) + "  Nearest: "
-        f"{nearest.title}, missing {', '.join(missing)}"
-        + (f" ({rename})" if rename else "")
-        + ". Rename or add columns."
+        f"{nearest.title}, missing {', '.join(missing)}" + (f" ({rename})" if rename else "") + ".",
+        "Rename or add columns.",
     )
 
 

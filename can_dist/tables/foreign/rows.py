@@ -236,8 +236,8 @@ def _same_type(row: Row, place: str) -> tuple[Any, Any]:
     if isinstance(chosen, str) != isinstance(rejected, str):
         types = f"chosen is {_type(chosen)}, rejected is {_type(rejected)}"
         raise DataError(
-            f"{place}, fields 'chosen' and 'rejected': found different types ({types}), expected the same.\n"
-            "  Write both as text, or both as lists of messages."
+            f"{place}, fields 'chosen' and 'rejected': found different types ({types}), expected the same.\n",
+            "Write both as text, or both as lists of messages.",
         )
     return chosen, rejected
 

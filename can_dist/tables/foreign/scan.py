@@ -54,8 +54,8 @@ class Ids:
         if self.clashes:
             raise DataError(
                 f"prompt_id must stand for one prompt, {len(self.clashes)} row(s) repeat an id: "
-                f"{'; '.join(self.clashes[:5])}.\n"
-                "  Remove the duplicates, or drop the column prompt_id to have ids computed."
+                f"{'; '.join(self.clashes[:5])}.\n",
+                "Remove the duplicates, or drop the column prompt_id to have ids computed.",
             )
 
 
@@ -63,8 +63,8 @@ def _given_id(value: object, place: str) -> str:
     text = id_text(value)
     if text is None:
         raise DataError(
-            f"{place}, field 'prompt_id': found {value!r}, expected a non-empty string or an integer.\n"
-            "  Fill it in, or drop the column to have ids computed."
+            f"{place}, field 'prompt_id': found {value!r}, expected a non-empty string or an integer.\n",
+            "Fill it in, or drop the column to have ids computed.",
         )
     return text
 
@@ -124,15 +124,16 @@ class Scan:
         if self._given and (missing := [name for name in form.needs if name not in shard.columns]):
             raise DataError(
                 f"{shard.name}: no column {' or '.join(map(repr, missing))}. Columns found: "
-                f"{', '.join(shard.columns)}. Expected prompt (text or messages) and responses (a list of texts)."
+                f"{', '.join(shard.columns)}.",
+                "Expected prompt (text or messages) and responses (a list of texts).",
             )
         if self._form is None:
             self._form, self._first = form, shard.name
         elif form is not self._form:
             raise DataError(
-                f"{shard.name}: {form.title} (columns {', '.join(shard.columns)}), "
-                f"but {self._first} is {self._form.title}.\n"
-                "  Expected one format in all shards. Read them one by one."
+                f"{shard.name}: {form.title} (columns {', '.join(shard.columns)}), but {self._first} is "
+                f"{self._form.title}.\n",
+                "Expected one format in all shards. Read them one by one.",
             )
         return form
 
@@ -145,7 +146,8 @@ class Scan:
             if name == "prompt_id" and self._given is None:
                 raise DataError(
                     f"{place}, field '{name}': found {show(row[name])}, a name that the first rows of the file do not "
-                    "have.\n  Expected the same names in all rows (null where there is nothing). Write them so."
+                    "have.\n",
+                    "Expected the same names in all rows (null where there is nothing). Write them so.",
                 )
         self.columns.update(dict.fromkeys(late))
 
@@ -153,8 +155,9 @@ class Scan:
         self.key = self.key or key
         if key != self.key:
             raise DataError(
-                f"{place}: a row in format {key!r}, but the rows before are in format {self.key!r} "
-                "(text and message lists mixed).\n  Expected one format in all rows. Split the file in two."
+                f"{place}: a row in format {key!r}, but the rows before are in format {self.key!r} (text and message "
+                "lists mixed).\n",
+                "Expected one format in all rows. Split the file in two.",
             )
 
     def put_aside(self, place: str, reason: str) -> None:
@@ -175,7 +178,8 @@ class Scan:
                 f"{self.source}: all {self.num_rows} rows were set aside ({self.reasons()}). No row is usable."
             )
         raise DataError(
-            f"{self.source}: the file is empty (no rows). Expected at least one row; write or download it again."
+            f"{self.source}: the file is empty (no rows).",
+            "Expected at least one row; write or download it again.",
         )
 
     @property

@@ -70,15 +70,15 @@ def open_shards(source: str | Path, *, split: str, subset: str | None, revision:
     text, path = str(source), Path(source).expanduser()
     if path.exists():
         if subset is not None or revision is not None:
-            raise ConfigError(f"{text} is local: 'subset' and 'revision' select on the hub only. Leave them out.")
+            raise ConfigError(f"{text} is local: 'subset' and 'revision' select on the hub only.", "Leave them out.")
         if path.is_file() and split != "train":
-            raise ConfigError(f"{text} is one file and has no split {split!r}. Name the file of that split.")
+            raise ConfigError(f"{text} is one file and has no split {split!r}.", "Name the file of that split.")
         return (_open_file(file) for file in _local_files(path, split))
     if isinstance(source, Path) or _looks_local(text):
         raise DataError(
-            f"{text}: no such file or directory (looked in {Path.cwd()}).\n"
-            f"  Expected a file ({', '.join(_KINDS)}), a directory of such files, or a hub id such as "
-            "PKU-Alignment/PKU-SafeRLHF. Correct the path."
+            f"{text}: no such file or directory (looked in {Path.cwd()}).\n",
+            f"Expected a file ({', '.join(_KINDS)}), a directory of such files, or a hub id such as "
+            "PKU-Alignment/PKU-SafeRLHF. Correct the path.",
         )
     return iter([_open_hub(text, split, subset, revision)])
 
@@ -103,7 +103,7 @@ def _local_files(path: Path, split: str) -> list[Path]:
     if (path / "dataset_dict.json").is_file():  # datasets.DatasetDict.save_to_disk
         splits = sorted(child.parent.name for child in path.glob("*/state.json"))
         if split not in splits:
-            raise DataError(f"{path}: no split {split!r}; the directory holds {splits}. Set split to one of them.")
+            raise DataError(f"{path}: no split {split!r}; the directory holds {splits}.", "Set split to one of them.")
         path = path / split
     if (path / "state.json").is_file():  # datasets.Dataset.save_to_disk: its state lists its files
         return _saved_files(path)
@@ -113,14 +113,14 @@ def _local_files(path: Path, split: str) -> list[Path]:
             break
     else:
         raise DataError(
-            f"{path}: the directory holds no data file.\n"
-            f"  Found {sorted(f.name for f in path.iterdir())[:8]}; expected files ending in {', '.join(_KINDS)}."
+            f"{path}: the directory holds no data file.\n",
+            f"Found {sorted(f.name for f in path.iterdir())[:8]}; expected files ending in {', '.join(_KINDS)}.",
         )
     kinds = Counter(_kind(f) for f in files)
     if len(kinds) > 1:
         raise DataError(
-            f"{path}: the directory mixes kinds of files ({dict(kinds)}), perhaps the same rows twice.\n"
-            "  Name one file, or keep one kind in the directory."
+            f"{path}: the directory mixes kinds of files ({dict(kinds)}), perhaps the same rows twice.\n",
+            "Name one file, or keep one kind in the directory.",
         )
     return _of_split(path, files, split)
 
@@ -135,11 +135,15 @@ def _saved_files(path: Path) -> list[Path]:
         files = [path / entry["filename"] for entry in state["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path / 'state.json'}: not a state written by save_to_disk ({error!r}). Save again."
+            f"{path / 'state.json'}: not a state written by save_to_disk ({error!r}).",
+            "Save again.",
         ) from error
     missing = [str(f) for f in files if not f.is_file()]
     if missing:
-        raise DataError(f"{path / 'state.json'} lists files that do not exist: {missing[:5]}. Save or copy it again.")
+        raise DataError(
+            f"{path / 'state.json'} lists files that do not exist: {missing[:5]}.",
+            "Save or copy it again.",
+        )
     return files
 
 
@@ -160,14 +164,15 @@ def _of_split(path: Path, files: list[Path], split: str) -> list[Path]:
         named = [f.name for f in files if f not in by_split[None]]
         raise DataError(
             f"{path}: some files carry a split in their name ({named[:3]}), others none "
-            f"({[f.name for f in by_split[None]][:3]}).\n  Name one file, or move the others away."
+            f"({[f.name for f in by_split[None]][:3]}).\n",
+            "Name one file, or move the others away.",
         )
     if wanted not in by_split:
         names = sorted(name for name in by_split if name is not None)
-        raise DataError(f"{path}: no split {split!r}; file names show {names or 'no split'}. Set split accordingly.")
+        raise DataError(f"{path}: no split {split!r}; file names show {names or 'no split'}.", "Set split accordingly.")
     several = sorted({whole[file] for file in by_split[wanted] if file in whole})
     if len(several) > 1:  # such as train_prefs and train_sft, whose rows are not of one kind
-        raise DataError(f"{path}: split {split!r} may be any of {', '.join(several)}. Set split to one of them.")
+        raise DataError(f"{path}: split {split!r} may be any of {', '.join(several)}.", "Set split to one of them.")
     return by_split[wanted]
 
 
@@ -178,20 +183,26 @@ def _open_file(path: Path) -> Shard:
     """One local file as a shard; its schema, or its first rows, are read here."""
     kind = _kind(path)
     if kind is None:
-        raise DataError(f"{path}: unknown kind of file. Expected one of {', '.join(_KINDS)}. Convert it to JSON lines.")
+        raise DataError(
+            f"{path}: unknown kind of file. Expected one of {', '.join(_KINDS)}.",
+            "Convert it to JSON lines.",
+        )
     try:
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}).", "Check its permissions.") from error
     if not head:
-        raise DataError(f"{path}: the file is empty (0 bytes). Expected at least one row; write or download it again.")
+        raise DataError(
+            f"{path}: the file is empty (0 bytes).",
+            "Expected at least one row; write or download it again.",
+        )
     if head.startswith(b"version https://git-lfs"):
-        raise DataError(f"{path}: a Git LFS pointer, not the data. Run `git lfs pull` in its repository.")
+        raise DataError(f"{path}: a Git LFS pointer, not the data.", "Run `git lfs pull` in its repository.")
     shard = {"json": _open_json, "parquet": _open_parquet, "arrow": _open_arrow}[kind](path)
     twice = [name for name, count in Counter(shard.columns).items() if count > 1]
     if twice:
-        raise DataError(f"{path}: columns {twice} appear more than once. Rename or drop one of each.")
+        raise DataError(f"{path}: columns {twice} appear more than once.", "Rename or drop one of each.")
     return shard
 
 
@@ -199,13 +210,13 @@ def _open_json(path: Path) -> Shard:
     rows = json_rows(path)
     first = list(itertools.islice(rows, _PEEK_ROWS))
     if not first:
-        raise DataError(f"{path}: the file is empty (no rows). Expected one JSON object per line.")
+        raise DataError(f"{path}: the file is empty (no rows).", "Expected one JSON object per line.")
     columns = tuple(dict.fromkeys(name for row in first for name in row))
     return Shard(str(path), columns, lambda _: itertools.chain(first, rows))
 
 
 def _damaged(path: Path, kind: str, error: Exception) -> DataError:
-    return DataError(f"{path}: truncated or damaged {kind} ({error}). Write or download the file again.")
+    return DataError(f"{path}: truncated or damaged {kind} ({error}).", "Write or download the file again.")
 
 
 def _open_parquet(path: Path) -> Shard:
@@ -254,8 +265,8 @@ def _check_stream_end(path: Path, buffer: Any) -> None:
         pass
     if buffer[end:].to_pybytes() not in _EOS:
         raise DataError(
-            f"{path}: truncated Arrow stream: its end-of-stream mark is missing, so rows may be missing too.\n"
-            "  Write or download the file again; a writer must be closed."
+            f"{path}: truncated Arrow stream: its end-of-stream mark is missing, so rows may be missing too.\n",
+            "Write or download the file again; a writer must be closed.",
         )
 
 
@@ -284,14 +295,14 @@ def _open_hub(name: str, split: str, subset: str | None, revision: str | None) -
         table = datasets.load_dataset(name, name=subset, split=split, revision=revision)
     except DatasetNotFoundError as error:
         raise DataError(
-            f"{name}: neither a path here ({Path.cwd()}) nor a data set on the hub that can be read.\n"
-            f"  {error}\n  Correct the path or the id; for a gated data set run `hf auth login`."
+            f"{name}: neither a path here ({Path.cwd()}) nor a data set on the hub that can be read.\n  {error}\n",
+            "Correct the path or the id; for a gated data set run `hf auth login`.",
         ) from error
     except ConnectionError as error:
         raise EnvironmentProblem(
-            f"{name}: no such path here ({Path.cwd()}), and the hub cannot be reached ({error}).\n"
-            "  Correct the path, or get the network back, or name a local copy."
+            f"{name}: no such path here ({Path.cwd()}), and the hub cannot be reached ({error}).\n",
+            "Correct the path, or get the network back, or name a local copy.",
         ) from error
     except (DatasetsError, ValueError, OSError) as error:  # unknown split or subset, a loading script, bad files
-        raise DataError(f"{place}: datasets cannot load it: {error}\n  Set split, subset or revision.") from error
+        raise DataError(f"{place}: datasets cannot load it: {error}\n", "Set split, subset or revision.") from error
     return Shard(place, tuple(table.column_names), lambda columns: iter(table.select_columns(list(columns))))

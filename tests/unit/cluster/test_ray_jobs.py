@@ -127,11 +127,11 @@ def test_loopback(address: str, loopback: bool) -> None:
 def test_s1_open_cluster_on_the_network_is_named_with_its_remedy() -> None:
     with job_server(200) as address:
         problem = exposure("10.0.0.1:6379", address)
-        assert problem.startswith("the Ray cluster at 10.0.0.1:6379 is not authenticated and not on loopback: ")
-        assert "start every node with RAY_AUTH_MODE=token" in problem
-        assert exposure("127.0.0.1:6379", address) == ""
+        assert str(problem).startswith("the Ray cluster at 10.0.0.1:6379 is not authenticated and not on loopback: ")
+        assert "start every node with RAY_AUTH_MODE=token" in str(problem)
+        assert exposure("127.0.0.1:6379", address) is None
     with job_server(401) as address:
-        assert exposure("10.0.0.1:6379", address) == ""
+        assert exposure("10.0.0.1:6379", address) is None
 
 
 # -------------------------------------------------------------------------------------------------------- entry points
@@ -163,7 +163,7 @@ def test_open_cluster_is_a_warning_and_with_require_auth_an_error(
         raise Reached
 
     monkeypatch.setattr(cluster, "connect", lambda _: None)
-    monkeypatch.setattr(cluster, "open_to_the_network", lambda: "anyone may come in.")
+    monkeypatch.setattr(cluster, "open_to_the_network", lambda: EnvironmentProblem("anyone may come in."))
     monkeypatch.setattr(cli_job, "read_config", lambda *_: type("Settings", (), {"cluster": None}))
     monkeypatch.setattr(cli_job, "run_until", reached)
     warned = CliRunner().invoke(cli_job.run, ["my.yaml", "--run", str(tmp_path)])

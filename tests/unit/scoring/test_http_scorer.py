@@ -12,7 +12,7 @@ from judge_server import Endpoint, serving
 from pydantic import ValidationError
 
 from can_dist.config import HttpScorer
-from can_dist.errors import DataError, EnvironmentProblem
+from can_dist.errors import CanDistError, DataError, EnvironmentProblem
 from can_dist.scoring.kinds import check_scorer_opens, load_scorer, scorer_identity
 from can_dist.scoring.protocol import Response
 
@@ -173,12 +173,16 @@ SOON = {"retry-after-ms": "5"}
         ((500, SOON, {}), EnvironmentProblem, ", response 'r1': HTTP 500 after 1 retries. See the endpoint's log"),
     ],
 )
-def test_bad_answer_is_one_error_with_endpoint_row_and_remedy(reply: Any, kind: type[Exception], message: str) -> None:
+def test_bad_answer_is_one_error_with_endpoint_row_and_remedy(
+    reply: Any, kind: type[CanDistError], message: str
+) -> None:
     with serving(lambda *_: reply) as server:
         with pytest.raises(kind) as caught:
             scores(spec_of(server, concurrency=1))
         assert f"scorer rm at {server.url}/score" in str(caught.value)
     assert message in str(caught.value)
+    assert str(caught.value) == f"{caught.value.message} {caught.value.remedy}"
+    assert caught.value.remedy.startswith(("Is ", "Set ", "See ", "Compare ", "Lower "))
 
 
 def test_wrong_number_of_scores_is_refused_before_they_are_mixed_up() -> None:
@@ -224,8 +228,10 @@ def test_slow_endpoint_says_how_long_was_waited() -> None:
 def test_endpoint_that_is_down_says_so() -> None:
     with serving(lambda *_: ok({})) as server:
         spec = spec_of(server, max_retries=0)
-    with pytest.raises(EnvironmentProblem, match=r"response 'r\d': no connection in 1 attempts\. Is it running"):
+    with pytest.raises(EnvironmentProblem, match=r"response 'r\d': no connection in 1 attempts\. Is it run") as caught:
         scores(spec)
+    assert caught.value.message.endswith("no connection in 1 attempts.")
+    assert caught.value.remedy == "Is it running, and is base_url right?"
 
 
 def test_failure_sends_nothing_that_was_still_waiting() -> None:
