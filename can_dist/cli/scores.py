@@ -59,23 +59,30 @@ def write_json(path: str | None, record: dict[str, Any]) -> None:
 
 
 def read_scores(path: Path, reward: str, names: Sequence[str], prompts_path: Path | None = None) -> Scores:
-    """Read the score columns of a table, refusing missing columns by name."""
-    from can_dist.config.explain import nearest
-    from can_dist.score_names import source_column
-    from can_dist.tables.score_shards import check_complete, id_hashes
-    from can_dist.tables.scores import read_score_table, score_arrays
+    """Read the score columns of a table, refusing missing columns by name; ``-cost`` is minus the column ``cost``."""
+    import numpy as np
 
-    table = read_score_table(path, [reward, *names])
-    for name in ("prompt_id", reward, *names):
-        if source_column(name, table.column_names)[0] not in table.column_names:
-            raise DataError(
-                f"{path}: no column {name!r}.{nearest(name, table.column_names)} Columns found: "
-                f"{', '.join(table.column_names)}."
-            )
+    from can_dist.config.explain import nearest
+    from can_dist.dual import source_column
+    from can_dist.tables.score_shards import check_complete, column_names, id_hashes
+    from can_dist.tables.scores import Scores, read_score_table, score_arrays
+
+    named = [reward, *names]
+    columns, table = column_names(path), None
+    if not columns:
+        table = read_score_table(path, named)
+        columns = table.column_names
+    for name in ("prompt_id", *named):
+        if source_column(name, columns)[0] not in columns:
+            raise DataError(f"{path}: no column {name!r}.{nearest(name, columns)} Columns found: {', '.join(columns)}.")
+    sources, signs = zip(*(source_column(name, columns) for name in named), strict=True)
+    if table is None:
+        table = read_score_table(path, sources)
     if prompts_path is not None:
         expected = read_score_table(prompts_path).column("prompt_id")
         check_complete(path, id_hashes(table.column("prompt_id")), id_hashes(expected))
-    return score_arrays(table, reward, names, str(path))
+    arrays = score_arrays(table, sources[0], sources[1:], str(path))
+    return Scores(arrays.prompt_N, signs[0] * arrays.reward_N, np.array(signs[1:]) * arrays.utility_NJ)
 
 
 def only_config(verb: str, extra: Sequence[str]) -> None:

@@ -23,18 +23,18 @@ from can_dist.cluster.actors import cause_of
 from can_dist.cluster.connection import connect
 from can_dist.config import Cluster
 from can_dist.console import interruptible, progress
-from can_dist.dual import Block, ColumnScores, Pass, PassResult, run_pass
+from can_dist.dual import Block, ColumnScores, Pass, PassResult, run_pass, source_column
 from can_dist.tables.artifacts import digest_of
 from can_dist.tables.cache import cache_directory
 from can_dist.tables.score_shards import (
     ShardIndex,
     check_complete,
     check_once,
+    column_names,
     id_hashes,
     index_shard,
     open_score_shards,
     read_blocks,
-    signed_columns,
 )
 
 Arrays = dict[str, np.ndarray]
@@ -56,8 +56,8 @@ def big_scores(
     Raises:
         DataError: shards that differ in schema, are cut, missing, counted twice or hold a bad score.
     """
-    shards = open_score_shards(path, columns)
-    named = signed_columns(shards[0], columns)
+    named = [source_column(name, column_names(path)) for name in columns]
+    shards = open_score_shards(path, [column for column, _ in named])
     states = [(str(shard.resolve()), shard.stat()) for shard in shards]
     files = [[path, state.st_size, state.st_mtime_ns] for path, state in states]
     key = digest_of({"columns": [column for column, _ in named], "shards": files})

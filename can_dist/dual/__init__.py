@@ -12,6 +12,7 @@ from can_dist.dual.estimate import PolicyEstimate, estimate_policy
 from can_dist.dual.estimators import ESTIMATORS
 from can_dist.dual.feasibility import Feasibility, check_feasibility
 from can_dist.dual.feedback import steer
+from can_dist.dual.frame import source_column
 from can_dist.dual.frontier import Frontier, FrontierPoint, frontier_table
 from can_dist.dual.interval import Interval, mean_interval
 from can_dist.dual.objective import Evaluation, PartialSums, dual_curve, evaluate, partial_sums
@@ -70,6 +71,7 @@ __all__ = [
     "run_pass",
     "solve_dual",
     "solve_table",
+    "source_column",
     "steer",
     "verdict",
 ]

@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from can_dist.dual.table import ScoreTable, id_values
 from can_dist.errors import ConfigError
-from can_dist.score_names import source_column
 
 
 class Frame(Protocol):
@@ -61,6 +60,19 @@ def _columns(
         sign * np.asarray(frame[column]) for column, sign in (source_column(name, there) for name in (reward, *names))
     )
     return reward_N, np.stack(utilities, axis=1) if names else np.empty((len(prompt_N), 0)), prompt_N
+
+
+def source_column(name: str, columns: Sequence[Any]) -> tuple[str, float]:
+    """Return the column that ``name`` reads and its sign: ``-cost`` is minus the column ``cost``, higher is better.
+
+    A column of that very name comes first.
+
+    >>> source_column("-cost", ["prompt_id", "cost"]), source_column("safety", ["safety"])
+    (('cost', -1.0), ('safety', 1.0))
+    """
+    if name.startswith("-") and name not in columns and name[1:] in columns:
+        return name[1:], -1.0
+    return name, 1.0
 
 
 def _column_names(frame: Any) -> list[Any]:

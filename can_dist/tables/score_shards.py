@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from can_dist.errors import DataError
-from can_dist.score_names import source_column
 from can_dist.tables.artifacts import MANIFEST, load_artifact
 from can_dist.tables.ids import coded_ids, plain_ids
 from can_dist.tables.json_rows import is_json
@@ -45,7 +44,7 @@ def open_score_shards(path: Path, columns: Sequence[str]) -> list[Path]:
 
     Args:
         path: a Parquet or Arrow file, a directory of them, or an artifact.
-        columns: the reward and the utilities; ``-cost`` is minus the column ``cost``.
+        columns: the reward and the utilities.
 
     Raises:
         DataError: a missing or cut file, a part missing by its name (part-00001-of-00004), columns that are absent or
@@ -61,20 +60,24 @@ def open_score_shards(path: Path, columns: Sequence[str]) -> list[Path]:
         )
     check_distinct(columns[0], columns[1:], str(path))
     first = _schema(paths[0])
-    sources = [column for column, _ in signed_columns(paths[0], columns)]
-    require_columns(first.empty_table(), ["prompt_id", *sources], str(paths[0]))
-    for column in sources:
-        check_numeric(first.field(column).type, column, str(paths[0]))
+    require_columns(first.empty_table(), ["prompt_id", *columns], str(paths[0]))
+    for name in columns:
+        check_numeric(first.field(name).type, name, str(paths[0]))
     for other in paths[1:]:
         if difference := schema_difference(first, paths[0].name, _schema(other), other.name):
             raise DataError(f"{other}: its schema differs from {paths[0].name}'s; write them alike.\n{difference}")
     return paths
 
 
-def signed_columns(path: Path, names: Sequence[str]) -> list[tuple[str, float]]:
-    """Return the column of a file that each name reads, and its sign."""
-    columns = _schema(path).names
-    return [source_column(name, columns) for name in names]
+def column_names(path: Path) -> list[str]:
+    """Return the names of a score table's columns; empty for JSON, whose columns are known once it is read.
+
+    Raises:
+        DataError: no file, or a cut one.
+    """
+    first = score_files(path)[0]
+    names: list[str] = [] if is_json(first) else _schema(first).names
+    return names
 
 
 def index_shard(path: Path, columns: Sequence[str]) -> ShardIndex:

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from can_dist.errors import DataError
-from can_dist.score_names import source_column
 from can_dist.tables.artifacts import MANIFEST, load_artifact
 from can_dist.tables.ids import ID_COLUMNS, coded_ids, id_array, id_column
 from can_dist.tables.json_rows import is_json, json_rows
@@ -48,8 +47,8 @@ def read_score_table(path: Path, names: Sequence[str] | None = None) -> pa.Table
 
     Args:
         path: the file, directory or artifact.
-        names: of the scores that are needed (``-cost`` reads ``cost``): Parquet is read for them and the ids alone, and
-            a text that is the id of many rows is held once. Where a column is missing, all are read.
+        names: the scores that are needed, all of them columns: Parquet is read for them and the ids alone, and a text
+            that is the id of many rows is held once.
     """
     if (path / MANIFEST).is_file():
         return load_artifact(path).table
@@ -135,7 +134,7 @@ def _read_file(path: Path, names: Sequence[str] | None) -> pa.Table:
         if path.suffix == ".parquet":
             import pyarrow.parquet as pq
 
-            columns = None if names is None else _needed(pq.read_schema(path), names)
+            columns = None if names is None else _needed(pq.read_schema(path).names, names)
             coded = [] if columns is None else list(ID_COLUMNS)
             return pq.read_table(path, columns=columns, read_dictionary=coded, page_checksum_verification=True)
         if path.suffix in (".arrow", ".feather"):
@@ -156,12 +155,10 @@ def _read_file(path: Path, names: Sequence[str] | None) -> pa.Table:
     raise DataError(f"{path}: unknown kind of file {path.suffix!r}.", "Expected .parquet, .arrow, .feather or .jsonl.")
 
 
-def _needed(schema: pa.Schema, names: Sequence[str]) -> list[str] | None:
-    """Return the columns that ``names`` read, and the ids; None, which is all, where one is missing or there twice."""
-    sources = [source_column(name, schema.names)[0] for name in names]
-    if any(schema.names.count(name) != 1 for name in ("prompt_id", *sources)):
-        return None
-    return [name for name in schema.names if name in ID_COLUMNS or name in sources]
+def _needed(columns: Sequence[str], names: Sequence[str]) -> list[str] | None:
+    """Return the columns to read: ids and ``names``; None, which is all, where one is there twice, to be refused."""
+    needed = [name for name in columns if name in ID_COLUMNS or name in names]
+    return None if len(set(needed)) < len(needed) else needed
 
 
 def _read_json(path: Path, *, coded: bool) -> pa.Table:
@@ -215,7 +212,7 @@ def _check_not_twice(paths: Sequence[Path], tables: Sequence[pa.Table]) -> None:
 
 
 def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], place: str) -> Scores:
-    """Take the columns a dual needs out of a table, checked; ``-cost`` is minus the column ``cost``.
+    """Take the columns a dual needs out of a table, checked.
 
     Args:
         table: N rows with ``prompt_id`` and the columns named.
@@ -227,8 +224,7 @@ def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], place
         DataError: a column is missing or not numeric, ids are null, repeated or of a type that is none, scores are
             null, NaN or infinite (rows listed), the table is empty, or every prompt has a single response.
     """
-    named = [source_column(name, table.column_names) for name in (reward, *constraints)]
-    require_columns(table, ["prompt_id", *(column for column, _ in named)], place)
+    require_columns(table, ["prompt_id", reward, *constraints], place)
     check_distinct(reward, constraints, place)
     if table.num_rows == 0:
         raise DataError(f"{place}: the table has no rows.")
@@ -239,7 +235,7 @@ def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], place
     if "response_id" in table.column_names:
         response_N, _ = coded_ids(table.column("response_id"), "response_id", place, nulls=True)
         check_unique_codes(table, {"prompt_id": code_N, "response_id": response_N}, place)
-    columns = [sign * _finite_column(table, column, place) for column, sign in named]
+    columns = [_finite_column(table, name, place) for name in (reward, *constraints)]
     if len(distinct) == table.num_rows:
         raise DataError(
             f"{place}: every prompt has one response (K = 1), so no response can be preferred to another and the dual "

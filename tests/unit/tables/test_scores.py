@@ -273,14 +273,6 @@ def test_response_ids_may_count_within_each_prompt() -> None:
     assert scores.reward_N.tolist() == GOOD["reward"]
 
 
-def test_a_cost_is_named_with_a_minus() -> None:
-    table = pa.table({"prompt_id": GOOD["prompt_id"], "reward": GOOD["reward"], "cost": GOOD["safety"]})
-    found = score_arrays(table, "reward", ["-cost"], "my.parquet")
-    assert found.utility_NJ[:, 0].tolist() == [-value for value in GOOD["safety"]]
-    with pytest.raises(DataError, match="no column '-costs'"):
-        score_arrays(table, "reward", ["-costs"], "my.parquet")
-
-
 @pytest.mark.parametrize(
     ("bad", "shown"), [(None, "None"), (float("nan"), "nan"), (float("inf"), "inf"), (float("-inf"), "-inf")]
 )
