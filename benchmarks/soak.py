@@ -27,7 +27,8 @@ from can_dist.config import SequenceClassifier, validate_config
 from can_dist.scoring.kinds import load_scorer
 from can_dist.scoring.protocol import Response
 from can_dist.stages.score import score
-from can_dist.tables.artifacts import Artifact, open_stage, verify_run, write_part
+from can_dist.tables.artifacts import Artifact, open_stage, write_part
+from can_dist.tables.verify import verify_run
 from can_dist.tables.schemas import RESPONSES
 from can_dist.workspace import Workspace
 

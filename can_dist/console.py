@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -69,3 +71,30 @@ def progress(label: str, total: int, unit: str, *, delay: float = 0.0) -> Iterat
         delay=delay,
     ) as bar:
         yield bar
+
+
+MACHINE = {
+    errno.ENOSPC: "Free space, or give a place on another disk",
+    errno.EDQUOT: "Free space, or ask for a larger quota",
+    errno.EROFS: "Give a place that can be written",
+    errno.EACCES: "Give a place that you may write, or read",
+    errno.EPERM: "Give a place that you may write, or read",
+    errno.ENAMETOOLONG: "Give a shorter path",
+    errno.EEXIST: "A file is in the way: give another path",
+    errno.ENOTDIR: "A file is in the way: give another path",
+    errno.EISDIR: "A directory is in the way: give another path",
+    errno.EIO: "Look at the disk, or give a place on another",
+}
+"""What a disk or a path can refuse, and what to do."""
+
+
+def of_machine(error: OSError) -> str:
+    """Say what the machine refused, at which path, and what to do; the same command goes on from finished work."""
+    place = error.filename if error.filename is not None else "standard output"
+    remedy = MACHINE[error.errno or 0]
+    return f"{place}: {error.strerror or error}. {remedy}. Finished work is kept; the same command goes on from it."
+
+
+def printable(text: str) -> str:
+    """Return text in which control characters, which could steer a terminal, are written out as escapes."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else repr(c)[1:-1] for c in text)

@@ -1,15 +1,20 @@
 """HTTP endpoints: the one client, and what goes wrong with an endpoint in words.
 
-Retries are the client library's: 408, 409, 429, 5xx, timeouts and broken connections, with exponential backoff or as
-long as ``Retry-After`` says (at most two minutes). The key is read from the environment when the client is opened and
-is in no configuration, file, log or message.
+An answer that is not whole after ``timeout_s`` is a timeout, also where bytes drip in. A redirect is refused: a text is
+sent to the address of the configuration, and nowhere else. Retries are the client library's: 408, 409, 429, 5xx,
+timeouts and broken connections, with exponential backoff or as long as ``Retry-After`` says (at most two minutes). The
+key is read from the environment when the client is opened and is in no configuration, file, log or message.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import os
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
@@ -17,7 +22,9 @@ from can_dist.config.endpoints import Endpoint
 from can_dist.errors import CanDistError, DataError, EnvironmentProblem
 
 if TYPE_CHECKING:
-    from openai import APIError, APIStatusError, AsyncOpenAI, OpenAI
+    from openai import APIError, APIStatusError, AsyncOpenAI
+
+Answer = TypeVar("Answer")
 
 
 def read_key(owner: str, endpoint: Endpoint) -> str:
@@ -38,23 +45,83 @@ def read_key(owner: str, endpoint: Endpoint) -> str:
     return key
 
 
-def open_client(owner: str, base_url: str, endpoint: Endpoint) -> OpenAI:
-    """Open a blocking client, for use by several threads; the caller closes it.
+class Client:
+    """A client for several threads, which each wait for their own request; closing it ends all requests at once."""
+
+    def __init__(self, client: AsyncOpenAI) -> None:
+        self._client = client
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
+        self._thread.start()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def send(self, request: Callable[[AsyncOpenAI], Coroutine[Any, Any, Answer]]) -> Answer:
+        """Wait for the answer to a request of the library's client; ``CancelledError`` once the client is closed."""
+        with self._lock:
+            if self._closed:
+                raise CancelledError
+            future = asyncio.run_coroutine_threadsafe(request(self._client), self._loop)
+        return future.result()
+
+    def close(self) -> None:
+        """End the requests in flight and the connections."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _end(self) -> None:
+        requests = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for request in requests:
+            request.cancel()
+        await asyncio.gather(*requests, return_exceptions=True)
+        await self._client.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_client(owner: str, base_url: str, endpoint: Endpoint) -> Client:
+    """Open a client for several threads; the caller closes it.
 
     Raises:
         EnvironmentProblem: The key is not in the environment, or a proxy of the environment cannot be used.
     """
-    from openai import DefaultHttpxClient, OpenAI
-
-    return OpenAI(http_client=_connection(DefaultHttpxClient, owner, base_url), **_options(owner, base_url, endpoint))
+    return Client(open_async_client(owner, base_url, endpoint))
 
 
 def open_async_client(owner: str, base_url: str, endpoint: Endpoint) -> AsyncOpenAI:
     """Open a client for coroutines; the caller closes it. Errors are those of ``open_client``."""
-    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+    from openai import AsyncOpenAI
 
-    connection = _connection(DefaultAsyncHttpxClient, owner, base_url)
+    connection = _connection(_whole_answers_within(endpoint.timeout_s), owner, base_url)
     return AsyncOpenAI(http_client=connection, **_options(owner, base_url, endpoint))
+
+
+def _whole_answers_within(seconds: float) -> Any:
+    """Return the class of an HTTP client that waits so long for the whole of an answer and follows no redirect.
+
+    The library's own timeout is one of silence: an endpoint that drips a byte a minute is never silent.
+    """
+    import httpx2
+    from openai import DefaultAsyncHttpxClient
+
+    class Connection(DefaultAsyncHttpxClient):
+        async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+            try:
+                return await asyncio.wait_for(super().send(request, **options), seconds)
+            except asyncio.TimeoutError:
+                raise httpx2.ReadTimeout(f"not whole after {seconds:g} s", request=request) from None
+
+    return Connection
 
 
 def _options(owner: str, base_url: str, endpoint: Endpoint) -> dict[str, Any]:
@@ -70,11 +137,11 @@ def _connection(kind: Any, owner: str, url: str) -> Any:
     """Return the library's HTTP client: without proxies to this machine itself, whatever the environment says."""
     proxies = {name: proxy for name, proxy in getproxies_environment().items() if name in ("http", "https", "all")}
     if proxies and is_loopback(urlsplit(url).hostname or ""):
-        return kind(trust_env=False)
+        return kind(trust_env=False, follow_redirects=False)
     try:
         for proxy in proxies.values():
             _ = urlsplit(proxy).port  # of a port that is no number the library raises an error of its own kind
-        return kind()
+        return kind(follow_redirects=False)
     except (ImportError, ValueError) as error:
         variables = ", ".join(_variable(name) for name in proxies)
         raise EnvironmentProblem(
@@ -142,6 +209,10 @@ def _status(endpoint: Endpoint, status: int) -> tuple[str, str]:
         name = endpoint.api_key_env
         key = f"the key in the environment variable {name}" if name else "a request without key"
         return f", the endpoint refused {key}", "Set api_key_env to a variable with a valid key."
+    if 300 <= status < 400:
+        return ", the endpoint sends on to another address, where no text is sent", (
+            "Set the address to where the endpoint really is."
+        )
     if status == 404:
         return ", no such model or address", "Compare model and base_url with the endpoint's list."
     return f" after {endpoint.max_retries} retries", "See the endpoint's log; try again when it is well."

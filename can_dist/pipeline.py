@@ -72,7 +72,9 @@ def run_method(
             check_pinned(config)
             check_sources(config)
             prompts = run.prompts()
-            for note in preflight(config, prompts):
+            # launched ranks look at compiled extensions together, each on its node
+            trains = only_stage is None and "train" in stages[: stages.index(until) + 1]
+            for note in preflight(config, prompts, trains=trains):
                 run.say(note)
             policies = RUN[config.method](run, config, prompts)
         except StageReached as reached:

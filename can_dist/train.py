@@ -25,7 +25,10 @@ from can_dist.errors import CanDistError, ConfigError, Interrupted
 @click.option("--local_rank", type=int, default=0, hidden=True, help="Given by the deepspeed launcher; unused.")
 def train(config_path: str, run_dir: Path, overrides: tuple[str, ...], local_rank: int) -> None:  # noqa: ARG001
     """Train as one rank of a launched process group."""
-    if "RANK" not in os.environ:
+    given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ}
+    if wrong := [f"{name}={value}" for name, value in given.items() if not value.isdecimal()]:
+        raise ConfigError(f"{', '.join(wrong)} in the environment: expected numbers, as a launcher sets them.")
+    if not {"RANK", "WORLD_SIZE"} <= given.keys():
         raise ConfigError(
             "can_dist.train is started by a launcher: deepspeed --module can_dist.train --config ... --run ..."
         )
@@ -42,7 +45,8 @@ def main() -> None:
         error.show()
         sys.exit(ConfigError.exit_code)
     except (CanDistError, Interrupted) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        local = os.environ.get("LOCAL_RANK", "0")
+        if local == "0" or not local.isdecimal():
             click.echo(f"{type(error).__name__}: {error}", err=True)
         else:
             time.sleep(2)  # the launcher kills all ranks when one exits, and local rank 0 must print first

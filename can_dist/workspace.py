@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from can_dist.config import Config, dump_yaml
-from can_dist.console import interruptible
+from can_dist.console import interruptible, printable
 from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.tables.artifacts import Artifact, StageDirectory, find_finished, open_stage, write_text
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 OWNER = ".owner"
 OWNER_LINE = re.compile(r"process (?P<process>\d+) on (?P<host>\S+) since (?P<since>.+)")
+SINCE = "%Y-%m-%d %H:%M:%S"
 LOG = "log.jsonl"
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 SHORTEST_SECRET = 8  # TOKENIZERS_PARALLELISM=false is not a secret
@@ -47,11 +50,12 @@ class Workspace:
         self.directory = directory
         self.config = config
         self._only_stage = only_stage
+        # a launcher starts one stage in every rank; the variables that it sets mean nothing to a whole run
+        self.rank = int(os.environ["RANK"]) if only_stage and "RANK" in os.environ else None
         self._pool: ActorPool | None = None
         self._opened: dict[tuple[str, str], str] = {}
         directory.mkdir(parents=True, exist_ok=True)
-        # in a launched process group the first rank holds the run for all
-        self._lock = _hold(directory) if int(os.environ.get("RANK", 0)) == 0 else None
+        self._lock = None if self.rank else _hold(directory)  # the first rank holds the run for all
         if self._lock is not None:
             _end_cut_line(directory / LOG)
         self.log(event="began", process=os.getpid(), host=socket.gethostname(), only_stage=only_stage)
@@ -124,16 +128,16 @@ class Workspace:
 
     def say(self, message: str, **event: Any) -> None:
         """Print a line for the user, and append it to RUN/log.jsonl."""
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"can-dist: {message}", file=sys.stderr, flush=True)
+        if not self.rank:
+            print(printable(f"can-dist: {message}"), file=sys.stderr, flush=True)
         self.log(**event, message=message)
 
     def log(self, **event: Any) -> None:
         """Append an event to RUN/log.jsonl, without the values of secrets in the environment."""
-        if int(os.environ.get("RANK", 0)) != 0:
+        if self.rank:
             return
         line = json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False)
-        with (self.directory / LOG).open("a", encoding="utf-8") as log:
+        with (self.directory / LOG).open("a", encoding="utf-8", errors="backslashreplace") as log:
             log.write(redacted(line, os.environ) + "\n")
 
     def ended(self, error: BaseException | None) -> None:
@@ -162,14 +166,38 @@ def read_owner(directory: Path) -> Owner | None:
         return None
     process, host, since = int(match["process"]), match["host"], match["since"]
     here = host == socket.gethostname()
-    return Owner(process, host, since, Path(f"/proc/{process}").exists() if here else None)
+    return Owner(process, host, since, _has_run_since(process, since) if here else None)
+
+
+def _has_run_since(process: int, since: str) -> bool:
+    """Return whether a process runs here that began before ``since``; numbers of processes are used again."""
+    try:
+        began = psutil.Process(process).create_time()
+        held = time.mktime(time.strptime(since, SINCE))
+    except (psutil.Error, ValueError):
+        return False
+    return bool(began <= held + 1)  # ``since`` has whole seconds
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the events of a log; a last line that is being written, or that a kill cut, is left out."""
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    return events
 
 
 def redacted(text: str, environment: Mapping[str, str]) -> str:
-    """Return ``text`` with the values of secrets replaced by the names of their variables."""
+    """Return ``text``, which may be JSON, with the values of secrets replaced by the names of their variables."""
     for name, value in environment.items():
         if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET:
-            text = text.replace(value, f"<{name}>")
+            for written in (value, json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1]):
+                text = text.replace(written, f"<{name}>")
     return text
 
 
@@ -193,6 +221,6 @@ def _hold(directory: Path) -> Any:
         raise EnvironmentProblem(
             f"run directory {directory} is in use by {holder}. Wait for it, stop it, or give another --run."
         ) from None
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    since = time.strftime(SINCE)
     owner.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}\n", encoding="utf-8")
     return lock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from can_dist.cli.look import doctor, status
 from can_dist.cli.options import overrides_option, read_config, run_options, run_until
 from can_dist.cli.plan import plan
 from can_dist.cli.solve import solve
-from can_dist.console import interruptible
-from can_dist.errors import CanDistError, ConfigError, DataError, Interrupted
+from can_dist.console import MACHINE, interruptible, of_machine, printable
+from can_dist.errors import CanDistError, ConfigError, DataError, EnvironmentProblem, Interrupted
 
 EXIT_CODES = (
     "Exit codes: 0 done, 2 usage or configuration, 3 bad data, 4 infeasible, 5 numerical, 6 environment, "
@@ -88,7 +89,7 @@ def config_command(config: str | None, schema: bool, overrides: tuple[str, ...])
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
 def verify(run_dir: Path) -> None:
     """Check the digest of every file of a run, and that each artifact was made from what it says."""
-    from can_dist.tables.artifacts import verify_run
+    from can_dist.tables.verify import verify_run
 
     if not run_dir.is_dir():
         raise DataError(f"{run_dir}: no such run directory.")
@@ -125,9 +126,17 @@ def main(command: click.Command = cli) -> None:
     try:
         with interruptible():
             command.main(prog_name="can-dist" if command is cli else None, standalone_mode=False)
+        sys.stdout.flush()  # a full device is told of here, not by the interpreter's end
     except (CanDistError, Interrupted) as error:
-        click.echo(f"{type(error).__name__}: {error}", err=True)
+        click.echo(printable(f"{type(error).__name__}: {error}"), err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in MACHINE:
+            raise
+        if error.filename is None:  # standard output itself: nothing more can be written there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        click.echo(printable(f"EnvironmentProblem: {of_machine(error)}"), err=True)
+        sys.exit(EnvironmentProblem.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(ConfigError.exit_code)

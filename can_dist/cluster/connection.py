@@ -8,11 +8,10 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from can_dist.cluster.exposure import exposure
-from can_dist.cluster.ray_directory import session_directory
+from can_dist.cluster.local_ray import listen_on_loopback, make_private, own_session
 from can_dist.config import Cluster
 from can_dist.errors import EnvironmentProblem
 
@@ -41,17 +40,20 @@ def connect(cluster: Cluster) -> None:
     # the workers' prints stay in Ray's logs: errors return as exceptions, progress through the driver's bars
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        # since Ray 2.59 a local Ray creates a token and demands it; setting the mode here would skip the creation.
-        # the workers import from the driver's paths: a user's scorer lies in the current directory
-        paths = [str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
-        options |= {"address": "local", "include_dashboard": False, "_temp_dir": session_directory()}
+        # since Ray 2.59 a local Ray demands a token unless told otherwise
+        options |= {"address": "local", "include_dashboard": False, "_temp_dir": make_private()}
+        # Ray would put the current directory first on the workers' import path; ``import_callable`` searches it last
+        options["job_config"] = ray.job_config.JobConfig(_client_job=True)
     else:
+        listen_on_loopback(False)
         options |= {"address": address, "runtime_env": {"env_vars": forwarded(os.environ)}}
     try:
-        with _own_sigterm():
+        with _own_sigterm(), own_session():
             ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:
+        # Ray raises a plain Exception where a node does not start in time
+        if not isinstance(error, (ConnectionError, RuntimeError, ValueError)) and type(error) is not Exception:
+            raise
         raise EnvironmentProblem(
             f"Ray at {address or 'this machine'} cannot be reached: {error}.",
             "If the cluster uses tokens, export RAY_AUTH_MODE=token and its token.",

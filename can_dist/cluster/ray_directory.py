@@ -19,25 +19,27 @@ SYSTEM = Path("/tmp")
 """The temporary directory of the system, whatever TMPDIR says."""
 
 
-def session_directory() -> str | None:
-    """Return the directory that a local Ray must be given, or None where the one it would take itself is short enough.
+def session_directory() -> str:
+    """Return the directory of a local Ray's sessions, which nobody but this user can enter.
 
-    Batch systems set a long TMPDIR. Ray then gets a directory named after the user, open to nobody else, under /tmp.
+    It lies in RAY_TMPDIR, else in TMPDIR, else, where that is too long for Ray's sockets as batch systems set it, in
+    /tmp.
 
     Raises:
         EnvironmentProblem: RAY_TMPDIR is too long, or the directory cannot be made or is not the user's own.
     """
-    chosen = os.environ.get("RAY_TMPDIR")
-    if _fits(Path(chosen or tempfile.gettempdir()) / "ray"):
-        return None
-    if chosen:
+    chosen, name = os.environ.get("RAY_TMPDIR"), f"ray-{_user()}"
+    directory = Path(chosen or tempfile.gettempdir()) / name
+    if chosen and not _fits(directory / "s"):
         raise EnvironmentProblem(
-            f"RAY_TMPDIR={chosen}: {_bytes(Path(chosen))} bytes, and Ray's sockets lie {UNDER_RAY + 4} bytes below it "
-            f"in a path of at most {LONGEST_SOCKET}.",
+            f"RAY_TMPDIR={chosen}: {_bytes(Path(chosen))} bytes, and Ray's sockets lie {UNDER_RAY + len(name) + 3} "
+            f"bytes below it in a path of at most {LONGEST_SOCKET}.",
             "Set RAY_TMPDIR to a shorter directory of yours, or unset it.",
         )
+    if not _fits(directory / "s"):
+        directory = SYSTEM / name
     # inside it, since Ray opens the directory that it is given to everybody
-    return str(_own_directory(SYSTEM / f"ray-{_user()}") / "s")
+    return str(_own_directory(directory) / "s")
 
 
 def _own_directory(path: Path) -> Path:
@@ -53,9 +55,7 @@ def _own_directory(path: Path) -> Path:
         status = path.lstat()
     except OSError as error:
         raise EnvironmentProblem(
-            f"TMPDIR={tempfile.gettempdir()} is too long for the sockets of a local Ray ({LONGEST_SOCKET} bytes), and "
-            f"{path} cannot be made: {error.strerror}.",
-            remedy,
+            f"{path}: the directory of a local Ray's sessions cannot be made ({error.strerror}).", remedy
         ) from None
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise EnvironmentProblem(f"{path}: not a directory of yours that nobody else can enter.", remedy)

@@ -27,7 +27,7 @@ class Endpoint(Strict):
     """The settings of requests to any endpoint; its address and speed do not change its answers."""
 
     api_key_env: str | None = runtime(None, "Name of the environment variable with the key; none: no key.")
-    timeout_s: float = runtime(60.0, "Longest wait for the endpoint's next bytes, seconds.", gt=0)
+    timeout_s: float = runtime(60.0, "Longest wait for one whole answer, seconds; then it is asked again.", gt=0)
     max_retries: int = runtime(8, "Retries of one request after 429, 5xx, timeout or lost connection.", ge=0)
     concurrency: int = runtime(8, "Requests in flight at once, of each process that sends them.", ge=1, le=256)
 

@@ -9,6 +9,9 @@ from typing import Any
 
 from can_dist.errors import ConfigError
 
+MOST_NODES = 100_000
+"""Values of a configuration; ten aliases of ten aliases of ten are soon more than any machine holds."""
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds.
@@ -56,7 +59,12 @@ def parse_yaml(text: str, source: str) -> Any:
     from ruamel.yaml.error import YAMLError
 
     try:
-        return YAML(typ="safe", pure=True).load(text)
+        data = YAML(typ="safe", pure=True).load(text)
+        if _num_nodes(data, {}) > MOST_NODES:
+            raise ConfigError(f"{source}: more than {MOST_NODES} values once its aliases (*name) are filled in.")
+        return data
+    except ConfigError:
+        raise
     except DuplicateKeyError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         key = re.search(r'duplicate key "([^"]*)"', str(error.problem))
@@ -64,9 +72,32 @@ def parse_yaml(text: str, source: str) -> Any:
             f"{source}, line {line}: key {key.group(1) if key else '?'!r} is given twice.",
             "Keep one.",
         ) from None
+    except (RecursionError, _Endless):
+        raise ConfigError(f"{source}: nested without end, or too deeply for a configuration.") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ConfigError(f"{source}: not valid YAML: {error}.") from None
     except YAMLError as error:
         text = str(error).replace('in "<unicode string>", ', "")
         raise ConfigError(f"{source}: not valid YAML: {text}") from None
+
+
+class _Endless(Exception):
+    """A value holds itself, by an alias."""
+
+
+def _num_nodes(value: Any, known: dict[int, int | None]) -> int:
+    """Return how many values a tree has when every alias is filled in; each value is counted once."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) in known:
+        if (count := known[id(value)]) is None:
+            raise _Endless
+        return count
+    known[id(value)] = None
+    inner = value.values() if isinstance(value, dict) else value
+    total = 1 + sum(_num_nodes(item, known) for item in inner)
+    known[id(value)] = total
+    return total
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

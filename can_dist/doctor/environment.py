@@ -14,7 +14,14 @@ from packaging.requirements import Requirement
 
 from can_dist.config import Config
 from can_dist.doctor.finding import Finding, error, note, ok, warning
-from can_dist.training.extensions import VARIABLE, build_directories, describe, stale_locks, unsafe_reason
+from can_dist.training.extensions import (
+    describe,
+    extensions_directory,
+    operation_directories,
+    stale_locks,
+    unsafe_build,
+    unsafe_remedy,
+)
 
 if TYPE_CHECKING:
     from can_dist.modeling.attention import Attention
@@ -134,14 +141,13 @@ def attention_here() -> Attention:
 
 
 def extensions() -> list[Finding]:
-    """Look for locks of killed builds, and for directories where others could plant compiled code."""
+    """Look for locks of killed builds, and for places where others could plant compiled code."""
     findings = []
-    for directory in build_directories():
-        if reason := unsafe_reason(directory):
-            remedy = f"chmod 700 {directory}, or set {VARIABLE} to a directory of your own."
-            findings.append(error("compiled extensions", f"{directory} {reason}", remedy))
-        if locks := stale_locks(directory):
-            state = f"left by a killed build, and waited for without end: {describe(locks)}"
-            remedy = f"If nothing compiles there now: rm {' '.join(str(lock.path) for lock in locks)}"
-            findings.append(error("compiled extensions", state, remedy))
-    return findings or [ok("compiled extensions", f"no stale lock in {', '.join(map(str, build_directories()))}")]
+    if unsafe := unsafe_build(launched=False):
+        path, reason = unsafe
+        findings.append(error("compiled extensions", f"{path} {reason}", f"{unsafe_remedy(path)}."))
+    if locks := stale_locks(operation_directories(launched=False)):
+        state = f"left by a killed build, and waited for without end: {describe(locks)}"
+        remedy = f"If nothing compiles there now: rm {' '.join(str(lock.path) for lock in locks)}"
+        findings.append(error("compiled extensions", state, remedy))
+    return findings or [ok("compiled extensions", f"no stale lock in {extensions_directory()}")]

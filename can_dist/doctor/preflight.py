@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 
 from can_dist.config import METHODS, Config, LogRatio, Model
@@ -15,6 +13,7 @@ from can_dist.modeling import quantized
 from can_dist.modeling.adapters import check_adapters
 from can_dist.modeling.loading import check_causal_lm, check_trainable, check_vocabulary, model_digest
 from can_dist.modeling.precision import resolve_precision
+from can_dist.modeling.remote_code import COMMIT, refuse_floating_code
 from can_dist.modeling.vllm_engine import check_installed
 from can_dist.scoring.kinds import check_scorer_opens, scorer_identity
 from can_dist.scoring.log_ratio import check_same_text
@@ -25,15 +24,14 @@ from can_dist.training.deepspeed_config import build_ds_config, read_ds_config
 from can_dist.training.extensions import check_build_directories
 from can_dist.training.trackers import check_trackers
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
-
-def preflight(config: Config, prompts: Artifact | None = None) -> list[str]:
+def preflight(config: Config, prompts: Artifact | None = None, *, trains: bool = True) -> list[str]:
     """Raise the error that a later stage would meet after hours, now. Data sources are ``check_sources``'s.
 
     Args:
         config: The configuration.
         prompts: The prompts, where they have been read already.
+        trains: Whether this process starts the ranks of a training.
 
     Returns:
         What a user should know and is no error.
@@ -56,13 +54,13 @@ def preflight(config: Config, prompts: Artifact | None = None) -> list[str]:
             - the key of an endpoint, GPUs for vLLM, or a way to an endpoint that a proxy stands in;
             - training would wait for the lock of a killed build, or load extensions that others can write.
     """
-    if "RANK" not in os.environ:  # launched ranks look together, each on its node, and fail together
-        check_build_directories()
+    if trains:
+        check_build_directories(launched=False)
     if config.train.ds_config is not None:
         build_ds_config(read_ds_config(config.train.ds_config), config.train, resolve_precision(config.precision))
     check_trackers(config.train.trackers)
     for key, model in models(config).items():
-        _check_remote_code(key, model)
+        refuse_floating_code(key, model)
     if config.train.lora is not None and config.train.lora.quantize is not None:
         _check_quantize(config)
     model_digest(config.reference)
@@ -139,16 +137,6 @@ def check_pinned(config: Config) -> None:
             "Give each its commit (40 hexadecimal digits) as revision: `python recipes/pin.py FILE` asks the hub and "
             "writes them into FILE. Or set pinned to false.",
         )
-
-
-def _check_remote_code(key: str, model: Model) -> None:
-    if not model.trust_remote_code or Path(model.model).expanduser().is_dir() or COMMIT.fullmatch(model.revision or ""):
-        return
-    raise ConfigError(
-        f"{key}.trust_remote_code: runs whatever code {model.model!r} on the hub holds on the day; revision is "
-        f"{model.revision!r}.",
-        f"Read the code of one commit and give its 40 hexadecimal digits as {key}.revision.",
-    )
 
 
 def _check_log_ratio(scorer: LogRatio, reference: Model) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from can_dist.cluster.ray_directory import session_directory
+from can_dist.cluster.local_ray import private_directory, token_exposure, token_path
 from can_dist.config import Cluster
 from can_dist.doctor.finding import Finding, Severity, error, note, ok, refusal, warning
 from can_dist.errors import EnvironmentProblem
@@ -27,13 +27,17 @@ def check_ray(cluster: Cluster) -> list[Finding]:
 
 
 def _local() -> Finding:
-    """Say where a local Ray would keep its sessions."""
+    """Say where a local Ray would keep its sessions, and whether anybody else could command it."""
     try:
-        directory = session_directory()
+        directory = private_directory()
     except EnvironmentProblem as problem:
         return refusal("Ray", problem)
-    place = f"; its sessions lie in {directory}, since TMPDIR is too long for its sockets" if directory else ""
-    return ok("Ray", f"no address given: a run starts a local Ray, which demands a token of its own{place}")
+    state = f"no address given: a run starts a local Ray on the loopback interface, whose sessions lie in {directory}"
+    path = token_path()
+    if path is not None and path.exists() and (exposed := token_exposure(path)):
+        new = "A run closes it to others. Delete it if anybody may have read it and no cluster uses it."
+        return warning("Ray", f"{state}; its token {path} {exposed}", new)
+    return ok("Ray", f"{state}; it demands a token that only you can read")
 
 
 def _unreachable(address: str) -> str:

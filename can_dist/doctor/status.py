@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from can_dist.errors import DataError
 from can_dist.tables.artifacts import MANIFEST, STAGE, load_artifact
 from can_dist.tables.quarantine import quarantined
 from can_dist.training.metrics import METRICS, RESUMED, read_metrics
-from can_dist.workspace import LOG, Owner, read_owner
+from can_dist.workspace import LOG, Owner, read_events, read_owner
 
 CONFIG = "config.yaml"
 SILENT_S = 1800.0
@@ -49,19 +48,6 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
         "last_error": {key: failed[-1][key] for key in ("time", "error", "message")} if failed else None,
         "next": _next(run, owner, stages, ended),
     }
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a log; a last line that is being written, or that a kill cut, is left out."""
-    events = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            events.append(event)
-    return events
 
 
 def _method(run: Path) -> tuple[str, list[str]]:

@@ -13,8 +13,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from can_dist.config import Beaver, Model, SequenceClassifier
-from can_dist.errors import ConfigError, DataError
+from can_dist.errors import CanDistError, ConfigError, DataError
 from can_dist.modeling import quantized, stored
+from can_dist.modeling.remote_code import code_digests, refuse_floating_code, source_options
 from can_dist.tables.artifacts import digest_of, file_digest
 
 if TYPE_CHECKING:
@@ -38,14 +39,20 @@ def model_digest(spec: Model) -> str:
                 f"model {spec.model!r}: no such directory.",
                 "Give a model directory or a hub id 'owner/name'.",
             )
-        return digest_of({"hub": spec.model, "commit": _hub_commit(spec)})
+        refuse_floating_code(f"model {spec.model!r}", spec)
+        commit = {"hub": spec.model, "commit": _hub_commit(spec)}
+        return digest_of(commit | ({"runs_code": True} if spec.trust_remote_code else {}))
     stored.refuse_adapter(path)
     if not (path / "config.json").is_file():
         raise DataError(f"model {spec.model!r}: no config.json in the directory.", "Expected a Hugging Face model.")
     if not list(path.glob("*.safetensors")):
         raise DataError(f"model {spec.model!r}: no *.safetensors in the directory.", "Pickled weights are not loaded.")
     files = sorted({file for pattern in MODEL_FILES for file in path.glob(pattern)})
-    return digest_of({file.name: _cached_digest(str(file), file.stat().st_mtime_ns) for file in files})
+    digests: dict[str, Any] = {file.name: _cached_digest(str(file), file.stat().st_mtime_ns) for file in files}
+    if spec.trust_remote_code:
+        refuse_floating_code(f"model {spec.model!r}", spec)
+        digests["runs_code"] = code_digests(path)
+    return digest_of(digests)
 
 
 def looks_local(name: str) -> bool:
@@ -118,9 +125,7 @@ def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
             "Copy the files of the tokenizer that the model was trained with into it.",
         )
     with named_errors(spec.model, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(spec.model, **source_options(spec))
     for argument in ("is_local", "local_files_only"):  # would make a saved policy's bytes depend on the machine
         tokenizer.init_kwargs.pop(argument, None)
     if tokenizer.eos_token_id is None and not (isinstance(spec, SequenceClassifier) and has_own_marks(tokenizer)):
@@ -201,7 +206,7 @@ def empty_causal_lm(spec: Model, precision: str) -> PreTrainedModel:
     config = load_model_config(spec, "causal language model")
     with named_errors(spec.model, "causal language model"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch_dtype(precision), trust_remote_code=spec.trust_remote_code
+            config, dtype=torch_dtype(precision), trust_remote_code=source_options(spec)["trust_remote_code"]
         )
     model.config.use_cache = False
     return model
@@ -231,8 +236,7 @@ def load_whole(
     with named_errors(spec.model, role):
         model, info = kind.from_pretrained(
             spec.model,
-            revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
+            **source_options(spec),
             use_safetensors=True,
             dtype=torch_dtype(precision),
             output_loading_info=True,
@@ -314,7 +318,7 @@ def load_model_config(spec: Model, role: str) -> Any:
 
     stored.refuse_adapter(Path(spec.model))
     with named_errors(spec.model, role):
-        return AutoConfig.from_pretrained(spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        return AutoConfig.from_pretrained(spec.model, **source_options(spec))
 
 
 def generation_config(spec: Model) -> GenerationConfig:
@@ -378,7 +382,7 @@ def named_errors(model: str, role: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, json.JSONDecodeError, SafetensorError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, CanDistError):
             raise
         raise DataError(f"model {model!r}: cannot be loaded as a {role}: {error}") from None
     finally:

@@ -17,6 +17,7 @@ from can_dist.config import Model
 from can_dist.config.sections import Generate
 from can_dist.errors import ConfigError, EnvironmentProblem
 from can_dist.modeling.precision import torch_dtype
+from can_dist.modeling.remote_code import source_options
 
 CPU_CACHE_GB = "4"
 """Of each actor without GPUs, unless VLLM_CPU_KVCACHE_SPACE says another: vLLM would take 90 % of the machine."""
@@ -73,9 +74,8 @@ def open_engine(spec: Model, precision: str, longest: int) -> Any:
     with _in_words("open model " + repr(spec.model)):
         return LLM(
             model=spec.model,
-            revision=spec.revision,
+            **source_options(spec),
             tokenizer_revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
             load_format="safetensors",
             dtype=str(torch_dtype(precision)).removeprefix("torch."),
             max_model_len=longest,

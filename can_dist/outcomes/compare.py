@@ -5,7 +5,6 @@ The evaluations may lie in several run directories. They must have been measured
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from can_dist.measuring.ranking import Ranking, rank_methods
 from can_dist.stages.report import REPORT, as_trained
 from can_dist.stages.trajectory import TRAJECTORY
 from can_dist.tables.artifacts import MANIFEST, Artifact, flatten, load_artifact, write_json, write_text
+from can_dist.workspace import LOG, read_events
 
 PAGE, RECORD, PICTURE = "compare.html", "compare.json", "compare.svg"
 
@@ -285,10 +285,10 @@ def _ancestors(artifact: Artifact) -> Iterator[Artifact]:
 
 def _seconds(run: Path, names: Any) -> float | None:
     """Return the seconds of the artifacts by the run's log; None where it has none of them."""
-    log = run / "log.jsonl"
+    log = run / LOG
     if not log.is_file():
         return None
-    events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    events = read_events(log)
     spent = [e["seconds"] for e in events if e.get("event") == "done" and e.get("artifact") in names]
     return sum(spent) if spent else None
 

@@ -44,8 +44,10 @@ def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | N
     card = model_card(facts_of(policy, evaluation), report, adapter=adapter)
     with atomic_directory(out) as built:
         resharded = max_shard_mb is not None and not adapter
-        kept_out = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json") if resharded else None
-        shutil.copytree(source, built, ignore=kept_out, dirs_exist_ok=True)
+        for name in policy.files_in(source.name):  # what lies there beside them is nobody's output
+            if not (resharded and name.endswith((".safetensors", ".safetensors.index.json"))):
+                (built / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, built / name)
         if resharded and max_shard_mb is not None:
             from can_dist.training.export import copy_in_shards
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,9 @@ def model_card(facts: Mapping[str, Any], report: Mapping[str, Any] | None, *, ad
         "expected": "",
     }
     lam = facts["lam"] and ", ".join(f"{name} {value:.4g}" for name, value in facts["lam"].items())
-    made_from = [(_cell(name), _cell(value)) for name, value in facts["made_from"]]
-    values = {**shown, **facts, "lam": lam, "made_from": made_from, **(_evaluated(report) if report else {})}
+    made_from = [(_plain(name), _plain(value)) for name, value in facts["made_from"]]
+    named = {name: _plain(facts[name]) for name in ("title", "base", "expected") if name in facts}
+    values = {**shown, **facts, **named, "lam": lam, "made_from": made_from, **(_evaluated(report) if report else {})}
     card = ModelCard.from_template(data, template_str=TEMPLATE.read_text(encoding="utf-8"), adapter=adapter, **values)
     return str(card)
 
@@ -53,8 +56,8 @@ def _evaluated(report: Mapping[str, Any]) -> dict[str, Any]:
         "reward": {"predicted": _predicted(reward), "realised": _interval(reward["realised"])},
         "kl": f"{report['kl']['realised']['mean']:.3g}",
         "num_test_prompts": report["num_test_prompts"],
-        "warnings": report["warnings"],
-        "unpredicted": report["unpredicted"],
+        "warnings": [_plain(warning) for warning in report["warnings"]],
+        "unpredicted": report["unpredicted"] and _plain(report["unpredicted"]),
     }
 
 
@@ -66,7 +69,7 @@ def _constraint(row: Mapping[str, Any]) -> dict[str, str]:
     lam = "" if row.get("lam") is None else f"{row['lam']:.4g}"
     if beside := row.get("lam_beside"):
         lam += f" ({', '.join(beside)})"
-    cells = {"name": _cell(row["name"]), "margin": margin, "lam": lam, "predicted": _predicted(row)}
+    cells = {"name": _plain(row["name"]), "margin": margin, "lam": lam, "predicted": _predicted(row)}
     return {**cells, "realised": realised, "verdict": row["verdict"]}
 
 
@@ -79,6 +82,7 @@ def _interval(interval: Mapping[str, float]) -> str:
     return f"{interval['mean']:+.3g} [{interval['low']:+.3g}, {interval['high']:+.3g}]"
 
 
-def _cell(text: Any) -> str:
-    """Return text for a cell of a table: a name of a model or file cannot end it."""
-    return str(text).replace("|", "\\|").replace("\n", " ").replace("`", "'")
+def _plain(text: Any) -> str:
+    """Return text as Markdown that shows it: a name of a model is no tag, link, image, code or end of a cell."""
+    line = html.escape(" ".join(str(text).splitlines()), quote=False).replace("`", "'")
+    return re.sub(r"([\\\[\]|])", r"\\\1", line)

@@ -10,18 +10,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from can_dist.config import HttpScorer
-from can_dist.endpoints import open_client, refused, unreachable
+from can_dist.endpoints import Client, open_client, refused, unreachable
 from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.modeling.formatter import Message
 from can_dist.scoring.protocol import Response
-
-if TYPE_CHECKING:
-    from openai import OpenAI
 
 SHOWN = 80
 """Characters of an answer that a message quotes."""
@@ -44,7 +41,7 @@ class HttpEndpointScorer:
         return np.asarray([score for batch in scores for score in batch], dtype=np.float64)
 
 
-def score_batch(client: OpenAI, spec: HttpScorer, batch: Sequence[Response]) -> list[float]:
+def score_batch(client: Client, spec: HttpScorer, batch: Sequence[Response]) -> list[float]:
     """Send one request and return a finite number for each response.
 
     Raises:
@@ -58,7 +55,7 @@ def score_batch(client: OpenAI, spec: HttpScorer, batch: Sequence[Response]) -> 
     owner = f"{_where(spec)}, {_rows(batch)}"
     body = fill(spec.request, spec, batch)
     try:
-        text = client.post(spec.url, cast_to=str, body=body)
+        text = client.send(lambda library: library.post(spec.url, cast_to=str, body=body))
     except APIStatusError as error:
         raise refused(owner, spec, error) from None
     except APIError as error:

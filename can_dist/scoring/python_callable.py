@@ -55,6 +55,8 @@ def import_callable(function: str) -> Any:
         ConfigError: The module cannot be imported, or has no such function.
     """
     module_name, _, name = function.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # last: a file there must not stand in for a module of Python's own
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

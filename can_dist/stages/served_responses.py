@@ -19,7 +19,7 @@ from can_dist.config.base import identity
 from can_dist.config.endpoints import GenerateEndpoint
 from can_dist.config.sections import Generate
 from can_dist.console import interruptible, progress
-from can_dist.endpoints import open_client, refused, unreachable
+from can_dist.endpoints import Client, open_client, refused, unreachable
 from can_dist.errors import ConfigError, DataError, EnvironmentProblem
 from can_dist.modeling.formatter import open_formatter, response_identity
 from can_dist.modeling.loading import model_digest
@@ -30,8 +30,6 @@ from can_dist.tables.schemas import RESPONSES
 from can_dist.workspace import Workspace
 
 if TYPE_CHECKING:
-    from openai import OpenAI
-
     from can_dist.modeling.formatter import Formatter
 
 ENOUGH = 4
@@ -70,13 +68,15 @@ def ask_for_responses(
     formatter, longest = open_formatter(reference), context_of(reference)
     request_of(endpoint, formatter)
     starts = range(0, table.num_rows, options.shard_prompts)
-    todo = [(shard, start) for shard, start in enumerate(starts) if shard not in stage.finished_parts()]
+    finished = stage.finished_parts()
+    todo = [(shard, start) for shard, start in enumerate(starts) if shard not in finished]
     label, total = f"reference on {split}, by an endpoint", table.num_rows * options.num_responses
     with (
         work.timed("generate", f"reference on {split}", prompts=table.num_rows, endpoint=endpoint.model),
         interruptible(),
-        open_client(_where(endpoint), endpoint.base_url, endpoint) as client,
         ThreadPoolExecutor(endpoint.concurrency) as pool,
+        # closed first, which ends the requests that the threads of the pool wait for
+        open_client(_where(endpoint), endpoint.base_url, endpoint) as client,
         progress(f"generate ({label})", total=total, unit="row") as bar,
     ):
         sampler = Sampler(client, endpoint, formatter, options, work.config.seed)
@@ -134,7 +134,7 @@ def request_of(endpoint: GenerateEndpoint, formatter: Formatter) -> dict[str, An
 class Sampler:
     """Asks an endpoint for one response at a time; used by several threads."""
 
-    client: OpenAI
+    client: Client
     endpoint: GenerateEndpoint
     formatter: Formatter
     options: Generate
@@ -185,8 +185,10 @@ class Sampler:
         if options.stop:
             common["stop"] = list(options.stop)
         if self.formatter.template is None:
-            return self.client.chat.completions.create(messages=prompt["messages"], **common)
-        return self.client.completions.create(prompt=self.formatter.plain_prompt(prompt["messages"]), **common)
+            messages = prompt["messages"]
+            return self.client.send(lambda library: library.chat.completions.create(messages=messages, **common))
+        text = self.formatter.plain_prompt(prompt["messages"])
+        return self.client.send(lambda library: library.completions.create(prompt=text, **common))
 
 
 APART = ("reasoning_content", "reasoning", "tool_calls")

@@ -83,12 +83,12 @@ def train(
     for name in (FAILURE, STOP, f"{RANKS}/{HANG}"):  # left by an earlier attempt
         (stage.path / name).unlink(missing_ok=True)
     spec, steps = _spec(config, stage.path, models, preferences, beta), _total_steps(config, preferences)
-    if _launched():
+    if work.rank is not None:
         from can_dist.training.engine import train_worker
 
         with work.timed("train", "policy", ranks=int(os.environ["WORLD_SIZE"]), steps=steps):
             train_worker(spec)
-            if int(os.environ["RANK"]) != 0:
+            if work.rank != 0:
                 raise SystemExit(0)  # rank 0 commits for all
             return _commit(work, stage)
     return _train_on_ray(work, config, stage, spec, steps)
@@ -179,10 +179,6 @@ def _spec(config: Config, directory: Path, models: Mapping[str, Model], preferen
 
 def _absolute(path: str | None) -> str | None:
     return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
-
-
-def _launched() -> bool:
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _total_steps(config: Config, preferences: Artifact) -> int:

@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +33,7 @@ MANIFEST = "MANIFEST.json"
 STAGE = "STAGE.json"
 PART = re.compile(r"part-(\d{5})\.arrow")
 DIRECTORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # beside the artifact, never above it
+MANIFEST_KEYS = {"stage", "format_version", "identity", "inputs", "files", "info", "digest"}
 MANIFEST_ENTRY, FILE_ENTRY = {"stage": str, "identity": dict, "info": dict}, {"file": str, "bytes": int, "sha256": str}
 
 
@@ -55,14 +58,17 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the same directory; fsync and rename it to ``path`` when the block succeeds."""
-    handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    """Give a temporary path in the same directory; fsync and rename it to ``path`` when the block succeeds.
+
+    The file gets the rights of any new file of this user, which the umask decides.
+    """
+    temporary = path.parent / f".tmp-{secrets.token_hex(8)}"
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
         sync(temporary)
-        temporary.chmod(0o644)
+        temporary.chmod(mode)  # a library may have replaced the file by one of its own
         temporary.replace(path)
         sync(path.parent)
     finally:
@@ -87,10 +93,22 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         built = Path(scratch) / path.name
         built.mkdir()
         yield built
+        give_new_rights(built)
         for written in (*built.iterdir(), built):
             sync(written)
         built.rename(path)
     sync(path.absolute().parent)
+
+
+def give_new_rights(directory: Path) -> None:
+    """Give the files below ``directory`` the rights of new files, as the umask decides; some libraries write 0600."""
+    probe = directory / f".tmp-{secrets.token_hex(8)}"
+    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def sync(path: Path) -> None:
@@ -144,6 +162,11 @@ class Artifact:
     def input(self, name: str) -> Artifact:
         """Return one of the artifacts it was made from, which lie beside it."""
         return load_artifact(self.path.parent / self.manifest["inputs"][name]["artifact"])
+
+    def files_in(self, folder: str) -> list[str]:
+        """Return the names of the listed files below a folder of the artifact, relative to the folder."""
+        names = [str(entry["file"]) for entry in self.manifest["files"]]
+        return [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
 
     def check(self) -> None:
         """Compare every listed file with the manifest; raise ``DataError`` at the first that is not as committed."""
@@ -200,6 +223,9 @@ def load_artifact(directory: Path) -> Artifact:
         well_formed &= all(isinstance(entry[key], kind) for entry in files for key, kind in FILE_ENTRY.items())
         well_formed &= all(isinstance(entry[key], str) for entry in inputs for key in ("artifact", "digest"))
         well_formed &= all(DIRECTORY.fullmatch(entry["artifact"]) for entry in inputs)
+        well_formed &= manifest.keys() <= MANIFEST_KEYS
+        own = manifest.pop("digest", None)  # manifests of before have none
+        well_formed &= own is None or own == digest_of(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         well_formed = False
     if not well_formed:
@@ -271,7 +297,7 @@ class StageDirectory:
             "files": entries,
             "info": dict(info or {}),
         }
-        write_json(self.path / MANIFEST, manifest)
+        write_json(self.path / MANIFEST, {**manifest, "digest": digest_of(manifest)})
         return load_artifact(self.path)
 
     def _check_parts(self, there: set[int], expected: set[int]) -> None:
@@ -308,7 +334,7 @@ def open_stage(
     """
     whole = {"stage": stage, "label": label, "format_version": FORMAT_VERSION, **identity}
     digests = {name: artifact.digest for name, artifact in inputs.items()}
-    path = run / f"{stage}-{_key(whole, digests)}"
+    path = run / f"{stage}-{artifact_key(whole, digests)}"
     reason = ""
     if not (path / STAGE).is_file():
         reason = _why_not_reused(run, stage, label, whole, inputs)
@@ -322,11 +348,12 @@ def find_finished(
 ) -> Artifact | None:
     """Return the artifact that :func:`open_stage` would find finished, or None; nothing is created."""
     whole = {"stage": stage, "label": label, "format_version": FORMAT_VERSION, **identity}
-    path = run / f"{stage}-{_key(whole, {name: artifact.digest for name, artifact in inputs.items()})}"
+    path = run / f"{stage}-{artifact_key(whole, {name: artifact.digest for name, artifact in inputs.items()})}"
     return load_artifact(path) if (path / MANIFEST).is_file() else None
 
 
-def _key(identity: Mapping[str, Any], input_digests: Mapping[str, str]) -> str:
+def artifact_key(identity: Mapping[str, Any], input_digests: Mapping[str, str]) -> str:
+    """Return what an artifact's directory is named after, beside its stage."""
     return digest_of({"identity": identity, "inputs": input_digests})[:16]
 
 
@@ -369,31 +396,3 @@ def dotted(value: Any, prefix: str = "") -> dict[str, Any]:
 def flatten(value: Any) -> dict[str, str]:
     """Return dotted keys with their values as JSON, which is what the key of an artifact is made of."""
     return {key: canonical_json(leaf) for key, leaf in dotted(value).items()}
-
-
-def verify_run(run: Path) -> tuple[int, list[str]]:
-    """Return the number of a run's artifacts, and a line per problem: file digests, keys, lineage of the inputs."""
-    artifacts: dict[str, Artifact] = {}
-    problems = []
-    for manifest in sorted(run.glob(f"*/{MANIFEST}")):
-        try:
-            artifacts[manifest.parent.name] = load_artifact(manifest.parent)
-        except DataError as error:
-            problems.append(str(error))
-    for name, artifact in artifacts.items():
-        for entry in artifact.manifest["files"]:
-            try:
-                check_file(artifact.path, entry)
-            except DataError as error:
-                problems.append(str(error))
-        inputs = artifact.manifest["inputs"]
-        key = _key(artifact.manifest["identity"], {role: entry["digest"] for role, entry in inputs.items()})
-        if name != f"{artifact.stage}-{key}":
-            problems.append(f"{artifact.path / MANIFEST}: its identity has key {key}, the directory is named {name}.")
-        for role, entry in inputs.items():
-            source = artifacts.get(entry["artifact"])
-            if source is None:
-                problems.append(f"{artifact.path}: made from {role} = {entry['artifact']}, which is not in the run.")
-            elif source.digest != entry["digest"]:
-                problems.append(f"{artifact.path}: made from another {entry['artifact']} than the one in the run.")
-    return len(artifacts), problems

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.tables.artifacts import digest_of, file_digest, sync, write_json
 from can_dist.training import ranks
-from can_dist.training.extensions import unsafe_reason
+from can_dist.training.extensions import unsafe_below
 
 COMMIT = "COMMIT.json"
 TAG = "state"
@@ -57,7 +57,7 @@ def save(engine: Any, directory: Path, step: int, *, adapters_only: bool) -> Non
     path, first = directory / f"step-{step:06d}", dist.get_rank() == 0
     with ranks.agreed():
         if first:
-            directory.mkdir(exist_ok=True)
+            directory.mkdir(mode=0o700, exist_ok=True)  # pickles: nobody else may write one
             for stale in directory.glob("step-*"):
                 if stale.name >= path.name:  # never committed, or damaged
                     shutil.rmtree(stale)
@@ -132,13 +132,13 @@ def load(engine: Any, checkpoint: Checkpoint, *, adapters_only: bool) -> None:
 
 
 def refuse_foreign(directory: Path) -> None:
-    """Raise ``EnvironmentProblem`` when anyone but this user and root can have written below ``directory``."""
-    for path in [directory, *directory.glob("step-*"), *directory.glob(f"step-*/{TAG}")]:
-        if reason := unsafe_reason(path):
-            raise EnvironmentProblem(
-                f"{path}: {reason}, and checkpoints are pickles, which run code. If you trust it, run "
-                f"'chmod -R go-w {directory}' and 'chown -R $USER {directory}'; else delete it to start over."
-            )
+    """Raise ``EnvironmentProblem`` when anyone but this user and root can have written at or below ``directory``."""
+    if unsafe := unsafe_below(directory):
+        path, reason = unsafe
+        raise EnvironmentProblem(
+            f"{path}: {reason}, and checkpoints are pickles, which run code. If you trust it, run "
+            f"'chmod -R go-w {directory}' and 'chown -R $USER {directory}'; else delete it to start over."
+        )
 
 
 def _converted(path: Path, commit: Mapping[str, Any]) -> Checkpoint:

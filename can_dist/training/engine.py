@@ -26,6 +26,7 @@ from can_dist.modeling.formatter import open_formatter
 from can_dist.modeling.loading import context_length, load_causal_lm, load_tokenizer
 from can_dist.modeling.logprobs import ResponseModel, choose_layout
 from can_dist.modeling.policy_probe import write_probe
+from can_dist.modeling.remote_code import source_options
 from can_dist.tables.artifacts import load_artifact, write_json
 from can_dist.training import CHECKPOINTS, POLICY, STOP, SUMMARY, batches, checkpoints, ranks, room
 from can_dist.training.batches import Batch, Example, Slot
@@ -148,7 +149,7 @@ def _trackers(spec: TrainSpec, first: int) -> list[Tracker]:
 def _model_config(model: Model) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return AutoConfig.from_pretrained(model.model, **source_options(model))
 
 
 def _build_model(spec: TrainSpec, ds_config: dict[str, Any]) -> tuple[Any, Any]:

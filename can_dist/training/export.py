@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.modeling.quantized import num_bytes, whole_weight
 from can_dist.modeling.stored import INDEX, stored_tensors
-from can_dist.tables.artifacts import write_json
+from can_dist.tables.artifacts import give_new_rights, write_json
 from can_dist.training import ADAPTER, CHECKPOINTS, checkpoints, ranks
 
 WRAPPED = re.compile(r"(\.base_layer)+\.")  # by peft, before the name of each adapted parameter of a layer
@@ -53,6 +53,7 @@ def export_policy(engine: Any, tokenizer: Any, out: Path, max_shard_mb: int) -> 
             if writes:
                 with checkpoints.writing(out, saved):
                     _write_settings(module, tokenizer, out)
+                    give_new_rights(out)
                 check_shapes(out, module.config)
     except EnvironmentProblem:
         if writes:
@@ -212,6 +213,7 @@ def _write_adapter(module: Any, out: Path, files: _Files) -> None:
         tensors = get_peft_model_state_dict(module, state_dict=adapters)
         save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
         config.save_pretrained(out)
+        give_new_rights(out)
 
     files.save(out, write)
 

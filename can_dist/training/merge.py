@@ -19,7 +19,7 @@ import torch
 
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling.stored import StoredTensor, read_json, stored_tensors
-from can_dist.tables.artifacts import atomic_directory, dotted, file_digest
+from can_dist.tables.artifacts import MANIFEST, atomic_directory, dotted, file_digest, load_artifact
 from can_dist.training.export import check_shapes, write_shards
 
 COPIED = ("config.json", "generation_config.json", "tokenizer*", "*.jinja", "special_tokens_map.json",
@@ -86,14 +86,20 @@ def write_policy(
     q: float,
     max_shard_size_mb: int,
 ) -> Path:
-    """Write the merged weights with what else makes a policy, whole or not at all."""
+    """Write the merged weights with what else makes a policy, whole or not at all.
+
+    Of a policy that a run made, only files that its manifest lists are copied.
+    """
+    made = policy_a.parent / MANIFEST
+    listed = load_artifact(made.parent).files_in(policy_a.name) if made.is_file() else None
     sizes = {name: tensor.num_bytes for name, tensor in tensors_a.items()}
     max_bytes = max_shard_size_mb * 10**6
     with atomic_directory(out) as built:
         write_shards(built, sizes, max_bytes, lambda name: _merge_one(name, tensors_a[name], tensors_b[name], q))
         for pattern in COPIED:
             for path in filter(Path.is_file, policy_a.glob(pattern)):
-                shutil.copyfile(path, built / path.name)
+                if listed is None or path.name in listed:
+                    shutil.copyfile(path, built / path.name)
     return out
 
 

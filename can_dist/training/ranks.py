@@ -65,7 +65,7 @@ def join(hang_timeout_s: float) -> None:
         ) from None
     try:
         with agreed():  # every node has its own
-            check_build_directories()
+            check_build_directories(launched=True)
     except CanDistError:
         leave()
         raise

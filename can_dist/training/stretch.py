@@ -20,6 +20,9 @@ from can_dist.training.merge import (
     write_policy,
 )
 
+WEIGHTS = "adapter_model.safetensors"
+"""Of adapters, beside their configuration, as peft writes them."""
+
 
 def stretch_policy(reference: Path, policy: Path, out: Path, alpha: float, max_shard_size_mb: int = 4000) -> Path:
     """Write θ_ref + α(θ − θ_ref) as a Hugging Face directory ``out``; return it.
@@ -86,7 +89,8 @@ def scale_adapter(adapter: Path, out: Path, alpha: float) -> Path:
     pattern = {name: alpha * value for name, value in (config.get("alpha_pattern") or {}).items()}
     with tempfile.TemporaryDirectory(prefix=".tmp-scale-", dir=out.parent) as scratch:
         built = Path(scratch) / out.name
-        shutil.copytree(adapter, built)
+        built.mkdir()
+        shutil.copyfile(adapter / WEIGHTS, built / WEIGHTS)
         scaled = {**config, "lora_alpha": alpha * config["lora_alpha"], "alpha_pattern": pattern}
         write_json(built / "adapter_config.json", scaled)
         built.rename(out)

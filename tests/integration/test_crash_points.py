@@ -21,7 +21,8 @@ from can_dist.config import Config, PythonCallable, validate_config
 from can_dist.doctor.status import read_status
 from can_dist.run import Run
 from can_dist.stages.score import score
-from can_dist.tables.artifacts import MANIFEST, load_artifact, verify_run
+from can_dist.tables.artifacts import MANIFEST, load_artifact
+from can_dist.tables.verify import verify_run
 from can_dist.workspace import Workspace
 
 CRASHFS = Path(__file__).parents[1] / "helpers" / "faults" / "crashfs"

@@ -274,6 +274,19 @@ def test_card_of_an_unevaluated_policy_claims_nothing_and_names_its_base() -> No
     assert "AutoPeftModelForCausalLM" in card.text
 
 
+def test_names_in_a_card_are_text_only() -> None:
+    hostile = "<img src=x onerror=a()> [here](http://evil) ![x](y) `code`"
+    facts = {
+        "title": hostile, "method": "", "base": hostile, "is_hub_model": False, "beta": 0.1, "lam": None,
+        "made_from": [(hostile, hostile)], "expected": hostile,
+    }  # fmt: skip
+    card = model_card(facts, None, adapter=False)
+    assert "<img" not in card
+    assert "[here](" not in card
+    assert "![x](" not in card
+    assert card.count(r"\[here\](http://evil)") == 5
+
+
 def test_card_shows_what_a_threshold_is_judged_by() -> None:
     """Its verdict goes by the policy's own mean, whose interval is another one than that of the paired gain."""
     row = {

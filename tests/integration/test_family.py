@@ -16,7 +16,8 @@ from can_dist.config import Config, validate_config
 from can_dist.pipeline import run_pipeline
 from can_dist.run import Run
 from can_dist.stages.train import POLICY
-from can_dist.tables.artifacts import Artifact, load_artifact, verify_run
+from can_dist.tables.artifacts import Artifact, load_artifact
+from can_dist.tables.verify import verify_run
 
 WORDS = [f"w{i}" for i in range(12)]
 

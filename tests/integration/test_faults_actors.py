@@ -23,8 +23,9 @@ from can_dist.stages.label import label
 from can_dist.stages.report import _samples
 from can_dist.stages.score import score
 from can_dist.stages.solve import solve
-from can_dist.tables.artifacts import Artifact, verify_run
+from can_dist.tables.artifacts import Artifact
 from can_dist.tables.quarantine import without
+from can_dist.tables.verify import verify_run
 from can_dist.workspace import Workspace
 
 

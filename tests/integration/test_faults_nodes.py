@@ -23,7 +23,8 @@ from can_dist.config import Config, PythonCallable, validate_config
 from can_dist.errors import EnvironmentProblem
 from can_dist.pipeline import run_method
 from can_dist.stages.score import score
-from can_dist.tables.artifacts import Artifact, load_artifact, verify_run
+from can_dist.tables.artifacts import Artifact, load_artifact
+from can_dist.tables.verify import verify_run
 from can_dist.workspace import Workspace
 
 pytestmark = pytest.mark.slow

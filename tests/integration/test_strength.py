@@ -18,7 +18,8 @@ from can_dist.pipeline import run_pipeline
 from can_dist.stages.estimate import demands, load_estimate
 from can_dist.stages.report import PAGE, REPORT
 from can_dist.stages.strength import STRENGTH
-from can_dist.tables.artifacts import Artifact, load_artifact, verify_run
+from can_dist.tables.artifacts import Artifact, load_artifact
+from can_dist.tables.verify import verify_run
 
 MARGIN = 0.1
 LAW = 0.25

@@ -77,6 +77,7 @@ class TrainedRun:
             (stage.path / ADAPTER / "adapter_config.json").write_text(
                 json.dumps({"peft_type": "LORA", "lora_alpha": 16, "r": 8})
             )
+            save_file({"lora": torch.ones(8)}, stage.path / ADAPTER / "adapter_model.safetensors")
         files = [
             str(p.relative_to(stage.path)) for folder in (POLICY, ADAPTER) for p in (stage.path / folder).glob("*")
         ]

@@ -24,7 +24,7 @@ from ruamel.yaml import YAML
 from can_dist.cli import cli
 from can_dist.cli import job as cli_job
 from can_dist.cluster.connection import FORWARDED, JOB_CONFIG, forwarded
-from can_dist.cluster.exposure import exposure, is_loopback, is_open
+from can_dist.cluster.exposure import exposure, is_loopback, is_open, takes_strangers
 from can_dist.errors import ConfigError
 from can_dist.workspace import SECRET_NAME
 
@@ -124,7 +124,8 @@ def test_loopback(address: str, loopback: bool) -> None:
     assert is_loopback(address, "127.0.0.1:1") is loopback
 
 
-def test_s1_open_cluster_on_the_network_is_named_with_its_remedy() -> None:
+def test_s1_open_cluster_on_the_network_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("can_dist.cluster.exposure.takes_strangers", lambda address: False)
     with job_server(200) as address:
         problem = exposure("10.0.0.1:6379", address)
         assert str(problem).startswith("the Ray cluster at 10.0.0.1:6379 is not authenticated and not on loopback: ")
@@ -132,6 +133,25 @@ def test_s1_open_cluster_on_the_network_is_named_with_its_remedy() -> None:
         assert exposure("127.0.0.1:6379", address) is None
     with job_server(401) as address:
         assert exposure("10.0.0.1:6379", address) is None
+
+
+@pytest.mark.parametrize(("lets_in", "sentence"), [
+    (True, "whoever reaches 10.0.0.1:6379 runs commands on it"),
+    (None, "whether the Ray cluster at 10.0.0.1:6379 refuses strangers could not be determined"),
+    (False, ""),
+])  # fmt: skip
+def test_s1_head_without_a_dashboard_is_asked_itself(
+    monkeypatch: pytest.MonkeyPatch, lets_in: bool | None, sentence: str
+) -> None:
+    monkeypatch.setattr("can_dist.cluster.exposure.takes_strangers", lambda address: lets_in)
+    problem = exposure("10.0.0.1:6379", "")
+    assert sentence in str(problem or "")
+    assert (problem is None) == (not sentence)
+
+
+def test_s1_nobody_at_the_address_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("can_dist.cluster.exposure.STRANGER_TIMEOUT_S", 0.1)
+    assert takes_strangers("127.0.0.1:1") is None
 
 
 # -------------------------------------------------------------------------------------------------------- entry points

@@ -164,10 +164,10 @@ def test_f41_lock_of_torch_itself_left_by_a_killed_build_is_found(builds: Path) 
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     os.utime(lock, (time.time() - 3600,) * 2)
-    assert extensions.stale_locks(builds) == [], "a slow build holds it"
+    assert extensions.stale_locks(extensions.operation_directories(launched=False)) == [], "a slow build holds it"
     process.kill()
     process.communicate()  # closes the pipe too
-    assert [lock.path for lock in extensions.stale_locks(builds)] == [lock]
+    assert [lock.path for lock in extensions.stale_locks(extensions.operation_directories(launched=False))] == [lock]
 
 
 def test_f41_young_lock_is_a_build(builds: Path) -> None:
@@ -191,9 +191,18 @@ def test_s11_extensions_that_every_user_may_write_are_refused(world: Path, build
     [finding] = machine.extensions()
     assert finding.severity is Severity.ERROR
     assert finding.state == f"{builds} is writable by every user of this machine"
-    assert finding.remedy.startswith(f"chmod 700 {builds}")
+    assert finding.remedy.startswith(f"Run 'chmod -R go-w {builds}'")
     with pytest.raises(EnvironmentProblem, match=f"{builds}: is writable by every user of this machine"):
         preflight(configure(world))
+
+
+def test_s11_compiled_code_that_the_group_may_write_is_refused(builds: Path) -> None:
+    compiled = builds / "deepspeed_shm_comm" / "op.so"
+    compiled.touch()
+    compiled.chmod(0o664)
+    assert extensions.unsafe_below(builds) is None  # nobody else can enter
+    builds.chmod(0o755)
+    assert extensions.unsafe_below(builds) == (compiled, f"is writable by its group (id {os.getgid()})")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
@@ -205,13 +214,19 @@ def test_s11_extensions_of_another_user_are_refused(builds: Path) -> None:
 def test_launched_ranks_compile_elsewhere_than_those_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    own, of_torch = extensions.build_directories()
-    lock = of_torch / "py311_cpu" / "op" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    os.utime(lock, (0, 0))
-    assert own == tmp_path / ".cache" / "can_dist" / "torch_extensions"
-    assert [lock.path for lock in extensions.stale_locks(of_torch)] == [lock]
+    here, of_torch = f"py{sys.version_info.major}{sys.version_info.minor}", tmp_path / ".cache" / "torch_extensions"
+    lock = of_torch / f"{here}_cpu" / "fused_adam" / "lock"
+    others = [of_torch / "py39_cpu" / "fused_adam" / "lock", of_torch / f"{here}_cpu" / "their_kernel" / "lock"]
+    for path in (lock, *others):  # of another Python, and of another project
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (0, 0))
+    own = extensions.extensions_directory()
+    assert own.parent == tmp_path / ".cache" / "can_dist" / "torch_extensions"
+    assert own.name.startswith(f"{here}-torch")
+    launched = extensions.operation_directories(launched=True)
+    assert [stale.path for stale in extensions.stale_locks(launched)] == [lock]
+    assert extensions.stale_locks(extensions.operation_directories(launched=False)) == []
 
 
 # -------------------------------------------------------------------------------------------------------------- Ray
@@ -310,12 +325,12 @@ def test_run_lock_of_a_dead_and_of_a_living_process(tmp_path: Path) -> None:
     host = os.uname().nodename
     child = subprocess.Popen(["true"])
     child.wait()
-    (tmp_path / ".owner").write_text(f"process {child.pid} on {host} since 2026-11-21 10:00:00\n")
+    (tmp_path / ".owner").write_text(f"process {child.pid} on {host} since 2100-01-01 10:00:00\n")
     [dead] = filesystem.held(tmp_path)
     assert dead.state.endswith("which is gone")
-    (tmp_path / ".owner").write_text(f"process {os.getpid()} on {host} since 2026-11-21 10:00:00\n")
+    (tmp_path / ".owner").write_text(f"process {os.getpid()} on {host} since 2100-01-01 10:00:00\n")
     [alive] = filesystem.held(tmp_path)
-    assert alive.state == f"held by process {os.getpid()} on {host} since 2026-11-21 10:00:00"
+    assert alive.state == f"held by process {os.getpid()} on {host} since 2100-01-01 10:00:00"
 
 
 def test_f25_clean_removes_old_temporary_files_of_the_run_and_nothing_else(tmp_path: Path) -> None:

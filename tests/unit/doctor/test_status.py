@@ -15,10 +15,10 @@ from click.testing import CliRunner
 
 from can_dist.cli.look import status as status_command
 from can_dist.config import Config, validate_config
-from can_dist.doctor.status import format_status, read_events, read_status
+from can_dist.doctor.status import format_status, read_status
 from can_dist.errors import DataError
 from can_dist.run import Run
-from can_dist.workspace import Workspace, read_owner
+from can_dist.workspace import Workspace, read_events, read_owner
 
 NOW = 1_000_000.0
 
@@ -64,7 +64,7 @@ def make_stage(run: Path, name: str, *, parts: int = 0, finished: bool = False) 
 
 
 def own(run: Path, process: int, host: str | None = None) -> None:
-    (run / ".owner").write_text(f"process {process} on {host or socket.gethostname()} since 2026-11-21 10:00:00\n")
+    (run / ".owner").write_text(f"process {process} on {host or socket.gethostname()} since 2100-01-01 10:00:00\n")
 
 
 def dead_process() -> int:

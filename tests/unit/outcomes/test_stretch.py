@@ -12,6 +12,7 @@ from trained_run import BETA, TABLE, TrainedRun, assert_weights
 from can_dist.cli import cli
 from can_dist.dual import Margin, solve_dual
 from can_dist.errors import ConfigError, DataError, InfeasibleConstraint
+from can_dist.outcomes.export import export_policy
 from can_dist.outcomes.stretch import export_strength
 from can_dist.stages.strength import strengthen
 from can_dist.training import ADAPTER
@@ -113,3 +114,21 @@ def test_command_refuses_a_margin_that_is_no_number(world: TrainedRun, tmp_path:
     result = CliRunner().invoke(cli, arguments)
     assert isinstance(result.exception, ConfigError)
     assert "--margin a=much: expected a number, or NAME=number" in str(result.exception)
+
+
+@pytest.mark.parametrize("way", ["as trained", "as trained, in other files", "stronger"])
+def test_files_that_no_manifest_lists_do_not_leave(world: TrainedRun, tmp_path: Path, way: str) -> None:
+    policy = world.train()
+    world.estimate(policy, 0.25)
+    secret = tmp_path / "secret"
+    secret.write_text("sk-canary")
+    for name in (".env", "notes.pkl", "tokenizer_backup.json"):
+        (policy.path / "policy" / name).write_text("sk-canary")
+    (policy.path / "policy" / "tokenizer.model").symlink_to(secret)
+    if way == "stronger":
+        export_strength(world.run, tmp_path / "out", strength=1.3)
+    else:
+        export_policy(world.run, tmp_path / "out", adapter=False, max_shard_mb=None if way == "as trained" else 1)
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {path.name for path in written} >= {"config.json", "README.md"}
+    assert not [path for path in written if path.is_symlink() or b"sk-canary" in path.read_bytes()]

@@ -52,7 +52,7 @@ matplotlib.pyplot.figure()
 datasets.load_dataset("json", data_files=sys.argv[1])
 HfApi().model_info("some/model")
 with open_cache():
-    check_build_directories()
+    check_build_directories(launched=False)
 subprocess.run(["git", "config", "--list"], check=True, stdout=subprocess.DEVNULL)
 print(*sorted(str(path.relative_to(Path.home())) for path in Path.home().rglob("*") if path.is_file()), sep="\\n")
 """

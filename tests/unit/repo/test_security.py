@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import pickle
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from can_dist.config.sections import Prompts
 from can_dist.doctor.preflight import preflight
 from can_dist.errors import CanDistError, ConfigError, DataError, EnvironmentProblem
 from can_dist.modeling.classifiers import load_sequence_classifier
-from can_dist.modeling.loading import load_causal_lm, load_tokenizer
+from can_dist.modeling.loading import load_causal_lm, load_model_config, load_tokenizer, model_digest
 from can_dist.run import Run
 from can_dist.stages.ingest import ingest_prompts
-from can_dist.tables.artifacts import digest_of, file_digest, load_artifact, open_stage, verify_run
+from can_dist.tables.artifacts import digest_of, file_digest, load_artifact, open_stage
+from can_dist.tables.verify import verify_run
 from can_dist.training import checkpoints
 from can_dist.workspace import Workspace
 
@@ -159,9 +161,9 @@ def test_s3_code_that_a_model_ships_is_not_run(models: Path, tmp_path: Path, mar
 def test_s3_remote_code_of_the_hub_needs_a_commit(tmp_path: Path, revision: str | None) -> None:
     reference = {"model": "owner/model", "trust_remote_code": True, "revision": revision}
     write_prompts(tmp_path)
-    with pytest.raises(ConfigError, match=r"reference\.trust_remote_code: runs whatever code 'owner/model'") as caught:
+    with pytest.raises(ConfigError, match="reference: trust_remote_code runs whatever code 'owner/model'") as caught:
         preflight(validate_config(configuration(tmp_path, reference=reference)))
-    assert str(caught.value).endswith("give its 40 hexadecimal digits as reference.revision.")
+    assert str(caught.value).endswith("give its 40 hexadecimal digits as revision.")
 
 
 def test_s3_remote_code_of_a_commit_passes_that_check(tmp_path: Path) -> None:
@@ -169,6 +171,49 @@ def test_s3_remote_code_of_a_commit_passes_that_check(tmp_path: Path) -> None:
     write_prompts(tmp_path)
     with pytest.raises(DataError, match="the hub answered"):  # which is offline here
         preflight(validate_config(configuration(tmp_path, reference=reference)))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_s3_code_of_another_repository_is_refused_wherever_a_model_is_opened(
+    models: Path, tmp_path: Path, marker: Path, file: str
+) -> None:
+    directory = with_code(models / "lm", tmp_path / "lm", marker, "llama")
+    code = "other/code--evil.C"
+    named = {"AutoConfig": code} if file == "config.json" else {"AutoTokenizer": [None, code]}
+    content = json.loads((directory / file).read_text())
+    (directory / file).write_text(json.dumps(content | {"auto_map": named}))
+    model = Model(model=str(directory), trust_remote_code=True)
+    openings: list[Callable[[Model], Any]] = [
+        load_tokenizer,
+        model_digest,
+        lambda spec: load_causal_lm(spec, "fp32"),
+        lambda spec: load_model_config(spec, "lm"),
+    ]
+    for opening in openings:
+        with pytest.raises(ConfigError, match=r"names 'other/code--evil\.C', code of another repository"):
+            opening(model)
+
+
+def test_s3_code_that_is_run_is_in_the_digest(models: Path, tmp_path: Path, marker: Path) -> None:
+    directory = with_code(models / "lm", tmp_path / "lm", marker, "llama")
+    plain, trusted = Model(model=str(directory)), Model(model=str(directory), trust_remote_code=True)
+    first = model_digest(trusted)
+    assert first != model_digest(plain)
+    (directory / "inner").mkdir()
+    (directory / "inner" / "more.py").write_text("x = 1")
+    assert model_digest(trusted) != first
+
+
+def test_s3_permission_to_run_code_is_given_in_one_place() -> None:
+    given = [
+        (path.name, ast.unparse(keyword.value))
+        for path in sorted((ROOT / "can_dist").rglob("*.py"))
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call)
+        for keyword in call.keywords
+        if keyword.arg == "trust_remote_code" and ast.unparse(keyword.value) != "False"
+    ]
+    assert given == [("loading.py", "source_options(spec)['trust_remote_code']")]
 
 
 # --------------------------------------------------------------------------------------------------------- S4: pickle
@@ -254,6 +299,28 @@ def test_s4_checkpoint_that_others_can_write_is_not_loaded(tmp_path: Path, marke
 
 
 @pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("name", [".", "step-000004", "step-000004/state", "step-000004/state/rank_0.pt",
+                                  "step-000004/COMMIT.json"])  # fmt: skip
+def test_s4_checkpoint_that_its_group_can_write_is_not_loaded(tmp_path: Path, marker: Path, name: str) -> None:
+    directory = tmp_path / "checkpoints"
+    write_checkpoint(directory, Bomb(marker), committed=True)
+    path = directory / name
+    path.chmod(path.stat().st_mode | 0o020)
+    with pytest.raises(EnvironmentProblem, match="is writable by its group"):
+        checkpoints.newest(directory)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
+def test_s4_checkpoint_file_of_another_user_is_not_loaded(tmp_path: Path, marker: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    write_checkpoint(directory, Bomb(marker), committed=True)
+    os.chown(directory / "step-000004" / "state" / "rank_0.pt", 12345, -1)
+    with pytest.raises(EnvironmentProblem, match=r"rank_0\.pt: belongs to another user \(id 12345\)"):
+        checkpoints.newest(directory)
+
+
+@pytest.mark.usefixtures("group")
 def test_a_checkpoint_of_ours_is_loaded(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoints", Bomb(tmp_path / "executed"), committed=True)
     found = checkpoints.newest(tmp_path / "checkpoints")
@@ -320,7 +387,8 @@ def test_s6_manifest_cannot_name_an_input_outside_the_run(tmp_path: Path, outsid
     assert load_artifact(made.path).input("prompts").digest == source.digest
     manifest = json.loads((made.path / "MANIFEST.json").read_text())
     manifest["inputs"]["prompts"]["artifact"] = outside
-    (made.path / "MANIFEST.json").write_text(json.dumps(manifest))
+    del manifest["digest"]
+    (made.path / "MANIFEST.json").write_text(json.dumps(manifest | {"digest": digest_of(manifest)}))
     with pytest.raises(DataError, match="damaged, not a manifest of this program"):
         load_artifact(made.path)
     assert any("damaged" in problem for problem in verify_run(run)[1])

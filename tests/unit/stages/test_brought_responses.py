@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from transformers import AutoTokenizer
 
 from can_dist.config import Config, validate_config
 from can_dist.doctor.preflight import check_sources, preflight
-from can_dist.errors import CanDistError, ConfigError, DataError, EnvironmentProblem
+from can_dist.errors import CanDistError, ConfigError, DataError, EnvironmentProblem, Interrupted
 from can_dist.run import Run
 from can_dist.tables.artifacts import Artifact
 
@@ -265,6 +269,30 @@ def test_plain_template_is_completed_not_chatted(world: Path, tmp_path: Path) ->
         reference = {"model": str(world / "lm"), "template": "w9 {prompt} w8"}
         ask(world, tmp_path, server, raw={"reference": reference})
         assert all(body["prompt"].startswith("w9 w") and body["prompt"].endswith(" w8") for body in server.bodies)
+
+
+def test_signal_ends_sampling_by_a_silent_endpoint_at_once(world: Path, tmp_path: Path) -> None:
+    def silent(body: dict[str, Any], number: int) -> Any:
+        if number >= 4:  # the first shard is whole
+            time.sleep(4)
+        return chat()
+
+    with serving(silent) as server:
+
+        def stop() -> None:
+            while len(server.bodies) < 5:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=stop, daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(Interrupted):
+            ask(world, tmp_path / "run", server, timeout_s=60, concurrency=2)
+        assert time.monotonic() - started < 10
+        asked = len(server.bodies)
+        server.judge = lambda *_: chat()
+        assert ask(world, tmp_path / "run", server).num_rows == 10
+        assert len(server.bodies) - asked == 6, "the first shard is kept"
 
 
 def test_finished_shards_are_not_asked_for_again(world: Path, tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -26,16 +28,17 @@ from can_dist.tables.artifacts import (
     STAGE,
     Artifact,
     StageDirectory,
+    atomic_directory,
     atomic_file,
     canonical_json,
     digest_of,
     load_artifact,
     open_stage,
     read_part,
-    verify_run,
     write_json,
     write_part,
 )
+from can_dist.tables.verify import verify_run
 
 
 def table(part: int, rows: int = 50) -> pa.Table:
@@ -70,8 +73,9 @@ def half_done(run: Path, num_parts: int = 3) -> StageDirectory:
 def rewrite_manifest(artifact: Artifact, change: Callable[[dict[str, Any]], None]) -> Artifact:
     """Change a manifest as someone who can write to the run directory could."""
     manifest = json.loads((artifact.path / MANIFEST).read_text())
+    del manifest["digest"]
     change(manifest)
-    (artifact.path / MANIFEST).write_text(json.dumps(manifest))
+    (artifact.path / MANIFEST).write_text(json.dumps(manifest | {"digest": digest_of(manifest)}))
     return load_artifact(artifact.path)
 
 
@@ -570,6 +574,24 @@ def test_verify_finds_changed_info_through_what_was_made_from_it(tmp_path: Path,
     assert problem.startswith(f"{lineage['generate'].path}: made from another")
 
 
+def test_verify_finds_any_flipped_bit_of_the_last_manifest(tmp_path: Path) -> None:
+    """No artifact was made from it, so its own digest alone can tell."""
+    artifact = make(tmp_path)
+    whole = (artifact.path / MANIFEST).read_bytes()
+    missed = []
+    for place in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        (artifact.path / MANIFEST).write_bytes(flipped)
+        try:
+            same = load_artifact(artifact.path).manifest == artifact.manifest
+        except DataError:
+            continue
+        if not same:
+            missed.append(place)
+    assert missed == []
+
+
 def test_verify_tells_of_a_damaged_manifest_and_goes_on(tmp_path: Path, lineage: dict[str, Artifact]) -> None:
     (lineage["generate"].path / MANIFEST).write_text("{")
     flip_bit(lineage["prompts"].path / "part-00000.arrow")
@@ -654,3 +676,17 @@ def test_stage_killed_from_outside_ends_as_an_undisturbed_one(tmp_path: Path) ->
         assert not list(run.glob(f"*/{MANIFEST}"))
     assert finish_worker(run, 60) == undisturbed
     assert verify_run(run) == (1, [])
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_files_have_the_rights_that_the_umask_leaves(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "a.json", {})
+        with atomic_directory(tmp_path / "b") as built:
+            private = built / "weights"
+            os.close(os.open(private, os.O_CREAT, 0o600))  # as libraries do that write to a temporary file first
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == mode
+    assert stat.S_IMODE((tmp_path / "b" / "weights").stat().st_mode) == mode
