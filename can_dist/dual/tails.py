@@ -192,7 +192,7 @@ def _solve(
     constraints: Sequence[Margin],
     beta: float,
 ) -> tuple[float, FloatArray | None]:
-    """Return E r − β KL at the solution for these τ and each response's share of its policy; None without a solution."""
+    """Return E r − β KL at the solution for these τ and each response's share of its policy; None without one."""
     shaped = _shaped(table, columns, raw_JN, taus)
     solution = solve_table(shaped, beta=beta, constraints=constraints, throw=False, estimator="empirical")
     if solution.status is not Status.OPTIMAL:

@@ -34,7 +34,7 @@ def cvar_by_sorting(score: np.ndarray, share: np.ndarray, alpha: float) -> float
 
 
 def best_policy(reward: np.ndarray, reference: np.ndarray, utility: np.ndarray, level: float) -> tuple[float, Any]:
-    """Maximise E r − β KL over the probabilities themselves, subject to E utility ≥ level; −inf where none is search."""
+    """Maximise E r − β KL over the probabilities themselves, subject to E utility ≥ level; −inf for none."""
 
     def objective(policy: np.ndarray) -> float:
         divergence = policy * (np.log(np.maximum(policy, 1e-300)) - np.log(reference))
