@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,17 @@ from can_dist.cli.options import given
 from can_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from can_dist.dual import Margin
+    from can_dist.dual import Column, Margin
     from can_dist.tables.scores import Scores
 
 
 DEMANDS = ("margin", "threshold", "equals")
+KINDS = ("mean", "rectified", "worst_of", "cvar")
+OPTIONS = ("alpha", "level")
+FORMS = (
+    "Expected COLUMN:margin=NUMBER (or threshold=, equals=), and for a tail COLUMN:margin=NUMBER,of=cvar,alpha=0.1 or "
+    "COLUMN:margin=NUMBER,of=rectified,level=NUMBER or COLUMN,COLUMN:margin=NUMBER,of=worst_of."
+)
 
 
 TABLE_ENDINGS = (".parquet", ".arrow", ".feather", ".jsonl", ".ndjson", ".json", ".gz")
@@ -58,31 +65,36 @@ def write_json(path: str | None, record: dict[str, Any]) -> None:
         write_json(Path(path), record)
 
 
-def read_scores(path: Path, reward: str, names: Sequence[str], prompts_path: Path | None = None) -> Scores:
-    """Read the score columns of a table, refusing missing columns by name; ``-cost`` is minus the column ``cost``."""
+def read_scores(path: Path, reward: str, columns: Sequence[Column], prompts_path: Path | None = None) -> Scores:
+    """Read the scores of a table and make the utilities of ``columns`` from them, refusing missing ones by name."""
     import numpy as np
 
     from can_dist.config.explain import nearest
-    from can_dist.dual import source_column
+    from can_dist.dual import Column, source_column
     from can_dist.tables.score_shards import check_complete, column_names, id_hashes
-    from can_dist.tables.scores import Scores, read_score_table, score_arrays
+    from can_dist.tables.scores import Scores, check_distinct, read_score_table, score_arrays
 
-    named = [reward, *names]
-    columns, table = column_names(path), None
-    if not columns:
+    wanted = [Column(reward, (reward,)), *columns]
+    named = list(dict.fromkeys(source for column in wanted for source in column.sources))
+    there, table = column_names(path), None
+    if not there:
         table = read_score_table(path, named)
-        columns = table.column_names
+        there = table.column_names
     for name in ("prompt_id", *named):
-        if source_column(name, columns)[0] not in columns:
-            raise DataError(f"{path}: no column {name!r}.{nearest(name, columns)} Columns found: {', '.join(columns)}.")
-    sources, signs = zip(*(source_column(name, columns) for name in named), strict=True)
+        if source_column(name, there)[0] not in there:
+            raise DataError(f"{path}: no column {name!r}.{nearest(name, there)} Columns found: {', '.join(there)}.")
+    first, *others = ([source_column(name, there)[0] for name in column.sources] for column in wanted)
+    check_distinct(first[0], list(chain(*others)), str(path))
+    sources = list(dict.fromkeys(chain(first, *others)))
     if table is None:
         table = read_score_table(path, sources)
     if prompts_path is not None:
         expected = read_score_table(prompts_path).column("prompt_id")
         check_complete(path, id_hashes(table.column("prompt_id")), id_hashes(expected))
     arrays = score_arrays(table, sources[0], sources[1:], str(path))
-    return Scores(arrays.prompt_N, signs[0] * arrays.reward_N, np.array(signs[1:]) * arrays.utility_NJ)
+    by_name = dict(zip(sources, [arrays.reward_N, *arrays.utility_NJ.T], strict=True))
+    reward_N, *utilities = (column.read(by_name) for column in wanted)
+    return Scores(arrays.prompt_N, reward_N, np.stack(utilities, axis=1))
 
 
 def only_config(verb: str, extra: Sequence[str]) -> None:
@@ -110,20 +122,50 @@ def missing(named: dict[str, Any]) -> list[str]:
     return [name for name in named if name not in there]
 
 
-def parse_constraint(text: str) -> Margin:
-    """Return the margin that a text such as 'safety:margin=0.2' demands."""
+def parse_constraint(text: str) -> tuple[Column, Margin]:
+    """Return the utility that a text such as 'safety:margin=0.2,of=cvar,alpha=0.1' names, and what it demands."""
     from can_dist.dual import Margin
 
-    name, colon, demand = text.rpartition(":")
-    kind, equals, value = demand.partition("=")
-    if not (name and colon and equals) or kind not in DEMANDS:
+    column, given = _parse(text)
+    demands = {key: value for key, value in given.items() if key in DEMANDS}
+    if len(demands) > 1:
         raise ConfigError(
-            f"--constraint {text}: expected COLUMN:margin=NUMBER, COLUMN:threshold=NUMBER or COLUMN:equals=NUMBER."
+            f"--constraint {text}: given both as {' and as '.join(demands)}.", "Leave all of them out but one."
         )
-    try:
-        number = float(value)
-    except ValueError:
-        raise ConfigError(f"--constraint {text}: {value!r} is not a number.") from None
+    if not demands:
+        raise ConfigError(f"--constraint {text}: no demand.", FORMS)
+    ((kind, number),) = demands.items()
     if kind == "threshold":
-        return Margin(name, threshold=number)
-    return Margin(name, margin=number, equal=kind == "equals")
+        return column, Margin(column.name, threshold=number)
+    return column, Margin(column.name, margin=number, equal=kind == "equals")
+
+
+def parse_column(text: str) -> Column:
+    """Return the utility that a text such as 'safety' or 'safety:of=rectified,level=0' names; a demand is refused."""
+    column, given = _parse(text)
+    if demands := [key for key in given if key in DEMANDS]:
+        raise ConfigError(
+            f"--constraint {text}: the frontier goes through every margin and needs no {demands[0]}.",
+            "Leave it out; can-dist solve takes one.",
+        )
+    return column
+
+
+def _parse(text: str) -> tuple[Column, dict[str, float]]:
+    from can_dist.dual import Column
+
+    name, _, rest = text.rpartition(":") if "=" in text.rpartition(":")[2] else (text, "", "")
+    pairs = [part.partition("=") for part in rest.split(",") if rest]
+    given = {key: value for key, _, value in pairs}
+    of = given.pop("of", "mean")
+    if not name or of not in KINDS or not given.keys() <= {*DEMANDS, *OPTIONS} or len(given) + 1 < len(pairs):
+        raise ConfigError(f"--constraint {text}: not understood.", FORMS)
+    numbers = {}
+    for key, value in given.items():
+        try:
+            numbers[key] = float(value)
+        except ValueError:
+            raise ConfigError(f"--constraint {text}: {key} {value!r} is not a number.", FORMS) from None
+    sources = tuple(name.split(",")) if of == "worst_of" else (name,)
+    options = {key: numbers[key] for key in OPTIONS if key in numbers}
+    return Column(name if of == "mean" else f"{of}({name})", sources, of=of, **options), numbers  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from can_dist.cli.options import check_output, given, read_config, run_options, 
 from can_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from can_dist.dual import Margin
+    from can_dist.dual import Column, Margin
     from can_dist.tables.scores import Scores
 from can_dist.cli.scores import (
     ScoreCommand,
@@ -93,15 +93,19 @@ def solve(
         raise ConfigError(f"solve --scores also needs {', '.join(missing(named))}.")
     check_output("--json", json_path)
     check_output("--report", report_path)
-    margins = [parse_constraint(text) for text in constraints]
-    engine = engine or _engine(scores, needs_table=report_path is not None or estimator == "gaussian")
+    columns, margins = zip(*map(parse_constraint, constraints), strict=True)
+    tails = [column.name for column in columns if column.of == "cvar"]
+    engine = engine or _engine(scores, needs_table=bool(report_path or tails) or estimator == "gaussian")
     if engine == "memory":
-        arrays = read_scores(scores, reward, [margin.name for margin in margins], prompts_path)
-        record, text = _solve_arrays(arrays, margins, beta, estimator or "auto", confidence, report_path)
+        arrays = read_scores(scores, reward, columns, prompts_path)
+        record, text = _solve_arrays(arrays, columns, margins, beta, estimator or "auto", confidence, report_path)
     else:
-        if report_path is not None:
-            raise ConfigError("--report: the table must be in memory for it; give --engine memory.")
-        record, text = _solve_shards(scores, reward, margins, beta, estimator, confidence, engine, prompts_path)
+        if report_path is not None or tails:
+            needed = "--report" if report_path is not None else tails[0]
+            raise ConfigError(f"{needed}: the table must be in memory for it; give --engine memory.")
+        record, text = _solve_shards(
+            scores, reward, columns, margins, beta, estimator, confidence, engine, prompts_path
+        )
     write_json(json_path, record)
     if json_path != "-":
         click.echo(text)
@@ -109,6 +113,7 @@ def solve(
 
 def _solve_arrays(
     arrays: Scores,
+    columns: Sequence[Column],
     margins: Sequence[Margin],
     beta: float,
     estimator: str,
@@ -116,22 +121,34 @@ def _solve_arrays(
     report_path: str | None,
 ) -> tuple[dict[str, Any], str]:
     """Return the JSON record and the text of the solution; writes the page of diagnostics where asked."""
-    from can_dist.cli.text import solution_text
-    from can_dist.dual import ScoreTable, solve_table
+    import numpy as np
+
+    from can_dist.cli.text import solution_text, tail_lines
+    from can_dist.dual import ScoreTable, settle, solve_table
 
     names = [margin.name for margin in margins]
-    table = ScoreTable.build(arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, names=names)
-    solution = solve_table(table, beta=beta, constraints=margins, estimator=estimator, confidence=confidence)
+    settled = settle(columns, margins, arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, beta=beta)
+    utilities = [
+        column.values([value_N]) if column.tau is not None else value_N
+        for column, value_N in zip(settled.columns, arrays.utility_NJ.T, strict=True)
+    ]
+    table = ScoreTable.build(arrays.reward_N, np.stack(utilities, axis=1), arrays.prompt_N, names=names)
+    solution = solve_table(
+        table, beta=beta, constraints=settled.constraints, estimator=estimator, confidence=confidence
+    )
     if report_path is not None:
         from can_dist.reporting.belief_page import write_diagnostics
 
         write_diagnostics(table, solution, Path(report_path))
-    return solution.to_dict(), solution_text(solution, [margin.name for margin in margins if margin.equal])
+    text = solution_text(solution, [margin.name for margin in margins if margin.equal])
+    record = solution.to_dict() | {"columns": settled.to_dict()}
+    return record, "\n".join([text, *tail_lines(settled)])
 
 
 def _solve_shards(
     scores: Path,
     reward: str,
+    columns: Sequence[Column],
     margins: Sequence[Margin],
     beta: float,
     estimator: str | None,
@@ -147,8 +164,9 @@ def _solve_shards(
     from can_dist.tables.scores import read_score_table
 
     ids = None if prompts_path is None else read_score_table(prompts_path).column("prompt_id")
-    columns = [reward, *(margin.name for margin in margins)]
-    with big_scores(scores, columns, cluster=Cluster() if engine == "ray" else None, prompt_ids=ids) as table:
+    with big_scores(
+        scores, [reward, *columns], cluster=Cluster() if engine == "ray" else None, prompt_ids=ids
+    ) as table:
         solution = solve_table(
             table, beta=beta, constraints=margins, estimator=estimator or "auto", confidence=confidence
         )

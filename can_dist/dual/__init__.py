@@ -21,12 +21,14 @@ from can_dist.dual.solution import DualSolution, Margin, Status
 from can_dist.dual.solve import solve_dual, solve_table
 from can_dist.dual.strength import Demand, RayPoint, Strength, at_strength, choose_strength, demands_of
 from can_dist.dual.table import ScoreTable
+from can_dist.dual.tails import Column, Settled, settle
 from can_dist.dual.verdict import estimate_line, verdict
 
 __all__ = [
     "ESTIMATORS",
     "Block",
     "Bootstrap",
+    "Column",
     "ColumnScores",
     "CrossFit",
     "Demand",
@@ -46,6 +48,7 @@ __all__ = [
     "Prediction",
     "RayPoint",
     "ScoreTable",
+    "Settled",
     "Status",
     "Strength",
     "Trust",
@@ -69,6 +72,7 @@ __all__ = [
     "partial_sums",
     "predict",
     "run_pass",
+    "settle",
     "solve_dual",
     "solve_table",
     "source_column",

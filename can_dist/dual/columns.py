@@ -351,10 +351,13 @@ def largest_of(value_N: FloatArray, number: int) -> FloatArray:
 
 
 def same_type(columns: Sequence[npt.NDArray[Any]]) -> tuple[npt.NDArray[Any], ...]:
-    """Return the columns as all float32 where they all are, else as float64: the kernel reads one type."""
+    """Return the columns as all float32 where they all are, else as float64, read-only: the kernel reads one type."""
     kinds = {column.dtype for column in columns}
     dtype = np.float32 if kinds == {np.dtype(np.float32)} else np.float64
-    return tuple(np.ascontiguousarray(column, dtype=dtype) for column in columns)
+    views = tuple(np.ascontiguousarray(column, dtype=dtype).view() for column in columns)
+    for view in views:
+        view.flags.writeable = False
+    return views
 
 
 def _check(columns: tuple[npt.NDArray[Any], ...], num_responses_P: IntArray) -> None:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from can_dist.dual.frame import source_column
 from can_dist.dual.objective import tilt
 from can_dist.dual.solution import Margin, Status
 from can_dist.dual.solve import solve_table
@@ -74,8 +75,18 @@ class Column:
                 "It is the share of responses, the worst ones, whose mean is asked for; 1 would be the mean itself.",
             )
 
-    def values(self, scores: Sequence[npt.NDArray[np.floating]]) -> FloatArray:
+    def read(self, scores: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """Return :meth:`values` from the score columns of a table by name, ``-cost`` being minus ``cost``."""
+        signed = []
+        for name in self.sources:
+            column, sign = source_column(name, list(scores))
+            signed.append(scores[column] if sign > 0 else -scores[column])
+        return self.values(signed)
+
+    def values(self, scores: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
         """Return the utility of every response from its scores, in the order of ``sources``; higher is better."""
+        if self.of == "mean":
+            return np.asarray(scores[0])
         first_N = np.asarray(scores[0], dtype=np.float64)
         if self.of == "worst_of":
             smallest_N: FloatArray = np.minimum.reduce([np.asarray(score_N, dtype=np.float64) for score_N in scores])
@@ -101,6 +112,11 @@ class Settled:
     columns: tuple[Column, ...]
     constraints: tuple[Margin, ...]
     reference: dict[str, float]
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Return by constraint what its column is made of, JSON-safe; of a ``cvar`` also CVaR_α(π_ref)."""
+        rows = {column.name: asdict(column) | {"sources": list(column.sources)} for column in self.columns}
+        return {name: row | {"reference_cvar": self.reference.get(name)} for name, row in rows.items()}
 
 
 def settle(
