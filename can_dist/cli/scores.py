@@ -157,8 +157,9 @@ def _parse(text: str) -> tuple[Column, dict[str, float]]:
     name, _, rest = text.rpartition(":") if "=" in text.rpartition(":")[2] else (text, "", "")
     pairs = [part.partition("=") for part in rest.split(",") if rest]
     given = {key: value for key, _, value in pairs}
+    is_twice = len(given) < len(pairs)
     of = given.pop("of", "mean")
-    if not name or of not in KINDS or not given.keys() <= {*DEMANDS, *OPTIONS} or len(given) + 1 < len(pairs):
+    if is_twice or not name or of not in KINDS or not given.keys() <= {*DEMANDS, *OPTIONS}:
         raise ConfigError(f"--constraint {text}: not understood.", FORMS)
     numbers = {}
     for key, value in given.items():
