@@ -141,7 +141,8 @@ def _solve_arrays(
 
         write_diagnostics(table, solution, Path(report_path))
     text = solution_text(solution, [margin.name for margin in margins if margin.equal])
-    record = solution.to_dict() | {"columns": settled.to_dict()}
+    derived = any(column.of != "mean" for column in columns)
+    record = solution.to_dict() | ({"columns": settled.to_dict()} if derived else {})
     return record, "\n".join([text, *tail_lines(settled)])
 
 

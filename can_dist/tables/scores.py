@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from can_dist.errors import DataError
 from can_dist.tables.artifacts import MANIFEST, load_artifact
 from can_dist.tables.ids import ID_COLUMNS, coded_ids, id_array, id_column
-from can_dist.tables.json_rows import is_json, json_rows
+from can_dist.tables.json_rows import is_json, is_json_lines, json_rows
 from can_dist.tables.misfits import show
 from can_dist.tables.schemas import check_unique_codes, null_rows, require_columns
 
@@ -70,7 +70,7 @@ def score_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     parts = sorted(p for p in path.iterdir() if p.suffix in TABLE_SUFFIXES and p.name[0] != ".")
-    other = sorted(p.name for p in path.iterdir() if is_json(p) and p.name[0] != ".")
+    other = sorted(p.name for p in path.iterdir() if is_json_lines(p) and p.name[0] != ".")
     if parts and other:
         raise DataError(
             f"{path}: {', '.join(other[:3])}{' and more' if len(other) > 3 else ''} beside {parts[0].name}, and a "

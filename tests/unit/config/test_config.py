@@ -613,7 +613,7 @@ OTHER = {
     "label.pairs": None,  # tied to label.preferences
     "label.human": None,  # of methods that learn from people
     "label.as_published": None,  # of method pecan
-    "solve.estimator": "auto",
+    "solve.estimator": "empirical",
     "solve.confidence": 0.9,
     "label.labels": "sampled",
     "precision": "fp32",
