@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 GPU_PYTHON ?= 3.12
 
-.PHONY: setup demo test test-all test-vllm lint docs bench gpu gpu-wheels clean
+.PHONY: setup demo test test-all test-vllm lint docs bench gpu gpu-wheels release clean
 
 setup: $(VENV)/.installed
 
@@ -46,6 +46,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 # every link, anchor and picture is checked; a warning ends the build
 docs: setup
@@ -67,6 +68,11 @@ gpu:
 # what a bare GPU machine lacks, for its Python
 gpu-wheels:
 	PYTHON=$(PYTHON) benchmarks/gpu_wheels.sh $(GPU_PYTHON) gpu-wheels
+
+# a check list that ends with the commands to publish by; it publishes nothing
+release: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,release]'
+	$(BIN)/python .ci/release.py
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -28,8 +28,8 @@ from can_dist.scoring.kinds import load_scorer
 from can_dist.scoring.protocol import Response
 from can_dist.stages.score import score
 from can_dist.tables.artifacts import Artifact, open_stage, write_part
-from can_dist.tables.verify import verify_run
 from can_dist.tables.schemas import RESPONSES
+from can_dist.tables.verify import verify_run
 from can_dist.workspace import Workspace
 
 DATA = Path(os.environ.get("CAN_DIST_DATA", Path(__file__).parents[2] / "shared" / "data"))

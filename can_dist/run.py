@@ -10,11 +10,12 @@ from typing import Literal
 
 from can_dist.config import METHODS, Config, DataSource, Human, LogRatio, Model, Scorer, Step
 from can_dist.config.sections import Constraint
-from can_dist.errors import ConfigError, DataError
+from can_dist.errors import ConfigError
 from can_dist.scoring.log_ratio import score_columns
 from can_dist.scoring.protocol import LogProb, PolicyRatio, ScorerSpec
 from can_dist.stages import (
     align,
+    certify,
     estimate,
     evaluate,
     generate,
@@ -36,7 +37,8 @@ from can_dist.stages.served_responses import ask_for_responses
 from can_dist.stages.slack import StepSize
 from can_dist.stages.train import Policy
 from can_dist.stages.trajectory import Round
-from can_dist.tables.artifacts import Artifact, load_artifact
+from can_dist.tables.artifacts import Artifact
+from can_dist.tables.lineage import ancestor
 from can_dist.tables.schemas import LOGP_REFERENCE
 from can_dist.workspace import Workspace
 
@@ -333,6 +335,13 @@ class Run:
             self._work, lineage, reference, scorers, constraints, reward=REWARD, variant=variant, estimate=artifact
         )
 
+    def certify(self, policy: Artifact, prompts: Artifact, *, delta: float | None, tolerance: float | None) -> Artifact:
+        """Certify a policy by the configured constraints on the sealed prompts, which nothing else reads."""
+        config = self.config
+        aligned = self.aligned(config.reference, prompts, config.reward, config.constraints)
+        scorers = self._specs(config.reward, config.constraints, aligned)
+        return certify.certify(self._work, policy, prompts, scorers, delta=delta, tolerance=tolerance)
+
     def _estimated(self, lineage: report.Lineage, reference: Model) -> Artifact | None:
         """Return the estimate of a policy on its run's validation responses; None where λ or they are missing."""
         policy, scorers = lineage.policy, (self.config.reward, self.config.constraints)
@@ -350,19 +359,8 @@ class Run:
         self._work.say(message)
 
     def ancestor(self, artifact: Artifact, stage: str) -> Artifact:
-        """Return the nearest artifact of ``stage`` among the inputs of ``artifact``, their inputs, and so on."""
-        level = [artifact]
-        while level:
-            inputs = [
-                load_artifact(self._work.directory / entry["artifact"])
-                for child in level
-                for entry in child.manifest["inputs"].values()
-            ]
-            for parent in inputs:
-                if parent.stage == stage:
-                    return parent
-            level = inputs
-        raise DataError(f"{artifact.path}: not made from a {stage!r} artifact.")
+        """Return the nearest artifact of ``stage`` that an artifact was made from."""
+        return ancestor(artifact, stage)
 
     def _published_units(self) -> dict[str, float]:
         """Return the β of each log-ratio: the paper's code leaves it out of the labels."""

@@ -5,7 +5,7 @@
 
 A recipe that says ``pinned: true`` refuses to run while one is missing. This asks the hub once; keep the file it
 leaves, and the run can be repeated. Gated models need ``hf auth login`` first. Comments and the order of keys stay;
-what is a path here is left alone, and so, without ``--update``, is what has a commit.
+what is a path here or beside the recipe is left alone, and so, without ``--update``, is what has a commit.
 """
 
 from __future__ import annotations
@@ -26,18 +26,25 @@ from can_dist.tables.artifacts import atomic_file
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def hub_entries(node: Any) -> Iterator[tuple[str, Any]]:
-    """Yield ``'model'`` or ``'source'`` and the group of keys that names one, anchored groups once per use."""
+def hub_entries(node: Any, directory: Path) -> Iterator[tuple[str, Any]]:
+    """Yield ``'model'`` or ``'source'`` and the group of keys that names one, anchored groups once per use.
+
+    Args:
+        node: A recipe, or a part of it.
+        directory: The recipe's own, where a relative path may lead as well.
+    """
     if isinstance(node, dict):
         # an endpoint's model is whatever its server calls it
         for key in ("model", "source") if not node.keys() & {"url", "base_url"} else ():
-            if isinstance(node.get(key), str) and not Path(node[key]).expanduser().exists():
-                yield key, node
+            if isinstance(node.get(key), str):
+                path = Path(node[key]).expanduser()
+                if not path.exists() and not (directory / path).exists():
+                    yield key, node
         for value in node.values():
-            yield from hub_entries(value)
+            yield from hub_entries(value, directory)
     elif isinstance(node, list):
         for value in node:
-            yield from hub_entries(value)
+            yield from hub_entries(value, directory)
 
 
 def pin(path: Path, *, update: bool = False) -> list[str]:
@@ -49,7 +56,7 @@ def pin(path: Path, *, update: bool = False) -> list[str]:
     lines: list[str] = []
     asked: dict[tuple[str, str, str | None], str] = {}
     changed = False
-    for key, entry in {(key, id(entry)): (key, entry) for key, entry in hub_entries(recipe)}.values():
+    for key, entry in {(key, id(entry)): (key, entry) for key, entry in hub_entries(recipe, path.parent)}.values():
         name, before = entry[key], entry.get("revision")
         has_commit = bool(COMMIT.fullmatch(str(before or "")))
         if has_commit and not update:

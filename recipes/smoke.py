@@ -100,7 +100,7 @@ def overrides(recipe: dict[str, Any], methods: list[str]) -> dict[str, Any]:
         if "rounds" in group:
             found[f"{path}.rounds"] = 2
     if recipe.get("train", {}).get("ds_config"):
-        found["train.ds_config"] = str(ROOT / "ds_configs" / "zero3_cpu.json")
+        found["train.ds_config"] = "zero3_cpu"
     return found
 
 

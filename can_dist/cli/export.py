@@ -30,6 +30,7 @@ def export() -> None:
 @click.option("--max-shard-size-mb", type=click.IntRange(min=1), help="Largest file of weights; default: as trained.")
 @click.option("--margin", "margins", multiple=True, metavar="[NAME=]B", help="The strength that meets this margin.")
 @STRENGTH
+@click.option("--require-certificate", is_flag=True, help="Write nothing unless 'can-dist certify' certified it.")
 @PUSH
 def policy(
     run_dir: Path,
@@ -37,10 +38,25 @@ def policy(
     max_shard_size_mb: int | None,
     margins: tuple[str, ...],
     strength: float | None,
+    require_certificate: bool,
     push: str | None,
 ) -> None:
     """Write the whole policy, adapters merged, with its model card: a directory that transformers and vLLM load."""
-    _write(run_dir, out, adapter=False, max_shard_mb=max_shard_size_mb, push=push, strength=strength, margins=margins)
+    if require_certificate and (margins or strength is not None):
+        raise ConfigError(
+            "--require-certificate: another strength is another policy, which nothing was measured of.",
+            "Leave out --margin and --strength.",
+        )
+    _write(
+        run_dir,
+        out,
+        adapter=False,
+        max_shard_mb=max_shard_size_mb,
+        push=push,
+        strength=strength,
+        margins=margins,
+        certified=require_certificate,
+    )
 
 
 @export.command()
@@ -77,13 +93,16 @@ def _write(
     push: str | None,
     strength: float | None,
     margins: tuple[str, ...] = (),
+    certified: bool = False,
 ) -> None:
     sentences: tuple[str, ...] = ()
     with contextlib.redirect_stdout(sys.stderr):  # libraries announce themselves on standard output
         from can_dist.outcomes import export, stretch
 
         if strength is None and not margins:
-            written = export.export_policy(run_dir, out, adapter=adapter, max_shard_mb=max_shard_mb)
+            written = export.export_policy(
+                run_dir, out, adapter=adapter, max_shard_mb=max_shard_mb, certified=certified
+            )
         else:
             demanded = dict(map(_margin, margins))
             largest = max_shard_mb or stretch.SHARD_MB

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import click
 
+from can_dist.cli.certify import certify
 from can_dist.cli.compare import compare, judge, run_and_compare
 from can_dist.cli.estimate import estimate
 from can_dist.cli.export import export
+from can_dist.cli.files import files
 from can_dist.cli.frontier import frontier
 from can_dist.cli.look import doctor, status
 from can_dist.cli.options import overrides_option, read_config, run_options, run_until
@@ -20,8 +22,8 @@ from can_dist.console import MACHINE, interruptible, of_machine, printable
 from can_dist.errors import CanDistError, ConfigError, DataError, EnvironmentProblem, Interrupted
 
 EXIT_CODES = (
-    "Exit codes: 0 done, 2 usage or configuration, 3 bad data, 4 infeasible, 5 numerical, 6 environment, "
-    "75 interrupted (run again)."
+    "Exit codes: 0 done, 2 usage or configuration, 3 bad data, 4 infeasible or not certified, 5 numerical, "
+    "6 environment, 7 not enough prompts to certify, 75 interrupted (run again)."
 )
 
 
@@ -64,7 +66,7 @@ def _stage_command(stage: str, text: str) -> None:
 
 for name, text in STAGES.items():
     _stage_command(name, text)
-for added in (solve, frontier, compare, estimate, export, plan, judge, doctor, status):
+for added in (solve, frontier, compare, estimate, certify, export, plan, judge, doctor, status, files):
     cli.add_command(added)
 
 

@@ -9,9 +9,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from can_dist.config.beside import beside
 from can_dist.config.explain import explain
 from can_dist.config.methods import METHODS, OWN_SECTIONS
 from can_dist.config.root import Config
+from can_dist.config.shipped import shipped_file, short_names
 from can_dist.config.yaml_files import apply_override, format_yaml, merge, read_yaml
 from can_dist.errors import ConfigError
 
@@ -19,16 +21,38 @@ from can_dist.errors import ConfigError
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``key=value`` overrides, validate.
 
+    Args:
+        path: A YAML file, or the name of a recipe that comes with the package: ``pku_7b/lora``. A relative path in the
+            file means one in the working directory or, where there is none, one beside the file.
+        overrides: Dotted keys with their values as YAML; a relative path means one in the working directory.
+
     Raises:
         ConfigError: naming every problem of the file: unknown keys with the nearest valid one, duplicates, bounds.
 
     >>> load_config("my.yaml", ["constraints.safety.margin=0.5"]).constraints["safety"].margin
     0.5
     """
-    raw = read_yaml(Path(path).expanduser())
+    file = find_yaml(str(path))
+    raw = beside(read_yaml(file), file.parent)
     for override in overrides:
         apply_override(raw, override)
     return validate_config(raw, str(path))
+
+
+def find_yaml(name: str) -> Path:
+    """Return the YAML file of a path, or of a recipe's name.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    path = Path(name).expanduser()
+    file = path if path.is_file() else shipped_file(name, "recipes", ".yaml")
+    if file is None:
+        raise ConfigError(
+            f"{name}: no such configuration file.",
+            f"Give the path of a YAML file, or the name of a recipe: {short_names('recipes', '.yaml')}.",
+        )
+    return file
 
 
 def validate_config(raw: Mapping[str, Any], source: str = "configuration") -> Config:

@@ -16,6 +16,9 @@ from can_dist.config.sources import DataSource
 MIN_VALIDATION = 32
 """Fewer validation prompts are refused, as ``can_dist.dual.strength`` refuses to choose by them."""
 
+MIN_SEALED = 64
+"""Fewer sealed prompts are refused: the bounds of a certificate were measured from here on (docs/estimators.md)."""
+
 
 class Constraint(Strict):
     """A demand on the mean of one safety score: a margin over the reference, or an absolute threshold.
@@ -58,6 +61,19 @@ class Prompts(DataSource):
         description="Prompts scored like those of the training and never trained on; 0: none; default: 128, where as "
         "many are left to train on.",
     )
+    num_sealed: int = Field(
+        0, ge=0, description="Prompts that nothing but `can-dist certify` reads, 64 or more; 0: none, no certificate."
+    )
+
+    @field_validator("num_sealed")
+    @classmethod
+    def _enough_to_certify_by(cls, num_sealed: int) -> int:
+        if 0 < num_sealed < MIN_SEALED:
+            raise ValueError(
+                f"{num_sealed} sealed prompts certify nothing; give at least {MIN_SEALED} (256 or more are advised), "
+                "or 0 for none"
+            )
+        return num_sealed
 
     @field_validator("num_validation")
     @classmethod
@@ -176,7 +192,9 @@ class Train(Strict):
         False, "Recompute activations in the backward pass: of every layer (true), or of every n-th (n)."
     )
     lora: Lora | None = Field(None, description="Train adapters; default: every weight.")
-    ds_config: str | None = Field(None, description="DeepSpeed JSON (see ds_configs/); default: plain ZeRO-3.")
+    ds_config: str | None = Field(
+        None, description="DeepSpeed JSON, or a name such as zero3_bf16 (ds_configs/); default: plain ZeRO-3."
+    )
     checkpoint_every: int = runtime(200, "Steps between checkpoints; the two newest are kept.", ge=1)
     eval_every: int = runtime(50, "Steps between evaluations of the validation loss.", ge=1)
     log_every: int = runtime(5, "Steps between lines of metrics.", ge=1)

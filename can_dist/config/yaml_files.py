@@ -17,13 +17,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds.
 
     Raises:
-        ConfigError: there is no such file, or it holds something else.
+        ConfigError: it cannot be read, or holds something else.
     """
-    if not path.is_file():
-        raise ConfigError(
-            f"{path}: no such configuration file.",
-            "Give the path of a YAML file; recipes/ holds examples.",
-        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -135,7 +135,7 @@ def check_pinned(config: Config) -> None:
             f"pinned: {len(floating)} model(s) and data set(s) of the hub would be whatever they are "
             f"today:\n{listed}\n",
             "Give each its commit (40 hexadecimal digits) as revision: `python recipes/pin.py FILE` asks the hub and "
-            "writes them into FILE. Or set pinned to false.",
+            "writes them into FILE (`can-dist files recipes` copies script and recipes). Or set pinned to false.",
         )
 
 

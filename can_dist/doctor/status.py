@@ -39,6 +39,7 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
     begun = {stage["stage"] for stage in stages}
     ended = any(event.get("event") == "ended" for event in session)
     failed = [event for event in session if event.get("event") == "failed"]
+    own = [] if _certifies(stages) else own
     stages += [{"stage": name, "state": "not started"} for name in own if name not in begun and not ended]
     return {
         "run": str(run),
@@ -133,7 +134,7 @@ def _heartbeat(directory: Path, now: float) -> float | None:
 
 def _next(run: Path, owner: Owner | None, stages: Sequence[Mapping[str, Any]], ended: bool) -> str:
     """Return the next command to give, or why there is none."""
-    again = f"can-dist run {run / CONFIG} --run {run}"
+    again = f"can-dist certify {run}" if _certifies(stages) else f"can-dist run {run / CONFIG} --run {run}"
     if owner is not None and owner.alive:
         silent = [s for s in stages if s["state"] == "in progress" and (s.get("heartbeat_s") or 0) > SILENT_S]
         if silent:
@@ -142,8 +143,13 @@ def _next(run: Path, owner: Owner | None, stages: Sequence[Mapping[str, Any]], e
     if owner is not None and owner.alive is None:
         return f"look on {owner.host} whether process {owner.process} is there; if it is gone: {again}"
     finished = ended and all(stage["state"] == "finished" for stage in stages)
-    done = finished and any(stage["stage"] == "evaluate" for stage in stages)
+    done = finished and any(stage["stage"] in ("evaluate", "certify") for stage in stages)
     return f"can-dist verify {run}" if done else again
+
+
+def _certifies(stages: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the last command was ``certify``: nothing else opens a stage on sealed prompts."""
+    return any(stage["stage"] == "certify" or stage.get("label", "").endswith(" on sealed") for stage in stages)
 
 
 def format_status(status: Mapping[str, Any]) -> str:

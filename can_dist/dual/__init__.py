@@ -7,6 +7,7 @@ from can_dist.dual.basis import Mixture, check_mixing, mix
 from can_dist.dual.belief.diagnosis import Diagnosis, diagnose
 from can_dist.dual.belief.trust import Trust, judge
 from can_dist.dual.belief.uncertainty import Bootstrap, CrossFit, bootstrap, cross_fit, lam_interval
+from can_dist.dual.bound import Bound, lower_bound
 from can_dist.dual.columns import Block, ColumnScores, Pass, PassResult, run_pass
 from can_dist.dual.estimate import PolicyEstimate, estimate_policy
 from can_dist.dual.estimators import ESTIMATORS
@@ -28,6 +29,7 @@ __all__ = [
     "ESTIMATORS",
     "Block",
     "Bootstrap",
+    "Bound",
     "Column",
     "ColumnScores",
     "CrossFit",
@@ -67,6 +69,7 @@ __all__ = [
     "frontier_table",
     "judge",
     "lam_interval",
+    "lower_bound",
     "mean_interval",
     "mix",
     "partial_sums",

@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from can_dist.errors import ConfigError, DataError, EnvironmentProblem
+from can_dist.outcomes.certificates import find_certificate, require_certificate
 from can_dist.reporting.model_card import model_card
+from can_dist.stages.certify import CERTIFICATE
 from can_dist.stages.estimate import trained_policy
 from can_dist.stages.report import REPORT, lineage_of, method_title
 from can_dist.stages.solve import load_solution
@@ -24,15 +26,18 @@ PAIRED = ("sigmoid", "regression")  # losses whose examples are pairs
 STAGES = ("train", "merge", "strength", "evaluate")  # whose artifacts are policies, or lead to one
 
 
-def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | None = None) -> Path:
+def export_policy(
+    path: Path, out: Path, *, adapter: bool, max_shard_mb: int | None = None, certified: bool = False
+) -> Path:
     """Write a policy, or the adapter it was merged from, with its model card into the new directory ``out``.
 
     ``path`` is a run with one policy, or an artifact of the stages train, merge, strength or evaluate. One file of
     weights is in memory at a time where ``max_shard_mb`` asks for other files than those of the run, none otherwise.
+    ``certified`` writes nothing without a certificate of exactly this policy for the constraints of its run.
 
     Raises:
         ConfigError: ``out`` exists or cannot be made.
-        DataError: there is no policy, there are several, it has no adapter, or it is damaged.
+        DataError: there is no policy, there are several, it has no adapter, it is damaged, or it is not certified.
     """
     check_new(out)
     policy, evaluation = find_policy(path)
@@ -40,8 +45,12 @@ def export_policy(path: Path, out: Path, *, adapter: bool, max_shard_mb: int | N
     if not source.is_dir():
         raise DataError(f"{policy.path}: was trained without train.lora, so there is no adapter. Export the policy.")
     policy.check()
+    certificate = find_certificate(policy)
+    if certified:
+        require_certificate(policy, certificate)
     report = evaluation.read_json(REPORT) if evaluation else None
-    card = model_card(facts_of(policy, evaluation), report, adapter=adapter)
+    record = certificate.read_json(CERTIFICATE) if certificate else None
+    card = model_card(facts_of(policy, evaluation), report, adapter=adapter, certificate=record)
     with atomic_directory(out) as built:
         resharded = max_shard_mb is not None and not adapter
         for name in policy.files_in(source.name):  # what lies there beside them is nobody's output

@@ -13,7 +13,13 @@ from can_dist.measuring.gains import joint_sentence
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 
 
-def model_card(facts: Mapping[str, Any], report: Mapping[str, Any] | None, *, adapter: bool) -> str:
+def model_card(
+    facts: Mapping[str, Any],
+    report: Mapping[str, Any] | None,
+    *,
+    adapter: bool,
+    certificate: Mapping[str, Any] | None = None,
+) -> str:
     """Return the card as Markdown with the hub's metadata on top.
 
     Args:
@@ -21,6 +27,7 @@ def model_card(facts: Mapping[str, Any], report: Mapping[str, Any] | None, *, ad
             constraint, or None), ``made_from`` (pairs of text) and, of a policy that nobody measured, ``expected``.
         report: ``report.json`` of the policy's evaluation; None says that there was none.
         adapter: whether the directory holds adapters only.
+        certificate: ``certificate.json`` of the policy; None where there is none, of which nothing is said.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -39,6 +46,7 @@ def model_card(facts: Mapping[str, Any], report: Mapping[str, Any] | None, *, ad
         "warnings": [],
         "unpredicted": None,
         "expected": "",
+        "certificate": [_plain(sentence) for sentence in certificate["sentences"]] if certificate else [],
     }
     lam = facts["lam"] and ", ".join(f"{name} {value:.4g}" for name, value in facts["lam"].items())
     made_from = [(_plain(name), _plain(value)) for name, value in facts["made_from"]]

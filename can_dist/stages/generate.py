@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from can_dist.config import Model
+from can_dist.config import Config, Model
 from can_dist.config.base import identity
 from can_dist.config.sections import Generate
 from can_dist.errors import DataError
@@ -23,6 +23,9 @@ from can_dist.workspace import Workspace
 
 MANY_TRUNCATED = 0.05
 """A larger share of responses cut at their longest length is told."""
+
+MEASURED = ("test", "sealed")
+"""Splits whose responses measure a policy: ``evaluate.num_responses`` of each."""
 
 ELSEWHERE = ("responses", "endpoint")
 """Options of responses that are not sampled here."""
@@ -38,8 +41,8 @@ def generate(work: Workspace, model: Model, prompts: Artifact, *, split: str, ro
         DataError: A prompt and ``max_new_tokens`` do not fit the model's context (prompt ids listed).
     """
     config = work.config
-    num_responses = config.evaluate.num_responses if split == "test" else config.generate.num_responses
-    options = config.generate.model_copy(update={"num_responses": num_responses})
+    options = sampling(config, split)
+    num_responses = options.num_responses
     precision = resolve_precision(config.precision)
     identity_of_stage = {
         "model": model_digest(model),
@@ -71,6 +74,12 @@ def generate(work: Workspace, model: Model, prompts: Artifact, *, split: str, ro
         if options.engine == "vllm":
             work.release_actors()  # and gives it back with its process only
         return commit_responses(stage, model, num_prompts, sizes)
+
+
+def sampling(config: Config, split: str) -> Generate:
+    """Return how responses to the prompts of a split are sampled: those that measure have a number of their own."""
+    own = config.evaluate if split in MEASURED else config.generate
+    return config.generate.model_copy(update={"num_responses": own.num_responses})
 
 
 def commit_responses(stage: StageDirectory, model: Model, num_prompts: int, parts: Collection[int]) -> Artifact:

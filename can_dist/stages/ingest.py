@@ -16,7 +16,7 @@ from can_dist.config import DataSource, Model
 from can_dist.config.sections import Prompts
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling.loading import model_digest
-from can_dist.stages.held_out import HeldOut
+from can_dist.stages.held_out import HeldOut, refuse_sealed
 from can_dist.tables.artifacts import Artifact, StageDirectory, file_digest, write_part
 from can_dist.tables.foreign.formats import PreferencesRead, PromptsRead, read_preferences, read_prompts
 from can_dist.tables.foreign.messages import prompt_id
@@ -41,7 +41,7 @@ Read = TypeVar("Read", PromptsRead, PreferencesRead)
 
 
 def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
-    """Read the prompts and split them, by conversation, into ``train``, ``test`` and ``validation``.
+    """Read the prompts and split them, by conversation, into ``train``, ``test``, ``validation`` and ``sealed``.
 
     A conversation is one prompt, whatever ids it has; the first one counts. Which prompts are held out follows from the
     seed and that id alone, so adding prompts moves none of the others' roles at random.
@@ -63,6 +63,8 @@ def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
     }
     if prompts.num_validation != 0:  # a run without keeps the names it had before there were any
         identity["num_validation"] = "default" if prompts.num_validation is None else prompts.num_validation
+    if prompts.num_sealed:
+        identity["num_sealed"] = prompts.num_sealed
     stage, read = _open(
         work, ("prompts", "prompts"), {**identity, "seed": work.config.seed}, {}, lambda: _read(prompts, read_prompts)
     )
@@ -76,7 +78,7 @@ def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
     table = table.append_column("split", pa.array(splits, pa.string()))
     kept = table.filter(pc.is_valid(table.column("split"))).cast(PROMPTS)
     write_part(stage.path, 0, kept.combine_chunks())
-    names = ("train", "test", *(["validation"] if num_validation else []))
+    names = ("train", "test", *(["validation"] if num_validation else []), *(["sealed"] if prompts.num_sealed else []))
     counts = {**read.counts, **{name: splits.count(name) for name in names}}
     return stage.commit(info=_info(read) | {"counts": counts})
 
@@ -85,22 +87,29 @@ def _num_validation(num_prompts: int, prompts: Prompts) -> int:
     """Return how many prompts choose the strength: as given, or the default where as many are left to train on."""
     if prompts.num_validation is not None:
         return prompts.num_validation
-    return NUM_VALIDATION if num_prompts >= prompts.num_test + 2 * NUM_VALIDATION else 0
+    return NUM_VALIDATION if num_prompts >= prompts.num_test + prompts.num_sealed + 2 * NUM_VALIDATION else 0
 
 
 def _splits(ids: list[str], prompts: Prompts, num_validation: int, seed: int) -> dict[str, str]:
-    """Return the split of each prompt by its id; prompts that are not used are left out."""
+    """Return the split of each prompt by its id; prompts that are not used are left out.
+
+    Sealed prompts are the last ones, so that neither another ``num_test`` nor ``num_train`` unseals any.
+    """
     order = sorted(ids, key=lambda prompt_id: hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest())
+    num_open = max(len(order) - prompts.num_sealed, 0)
+    order, sealed = order[:num_open], order[num_open:]
     num_held_out = prompts.num_test + num_validation
     if len(order) <= num_held_out:
-        also = f" and prompts.num_validation = {num_validation}" if num_validation else ""
-        lower = " or prompts.num_validation" if num_validation else ""
+        others = {"num_validation": num_validation, "num_sealed": prompts.num_sealed}
+        also = "".join(f" and prompts.{name} = {number}" for name, number in others.items() if number)
+        lower = "".join(f" or prompts.{name}" for name, number in others.items() if number)
         raise DataError(
-            f"{prompts.source}: {len(order)} distinct prompts, of which prompts.num_test = {prompts.num_test}{also} "
+            f"{prompts.source}: {len(ids)} distinct prompts, of which prompts.num_test = {prompts.num_test}{also} "
             f"are to be held out; none would be left to train on. Lower prompts.num_test{lower} or bring more prompts."
         )
     last = None if prompts.num_train is None else num_held_out + prompts.num_train
     roles = {
+        "sealed": sealed,
         "test": order[: prompts.num_test],
         "validation": order[prompts.num_test : num_held_out],
         "train": order[num_held_out:last],
@@ -117,7 +126,7 @@ def ingest_benign(work: Workspace, source: DataSource, prompts: Artifact) -> Art
         prompts: the run's prompts; benign ones that say what a training prompt says are told of.
 
     Raises:
-        DataError: the source cannot be read.
+        DataError: the source cannot be read, or holds a sealed prompt, which no evaluation may read.
     """
     identity = {"source": source_identity(source)}
     stage, read = _open(work, ("prompts", "benign prompts"), identity, {}, lambda: _read(source, read_prompts))
@@ -129,6 +138,7 @@ def ingest_benign(work: Workspace, source: DataSource, prompts: Artifact) -> Art
         artifact = stage.commit(info=_info(read))
     trained_on = {prompt_id(row["messages"]) for row in prompts.table.to_pylist() if row["split"] == "train"}
     contents = [prompt_id(messages) for messages in artifact.table.column("messages").to_pylist()]
+    refuse_sealed(prompts, contents, source.source)
     if both := sum(content in trained_on for content in contents):
         work.say(f"{source.source}: {both} of {len(contents)} benign prompts are trained on too, so not held out")
     return artifact
@@ -185,7 +195,8 @@ def ingest_pairs(
     Responses ``<prompt_id>/<row>a`` and ``.../<row>b`` are a pair. With ``mismatched`` each of them is followed by a
     response to another prompt put in its place, ``.../<row>a-other``, which KTO needs: its baseline is the mean
     log-ratio of responses that do not belong to the prompt. Pairs of held-out prompts, which are known by what they
-    say, whatever their ids, and those longer than the reference's context, are left out and counted.
+    say, whatever their ids, those with the id of a sealed prompt, and those longer than the reference's context, are
+    left out and counted.
 
     Args:
         work: the run.
@@ -220,7 +231,7 @@ def ingest_pairs(
     )
     if read is None:
         return _finished(stage)
-    pairs = [(n, pair) for n, pair in enumerate(read.table.to_pylist()) if not held_out.says(pair["messages"])]
+    pairs = [(n, pair) for n, pair in enumerate(read.table.to_pylist()) if not held_out.leaves_out(pair)]
     num_held_out = read.table.num_rows - len(pairs)
     held_out.tell_alike(work, source.source, [pair for _, pair in pairs])
     rows, left_out = _given_rows(reference, pairs, source.source, mismatched)

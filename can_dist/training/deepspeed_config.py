@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from can_dist.config.sections import Train
+from can_dist.config.shipped import shipped_file, short_names
 from can_dist.errors import ConfigError
 
 # keys that the run's own configuration decides; a second opinion in the file would win or lose silently
@@ -51,7 +52,7 @@ def say_accelerator() -> None:
 
 
 def read_ds_config(path: str | None) -> dict[str, Any]:
-    """Read the user's DeepSpeed JSON; without one, plain ZeRO-3.
+    """Read the user's DeepSpeed JSON, given by its path or as the name of one in ``ds_configs``; without, plain ZeRO-3.
 
     Raises:
         ConfigError: When the file is missing, is not JSON, has a key twice, is not for ZeRO-3 or ZeRO-2, has 'auto'
@@ -60,9 +61,13 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     if path is None:
         return {"zero_optimization": {"stage": 3}}
     try:
-        config = json.loads(Path(path).expanduser().read_text(encoding="utf-8"), object_pairs_hook=_once)
+        config = json.loads(_file_of(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
     except OSError:
-        raise ConfigError(f"train.ds_config: {path}: no such file.", "ds_configs/ holds some.") from None
+        raise ConfigError(
+            f"train.ds_config: {path}: no such file.",
+            "Give the path of a DeepSpeed JSON, or the name of one that comes with can-dist: "
+            f"{short_names('ds_configs', '.json')}.",
+        ) from None
     except ValueError as error:
         raise ConfigError(f"train.ds_config: {path}: not valid JSON: {error}.") from None
     if not isinstance(config, dict):
@@ -85,6 +90,12 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
             f"train.ds_config: {path}: zero_optimization.stage must be 3, or 2 with train.lora, found {zero!r}."
         )
     return config
+
+
+def _file_of(name: str) -> Path:
+    """Return the file of a path, or else that of a shipped file's name."""
+    path = Path(name).expanduser()
+    return path if path.exists() else shipped_file(name, "ds_configs", ".json") or path
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

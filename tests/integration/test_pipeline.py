@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -14,42 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from reader import NUM_PROMPTS, README, reader_folder, readme_block
 from ruamel.yaml import YAML
-from safetensors.torch import load_file, save_file
-from tiny import make_tiny_classifier, make_tiny_lm
 
 CAN_DIST = str(Path(sys.executable).parent / "can-dist")
-WORDS = [f"w{i}" for i in range(12)]
-NUM_PROMPTS = 90
-README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def can_dist(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([CAN_DIST, *arguments], cwd=folder, capture_output=True, text=True, timeout=400)
 
 
-def widen_scores(directory: Path, factor: float = 120.0) -> None:
-    """Give a random classifier scores whose spread is about one."""
-    weights = load_file(directory / "model.safetensors")
-    weights["score.weight"] *= factor
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def readme_block(language: str, number: int = 0) -> str:
-    """The README's n-th fenced block of a language."""
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)[number]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a reader of the README: their models and data under its names, and its configuration."""
-    folder = tmp_path_factory.mktemp("reader")
-    make_tiny_lm(folder / "my-model", WORDS, context=160)
-    for name, seed in (("my-reward-model", 1), ("my-cost-model", 2)):
-        widen_scores(make_tiny_classifier(folder / name, WORDS, context=160, seed=seed))
-    prompts = [f"{a} {b}" for a in WORDS[:10] for b in WORDS[3:]]
-    (folder / "my_prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
-    (folder / "my.yaml").write_text(readme_block("yaml"))
+    folder = reader_folder(tmp_path_factory.mktemp("reader"))
+    prompts = [json.loads(line)["prompt"] for line in (folder / "my_prompts.jsonl").read_text().splitlines()]
     pairs = [
         {"prompt": p, "response_0": f"{p} w1", "response_1": "w2 w3", "better_response_id": 0, "safer_response_id": 1,
          "is_response_0_safe": False, "is_response_1_safe": True}

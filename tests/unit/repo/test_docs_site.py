@@ -21,7 +21,7 @@ from can_dist.train import train
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
-PAGES = ["index.md", "start.md", "concepts.md", "comparison.md", "faq.md", "reference/python.md"]
+PAGES = ["index.md", "start.md", "installation.md", "concepts.md", "comparison.md", "faq.md", "reference/python.md"]
 PAGES += sorted(str(path.relative_to(DOCS)) for path in (DOCS / "howto").glob("*.md"))
 BASE: dict[str, Any] = {
     "prompts": {"source": "prompts.jsonl", "num_validation": 0},
@@ -30,6 +30,8 @@ BASE: dict[str, Any] = {
     "reward": {"kind": "callable", "function": "scorers:num_words"},
     "constraints": {"safety": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 1.0}},
 }
+PROJECT = "can-dist"
+IMAGES = set(re.findall(r"^FROM \S+ AS (\w+)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE))
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
@@ -88,8 +90,10 @@ def test_commands_of_a_page_parse(page: str) -> None:
                 command.make_context(words[1], rest)
             elif words[0] == "deepspeed":
                 train.make_context("train", words[words.index("can_dist.train") + 1 :])
+            elif words[0] == "docker":
+                assert words[words.index("--target") + 1] in IMAGES
             else:
-                assert words[0] == "ray"
+                assert words[0] == "ray" or words == ["pip", "install", PROJECT]
 
 
 def test_every_page_is_in_the_navigation() -> None:

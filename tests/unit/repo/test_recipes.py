@@ -74,7 +74,7 @@ def test_recipe_at_size_says_how_to_pin_plan_and_try_it(path: Path) -> None:
 
 
 def hub_names(path: Path) -> set[str]:
-    return {entry[key] for key, entry in pin.hub_entries(read_yaml(path))}
+    return {entry[key] for key, entry in pin.hub_entries(read_yaml(path), path.parent)}
 
 
 @pytest.mark.parametrize("path", AT_SIZE, ids=name)
@@ -98,7 +98,9 @@ def test_commits_are_those_of_the_readme_which_says_how_each_is_known() -> None:
     told = {name: commit or None for name, commit, _ in rows}
     assert len(told) == len(rows)
     entries = [
-        (entry[key], entry.get("revision")) for path in AT_SIZE for key, entry in pin.hub_entries(read_yaml(path))
+        (entry[key], entry.get("revision"))
+        for path in AT_SIZE
+        for key, entry in pin.hub_entries(read_yaml(path), path.parent)
     ]
     assert set(entries) == set(told.items()), "one commit for each, the same in every recipe"
     assert {name for name, commit in told.items() if commit is None} == UNPINNED
@@ -172,8 +174,15 @@ def test_pin_update_takes_the_hubs_commits_and_says_what_each_was(path: Path, tm
         check_pinned(config)
 
 
+def test_pin_leaves_what_is_beside_the_recipe_alone(tmp_path: Path) -> None:
+    (tmp_path / "models" / "lm").mkdir(parents=True)
+    data = {"reference": {"model": "models/lm"}, "reward": {"model": "models/reward"}, "prompts": {"source": "~"}}
+    assert list(pin.hub_entries(data, tmp_path)) == [("model", {"model": "models/reward"})]
+    assert len(list(pin.hub_entries(data, tmp_path / "models"))) == 2
+
+
 def entries_with_commit(path: Path) -> list[tuple[str, Any]]:
-    return [(key, entry) for key, entry in pin.hub_entries(read_yaml(path)) if "revision" in entry]
+    return [(key, entry) for key, entry in pin.hub_entries(read_yaml(path), path.parent) if "revision" in entry]
 
 
 def test_pin_leaves_the_file_alone_when_the_hub_does_not_know(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ ALIASES = {"num_samples": "samples", "method": "label"}
 # not held by name: how many texts a function is given at once, on which the number of one text must not depend;
 # and what `align` makes of a scorer, whose weights, β and scale are held where it scores
 NOT_HELD = re.compile(r"score: .*\.batch_size|align: .*\.(model|preferences|calibrate)")
-HELD_WHEN_GIVEN = [("template_options", {})]  # in an identity when it is given: runs made before it keep their names
+# in an identity when it is given: runs made before it keep their names
+HELD_WHEN_GIVEN = [("template_options", {}), ("num_sealed", 0)]
 RECORD = "report.build_report"  # its copy of the whole configuration tells how the run was made; no number is of it
 
 
