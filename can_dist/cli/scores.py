@@ -145,8 +145,8 @@ def parse_column(text: str) -> Column:
     column, given = _parse(text)
     if demands := [key for key in given if key in DEMANDS]:
         raise ConfigError(
-            f"--constraint {text}: the frontier goes through every margin and needs no {demands[0]}.",
-            "Leave it out; can-dist solve takes one.",
+            f"--constraint {text}: the frontier goes through every margin and needs none.",
+            f"Give --constraint {text.rpartition(':')[0]}; leave out {demands[0]}, which can-dist solve takes.",
         )
     return column
 

@@ -128,5 +128,5 @@ def test_what_a_cvar_needs_is_said(scores: Path) -> None:
         run(scores, constraint, "--engine", "stream")
     with pytest.raises(ConfigError, match="every margin of a CVaR has its own tau"):
         run(scores, "harm:of=cvar,alpha=0.1", verb="frontier")
-    with pytest.raises(ConfigError, match="needs no margin"):
+    with pytest.raises(ConfigError, match="every margin and needs none"):
         run(scores, constraint, verb="frontier")
