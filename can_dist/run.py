@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -36,7 +35,8 @@ from can_dist.stages.human_labels import Criterion
 from can_dist.stages.served_responses import ask_for_responses
 from can_dist.stages.slack import StepSize
 from can_dist.stages.train import Policy
-from can_dist.stages.trajectory import Round
+from can_dist.stages.trajectory import ReferenceData, Round
+from can_dist.stages.watch import Watched
 from can_dist.tables.artifacts import Artifact
 from can_dist.tables.lineage import ancestor
 from can_dist.tables.schemas import LOGP_REFERENCE
@@ -51,25 +51,6 @@ class StageReached(Exception):
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(str(artifact.path))
         self.artifact = artifact
-
-
-@dataclass(frozen=True)
-class ReferenceData:
-    """The artifacts before any training: scored samples of π_ref, the dual's solution, scored responses to compare.
-
-    ``validation`` are scored samples for prompts that nothing is trained on, None where there are none.
-    """
-
-    scores: Artifact
-    solution: Artifact
-    pairs: Artifact
-    pair_scores: Artifact
-    validation: Artifact | None
-
-    @property
-    def lam(self) -> dict[str, float]:
-        """λ* of the table, by constraint."""
-        return solve.load_solution(self.solution).lam
 
 
 class Run:
@@ -263,14 +244,17 @@ class Run:
         preferences: Artifact,
         beta: float,
         *,
+        watched: Watched | None = None,
         start: Policy | None = None,
         epochs: int | None = None,
     ) -> Artifact:
         """Fine-tune on the preferences, relative to ``reference``, from its weights or from those of ``start``.
 
-        ``epochs`` replaces ``train.num_epochs``. ``Run(until="train")`` continues to the method's last training.
+        Each evaluation estimates by the validation responses of ``watched`` how far the policy is from its margins, and
+        with ``train.feedback`` λ is steered by it. ``epochs`` replaces ``train.num_epochs``. ``Run(until="train")``
+        continues to the method's last training.
         """
-        return train.train(self._work, reference, preferences, beta=beta, start=start, epochs=epochs)
+        return train.train(self._work, reference, preferences, beta=beta, start=start, epochs=epochs, watched=watched)
 
     def estimate(self, policy: Policy, reference: Model, solution: Artifact, validation: Artifact) -> Artifact:
         """Estimate what a policy does from the validation responses and its log-probabilities, without generating."""
@@ -308,6 +292,12 @@ class Run:
         responses = self.generate(policy, prompts)
         scores = self._score(responses, self._specs(reward, constraints))
         return slack.measure(self._work, scores, reference_scores, constraints, reward=REWARD)
+
+    def estimated_slack(self, policy: Artifact, reference: Model, data: ReferenceData) -> Artifact:
+        """Read the slack of a trained policy off the validation responses, without generating."""
+        if data.validation is None:
+            raise ConfigError("caid.slack: no validation prompts are held out.", "Give prompts.num_validation.")
+        return slack.estimated(self._work, self.estimate(policy, reference, data.solution, data.validation))
 
     def step_sizes(self, data: ReferenceData, step_size: StepSize) -> dict[str, float]:
         """Return the step size η of each constraint: the given number, or for '1/H' from the table's dual."""
@@ -348,11 +338,19 @@ class Run:
         if policy.stage == "strength":
             solution, validation = policy.input("solution"), policy.input("estimate").input("validation")
             return self.estimate(policy, reference, solution, validation)
-        if lineage.solution is None or "strength" not in METHODS[self.config.method].stages:
+        if METHODS[self.config.method].steers:  # λ of its last training is none of a solution
+            solution = self.reference_data(lineage.prompts, reference, *scorers, self.config.beta).solution
+        elif lineage.solution is None or "strength" not in METHODS[self.config.method].stages:
             return None
+        else:
+            solution = lineage.solution
         aligned = self.aligned(reference, lineage.prompts, *scorers)
         scores = self.validation(reference, lineage.prompts, *scorers, aligned)
-        return scores and self.estimate(policy, reference, lineage.solution, scores)
+        if scores is None:
+            return None
+        artifact = self.estimate(policy, reference, solution, scores)
+        self.say(f"estimate: {strength.verdict_of(artifact)}")
+        return artifact
 
     def say(self, message: str) -> None:
         """Print a line for the user, and log it."""

@@ -48,7 +48,7 @@ def cdpo(
     is_settled = False
     while not is_settled and len(rounds) < options.rounds:
         preferences = run.label(data.pairs, data.pair_scores, lam, beta)  # p(y_a ≻ y_b) = σ(Δ(r + ⟨λ, g⟩))
-        policy = run.train(reference, preferences, beta)  # a whole DPO, from π_ref
+        policy = run.train(reference, preferences, beta, watched=data.watched)  # a whole DPO, from π_ref
         slack = run.measure(policy, prompts, data.scores, reward, constraints)
         rounds.append(Round(lam, policy, slack))
         is_settled = settled(rounds[-1], options.tolerance, options.standard_errors)

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from can_dist.config import Model, Scorer
 from can_dist.config.sections import Constraint
 from can_dist.run import Run
+from can_dist.stages.watch import Watched
 from can_dist.tables.artifacts import Artifact
 
 
@@ -53,5 +54,5 @@ def mocan(
     if pairs is not responses:
         scores = run.score(pairs, reward, constraints, reference)
     preferences = run.label(pairs, scores, solution, beta)  # p(y_a ≻ y_b) = σ(s_a − s_b)
-    policy = run.train(reference, preferences, beta)  # one DPO, same β
+    policy = run.train(reference, preferences, beta, watched=Watched(solution, validation))  # one DPO, same β
     return run.strength(policy, reference, solution, validation)  # θ_ref + α(θ − θ_ref), α = max_j b_j/Ĝ_j

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from can_dist.config import Model, Scorer
 from can_dist.config.sections import Constraint
 from can_dist.run import Run
+from can_dist.stages.watch import Watched
 from can_dist.tables.artifacts import Artifact
 
 
@@ -46,5 +47,5 @@ def pecan(
     if pairs is not responses:
         scores = run.score(pairs, reward, constraints, reference, aligned)
     preferences = run.label(pairs, scores, solution, beta)  # p(y_a ≻ y_b) = σ(s_a − s_b)
-    policy = run.train(reference, preferences, beta)  # one DPO
+    policy = run.train(reference, preferences, beta, watched=Watched(solution, validation))  # one DPO
     return run.strength(policy, reference, solution, validation)  # θ_ref + α(θ − θ_ref), α = max_j b_j/Ĝ_j

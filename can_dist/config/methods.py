@@ -109,6 +109,20 @@ class Caid(Strict):
         "1/H", description="η of λ ← [λ − η·slack]_+; 1/H: from the curvature of the table's dual at its λ*."
     )
     epochs: int = Field(1, ge=1, description="Passes over the examples in each feedback step.")
+    slack: Literal["generations", "estimate"] = Field(
+        "generations",
+        description="generations: measured on fresh responses to the training prompts; estimate: by the reference's "
+        "responses to the validation prompts, without generating.",
+    )
+    within: bool = Field(
+        False, description="Move λ between the epochs of one training, as the paper does; needs slack 'estimate'."
+    )
+
+    @model_validator(mode="after")
+    def _nothing_is_generated_within(self) -> Caid:
+        if self.within and self.slack != "estimate":
+            raise ValueError("within one training nothing is generated; give slack 'estimate', or leave within out")
+        return self
 
 
 MethodName = Literal["mocan", "pecan", "dpo_h", "dpo_s", "sacpo", "p_sacpo", "cdpo", "caid"]

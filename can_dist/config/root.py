@@ -59,7 +59,7 @@ class Config(Strict):
     cdpo: Cdpo = Field(default_factory=lambda: Cdpo(), description="C-DPO's loop.")
     caid: Caid = Field(default_factory=lambda: Caid(), description="CAID's feedback.")
     label: Label = Field(default_factory=lambda: Label(), validate_default=True, description="Preferences.")
-    train: Train = Field(default_factory=lambda: Train(), description="Fine-tuning.")
+    train: Train = Field(default_factory=lambda: Train(), validate_default=True, description="Fine-tuning.")
     strength: Strength = Field(
         default_factory=lambda: StrengthChoice(),
         validate_default=True,
@@ -104,6 +104,8 @@ class Config(Strict):
         if name not in row.sections and section != type(section)():
             users = " or ".join(user for user, other in METHODS.items() if name in other.sections)
             raise ValueError(f"method {method} does not use this section; leave out, or set method to {users}")
+        if isinstance(section, Caid) and section.slack == "estimate":
+            _check_validation("slack 'estimate'", info)
         return section
 
     @field_validator("sacpo")
@@ -155,6 +157,32 @@ class Config(Strict):
             )
         return solve
 
+    @field_validator("train")
+    @classmethod
+    def _lam_can_be_steered(cls, train: Train, info: ValidationInfo) -> Train:
+        (method, row), label = method_of(info), info.data.get("label")
+        sections = (info.data.get(name) for name in row.sections)
+        within = any(isinstance(section, Caid) and section.within for section in sections)
+        if train.feedback is None and not within:
+            return train
+        if train.feedback is not None and row.steers:
+            raise ValueError(
+                f"feedback moves λ within a training, and method {method} between its trainings; leave out"
+            )
+        if "solve" not in row.stages:
+            raise ValueError(
+                f"feedback recomputes the labels for each λ, and method {method} learns labels that hold for none; "
+                "leave out, or set method to mocan or pecan"
+            )
+        if label is not None and (label.labels == "sampled" or label.as_published):
+            key = "label.labels 'sampled'" if label.labels == "sampled" else "label.as_published"
+            raise ValueError(
+                f"{'caid.within' if within else 'feedback'} recomputes the labels for each λ, which {key} does not "
+                "allow; give labels soft, regression or listwise, without as_published"
+            )
+        _check_validation("feedback", info)
+        return train
+
     @field_validator("strength")
     @classmethod
     def _strength_can_be_chosen(cls, strength: float | StrengthChoice, info: ValidationInfo) -> float | StrengthChoice:
@@ -191,6 +219,19 @@ class Config(Strict):
         if generate is not None and generate.engine == "vllm" and gpus != int(gpus):
             raise ValueError(f"generate.engine vllm takes whole GPUs; gpus_per_actor is {gpus:g}, set 1 or more, or 0")
         return cluster
+
+
+def _check_validation(key: str, info: ValidationInfo) -> None:
+    """Raise ``ValueError`` where a key reads validation responses and none are asked for, or one per prompt."""
+    prompts, generate = info.data.get("prompts"), info.data.get("generate")  # absent where they were refused
+    if prompts is not None and prompts.num_validation == 0:
+        raise ValueError(
+            f"{key} is by validation prompts, and prompts.num_validation is 0; give it (128 are advised), or leave out"
+        )
+    if generate is not None and generate.num_responses == 1:
+        raise ValueError(
+            f"{key} is by which of a prompt's responses are preferred, and generate.num_responses is 1; give at least 2"
+        )
 
 
 RESERVED_SCORE_NAMES = ("reward", "prompt_id", "response_id", "num_tokens", "finish_reason")

@@ -196,7 +196,14 @@ class Train(Strict):
         None, description="DeepSpeed JSON, or a name such as zero3_bf16 (ds_configs/); default: plain ZeRO-3."
     )
     checkpoint_every: int = runtime(200, "Steps between checkpoints; the two newest are kept.", ge=1)
-    eval_every: int = runtime(50, "Steps between evaluations of the validation loss.", ge=1)
+    feedback: Literal["validation"] | None = Field(
+        None,
+        description="validation: at each evaluation λ moves by how far the policy is from its margins on the "
+        "validation prompts, [λ + ½H⁻¹(b − Ĝ)]₊; eval_every is then part of what is computed.",
+    )
+    eval_every: int = runtime(
+        50, "Steps between evaluations: the validation loss, and what the policy does on the validation prompts.", ge=1
+    )
     log_every: int = runtime(5, "Steps between lines of metrics.", ge=1)
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = runtime(
         (), "Also log to these; each needs its own package: extras [wandb], [mlflow], [trackio]."

@@ -48,6 +48,7 @@ def preflight(config: Config, prompts: Artifact | None = None, *, trains: bool =
             - a model has no chat template and no template, or several chat templates and no default;
             - adapters are asked for where they cannot be merged;
             - the DeepSpeed file is not usable, or the reference is stored quantized;
+            - λ is to be moved by validation prompts, and none are held out;
             - the package of an engine, of 4-bit weights or of a tracker is not installed;
             - code of a hub model that is not pinned is to be run.
         EnvironmentProblem: Something is missing around the run:
@@ -80,7 +81,19 @@ def preflight(config: Config, prompts: Artifact | None = None, *, trains: bool =
             continue
         scorer_identity(scorer, resolve_precision(config.precision))
         check_scorer_opens(scorer)
+    if prompts is not None and not prompts.info["counts"].get("validation"):
+        _check_without_validation(config, prompts)
     return check_conversations(config, prompts)
+
+
+def _check_without_validation(config: Config, prompts: Artifact) -> None:
+    """Raise ``ConfigError`` where something is done by validation prompts, of which there are none."""
+    keys = {"train.feedback": config.train.feedback == "validation", "caid.slack": config.caid.slack == "estimate"}
+    for key in (key for key, is_given in keys.items() if is_given):
+        raise ConfigError(
+            f"{key}: no validation prompts are held out of the {prompts.num_rows} of {config.prompts.source}.",
+            "Give prompts.num_validation (128 are advised), or bring more prompts.",
+        )
 
 
 def _check_quantize(config: Config) -> None:

@@ -10,9 +10,9 @@ from can_dist.dual import estimate_line, verdict
 from can_dist.errors import ConfigError, DataError
 from can_dist.outcomes.export import find_policy
 from can_dist.run import REWARD, Run
-from can_dist.stages.estimate import demands, load_estimate
+from can_dist.stages.estimate import load_estimate
 from can_dist.stages.report import lineage_of
-from can_dist.stages.solve import load_solution
+from can_dist.stages.solve import demands, load_solution
 from can_dist.tables.artifacts import MANIFEST, Artifact, load_artifact
 from can_dist.tables.schemas import LOGP_REFERENCE
 
@@ -43,10 +43,15 @@ def run_estimate(path: Path, policy: Path | None = None) -> Artifact:
 def find_solution(policy: Artifact) -> Artifact:
     """Return the dual's solution that a policy was made for; raise ``DataError`` where there was none."""
     solution = policy.input("solution") if policy.stage == "strength" else lineage_of(policy, policy).solution
+    estimates = (load_artifact(path.parent) for path in sorted(policy.path.parent.glob(f"estimate-*/{MANIFEST}")))
+    of_policy = (e for e in estimates if e.manifest["inputs"].get("policy", {}).get("digest") == policy.digest)
+    if solution is None and (estimate := next(of_policy, None)):  # of a loop on λ, whose evaluation estimated it
+        return estimate.input("solution")
     if solution is None:
         raise DataError(
-            f"{policy.path}: was labelled with no dual's solution, so there is no margin and no λ to estimate it by. "
-            "Give the policy of a MoCAN or PeCAN run."
+            f"{policy.path}: was labelled with no dual's solution, so there is no margin and no λ to estimate it by.",
+            "Give the policy of a MoCAN or PeCAN run, or one of C-DPO or CAID that was evaluated with validation "
+            "prompts.",
         )
     return solution
 

@@ -118,6 +118,7 @@ def facts_of(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
     identity, summary = trained.manifest["identity"], trained.info["summary"]
     solution = lineage_of(trained, trained).solution
     lam = load_solution(solution).lam if solution else None
+    steered = ", ".join(f"{name} {value:.4g} at the end" for name, value in summary.get("lam", {}).items())
     base = method = ""
     made_from: list[tuple[str, str]] = []
     if evaluation is not None:
@@ -135,6 +136,7 @@ def facts_of(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
     made_from += [
         ("training", training),
         ("learning rate", f"{options['learning_rate']:g}"),
+        *([("λ, steered in the training", steered)] if steered else []),
         *([("strength", f"{policy.info['alpha']:.4g} times what was trained")] if policy.stage == "strength" else []),
         ("adapters", adapters_text(options.get("lora"))),
         ("text", "the tokenizer's chat template" if identity["template"] is None else repr(identity["template"])),

@@ -15,8 +15,9 @@ from can_dist.modeling.loading import model_digest, model_directory
 from can_dist.outcomes.estimate import CONFIG, find_solution
 from can_dist.outcomes.export import check_new, facts_of, find_policy
 from can_dist.reporting.model_card import model_card
-from can_dist.stages.estimate import demands, load_estimate, solved_table
+from can_dist.stages.estimate import load_estimate
 from can_dist.stages.report import as_trained
+from can_dist.stages.solve import demands, solved_table
 from can_dist.tables.artifacts import MANIFEST, Artifact, load_artifact
 from can_dist.training import ADAPTER, POLICY
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from can_dist.measuring.gains import joint_sentence
 from can_dist.reporting.belief_page import believed
+from can_dist.reporting.course_panel import course
 from can_dist.reporting.estimate_panel import estimated
 from can_dist.reporting.figures.report import density_svg, forest_svg, training_svg
 from can_dist.reporting.page import (
@@ -81,7 +82,7 @@ def render_report(report: Mapping[str, Any]) -> str:
         "densities": list(_density_panels(report.get("scores") or {})),
         "believed": believed(solution, report.get("examination"), reward_name=report["reward"]["name"]),
         "estimated": estimated(report),
-        "training": _training_panel(report.get("training") or {}),
+        "training": _training_panel(report),
         "predicted": any(row["predicted"] for row in [*constraints, reward]),
         "beside": _beside_rows(report),
         "refused": bool(report.get("refusals")),
@@ -235,7 +236,8 @@ def _density_panels(scores: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield panel(name, svg, note)
 
 
-def _training_panel(training: Mapping[str, Any]) -> dict[str, Any] | None:
+def _training_panel(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    training = report.get("training") or {}
     if not training.get("loss"):
         return None
     eval_loss = training.get("eval_loss") or []
@@ -243,7 +245,8 @@ def _training_panel(training: Mapping[str, Any]) -> dict[str, Any] | None:
     label = f"Training loss, {plain(first)} at first and {plain(last)} at last"
     label += f"; evaluation loss {plain(eval_loss[-1][1])} at last" if eval_loss else ""
     svg = training_svg(training["loss"], eval_loss, label=label, prefix="training")
-    return {**training, "svg": safe_svg(svg), "first": first, "last": last, "eval_last": eval_loss and eval_loss[-1][1]}
+    shown = {"svg": safe_svg(svg), "first": first, "last": last, "eval_last": eval_loss and eval_loss[-1][1]}
+    return {**training, **shown, **course(report)}
 
 
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,17 +12,16 @@ from pathlib import Path
 import pyarrow as pa
 
 from can_dist.config import Model
-from can_dist.dual import Demand, Margin, PolicyEstimate, ScoreTable, demands_of, estimate_line, estimate_policy
+from can_dist.dual import PolicyEstimate, estimate_line, estimate_policy
 from can_dist.modeling.loading import model_directory
 from can_dist.scoring.log_ratio import check_same_text
 from can_dist.scoring.protocol import LogProb
 from can_dist.stages.score import score
-from can_dist.stages.solve import load_solution
+from can_dist.stages.solve import demands, labelled_lam, load_solution, score_table
 from can_dist.stages.train import Policy, policy_model
 from can_dist.tables.artifacts import Artifact, write_json
 from can_dist.tables.quarantine import quarantined, without
 from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
-from can_dist.tables.scores import score_arrays
 from can_dist.workspace import Workspace
 
 ESTIMATE = "estimate.json"
@@ -58,7 +57,7 @@ def estimate(
         rows = _joined(validation, log_probs)
         log_weight = solution.manifest["identity"]["log_weight"]
         estimate = estimate_policy(
-            _score_table(rows, reward, list(lam), log_weight, str(validation.path)),
+            score_table(rows, reward, list(lam), log_weight, str(validation.path)),
             rows.column(LOGP_REFERENCE).to_numpy(),
             rows.column(LOGP_POLICY).to_numpy(),
             lam=lam,
@@ -75,19 +74,6 @@ def load_estimate(artifact: Artifact) -> PolicyEstimate:
     return PolicyEstimate.from_dict(artifact.read_json(ESTIMATE))
 
 
-def demands(solution: Artifact) -> tuple[Demand, ...]:
-    """Return what a solution's constraints ask of a policy; a threshold is an improvement over its table's mean."""
-    margins = [Margin(name, **demand) for name, demand in solution.manifest["identity"]["constraints"].items()]
-    return demands_of(solved_table(solution), margins)
-
-
-def solved_table(solution: Artifact) -> ScoreTable:
-    """Return the table of scores that a solution was solved on."""
-    identity, scores = solution.manifest["identity"], solution.input("scores")
-    names = list(identity["constraints"])
-    return _score_table(scores.table, identity["reward"], names, identity["log_weight"], str(scores.path))
-
-
 def trained_policy(policy: Artifact) -> Artifact:
     """Return the training that a policy is a strength of, or a mixture of; itself where it is one."""
     while policy.stage in ("strength", "merge"):
@@ -96,11 +82,13 @@ def trained_policy(policy: Artifact) -> Artifact:
 
 
 def lam_of(policy: Policy, solution: Artifact) -> Mapping[str, float]:
-    """Return λ of the score that a policy was labelled with, in a loop its last one; of the solution for any other."""
+    """Return λ of the score that a policy was last trained towards; of the solution for any other model."""
     if isinstance(policy, Artifact):
-        given: Mapping[str, float] | None = trained_policy(policy).input("preferences").manifest["identity"].get("lam")
-        if given is not None:
-            return given
+        trained = trained_policy(policy)
+        steered: Mapping[str, float] | None = trained.info.get("summary", {}).get(
+            "lam"
+        )  # λ at the end of a training it moved in
+        return steered or labelled_lam(trained.input("preferences"), solution)
     return load_solution(solution).lam
 
 
@@ -124,9 +112,3 @@ def _joined(validation: Artifact, log_probs: Artifact) -> pa.Table:
     scored, logp = (without(demand.table, left_out) for demand in (validation, log_probs))
     assert scored.column("response_id").equals(logp.column("response_id")), "both are scores of the same responses"
     return scored.append_column(LOGP_POLICY, logp.column(LOGP_POLICY))
-
-
-def _score_table(rows: pa.Table, reward: str, names: list[str], log_weight: str | None, source: str) -> ScoreTable:
-    arrays = score_arrays(rows, reward, names, source)
-    weights = None if log_weight is None else rows.column(log_weight).to_numpy()
-    return ScoreTable.build(arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, weights, names=names)

@@ -17,6 +17,7 @@ from can_dist.errors import DataError
 from can_dist.stages.examples import Row, commit, draw, example, join, listed, note, pair_id, stream, useless
 from can_dist.stages.solve import load_solution
 from can_dist.tables.artifacts import Artifact
+from can_dist.training.targets import score_targets
 from can_dist.workspace import Workspace
 
 LOSS_OF = {"soft": "sigmoid", "sampled": "sigmoid", "regression": "regression", "listwise": "listwise"}
@@ -129,12 +130,11 @@ def _label_pairs(rows: list[Row], options: Label, seed: int) -> tuple[list[Row],
 
 
 def _pair_target(name: str, a: Row, b: Row, options: Label, seed: int) -> tuple[float, float]:
-    if options.labels == "regression":
-        return a["score"], b["score"]
-    p = _sigmoid(a["score"] - b["score"])
+    first, second = score_targets(LOSS_OF[options.labels], [a["score"], b["score"]])
     if options.labels == "sampled":
-        p = float(draw(seed, f"label:{name}") < p)
-    return p, 1.0 - p
+        first = float(draw(seed, f"label:{name}") < first)
+        return first, 1.0 - first
+    return first, second
 
 
 def _label_lists(rows: list[Row], options: Label, seed: int, beta: float) -> tuple[list[Row], list[Row]]:
@@ -154,9 +154,8 @@ def _label_lists(rows: list[Row], options: Label, seed: int, beta: float) -> tup
         if len(compared) < 2:
             noted.append(note(name, "less than two responses", kept=False))
             continue
-        logit_K = np.array([row["score"] for row in compared]) / beta
-        weight_K = np.exp(logit_K - logit_K.max())
-        kept.append(example(name, compared, (weight_K / weight_K.sum()).tolist(), options.validation_fraction, seed))
+        target = score_targets("listwise", [row["score"] for row in compared], beta)
+        kept.append(example(name, compared, target, options.validation_fraction, seed))
     return kept, noted
 
 
@@ -187,7 +186,3 @@ def _pairs(rows: list[Row], options: Label, seed: int) -> Iterator[tuple[Row, Ro
             chosen = sorted(random.choice(len(pairs), size=options.pairs_per_prompt, replace=False).tolist())
             pairs = [pairs[index] for index in chosen]
         yield from pairs
-
-
-def _sigmoid(x: float) -> float:
-    return float(0.5 * (1.0 + np.tanh(0.5 * x)))  # never overflows

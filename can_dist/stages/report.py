@@ -29,17 +29,19 @@ from can_dist.measuring.gains import (
 )
 from can_dist.measuring.predicted import held_out_prediction, multipliers, prediction_source, predictions, score_table
 from can_dist.measuring.ray import ray
-from can_dist.stages.estimate import demands, load_estimate
-from can_dist.stages.solve import load_solution
+from can_dist.stages.estimate import load_estimate
+from can_dist.stages.solve import demands, load_solution
 from can_dist.stages.strength import STRENGTH
 from can_dist.stages.train import drift_warning
 from can_dist.tables.artifacts import Artifact
 from can_dist.tables.quarantine import quarantined, scored_responses
 from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
 from can_dist.training import CURVE
+from can_dist.training.metrics import ESTIMATE
 from can_dist.workspace import Workspace
 
 REPORT, PAGE = "report.json", "report.html"
+ESTIMATED = f"{ESTIMATE}."
 PACKAGES = ("can-dist", "torch", "transformers", "deepspeed", "ray", "numpy", "pyarrow")
 
 
@@ -203,6 +205,8 @@ def _training(policy: Artifact) -> dict[str, Any] | None:
         "loss": curve["loss"],
         "eval_loss": curve["eval_loss"],
         "tokens": summary["num_tokens"],
+        "estimates": {name.removeprefix(ESTIMATED): curve[name] for name in curve if name.startswith(ESTIMATED)},
+        "lam": summary.get("lam"),
     }
 
 

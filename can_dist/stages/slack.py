@@ -6,6 +6,7 @@ dual (C-DPO, arXiv 2403.02475; CAID, arXiv 2505.19387). The measured slack inclu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ from can_dist.config.sections import Constraint
 from can_dist.dual import ScoreTable, evaluate
 from can_dist.dual.table import FloatArray
 from can_dist.errors import DataError
-from can_dist.stages.solve import load_solution
+from can_dist.stages.estimate import load_estimate
+from can_dist.stages.solve import demands, load_solution
 from can_dist.tables.artifacts import Artifact, write_json
 from can_dist.tables.scores import score_arrays
 from can_dist.workspace import Workspace
@@ -74,6 +76,31 @@ def measure(
         write_json(stage.path / MEASUREMENT, measured)
         work.say("measure: " + describe_slack(measured["constraints"]))
         return stage.commit([MEASUREMENT], info=measured)
+
+
+def estimated(work: Workspace, estimate: Artifact) -> Artifact:
+    """Return the artifact of a policy's slack, as :func:`measure` does, from its estimate without generating."""
+    stage = work.open("measure", "slack by estimate", {}, {"estimate": estimate})
+    if stage.finished:
+        return stage.finished
+    policy = load_estimate(estimate)
+    rows = ((demand, policy.improvement[demand.name]) for demand in demands(estimate.input("solution")))
+    measured: dict[str, Any] = {
+        "num_prompts": policy.num_prompts,
+        "reward": {"improvement": policy.reward_improvement.mean, "se": policy.reward_improvement.se},
+        "constraints": {
+            demand.name: {
+                "improvement": gain.mean,
+                "slack": gain.mean - demand.margin,
+                "se": math.hypot(gain.se, demand.error),
+                "equal": demand.equal,
+            }
+            for demand, gain in rows
+        },
+    }
+    write_json(stage.path / MEASUREMENT, measured)
+    work.say("measure: " + describe_slack(measured["constraints"]))
+    return stage.commit([MEASUREMENT], info=measured)
 
 
 def _score_table(scores: Artifact, reward: str, names: Sequence[str], log_weight: str | None) -> ScoreTable:

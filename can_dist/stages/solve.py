@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pyarrow as pa
+
 from can_dist.config.base import identity
 from can_dist.config.sections import Constraint
-from can_dist.dual import DualSolution, Margin, ScoreTable, solve_table
+from can_dist.dual import Demand, DualSolution, Margin, ScoreTable, demands_of, solve_table
 from can_dist.dual.messages import lam_error, misread_hints
 from can_dist.errors import InfeasibleConstraint
 from can_dist.scoring.log_ratio import margins_in_nats
@@ -53,10 +55,7 @@ def solve(
     if stage.finished:
         return stage.finished
     with work.timed("solve", "dual"):
-        table = scores.table
-        arrays = score_arrays(table, reward, list(constraints), str(scores.path))
-        weights = None if log_weight is None else table.column(log_weight).to_numpy()
-        rows = ScoreTable.build(arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, weights, names=list(constraints))
+        rows = score_table(scores.table, reward, list(constraints), log_weight, str(scores.path))
         nats = margins_in_nats(rows, margins, scores.info.get("scorers", {}))
         try:
             solution = solve_table(
@@ -86,3 +85,29 @@ def describe(solution: DualSolution) -> str:
         raised = ", ".join(f"{name} by {value:.4g}" for name, value in solution.safety_margin.items())
         parts.append(f"margins raised for confidence {solution.confidence:g}: {raised}")
     return " ".join(["; ".join([*parts, solution.diagnostics["verdict"]]), *misread_hints(solution)])
+
+
+def demands(solution: Artifact) -> tuple[Demand, ...]:
+    """Return what a solution's constraints ask of a policy; a threshold is an improvement over its table's mean."""
+    margins = [Margin(name, **demand) for name, demand in solution.manifest["identity"]["constraints"].items()]
+    return demands_of(solved_table(solution), margins)
+
+
+def solved_table(solution: Artifact) -> ScoreTable:
+    """Return the table of scores that a solution was solved on."""
+    identity, scores = solution.manifest["identity"], solution.input("scores")
+    names = list(identity["constraints"])
+    return score_table(scores.table, identity["reward"], names, identity["log_weight"], str(scores.path))
+
+
+def labelled_lam(preferences: Artifact, solution: Artifact) -> Mapping[str, float]:
+    """Return λ that examples were labelled by: the one that was given, or that of the solution."""
+    given: Mapping[str, float] | None = preferences.manifest["identity"].get("lam")
+    return load_solution(solution).lam if given is None else given
+
+
+def score_table(rows: pa.Table, reward: str, names: list[str], log_weight: str | None, source: str) -> ScoreTable:
+    """Return the reward and the utilities ``names`` of a table of scores, as the dual reads them."""
+    arrays = score_arrays(rows, reward, names, source)
+    weights = None if log_weight is None else rows.column(log_weight).to_numpy()
+    return ScoreTable.build(arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, weights, names=names)

@@ -14,8 +14,8 @@ from can_dist.dual import PolicyEstimate, Strength, at_strength, choose_strength
 from can_dist.dual.strength import plus_minus
 from can_dist.errors import DataError, InfeasibleConstraint
 from can_dist.modeling.loading import model_directory
-from can_dist.stages.estimate import demands, load_estimate
-from can_dist.stages.solve import load_solution
+from can_dist.stages.estimate import load_estimate
+from can_dist.stages.solve import demands, load_solution
 from can_dist.tables.artifacts import Artifact, StageDirectory, write_json
 from can_dist.training import ADAPTER, POLICY
 from can_dist.workspace import Workspace
@@ -81,6 +81,11 @@ def judged(estimated: PolicyEstimate, solution: Artifact, options: StrengthChoic
         max_strength=options.max,
         max_kl=options.max_kl or math.inf,
     )
+
+
+def verdict_of(estimate: Artifact) -> str:
+    """Return the same for the estimate of a policy that keeps the strength it was trained to."""
+    return judged(load_estimate(estimate), estimate.input("solution"), StrengthChoice())
 
 
 def _choose(estimated: PolicyEstimate, solution: Artifact, options: StrengthChoice, policy: Artifact) -> Strength:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from can_dist.modeling.formatter import require_convention, text_identity
 from can_dist.modeling.loading import model_digest
 from can_dist.modeling.policy_probe import PROBE
 from can_dist.modeling.precision import resolve_precision
+from can_dist.stages.watch import Ascent, Watched, watch_spec
 from can_dist.tables.artifacts import Artifact, StageDirectory, write_json
 from can_dist.training import ADAPTER, CHECKPOINTS, CURVE, POLICY, STOP, SUMMARY
 from can_dist.training.batches import num_steps
@@ -31,8 +33,9 @@ from can_dist.training.checkpoints import writing
 from can_dist.training.deepspeed_config import accumulation, read_ds_config
 from can_dist.training.extensions import extensions_directory
 from can_dist.training.heartbeat import HANG, RANKS, read_hang
-from can_dist.training.metrics import METRICS, RESUMED, loss_above_start, read_metrics, training_curve
+from can_dist.training.metrics import ESTIMATE, METRICS, RESUMED, loss_above_start, read_metrics, training_curve
 from can_dist.training.ranks import BACKSTOP_S
+from can_dist.training.spec import TrainSpec, WatchSpec
 from can_dist.workspace import Workspace
 
 FAILURE = "FAILURE.json"
@@ -50,6 +53,7 @@ def train(
     beta: float,
     start: Policy | None = None,
     epochs: int | None = None,
+    watched: Watched | None = None,
 ) -> Artifact:
     """Return the ``policy`` artifact: ``policy/`` is a Hugging Face directory of safetensors.
 
@@ -63,9 +67,11 @@ def train(
         beta: KL weight β.
         start: The initial weights, by default the reference's.
         epochs: Replaces ``train.num_epochs``.
+        watched: What each evaluation estimates the policy by, and what ``train.feedback`` steers λ by; None: neither.
 
     Raises:
-        ConfigError: The initial weights are those of a trained policy, and ``train.lora.quantize`` is set.
+        ConfigError: The initial weights are those of a trained policy, and ``train.lora.quantize`` is set; or λ would
+            never move.
         DataError: The preferences' reference log-probabilities were computed with another template than the
             reference's.
         NumericalError: A loss or gradient is not finite (step, rank, example ids), or the loss of the reference's own
@@ -76,13 +82,16 @@ def train(
     trained = {name: policy for name, policy in policies.items() if isinstance(policy, Artifact)}
     _check_start(config, start or reference)
     models = {name: policy_model(policy, config.reference) for name, policy in policies.items()}
-    stage = _open(work, config, models, {"preferences": preferences, **trained}, beta)
+    inputs = {"preferences": preferences, **trained, **_steered_by(config, watched)}
+    stage = _open(work, config, models, inputs, beta, watched.ascent if watched else None)
     if stage.finished:
         return stage.finished
     require_convention(models["reference"], preferences.info.get("text"), str(preferences.path))
     for name in (FAILURE, STOP, f"{RANKS}/{HANG}"):  # left by an earlier attempt
         (stage.path / name).unlink(missing_ok=True)
-    spec, steps = _spec(config, stage.path, models, preferences, beta), _total_steps(config, preferences)
+    steps = _total_steps(config, preferences)
+    watch = watch_spec(watched, preferences, config.train, steps)
+    spec = _spec(config, stage.path, models, preferences, beta, watch)
     if work.rank is not None:
         from can_dist.training.engine import train_worker
 
@@ -123,6 +132,19 @@ def _check_start(config: Config, start: Policy) -> None:
         raise refuse_requantizing("this training starts from a trained policy")
 
 
+def _steered_by(config: Config, watched: Watched | None) -> dict[str, Artifact]:
+    """Return the inputs of a training that λ moves in; what merely watches a training is none of its inputs."""
+    if watched is None or (config.train.feedback is None and watched.ascent is None):
+        return {}
+    if watched.validation is None:
+        raise ConfigError(
+            f"{'caid.within' if watched.ascent else 'train.feedback'}: there are no validation responses to steer λ "
+            "by.",
+            "Give prompts.num_validation (128 are advised) or bring more prompts; or leave it out.",
+        )
+    return {"validation": watched.validation, "solution": watched.solution}
+
+
 def refuse_requantizing(why: str) -> ConfigError:
     """Return the error for a trained policy that would be quantized again; ``why`` begins its message."""
     return ConfigError(
@@ -142,13 +164,18 @@ def policy_model(policy: Policy, reference: Model) -> Model:
 
 
 def _open(
-    work: Workspace, config: Config, models: Mapping[str, Model], inputs: Mapping[str, Artifact], beta: float
+    work: Workspace,
+    config: Config,
+    models: Mapping[str, Model],
+    inputs: Mapping[str, Artifact],
+    beta: float,
+    ascent: Ascent | None = None,
 ) -> StageDirectory:
     ds_config, precision = read_ds_config(config.train.ds_config), resolve_precision(config.precision)
     identity_keys = {
         **{name: model_digest(model) for name, model in models.items()},
         **text_identity(models["reference"]),
-        "train": identity(config.train, exclude=["ds_config"]),
+        "train": identity(config.train, exclude=["ds_config", "feedback"]),
         "ds_config": ds_config,
         **accumulation(ds_config, precision),
         "beta": beta,
@@ -156,12 +183,21 @@ def _open(
         "precision": precision,
         "record": 3,  # the files beside the weights; 2: the curve, and the adapter; 3: the probe
     }
+    if ascent is not None:
+        identity_keys["ascent"] = asdict(ascent)
+    elif "validation" in inputs:
+        identity_keys |= {"feedback": config.train.feedback, "eval_every": config.train.eval_every}
     return work.open("train", "policy", identity_keys, inputs)
 
 
-def _spec(config: Config, directory: Path, models: Mapping[str, Model], preferences: Artifact, beta: float) -> str:
-    from can_dist.training.engine import TrainSpec
-
+def _spec(
+    config: Config,
+    directory: Path,
+    models: Mapping[str, Model],
+    preferences: Artifact,
+    beta: float,
+    watch: WatchSpec | None,
+) -> str:
     # Ray Train's workers start in a directory of their own
     absolute = {name: m.model_copy(update={"model": _absolute(m.model)}) for name, m in models.items()}
     return TrainSpec(
@@ -173,6 +209,7 @@ def _spec(config: Config, directory: Path, models: Mapping[str, Model], preferen
         beta=beta,
         seed=config.seed,
         precision=resolve_precision(config.precision),
+        watch=watch,
         hang_timeout_s=config.cluster.hang_timeout_s,
     ).model_dump_json()
 
@@ -252,7 +289,7 @@ def _dead_ranks(error: Exception) -> str:
 
 def _ray_worker(config: dict[str, Any]) -> None:
     """Run one rank; a ``CanDistError`` reaches the driver by file: if it were raised, Ray would restart the group."""
-    from can_dist.training.engine import TrainSpec, train_worker
+    from can_dist.training.engine import train_worker
 
     try:
         train_worker(config["spec"])
@@ -277,6 +314,7 @@ def _watch(directory: Path, total: int) -> Iterator[None]:
         with progress("train", total=total, unit="step") as bar:
             finished = False
             shown: list[float] = []
+            said = {line["step"] for line in read_metrics(directory / METRICS) if ESTIMATE in line}  # by an earlier run
             hang = ""
             while not finished:
                 finished = stop.wait(1.0)
@@ -288,6 +326,10 @@ def _watch(directory: Path, total: int) -> Iterator[None]:
                 if resumed and resumed != shown:
                     shown = resumed
                     bar.write(f"can-dist: train: going on from checkpoint step-{int(shown[-1]):06d}", file=sys.stderr)
+                estimates = {line["step"]: line[ESTIMATE] for line in metrics if ESTIMATE in line}
+                for step in sorted(estimates.keys() - said):
+                    bar.write(f"can-dist: train: step {step}: {estimates[step]}", file=sys.stderr)
+                said = set(estimates)  # what comes after the checkpoint is estimated, and said, again
                 lines = [line for line in metrics if "loss" in line]
                 if lines:
                     bar.set_postfix(loss=f"{lines[-1]['loss']:.4f}", refresh=False)

@@ -1,4 +1,4 @@
-"""λ and the measured slack, round by round."""
+"""What a loop on λ starts from, and λ and the measured slack, round by round."""
 
 from __future__ import annotations
 
@@ -7,10 +7,36 @@ from dataclasses import dataclass
 from typing import Any
 
 from can_dist.stages.slack import describe_slack
+from can_dist.stages.solve import load_solution
+from can_dist.stages.watch import Watched
 from can_dist.tables.artifacts import Artifact, write_json
 from can_dist.workspace import Workspace
 
 TRAJECTORY, PLOT = "trajectory.json", "trajectory.svg"
+
+
+@dataclass(frozen=True)
+class ReferenceData:
+    """The artifacts before any training: scored samples of π_ref, the dual's solution, scored responses to compare.
+
+    ``validation`` are scored samples for prompts that nothing is trained on, None where there are none.
+    """
+
+    scores: Artifact
+    solution: Artifact
+    pairs: Artifact
+    pair_scores: Artifact
+    validation: Artifact | None
+
+    @property
+    def lam(self) -> dict[str, float]:
+        """λ* of the table, by constraint."""
+        return load_solution(self.solution).lam
+
+    @property
+    def watched(self) -> Watched:
+        """What trainings are watched by."""
+        return Watched(self.solution, self.validation)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from can_dist.training import ranks
 from can_dist.training.extensions import unsafe_below
 
 COMMIT = "COMMIT.json"
+LAM = "lam.json"
 TAG = "state"
 UNIVERSAL = "universal"
 KEEP = 2
@@ -35,11 +36,19 @@ BYTES_PER_WEIGHT = 16  # of a trained weight: the weight, its fp32 master copy, 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint; ``universal`` when it was written by another number of ranks and converted for this one."""
+    """A whole checkpoint.
+
+    Attributes:
+        path: Its directory.
+        step: Optimizer steps done.
+        universal: Whether it was written by another number of ranks, and converted for this one.
+        lam: λ that the examples are labelled by from here on, by constraint; empty where none was kept.
+    """
 
     path: Path
     step: int
     universal: bool
+    lam: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ds_config(self) -> dict[str, Any]:
@@ -47,8 +56,8 @@ class Checkpoint:
         return {"checkpoint": {"load_universal": True}} if self.universal else {}
 
 
-def save(engine: Any, directory: Path, step: int, *, adapters_only: bool) -> None:
-    """Write and commit the checkpoint of ``step`` on all ranks; keep the two newest.
+def save(engine: Any, directory: Path, step: int, lam: Mapping[str, float], *, adapters_only: bool) -> None:
+    """Write and commit the checkpoint of ``step`` on all ranks, with λ where there is one; keep the two newest.
 
     Raises:
         EnvironmentProblem: on all ranks, when it does not fit on the disk or a rank could not write its part. The
@@ -70,6 +79,8 @@ def save(engine: Any, directory: Path, step: int, *, adapters_only: bool) -> Non
         with ranks.agreed():
             if failures:
                 raise EnvironmentProblem(f"{failures[0]}. {_advice(directory)}")
+            if first and lam:
+                write_json(path / LAM, dict(lam))
         digests = _digests(path)
         with ranks.agreed():
             if first:
@@ -111,7 +122,7 @@ def newest(directory: Path) -> Checkpoint | None:
             ranks.say(f"checkpoint {path.name} is not whole and is passed over: {problem}")
             damaged += [f"{path.name}: {problem}"] if committed else []
         elif commit["world_size"] == dist.get_world_size():
-            return Checkpoint(path, commit["step"], universal=False)
+            return Checkpoint(path, commit["step"], universal=False, lam=_lam(path))
         else:
             return _converted(path, commit)
     if damaged:
@@ -162,7 +173,13 @@ def _converted(path: Path, commit: Mapping[str, Any]) -> Checkpoint:
                     f"{path}: DeepSpeed could not convert it for {dist.get_world_size()} rank(s): {lines[-1]}. "
                     f"{_free(path)}. Free space, or train with {commit['world_size']} rank(s)."
                 )
-    return Checkpoint(out, commit["step"], universal=True)
+    return Checkpoint(out, commit["step"], universal=True, lam=_lam(path))
+
+
+def _lam(path: Path) -> dict[str, float]:
+    """Return λ of a checkpoint whose files have their digests."""
+    kept: dict[str, float] = json.loads((path / LAM).read_text(encoding="utf-8")) if (path / LAM).is_file() else {}
+    return kept
 
 
 @contextmanager

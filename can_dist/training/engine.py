@@ -11,12 +11,11 @@ import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict
 
 from can_dist.config import Model
 from can_dist.config.sections import Train
@@ -36,27 +35,13 @@ from can_dist.training.heartbeat import Heartbeat, heartbeat
 from can_dist.training.metrics import MetricsLog
 from can_dist.training.objective import METRIC_NAMES, kto_baseline, pack_losses
 from can_dist.training.reference import check_reference, probe
+from can_dist.training.spec import TrainSpec
 from can_dist.training.trackers import Tracker, open_trackers
 from can_dist.training.trainable import adapt
+from can_dist.training.watch import Watch
 
 # Allowed |loss − expected| before step 1 (relative when expected > 1): bf16 log-probabilities vary with the batch.
 STEP0_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
-
-
-class TrainSpec(BaseModel):
-    """Everything a rank needs, JSON-safe, the same on all ranks."""
-
-    model_config = ConfigDict(frozen=True)
-
-    directory: Path
-    preferences: Path
-    reference: Model
-    start: Model  # the weights to start from; those of the reference unless a trained policy is trained further
-    train: Train
-    beta: float
-    seed: int
-    precision: str
-    hang_timeout_s: float = 1800.0
 
 
 def train_worker(spec_json: str) -> None:
@@ -93,6 +78,7 @@ def _train(spec: TrainSpec, beats: Heartbeat) -> None:
         formatter = open_formatter(spec.reference)
         context = context_length(_model_config(spec.start))
         examples, validation = batches.load_examples(preferences, formatter, context)
+        watch = Watch.of(spec, preferences, formatter)
     ranks.require_same(preferences.digest, f"content of {spec.preferences}")
     if long := batches.about_long([*examples, *validation], train.tokens_per_pack):
         ranks.say(long)
@@ -109,11 +95,13 @@ def _train(spec: TrainSpec, beats: Heartbeat) -> None:
     engine = _initialize(ResponseModel(model), ds_config, train, total)
     if checkpoint:
         checkpoints.load(engine, checkpoint, adapters_only=train.lora is not None)
+        if watch is not None:
+            watch.lam |= checkpoint.lam
     layout, sentence = _layout(engine)
     log = None
     if rank == 0:
         log = MetricsLog(spec.directory, first, _trackers(spec, first))
-    loop = _Loop(spec, engine, preferences.info["loss"], examples, validation, layout, log, beats)
+    loop = _Loop(spec, engine, preferences.info["loss"], examples, validation, watch, layout, log, beats)
     loop.run(first, total)
     beats.at("export of the policy")
     groups, probe_logp_R = probe(engine, examples, layout)
@@ -123,10 +111,11 @@ def _train(spec: TrainSpec, beats: Heartbeat) -> None:
         if log is not None:
             log.close()
             write_probe(spec.directory, groups, probe_logp_R, spec.precision)
-            write_json(spec.directory / SUMMARY, _summary(spec, examples, total, sentence))
+            steered = {"lam": watch.lam} if watch is not None and watch.spec.steering is not None else {}
+            write_json(spec.directory / SUMMARY, _summary(spec, examples, total, sentence) | steered)
 
 
-def _summary(spec: TrainSpec, examples: Sequence[Example], total: int, sentence: str) -> dict[str, int | str]:
+def _summary(spec: TrainSpec, examples: Sequence[Example], total: int, sentence: str) -> dict[str, Any]:
     size = spec.train.batch_size
     chosen = (batches.global_batch(len(examples), size, spec.seed, step) for step in range(total))
     tokens = sum(examples[index].num_tokens for batch in chosen for index in batch.tolist())
@@ -142,7 +131,7 @@ def _require_room(spec: TrainSpec, ds_config: dict[str, Any], examples: Sequence
 
 
 def _trackers(spec: TrainSpec, first: int) -> list[Tracker]:
-    settings = spec.model_dump(mode="json", exclude={"directory", "preferences"})
+    settings = spec.model_dump(mode="json", exclude={"directory", "preferences", "watch"})
     return open_trackers(spec.train.trackers, spec.directory, first, spec.train.tracker_project, settings)
 
 
@@ -200,12 +189,13 @@ class _Loop:
         loss: str,
         examples: Sequence[Example],
         validation: Sequence[Example],
+        watch: Watch | None,
         layout: str,
         log: MetricsLog | None,
         beats: Heartbeat,
     ) -> None:
         self.spec, self.engine, self.loss, self.examples, self.validation = spec, engine, loss, examples, validation
-        self.layout, self.log, self.beats = layout, log, beats
+        self.watch, self.layout, self.log, self.beats = watch, layout, log, beats
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = engine.device
         self.sums = torch.zeros(len(METRIC_NAMES) + 1, dtype=torch.float64, device=self.device)
@@ -230,11 +220,13 @@ class _Loop:
                 # a checkpoint ends an interval, else a resumed run would miss the losses before it
                 if done % train.log_every == 0 or done == total or saves:
                     self.write_metrics(done)
-                if self.validation and (done % train.eval_every == 0 or done == total):
+                moves = self.watch is not None and self.watch.moves_after(done)
+                if done % train.eval_every == 0 or done == total or moves:
                     self.evaluate(done)
                 if saves:
                     self.beats.at(f"checkpoint of step {done}")
-                    checkpoints.save(self.engine, directory, done, adapters_only=train.lora is not None)
+                    lam = self.watch.lam if self.watch is not None else {}
+                    checkpoints.save(self.engine, directory, done, lam, adapters_only=train.lora is not None)
                 if stops:
                     raise Interrupted(f"stopped by a signal; step {done} is committed, run again to continue.")
                 if bar is not None:
@@ -290,14 +282,25 @@ class _Loop:
             check_reference(self.engine, self.examples, self.layout, self.spec.precision, self.spec.preferences)
         if self.log is not None:
             self.log.write(0, values)
-        if self.validation:
-            self.evaluate(0)
+        self.evaluate(0)
 
     def evaluate(self, step: int) -> None:
-        """Write the loss on the validation examples."""
-        values = self._measure(self.validation)
-        if self.log is not None:
-            self.log.write(step, {f"eval_{name}": value for name, value in values.items()})
+        """Write the loss on the validation examples, and what the policy does on the validation prompts."""
+        values, line = {}, ""
+        if self.validation:
+            values = {f"eval_{name}": value for name, value in self._measure(self.validation).items()}
+        if self.watch is not None and (step > 0 or self.spec.start != self.spec.reference):  # else it does nothing yet
+            observation = self.watch.observe(self._log_probs(self.watch), step)
+            values, line = values | observation.values, observation.line
+        if line and "RAY_TRAIN_RUN" not in os.environ:  # in a Ray run the driver shows it
+            ranks.say(f"step {step}: {line}")
+        if self.log is not None and values:
+            self.log.write(step, values, line)
+
+    def _log_probs(self, watch: Watch) -> np.ndarray:
+        self.engine.eval()
+        packs = watch.packs(self.rank, self.world_size)
+        return watch.log_probs(self.engine, self._shown("estimate", packs), self.device)
 
     def write_metrics(self, step: int) -> None:
         """Reduce the interval's sums over the ranks and write a line."""
@@ -329,6 +332,11 @@ class _Loop:
         for batch in batches.stream(packs, self.layout, workers, pin=pin):
             yield batch.to(self.device)
 
+    def _shown(self, work: str, packs: Sequence[list[Slot]]) -> Iterator[Batch]:
+        for number, batch in enumerate(self._stream(packs), start=1):
+            self.beats.at(f"{work}, pass {number} of {len(packs)}")
+            yield batch
+
     @torch.no_grad()
     def _measure(self, examples: Sequence[Example], *, require_finite: bool = False) -> dict[str, float]:
         kept, kept_tokens = self.sums.clone(), self.tokens
@@ -336,10 +344,7 @@ class _Loop:
         others, packs = self._packs_of(examples)
         baseline = self._baseline(self._stream(others))
         self.engine.eval()
-        finite = []
-        for number, batch in enumerate(self._stream(packs), start=1):
-            self.beats.at(f"evaluation, pass {number} of {len(packs)}")
-            finite.append(torch.isfinite(self._losses(batch, baseline)))
+        finite = [torch.isfinite(self._losses(batch, baseline)) for batch in self._shown("evaluation", packs)]
         if require_finite:
             self._agree(finite, packs, 0)
         values, _ = self._reduce()
@@ -354,6 +359,7 @@ class _Loop:
         return kto_baseline(self.engine, others, self.device)
 
     def _losses(self, batch: Batch, baseline: torch.Tensor | None) -> torch.Tensor:
+        batch = batch if self.watch is None else self.watch.labelled(batch)
         loss_B, sums = pack_losses(self.engine, batch, loss=self.loss, beta=self.spec.beta, baseline=baseline)
         self.sums += sums
         self.tokens += batch.num_tokens

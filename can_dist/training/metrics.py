@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from can_dist.training.trackers import Tracker
 
 METRICS = "metrics.jsonl"
 RESUMED = "resumed_from"
+ESTIMATE = "estimate"
 
 
 class MetricsLog:
@@ -20,16 +22,17 @@ class MetricsLog:
 
     def __init__(self, directory: Path, first: int, trackers: Sequence[Tracker] = ()) -> None:
         self.path, self._trackers = directory / METRICS, trackers
-        lines: list[dict[str, float]] = []
+        lines: list[dict[str, Any]] = []
         if first:
             lines = [line for line in read_metrics(self.path) if line["step"] <= first]
             lines.append({"step": first, RESUMED: first})
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Record the values of one step."""
+    def write(self, step: int, values: dict[str, float], estimate: str = "") -> None:
+        """Record the values of one step, and in the file the estimate as a line for people, where there is one."""
+        line = {ESTIMATE: estimate} if estimate else {}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **values, **line}) + "\n")
         for tracker in self._trackers:
             tracker.log(step, values)
 
@@ -40,12 +43,12 @@ class MetricsLog:
 
 
 def training_curve(directory: Path) -> dict[str, list[list[float]]]:
-    """Return [step, value] of the losses; unlike the metrics' file it holds no times, so it can be committed."""
+    """Return [step, value] of the losses and of estimates; it holds no times, so it can be committed."""
     curves: dict[str, dict[float, float]] = {"loss": {}, "reference_loss": {}, "eval_loss": {}}
     for line in read_metrics(directory / METRICS):
-        for name, values in curves.items():
-            if name in line:
-                values[line["step"]] = line[name]  # a resumed training may have written a step twice
+        for name, value in line.items():
+            if name in curves or name.startswith(f"{ESTIMATE}."):
+                curves.setdefault(name, {})[line["step"]] = value  # a resumed training may have written a step twice
     return {name: [[step, values[step]] for step in sorted(values)] for name, values in curves.items()}
 
 
@@ -60,7 +63,7 @@ def loss_above_start(curve: Mapping[str, Sequence[Sequence[float]]]) -> float | 
     return last if last > reference else None
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines written so far (an incomplete last line, being written, is left out)."""
     if not path.is_file():
         return []

@@ -67,7 +67,7 @@ class ExactRun(Run):
         lam = measure.load_solution(lam).lam if isinstance(lam, Artifact) else lam
         return self.table[score] + sum((value * self.table[name] for name, value in lam.items()), np.float64(0))
 
-    def train(self, reference: Any, score_PK: Any, beta: float, *, start: Any = None, epochs: Any = None) -> Artifact:
+    def train(self, reference: Any, score_PK: Any, beta: float, **unused: Any) -> Artifact:
         """Return the policy that every loss of the trainer has as its minimiser."""
         self.trained = getattr(self, "trained", 0) + 1
         return self._written("train", {LOGP_REFERENCE: normalised(self.logp(reference) + score_PK / beta)})

@@ -154,7 +154,7 @@ class WeakRun(ExactRun):
 
     share = 0.7
 
-    def train(self, reference: Any, score_PK: Any, beta: float, *, start: Any = None, epochs: Any = None) -> Any:
+    def train(self, reference: Any, score_PK: Any, beta: float, *, start: Any = None, **unused: Any) -> Any:
         first_PK = self.logp(reference if start is None else start)
         aim_PK = self.logp(reference) + score_PK / beta
         return self._written("train", {"logp.reference": normalised((1 - self.share) * first_PK + self.share * aim_PK)})

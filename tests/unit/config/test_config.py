@@ -626,6 +626,7 @@ OTHER = {
     "generate.endpoint": {"base_url": "http://localhost:8000/v1", "model": "m"},
     "prompts.num_validation": 64,
     "prompts.num_sealed": 64,
+    "train.feedback": None,  # of runs with validation prompts, and here are none
     "strength": 1.5,
     "strength.max_kl": 2.0,
     "strength.confidence": 0.9,

@@ -34,12 +34,13 @@ from can_dist.workspace import Workspace
 
 ROOT = Path(__file__).parents[3]
 STAGES = ROOT / "can_dist" / "stages"
+DS_CONFIG = str(ROOT / "ds_configs" / "zero3_cpu.json")
 ALIASES = {"num_samples": "samples", "method": "label"}
 # not held by name: how many texts a function is given at once, on which the number of one text must not depend;
 # and what `align` makes of a scorer, whose weights, β and scale are held where it scores
 NOT_HELD = re.compile(r"score: .*\.batch_size|align: .*\.(model|preferences|calibrate)")
 # in an identity when it is given: runs made before it keep their names
-HELD_WHEN_GIVEN = [("template_options", {}), ("num_sealed", 0)]
+HELD_WHEN_GIVEN = [("template_options", {}), ("num_sealed", 0), ("feedback", None)]
 RECORD = "report.build_report"  # its copy of the whole configuration tells how the run was made; no number is of it
 
 
@@ -133,6 +134,7 @@ def _openers(stage: str) -> list[str]:
         "examples": ["label", "human_labels"],
         "ingest": ["ingest", "brought_responses"],
         "align": ["human_labels", "train"],
+        "watch": ["train"],
     }.get(stage, [stage])
 
 
@@ -239,6 +241,10 @@ CASES: dict[str, Any] = {
         "strength": 1.53,
         "prompts": {**source(folder, "many.jsonl"), "num_test": 4, "num_validation": 33},
     },
+    "mocan, feedback": lambda folder: {
+        "train": {"feedback": "validation", "eval_every": 2, "max_steps": 5, "ds_config": DS_CONFIG},
+        "prompts": {**source(folder, "many.jsonl"), "num_test": 4, "num_validation": 34},
+    },
     "dpo_s": lambda folder: {
         "label": {"preferences": source(folder, "pairs.jsonl"), "human": {"loss": "kto", "desirable_weight": 1.7}},
     },
@@ -259,6 +265,7 @@ READERS = {
     "mocan, listwise": {"label"},
     "mocan, brought": {"brought_responses"},
     "mocan, a strength": {"strength"},
+    "mocan, feedback": {"train"},
     "dpo_s": {"human_labels"},
     "p_sacpo": {"human_labels", "merge"},
     "caid": {"slack", "trajectory"},
@@ -293,8 +300,11 @@ def test_a_key_that_is_read_and_not_held_is_named(key: str, tmp_path: Path, monk
 
 
 def test_what_ranks_are_given_is_held() -> None:
-    """Ranks read their part of the configuration in processes of their own: all of it comes in this record."""
+    """Ranks read their part of the configuration in processes of their own: all of it comes in this record.
+
+    What watches a training changes nothing of it; what steers it is made of inputs, and of eval_every (below).
+    """
     fields = set(TrainSpec.model_fields)
-    assert fields == {"directory", "preferences", "hang_timeout_s"} | {
+    assert fields == {"directory", "preferences", "hang_timeout_s", "watch"} | {
         "reference", "start", "train", "beta", "seed", "precision"
     }  # fmt: skip

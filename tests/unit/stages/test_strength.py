@@ -13,8 +13,9 @@ from can_dist.config import Config, StrengthChoice, validate_config
 from can_dist.config.base import identity
 from can_dist.errors import CanDistError, ConfigError, DataError, InfeasibleConstraint
 from can_dist.outcomes.export import find_policy
-from can_dist.stages.estimate import demands, lam_of, trained_policy
+from can_dist.stages.estimate import lam_of, trained_policy
 from can_dist.stages.report import lineage_of
+from can_dist.stages.solve import demands
 from can_dist.stages.strength import STRENGTH, check, strengthen
 from can_dist.tables.artifacts import Artifact, open_stage
 from can_dist.training import ADAPTER, POLICY
