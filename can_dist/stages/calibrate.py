@@ -61,7 +61,7 @@ def calibrate(work: Workspace, name: str, preferences: Artifact, ratio: PolicyRa
         ratio_N = scores.table.column(LOGP_POLICY).to_numpy() - scores.table.column(LOGP_REFERENCE).to_numpy()
         gap_N = ratio.beta * (ratio_N[::2] - ratio_N[1::2])
         preferred_N = pairs.table.column("preferred").to_numpy()[::2] == 1
-        prompt_N = np.asarray(pairs.table.column("prompt_id").to_pylist())[::2]
+        prompt_N = pairs.table.column("prompt_id").to_numpy()[::2]
         fit = fit_scale(gap_N, preferred_N, prompt_N, name)
         write_json(stage.path / CALIBRATION, asdict(fit))
         with atomic_file(stage.path / PLOT) as temporary:

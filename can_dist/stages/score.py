@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from safetensors.numpy import load, save
 
 from can_dist.config import MultiHead
@@ -262,7 +263,7 @@ class ScoreJob:
         known = self.known_path(shard)
         value_N = load(known.read_bytes())[self.name] if known.is_file() else self._unknown(table.num_rows)
         left = without(table, self.quarantined(shard))
-        value_N = value_N[np.isin(table.column("response_id").to_pylist(), left.column("response_id").to_pylist())]
+        value_N = value_N[pc.is_in(table.column("response_id"), left.column("response_id")).to_numpy()]
         table, todo = left, np.flatnonzero(~is_known(value_N))
         # the one place where a cost becomes a utility: from here on higher is better
         value_N[todo] = loaded.score(_responses(table.take(todo))) * getattr(self.spec, "sign", 1)

@@ -32,6 +32,11 @@ def is_json(path: Path) -> bool:
     return path.name.lower().endswith(JSON_ENDINGS)
 
 
+def is_json_lines(path: Path) -> bool:
+    """Return whether a file is rows of JSON, one a line, by its name: a .json may be anything beside a table."""
+    return is_json(path) and not path.name.lower().endswith(ARRAY_ENDINGS)
+
+
 def json_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a JSON array (a .json file that starts with ``[``) or of JSON lines; blank lines are skipped.
 

@@ -273,14 +273,6 @@ def test_response_ids_may_count_within_each_prompt() -> None:
     assert scores.reward_N.tolist() == GOOD["reward"]
 
 
-def test_a_cost_is_named_with_a_minus() -> None:
-    table = pa.table({"prompt_id": GOOD["prompt_id"], "reward": GOOD["reward"], "cost": GOOD["safety"]})
-    found = score_arrays(table, "reward", ["-cost"], "my.parquet")
-    assert found.utility_NJ[:, 0].tolist() == [-value for value in GOOD["safety"]]
-    with pytest.raises(DataError, match="no column '-costs'"):
-        score_arrays(table, "reward", ["-costs"], "my.parquet")
-
-
 @pytest.mark.parametrize(
     ("bad", "shown"), [(None, "None"), (float("nan"), "nan"), (float("inf"), "inf"), (float("-inf"), "-inf")]
 )
@@ -307,13 +299,15 @@ def test_column_of_nulls_alone_is_refused_with_its_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "kind"),
-    [(["1", "2", "3", "4"], "string"), ([True, False, True, False], "bool"), ([[1.0]] * 4, "list<item: double>")],
+    ("values", "kind", "remedy"),
+    [
+        (["1", "2", "3", "4"], "string", "Write it as numbers."),
+        ([True, False, True, False], "bool", "Write 1 for true and 0 for false."),
+        ([[1.0]] * 4, "list<item: double>", "Write it as numbers."),
+    ],
 )
-def test_column_that_is_no_number_is_refused(values: list[Any], kind: str) -> None:
-    assert refusal({**GOOD, "safety": values}) == (
-        f"my.parquet: column 'safety' is {kind}, expected numbers. Write it as numbers."
-    )
+def test_column_that_is_no_number_is_refused(values: list[Any], kind: str, remedy: str) -> None:
+    assert refusal({**GOOD, "safety": values}) == (f"my.parquet: column 'safety' is {kind}, expected numbers. {remedy}")
 
 
 def test_first_text_that_is_no_number_is_shown_as_pandas_types_texts() -> None:
