@@ -196,7 +196,7 @@ def _fits_from(base: Path, data: Path, out: Path, encode: Any, seed: int) -> Ite
 @click.command(help=__doc__.split("\n")[0] if __doc__ else None)
 @click.option("--data", type=click.Path(path_type=Path), default=Path("../shared/data"), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/pku_stories3M/world"), show_default=True)
-@click.option("--num-prompts", default=900, show_default=True, help="Prompts to pick.")
+@click.option("--num-prompts", default=1700, show_default=True, help="Prompts to pick.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=1, show_default=True, help="More help only on idle cores; on busy ones they hurt.")
 def main(data: Path, out: Path, num_prompts: int, seed: int, threads: int) -> None:
