@@ -3,16 +3,51 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+UV := build/compatibility/uv
 GPU_PYTHON ?= 3.12
+# `make setup HASHED=1`: every file that pip installs has a hash of constraints-hashes.txt; TORCH names a build of the
+# pinned torch that lies in a folder (2.13.0+cpu), which pip passes over otherwise, since folders tell no hashes
+HASHED ?=
+TORCH ?=
+AUDIT := .venv-audit
 
-.PHONY: setup demo test test-all test-vllm lint docs bench gpu gpu-wheels release clean
+.PHONY: setup hashes licences sbom audit demo test test-all test-vllm lint docs bench compatibility gpu gpu-wheels \
+        release clean
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt constraints-hashes.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else f"can-dist needs Python 3.10 or later, {sys.executable} is {sys.version.split()[0]}; run: make PYTHON=/path/to/python3 ...")'
 	$(PYTHON) -m venv $(VENV)
+ifeq ($(HASHED),)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+else
+	sed 's/^torch==[^ ]*/torch==$(or $(TORCH),$(shell sed -n 's/^torch==//p' constraints.txt))/' constraints-hashes.txt >$(VENV)/hashes.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $(VENV)/hashes.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+endif
+	@touch $@
+
+# after a change of constraints.txt
+hashes: setup
+	$(BIN)/python supply_chain/hashes.py
+
+licences: $(AUDIT)/.installed
+	$(AUDIT)/bin/python supply_chain/licences.py
+
+# a CycloneDX bill of materials of what is installed
+sbom: setup $(AUDIT)/.installed
+	@mkdir -p build
+	$(AUDIT)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-format JSON --output-file build/sbom.cdx.json $(BIN)/python
+	@echo build/sbom.cdx.json
+
+# exit code 0: looked, and none known; 1: some known; 2: could not look (make itself ends with 2 for both, and says which)
+audit: $(AUDIT)/.installed
+	$(AUDIT)/bin/python supply_chain/audit.py
+
+$(AUDIT)/.installed: Makefile
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip 'packaging>=23.2' 'pip-audit>=2.10,<3' 'cyclonedx-bom>=7,<8'
 	@touch $@
 
 demo: setup
@@ -61,6 +96,14 @@ bench: setup
 	$(BIN)/python benchmarks/score_vs_pipeline.py
 	$(BIN)/python benchmarks/scaling.py
 
+# the lowest and the newest versions that pyproject.toml allows, in an environment each (gigabytes): the tests, a training,
+# and docs/compatibility.md from both
+compatibility:
+	$(PYTHON) -m venv $(UV)
+	$(UV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	for versions in lowest newest; do PATH="$(CURDIR)/$(UV)/bin:$$PATH" $(PYTHON) benchmarks/compatibility.py try $$versions || failed=1; done; \
+	$(PYTHON) benchmarks/compatibility.py page && [ -z "$$failed" ]
+
 # what one GPU is asked in nine minutes; GPU_ARGS='--device cpu' checks the script itself. The environment is that of PYTHON
 gpu:
 	PYTHON=$(PYTHON) benchmarks/gpu.sh $(GPU_ARGS)
@@ -75,4 +118,4 @@ release: setup
 	$(BIN)/python .ci/release.py
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(AUDIT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

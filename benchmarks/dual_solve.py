@@ -66,7 +66,9 @@ def solve_row(name: str, setting: dict[str, Any], repeats: int) -> dict[str, Any
     threshold = margin + float(utility.mean())
 
     def ours() -> Any:
-        return solve_dual(reward.ravel(), utility.ravel(), prompt, beta=beta, constraints=[Margin("g", margin)])
+        return solve_dual(
+            reward.ravel(), utility.ravel(), prompt, beta=beta, constraints=[Margin("g", margin)], estimator="empirical"
+        )
 
     def peer() -> Any:
         return published_pgd(reward, utility, threshold, beta, lr=setting["lr"])
@@ -139,9 +141,10 @@ def bootstrap_row(setting: dict[str, Any], num_replicates: int, repeats: int) ->
     prompt = np.repeat(np.arange(NUM_PROMPTS), NUM_RESPONSES)
     constraints = [Margin("g", setting["margin"])]
     table = ScoreTable.build(reward, utility, prompt)
-    solution = solve_dual(reward, utility, prompt, beta=setting["beta"], constraints=constraints)
+    options: dict[str, Any] = {"beta": setting["beta"], "constraints": constraints, "estimator": "empirical"}
+    solution = solve_dual(reward, utility, prompt, **options)
     (single, cpu_one), (many, cpu_many) = alternate(
-        lambda: solve_dual(reward, utility, prompt, beta=setting["beta"], constraints=constraints),
+        lambda: solve_dual(reward, utility, prompt, **options),
         lambda: bootstrap(table, solution, num_replicates=num_replicates),
         repeats,
     ).tolist()

@@ -27,6 +27,7 @@ from train_job import Job
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 LIMIT_S = 540.0
+START_S = 10.0  # the wheels are unpacked, the GPU is looked at
 SPARE_S = 5.0  # to end a section that is late, and to write its line
 ROOM = 50 * 10**9  # bytes of the models, and of the classifier that is made of the large one
 LARGE_GPU = 130e9  # bytes that 7B in full needs, with activation checkpointing
@@ -110,20 +111,20 @@ def sections(setup: Setup, work: Path) -> list[Section]:
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}", str(ROOT / "kernels/tests")]
     write = [python, str(HERE / "models.py"), *models, *device, "--directory", str(work / "models")]
     return [
-        script("ceilings", 25, "ceilings.py"),
+        script("ceilings", 20, "ceilings.py"),
         script("attention", 60, "packed_attention.py"),
-        Section("kernels", 35, tests, junit, READERS["junit"]),
-        Section("kernels-bench", 25, [python, str(ROOT / "kernels/bench.py"), *device, "--json", str(bench)], bench,
+        Section("kernels", 30, tests, junit, READERS["junit"]),
+        Section("kernels-bench", 15, [python, str(ROOT / "kernels/bench.py"), *device, "--json", str(bench)], bench,
                 READERS["json"]),
-        script("heads", 20, "heads.py"),
-        Section("models", 40, write, work / "models", READERS["folder"]),
-        training("train-large", 90, large_jobs(setup, work), "ours"),
-        training("train-large-trl", 100, trl_jobs(setup, work), "peer"),
-        training("train-small", 130, small_jobs(setup, work), "turns"),
-        script("scoring", 50, "score_vs_pipeline.py", "--model", str(work / "models" / setup.large), "--shapes",
+        script("heads", 10, "heads.py"),
+        Section("models", 20, write, work / "models", READERS["folder"]),
+        training("train-large", 80, large_jobs(setup, work), "ours"),
+        training("train-large-trl", 95, trl_jobs(setup, work), "peer"),
+        training("train-small", 115, small_jobs(setup, work), "turns"),
+        script("scoring", 45, "score_vs_pipeline.py", "--model", str(work / "models" / setup.large), "--shapes",
                "hh-like", "--num-prompts", str(setup.prompts), "--rounds", "1", "--batches", "16", "--context",
                str(setup.context)),
-        training("packs", 60, pack_jobs(setup, work), "ours"),
+        training("packs", 35, pack_jobs(setup, work), "ours"),
     ]  # fmt: skip
 
 
@@ -232,6 +233,18 @@ def work_place() -> Path | None:
     return memory if memory.is_dir() and shutil.disk_usage(memory).free > ROOM else None
 
 
+def no_gpu() -> str:
+    """Say why there is no GPU to be measured."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return f"{sys.executable} has no torch: name a Python that has one, as in make gpu PYTHON=.venv/bin/python"
+    if shutil.which("nvidia-smi"):
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        return f"torch {torch.__version__}, {built}, sees no GPU here, though nvidia-smi is there"
+    return f"torch {torch.__version__} sees no GPU here"
+
+
 def choose_setup(device: str) -> Setup:
     """Return what this device can be asked."""
     if device == "cpu":
@@ -264,7 +277,7 @@ def main() -> None:
     parser.add_argument("--began", type=float, default=time.time(), help="when gpu.sh began, in seconds of the epoch")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not gpu():
-        print("gpu.sh: torch sees no GPU here; to check the script itself: benchmarks/gpu.sh --device cpu")
+        print(f"gpu.sh: {no_gpu()}; nothing was measured. To check the script itself: benchmarks/gpu.sh --device cpu")
         sys.exit(6)
     setup = choose_setup(arguments.device)
     folder = arguments.output or Path(os.environ.get("OUT") or HERE / "results")

@@ -133,7 +133,7 @@ def solve_as_published(table: ScoreTable, *, beta: float, constraints: Sequence[
         raise ConfigError("the published solver has no reference weights; leave log_weight out.")
     constraint = constraints[0]
     threshold = float(constraint.threshold or 0.0)
-    exact = solve_table(table, beta=beta, constraints=constraints)
+    exact = solve_table(table, beta=beta, constraints=constraints, estimator="empirical")
     reward_PK, utility_PK = _rectangle(table)
     found = published_pgd(reward_PK, utility_PK, threshold, beta)
     if found.lam is None:

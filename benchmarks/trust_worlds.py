@@ -28,7 +28,8 @@ from scipy.special import logsumexp, ndtri
 
 from can_dist.dual import Margin, ScoreTable, Status, solve_table
 from can_dist.dual.belief.trust import judge
-from can_dist.dual.estimators import estimate, jackknife_moments
+from can_dist.dual.estimators import estimate
+from can_dist.dual.jackknife import jackknife_moments
 from can_dist.dual.moments import PromptMoments, prompt_moments
 
 FloatArray = npt.NDArray[np.float64]

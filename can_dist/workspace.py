@@ -28,6 +28,17 @@ OWNER = ".owner"
 OWNER_LINE = re.compile(r"process (?P<process>\d+) on (?P<host>\S+) since (?P<since>.+)")
 SINCE = "%Y-%m-%d %H:%M:%S"
 LOG = "log.jsonl"
+FIELDS: dict[str, dict[str, Any]] = {
+    "failed": {"error": str, "message": str},
+    "shards": {"done": int, "waiting": int, "work": str},
+    "actor died": {"work": str},
+    "quarantined": {"work": str, "row": str},
+    "done": {"seconds": int | float},
+}
+"""What readers of the log take from an event, by its kind."""
+NUMBERS = {"seconds", "steps", "done", "waiting"}
+LAST_TIME = 1e11  # seconds since 1970, of the year 5138
+ARTIFACT = re.compile(r"[\w.-]{1,200}")
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 SHORTEST_SECRET = 8  # TOKENIZERS_PARALLELISM=false is not a secret
 
@@ -180,16 +191,28 @@ def _has_run_since(process: int, since: str) -> bool:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a log; a last line that is being written, or that a kill cut, is left out."""
+    """Return the events of a log; a line that is being written, or that a kill or a bad byte damaged, is left out."""
     events = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(event, dict):
+        if _is_event(event):
             events.append(event)
     return events
+
+
+def _is_event(value: Any) -> bool:
+    """Return whether a line of a log has what every event has, and the fields that readers of its kind use."""
+    if not isinstance(value, dict) or not isinstance(value.get("event"), str):
+        return False
+    numbers = [value.get("time"), *(value[key] for key in NUMBERS & value.keys() if value[key] is not None)]
+    if any(isinstance(n, bool) or not isinstance(n, int | float) or not 0 <= n < LAST_TIME for n in numbers):
+        return False
+    if "artifact" in value and not (isinstance(value["artifact"], str) and ARTIFACT.fullmatch(value["artifact"])):
+        return False
+    return all(isinstance(value.get(key), kind) for key, kind in FIELDS.get(value["event"], {}).items())
 
 
 def redacted(text: str, environment: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import private_home
 import pytest
 
@@ -13,6 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), *HELPERS, os.environ.get("PYTHONPATH")]))
+
+hypothesis.settings.register_profile("can-dist", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("can-dist")
 
 
 @pytest.fixture(scope="session")

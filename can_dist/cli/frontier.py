@@ -16,17 +16,18 @@ if TYPE_CHECKING:
     from can_dist.dual import Frontier
     from can_dist.tables.scores import Scores
 from can_dist.cli.scores import (
-    DEMANDS,
+    ScoreCommand,
     missing,
     only_config,
     only_scores,
+    parse_column,
     read_scores,
     score_options,
     write_json,
 )
 
 
-@click.command()
+@click.command(cls=ScoreCommand)
 @run_options(required=False)
 @score_options
 @click.option(
@@ -55,6 +56,8 @@ def frontier(
     plot_path: str | None,
 ) -> None:
     """Every margin's λ*, reward and KL at once, of a score table (--scores ...) or of a run (CONFIG --run DIR)."""
+    from can_dist.dual import Column
+
     _check_frontier_options(constraints, lam_max)
     for option, path in (("--csv", csv_path), ("--json", json_path), ("--plot", plot_path)):
         check_output(option, path)
@@ -70,26 +73,26 @@ def frontier(
         only_config("frontier", given({"--reward": reward, "--beta": beta}))
         settings = read_config(config, config_option, overrides)
         names, beta = _constraints_of_run(constraints, list(settings.constraints)), settings.beta
-        arrays = read_scores(run_until(run_dir, settings, "score").path, "reward", names)
+        columns = [Column(name, (name,)) for name in names]
+        arrays = read_scores(run_until(run_dir, settings, "score").path, "reward", columns)
     else:
         only_scores("frontier", config, config_option, run_dir, overrides)
         if reward is None or beta is None or not constraints:
             named = {"--reward": reward, "--constraint": constraints, "--beta": beta}
             raise ConfigError(f"frontier --scores also needs {', '.join(missing(named))}.")
-        names = list(constraints)
-        arrays = read_scores(scores, reward, names)
+        columns = [parse_column(text) for text in constraints]
+        if tails := [column.name for column in columns if column.of == "cvar"]:
+            raise ConfigError(
+                f"{tails[0]}: every margin of a CVaR has its own tau, so there is no curve at one.",
+                "Give can-dist solve the margins one by one.",
+            )
+        names = [column.name for column in columns]
+        arrays = read_scores(scores, reward, columns)
     curve = _trace(arrays, names, beta, points or (50 if len(names) == 1 else 400), lam_max)
     _write_frontier(curve, csv_path, json_path, plot_path)
 
 
 def _check_frontier_options(constraints: Sequence[str], lam_max: float | None) -> None:
-    for text in constraints:
-        name, colon, demand = text.rpartition(":")
-        if colon and demand.partition("=")[0] in DEMANDS:
-            raise ConfigError(
-                f"--constraint {text}: the frontier goes through every margin and needs none. "
-                f"Give --constraint {name}; can-dist solve takes a margin."
-            )
     if len(constraints) > 2:
         raise ConfigError(
             f"--constraint: {len(constraints)} given, {', '.join(constraints)}; a frontier is that of one or two. "

@@ -91,7 +91,7 @@ def config_command(config: str | None, schema: bool, overrides: tuple[str, ...])
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
 def verify(run_dir: Path) -> None:
     """Check the digest of every file of a run, and that each artifact was made from what it says."""
-    from can_dist.tables.verify import verify_run
+    from can_dist.tables.verify import files_outside, verify_run
 
     if not run_dir.is_dir():
         raise DataError(f"{run_dir}: no such run directory.")
@@ -101,6 +101,9 @@ def verify(run_dir: Path) -> None:
     if not count:
         raise DataError(f"{run_dir}: holds no finished artifact.")
     click.echo(f"{run_dir}: {count} artifacts, every digest and every input as recorded.")
+    names = [f"{count} × {name}" if count > 1 else name for name, count in files_outside(run_dir).items()]
+    if names:
+        click.echo(f"Listed in no manifest, so not checked: {', '.join(names)}.")
 
 
 @cli.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,36 @@ from can_dist.cli.options import given
 from can_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from can_dist.dual import Margin
+    from can_dist.dual import Column, Margin
     from can_dist.tables.scores import Scores
 
 
 DEMANDS = ("margin", "threshold", "equals")
+KINDS = ("mean", "rectified", "worst_of", "cvar")
+OPTIONS = ("alpha", "level")
+FORMS = (
+    "Expected COLUMN:margin=NUMBER (or threshold=, equals=), and for a tail COLUMN:margin=NUMBER,of=cvar,alpha=0.1 or "
+    "COLUMN:margin=NUMBER,of=rectified,level=NUMBER or COLUMN,COLUMN:margin=NUMBER,of=worst_of."
+)
+
+
+TABLE_ENDINGS = (".parquet", ".arrow", ".feather", ".jsonl", ".ndjson", ".json", ".gz")
+ONE_PATTERN = "Give the directory that holds the parts; a pattern such as scores/*.parquet is replaced by the shell."
+
+
+class ScoreCommand(click.Command):
+    """A command that takes --scores: several files there are told from a configuration too many."""
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        """Parse as click does, and name the pattern that the shell has replaced by its files."""
+        given = list(arguments)
+        try:
+            return super().parse_args(context, arguments)
+        except click.UsageError as error:
+            extra = [text for text in given if text.endswith(TABLE_ENDINGS) and f"({text}" in error.message]
+            if "--scores" in given and (extra or "unexpected extra arguments" in error.message):
+                raise ConfigError(f"--scores names one table. {error.message}.", ONE_PATTERN) from None
+            raise
 
 
 def score_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,23 +65,36 @@ def write_json(path: str | None, record: dict[str, Any]) -> None:
         write_json(Path(path), record)
 
 
-def read_scores(path: Path, reward: str, names: Sequence[str], prompts_path: Path | None = None) -> Scores:
-    """Read the score columns of a table, refusing missing columns by name."""
-    from can_dist.config.explain import nearest
-    from can_dist.tables.score_shards import check_complete, id_hashes
-    from can_dist.tables.scores import read_score_table, score_arrays, source_column
+def read_scores(path: Path, reward: str, columns: Sequence[Column], prompts_path: Path | None = None) -> Scores:
+    """Read the scores of a table and make the utilities of ``columns`` from them, refusing missing ones by name."""
+    import numpy as np
 
-    table = read_score_table(path)
-    for name in ("prompt_id", reward, *names):
-        if source_column(name, table.column_names)[0] not in table.column_names:
-            raise DataError(
-                f"{path}: no column {name!r}.{nearest(name, table.column_names)} Columns found: "
-                f"{', '.join(table.column_names)}."
-            )
+    from can_dist.config.explain import nearest
+    from can_dist.dual import Column, source_column
+    from can_dist.tables.score_shards import check_complete, column_names, id_hashes
+    from can_dist.tables.scores import Scores, check_distinct, read_score_table, score_arrays
+
+    wanted = [Column(reward, (reward,)), *columns]
+    named = list(dict.fromkeys(source for column in wanted for source in column.sources))
+    there, table = column_names(path), None
+    if not there:
+        table = read_score_table(path, named)
+        there = table.column_names
+    for name in ("prompt_id", *named):
+        if source_column(name, there)[0] not in there:
+            raise DataError(f"{path}: no column {name!r}.{nearest(name, there)} Columns found: {', '.join(there)}.")
+    first, *others = ([source_column(name, there)[0] for name in column.sources] for column in wanted)
+    check_distinct(first[0], list(chain(*others)), str(path))
+    sources = list(dict.fromkeys(chain(first, *others)))
+    if table is None:
+        table = read_score_table(path, sources)
     if prompts_path is not None:
         expected = read_score_table(prompts_path).column("prompt_id")
         check_complete(path, id_hashes(table.column("prompt_id")), id_hashes(expected))
-    return score_arrays(table, reward, names, str(path))
+    arrays = score_arrays(table, sources[0], sources[1:], str(path))
+    by_name = dict(zip(sources, [arrays.reward_N, *arrays.utility_NJ.T], strict=True))
+    reward_N, *utilities = (column.read(by_name) for column in wanted)
+    return Scores(arrays.prompt_N, reward_N, np.stack(utilities, axis=1))
 
 
 def only_config(verb: str, extra: Sequence[str]) -> None:
@@ -71,6 +110,8 @@ def only_scores(
     verb: str, config: str | None, config_option: str | None, run_dir: Path | None, overrides: tuple[str, ...]
 ) -> None:
     """Refuse a configuration or a run given beside --scores."""
+    if config and config.endswith(TABLE_ENDINGS):
+        raise ConfigError(f"--scores names one table, and {config} is another.", ONE_PATTERN)
     if config or config_option or run_dir or overrides:
         raise ConfigError(f"{verb} takes either --scores and its options, or CONFIG --run DIR, not both.")
 
@@ -81,20 +122,51 @@ def missing(named: dict[str, Any]) -> list[str]:
     return [name for name in named if name not in there]
 
 
-def parse_constraint(text: str) -> Margin:
-    """Return the margin that a text such as 'safety:margin=0.2' demands."""
+def parse_constraint(text: str) -> tuple[Column, Margin]:
+    """Return the utility that a text such as 'safety:margin=0.2,of=cvar,alpha=0.1' names, and what it demands."""
     from can_dist.dual import Margin
 
-    name, colon, demand = text.rpartition(":")
-    kind, equals, value = demand.partition("=")
-    if not (name and colon and equals) or kind not in DEMANDS:
+    column, given = _parse(text)
+    demands = {key: value for key, value in given.items() if key in DEMANDS}
+    if len(demands) > 1:
         raise ConfigError(
-            f"--constraint {text}: expected COLUMN:margin=NUMBER, COLUMN:threshold=NUMBER or COLUMN:equals=NUMBER."
+            f"--constraint {text}: given both as {' and as '.join(demands)}.", "Leave all of them out but one."
         )
-    try:
-        number = float(value)
-    except ValueError:
-        raise ConfigError(f"--constraint {text}: {value!r} is not a number.") from None
+    if not demands:
+        raise ConfigError(f"--constraint {text}: no demand.", FORMS)
+    ((kind, number),) = demands.items()
     if kind == "threshold":
-        return Margin(name, threshold=number)
-    return Margin(name, margin=number, equal=kind == "equals")
+        return column, Margin(column.name, threshold=number)
+    return column, Margin(column.name, margin=number, equal=kind == "equals")
+
+
+def parse_column(text: str) -> Column:
+    """Return the utility that a text such as 'safety' or 'safety:of=rectified,level=0' names; a demand is refused."""
+    column, given = _parse(text)
+    if demands := [key for key in given if key in DEMANDS]:
+        raise ConfigError(
+            f"--constraint {text}: the frontier goes through every margin and needs none.",
+            f"Give --constraint {text.rpartition(':')[0]}; leave out {demands[0]}, which can-dist solve takes.",
+        )
+    return column
+
+
+def _parse(text: str) -> tuple[Column, dict[str, float]]:
+    from can_dist.dual import Column
+
+    name, _, rest = text.rpartition(":") if "=" in text.rpartition(":")[2] else (text, "", "")
+    pairs = [part.partition("=") for part in rest.split(",") if rest]
+    given = {key: value for key, _, value in pairs}
+    is_twice = len(given) < len(pairs)
+    of = given.pop("of", "mean")
+    if is_twice or not name or of not in KINDS or not given.keys() <= {*DEMANDS, *OPTIONS}:
+        raise ConfigError(f"--constraint {text}: not understood.", FORMS)
+    numbers = {}
+    for key, value in given.items():
+        try:
+            numbers[key] = float(value)
+        except ValueError:
+            raise ConfigError(f"--constraint {text}: {key} {value!r} is not a number.", FORMS) from None
+    sources = tuple(name.split(",")) if of == "worst_of" else (name,)
+    options = {key: numbers[key] for key in OPTIONS if key in numbers}
+    return Column(name if of == "mean" else f"{of}({name})", sources, of=of, **options), numbers  # type: ignore[arg-type]

@@ -12,9 +12,10 @@ from can_dist.cli.options import check_output, given, read_config, run_options, 
 from can_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from can_dist.dual import Margin
+    from can_dist.dual import Column, Margin
     from can_dist.tables.scores import Scores
 from can_dist.cli.scores import (
+    ScoreCommand,
     missing,
     only_config,
     only_scores,
@@ -25,11 +26,13 @@ from can_dist.cli.scores import (
 )
 
 ENGINES = ("memory", "stream", "ray")
-MEMORY_BYTES = 10**9
+MEMORY_BYTES = 10**8
+"""Larger files are streamed: from about there on that is faster as well as smaller (docs/dual.md, engines)."""
+
 ESTIMATORS = ("empirical", "jackknife", "gaussian", "auto")
 
 
-@click.command()
+@click.command(cls=ScoreCommand)
 @run_options(required=False)
 @score_options
 @click.option(
@@ -40,13 +43,13 @@ ESTIMATORS = ("empirical", "jackknife", "gaussian", "auto")
     help="At least B over the reference mean; COL:threshold=T for an absolute level, COL:equals=B to improve by "
     "exactly B. May be repeated.",
 )
-@click.option("--estimator", type=click.Choice(ESTIMATORS), help="How λ* is estimated; default empirical.")
+@click.option("--estimator", type=click.Choice(ESTIMATORS), help="How λ* is estimated; default auto: the jackknife.")
 @click.option("--confidence", type=float, help="Raise the margins so that all are met with this confidence, e.g. 0.95.")
 @click.option(
     "--engine",
     type=click.Choice(ENGINES),
     help="memory: the whole table at once; stream: shard after shard; ray: shards as tasks on the cluster of "
-    "RAY_ADDRESS. Default: memory up to 1 GB of files, then stream. All give the same numbers.",
+    "RAY_ADDRESS. Default: memory up to 100 MB of files, then stream. All give the same numbers.",
 )
 @click.option(
     "--prompts",
@@ -90,15 +93,19 @@ def solve(
         raise ConfigError(f"solve --scores also needs {', '.join(missing(named))}.")
     check_output("--json", json_path)
     check_output("--report", report_path)
-    margins = [parse_constraint(text) for text in constraints]
-    engine = engine or ("memory" if _size(scores) <= MEMORY_BYTES else "stream")
+    columns, margins = zip(*map(parse_constraint, constraints), strict=True)
+    tails = [column.name for column in columns if column.of == "cvar"]
+    engine = engine or _engine(scores, needs_table=bool(report_path or tails) or estimator == "gaussian")
     if engine == "memory":
-        arrays = read_scores(scores, reward, [margin.name for margin in margins], prompts_path)
-        record, text = _solve_arrays(arrays, margins, beta, estimator or "empirical", confidence, report_path)
+        arrays = read_scores(scores, reward, columns, prompts_path)
+        record, text = _solve_arrays(arrays, columns, margins, beta, estimator or "auto", confidence, report_path)
     else:
-        if report_path is not None:
-            raise ConfigError("--report: the table must be in memory for it; give --engine memory.")
-        record, text = _solve_shards(scores, reward, margins, beta, estimator, confidence, engine, prompts_path)
+        if report_path is not None or tails:
+            needed = "--report" if report_path is not None else tails[0]
+            raise ConfigError(f"{needed}: the table must be in memory for it; give --engine memory.")
+        record, text = _solve_shards(
+            scores, reward, columns, margins, beta, estimator, confidence, engine, prompts_path
+        )
     write_json(json_path, record)
     if json_path != "-":
         click.echo(text)
@@ -106,6 +113,7 @@ def solve(
 
 def _solve_arrays(
     arrays: Scores,
+    columns: Sequence[Column],
     margins: Sequence[Margin],
     beta: float,
     estimator: str,
@@ -113,22 +121,35 @@ def _solve_arrays(
     report_path: str | None,
 ) -> tuple[dict[str, Any], str]:
     """Return the JSON record and the text of the solution; writes the page of diagnostics where asked."""
-    from can_dist.cli.text import solution_text
-    from can_dist.dual import ScoreTable, solve_table
+    import numpy as np
+
+    from can_dist.cli.text import solution_text, tail_lines
+    from can_dist.dual import ScoreTable, settle, solve_table
 
     names = [margin.name for margin in margins]
-    table = ScoreTable.build(arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, names=names)
-    solution = solve_table(table, beta=beta, constraints=margins, estimator=estimator, confidence=confidence)
+    settled = settle(columns, margins, arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, beta=beta)
+    utilities = [
+        column.values([value_N]) if column.tau is not None else value_N
+        for column, value_N in zip(settled.columns, arrays.utility_NJ.T, strict=True)
+    ]
+    table = ScoreTable.build(arrays.reward_N, np.stack(utilities, axis=1), arrays.prompt_N, names=names)
+    solution = solve_table(
+        table, beta=beta, constraints=settled.constraints, estimator=estimator, confidence=confidence
+    )
     if report_path is not None:
         from can_dist.reporting.belief_page import write_diagnostics
 
         write_diagnostics(table, solution, Path(report_path))
-    return solution.to_dict(), solution_text(solution)
+    text = solution_text(solution, [margin.name for margin in margins if margin.equal])
+    derived = any(column.of != "mean" for column in columns)
+    record = solution.to_dict() | ({"columns": settled.to_dict()} if derived else {})
+    return record, "\n".join([text, *tail_lines(settled)])
 
 
 def _solve_shards(
     scores: Path,
     reward: str,
+    columns: Sequence[Column],
     margins: Sequence[Margin],
     beta: float,
     estimator: str | None,
@@ -144,16 +165,21 @@ def _solve_shards(
     from can_dist.tables.scores import read_score_table
 
     ids = None if prompts_path is None else read_score_table(prompts_path).column("prompt_id")
-    columns = [reward, *(margin.name for margin in margins)]
-    with big_scores(scores, columns, cluster=Cluster() if engine == "ray" else None, prompt_ids=ids) as table:
+    with big_scores(
+        scores, [reward, *columns], cluster=Cluster() if engine == "ray" else None, prompt_ids=ids
+    ) as table:
         solution = solve_table(
-            table, beta=beta, constraints=margins, estimator=estimator or "empirical", confidence=confidence
+            table, beta=beta, constraints=margins, estimator=estimator or "auto", confidence=confidence
         )
-    return solution.to_dict(), solution_text(solution)
+    return solution.to_dict(), solution_text(solution, [margin.name for margin in margins if margin.equal])
 
 
-def _size(path: Path) -> int:
-    """Return the bytes of a table's files; 0 without files, which the reader reports."""
+def _engine(path: Path, *, needs_table: bool) -> str:
+    """Return the engine for a table: memory for what is small, for what cannot be streamed, and where no file is."""
+    from can_dist.tables.json_rows import is_json
     from can_dist.tables.scores import score_files
 
-    return sum(file.stat().st_size for file in score_files(path)) if path.exists() else 0
+    files = score_files(path) if path.exists() and not needs_table else []
+    if not files or is_json(files[0]) or sum(file.stat().st_size for file in files) <= MEMORY_BYTES:
+        return "memory"
+    return "stream"

@@ -8,29 +8,40 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from can_dist.dual.messages import misread_hints
+from can_dist.dual.messages import gain_error, lam_error, misread_hints
 
 if TYPE_CHECKING:
-    from can_dist.dual import DualSolution, Frontier
+    from can_dist.dual import DualSolution, Frontier, Settled
 
 MAP_ROWS = 6
 
 
-def solution_text(solution: DualSolution) -> str:
-    """Return a solution as labelled lines: status, estimator, one line per constraint, reward, weights, verdict."""
+def solution_text(solution: DualSolution, equal: Sequence[str] = ()) -> str:
+    """Return a solution as labelled lines: status, estimator, one line per constraint, reward, weights, verdict.
+
+    Args:
+        solution: of any status.
+        equal: the constraints that are met exactly, not at least.
+    """
     lines = [f"status    {solution.status.name}: {solution.status.value}"]
-    if solution.estimator != "empirical" or solution.estimator_reason:
-        lines.append(f"estimator {solution.estimator}")
+    lines.append(f"estimator {solution.estimator}" + (f": {why}" if (why := solution.estimator_reason) else ""))
     for name, lam in solution.lam.items():
         gain = solution.predicted["improvement"][name]
         raised = f" ({solution.safety_margin[name]:+.4g} of it safety margin)" if solution.safety_margin else ""
         lines.append(
-            f"{name:9} lambda* {lam:.6g}{_error(solution.lam_se[name])}, margin {solution.margin[name]:.4g}{raised} "
-            f"over the reference mean {solution.centre[name]:.4g}, predicted {gain['mean']:+.4g}{_error(gain['se'])}"
+            f"{name:9} lambda* {lam:.6g}{_bracketed(lam_error(solution, name))}, margin {solution.margin[name]:.4g}"
+            f"{raised} over the reference mean {solution.centre[name]:.4g}, predicted {gain['mean']:+.4g}"
+            f"{_bracketed(gain_error(solution, name))}"
         )
     if solution.confidence is not None:
         each = "the margin is" if len(solution.lam) == 1 else "all margins are jointly"
         lines.append(f"margins   {each} met with confidence {solution.confidence:g} over the draw of the prompts")
+    elif _vouched(solution) and (met := [name for name, lam in solution.lam.items() if lam > 0 and name not in equal]):
+        joint = f", all {len(met)} of them together less often" if len(met) > 1 else ""
+        lines.append(
+            f"margins   met in the mean: over the draw of the prompts {', '.join(met)} holds about every second time"
+            f"{joint}; --confidence 0.95 raises what is solved for"
+        )
     predicted, diagnostics = solution.predicted, solution.diagnostics
     lines.append(f"reward    predicted {predicted['reward_improvement']:+.4g}; KL {predicted['kl']:.4g} nats")
     lines.append(
@@ -41,9 +52,28 @@ def solution_text(solution: DualSolution) -> str:
     return "\n".join([*lines, f"verdict   {diagnostics['verdict']}"])
 
 
-def _error(error: float) -> str:
-    """Return a standard error in brackets; nothing where there is none (one prompt, or λ at its bound)."""
-    return f" (SE {error:.2g})" if math.isfinite(error) else ""
+def tail_lines(settled: Settled) -> list[str]:
+    """Return a line for every CVaR: what the reference has, what is demanded, and the mean that stands for it."""
+    lines = []
+    for column, constraint in zip(settled.columns, settled.constraints, strict=True):
+        if column.alpha is not None and column.tau is not None:
+            before, after = settled.reference[column.name], constraint.threshold
+            lines.append(
+                f"tail      {column.name}: the worst {100 * column.alpha:g} % of responses have mean {before:.4g} in "
+                f"the reference and are to have {after:.4g}; the numbers above are of tau - max(0, tau - g)/alpha at "
+                f"tau = {column.tau:.4g}, whose mean is no larger"
+            )
+    return lines
+
+
+def _vouched(solution: DualSolution) -> bool:
+    """Return whether the table can vouch for what the policy delivers."""
+    judgement = solution.diagnostics.get("judgement")
+    return judgement is not None and not judgement["objection"]
+
+
+def _bracketed(parts: Sequence[str]) -> str:
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def frontier_text(curve: Frontier) -> str:
@@ -55,7 +85,8 @@ def frontier_text(curve: Frontier) -> str:
     lines = [
         f"frontier of {' and '.join(names)}: {grid} points, beta {curve.beta:g}; margins are improvements over the "
         f"reference mean, at most {attainable} attainable; [..] are {share} bands over the prompts, KL in nats, "
-        "ESS the median effective responses per prompt."
+        "ESS the median effective responses per prompt. lambda* is that of the paper's estimator, which solve prints "
+        "beside its own."
     ]
     shown = _shown(curve)
     if len(shown) < len(curve.points):

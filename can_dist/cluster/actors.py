@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,10 @@ class ShardJob(Protocol):
 class ShardWorker:
     """The actor: keeps the models of the newest job and runs its shards."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_gpus: float) -> None:
+        """Take the GPUs that Ray gave; where it gave none, it leaves the machine's visible."""
+        if num_gpus == 0:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._job: ShardJob | None = None
         self._loaded: Any = None
         self._seconds = shard_seconds()
@@ -84,7 +88,8 @@ class ActorPool:
         resources = {"num_cpus": self.cluster.cpus_per_actor, "num_gpus": self.cluster.gpus_per_actor}
         # no restarts by Ray: the ledger notices a dead actor at once and gives its shard to a new one
         restarts = {"max_restarts": 0, "max_task_retries": 0}
-        return ray.remote(ShardWorker).options(**resources, **restarts, scheduling_strategy=strategy).remote()
+        actor = ray.remote(ShardWorker).options(**resources, **restarts, scheduling_strategy=strategy)
+        return actor.remote(self.cluster.gpus_per_actor)
 
     @property
     def num_actors(self) -> int:

@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,21 @@ from can_dist.cluster.actors import cause_of
 from can_dist.cluster.connection import connect
 from can_dist.config import Cluster
 from can_dist.console import interruptible, progress
-from can_dist.dual import Block, ColumnScores, Pass, PassResult, run_pass
+from can_dist.dual import Block, Column, ColumnScores, Pass, PassResult, run_pass, source_column
+from can_dist.dual.columns import same_type
 from can_dist.tables.artifacts import digest_of
 from can_dist.tables.cache import cache_directory
 from can_dist.tables.score_shards import (
     ShardIndex,
     check_complete,
     check_once,
+    column_names,
     id_hashes,
     index_shard,
     open_score_shards,
     read_blocks,
 )
+from can_dist.tables.scores import check_distinct
 
 Arrays = dict[str, np.ndarray]
 Task = Callable[..., Arrays]
@@ -42,27 +46,37 @@ Task = Callable[..., Arrays]
 
 @contextmanager
 def big_scores(
-    path: Path, columns: Sequence[str], *, cluster: Cluster | None = None, prompt_ids: pa.ChunkedArray | None = None
+    path: Path,
+    columns: Sequence[str | Column],
+    *,
+    cluster: Cluster | None = None,
+    prompt_ids: pa.ChunkedArray | None = None,
 ) -> Iterator[ColumnScores]:
     """Open a sharded score table for :func:`can_dist.dual.solve_table` without ever holding it.
 
     Args:
         path: A Parquet or Arrow file, a directory of them, or a ``scores`` artifact.
-        columns: The reward, then one utility per constraint.
+        columns: The reward, then one utility per constraint: a score by its name, or what is made of scores;
+            ``-cost`` is minus the column ``cost``.
         cluster: Run the passes as Ray tasks there; None streams in this process.
         prompt_ids: The ids that must be scored, no more and no fewer.
 
     Raises:
         DataError: shards that differ in schema, are cut, missing, counted twice or hold a bad score.
     """
-    shards = open_score_shards(path, columns)
+    wanted = tuple(column if isinstance(column, Column) else Column(column, (column,)) for column in columns)
+    there = column_names(path)
+    first, *others = ([source_column(name, there)[0] for name in column.sources] for column in wanted)
+    check_distinct(first[0], list(chain(*others)), str(path))
+    sources = tuple(dict.fromkeys(chain(first, *others)))
+    shards = open_score_shards(path, sources)
     states = [(str(shard.resolve()), shard.stat()) for shard in shards]
     files = [[path, state.st_size, state.st_mtime_ns] for path, state in states]
-    key = digest_of({"columns": list(columns), "shards": files})
+    key = digest_of({"columns": [asdict(column) for column in wanted], "shards": files})
     with _remembered(key) as memory:
         if cluster is not None:
             connect(cluster)
-        work = _Shards(shards, tuple(columns), memory, cluster is not None)
+        work = _Shards(shards, sources, memory, cluster is not None)
         indexes = [
             ShardIndex(answer["counts"], answer["hashes"]) for answer in work.run("index", _index, [()] * len(shards))
         ]
@@ -72,7 +86,7 @@ def big_scores(
         counts = work.share([index.num_responses_P for index in indexes])
 
         def runner(one_pass: Pass) -> Iterator[PassResult]:
-            arguments = [(count, one_pass) for count in counts]
+            arguments = [(wanted, count, one_pass) for count in counts]
             for answer in work.run(digest_of(asdict(one_pass)), _answer, arguments):
                 yield PassResult(answer["sums"], float(answer["largest"]), answer["rows"])
 
@@ -86,8 +100,13 @@ def _index(path: Path, columns: tuple[str, ...]) -> Arrays:
     return {"counts": index.num_responses_P, "hashes": index.hash_P}
 
 
-def _answer(path: Path, columns: tuple[str, ...], num_responses_P: np.ndarray, one_pass: Pass) -> Arrays:
-    blocks = (Block(*block) for block in read_blocks(path, columns, num_responses_P))
+def _answer(
+    path: Path, sources: tuple[str, ...], wanted: tuple[Column, ...], num_responses_P: np.ndarray, one_pass: Pass
+) -> Arrays:
+    blocks = (
+        Block(counts, same_type([column.read(dict(zip(sources, scores, strict=True))) for column in wanted]))
+        for counts, scores in read_blocks(path, sources, num_responses_P)
+    )
     result = run_pass(blocks, one_pass)
     return {"sums": result.sums, "largest": np.array(result.largest), "rows": result.rows}
 

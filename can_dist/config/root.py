@@ -34,7 +34,7 @@ from can_dist.config.sections import (
     Train,
 )
 
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+NAME = re.compile(r"-?[A-Za-z][A-Za-z0-9_-]*")
 
 
 class Config(Strict):
@@ -91,9 +91,11 @@ class Config(Strict):
         if bad:
             raise ValueError(
                 f"constraint name {', '.join(map(repr, bad))}: expected a letter, then letters, digits, '_' or '-'; "
-                f"and none of {', '.join(RESERVED_SCORE_NAMES)}"
+                f"'-' before it for a cost that should fall; and none of {', '.join(RESERVED_SCORE_NAMES)}"
             )
-        return constraints
+        if twice := [name for name in constraints if name.startswith("-") and name[1:] in constraints]:
+            raise ValueError(f"{twice[0]} and {twice[0][1:]} are one score and its negative; leave one of them out")
+        return {name: c.of_a_cost(name) if name.startswith("-") else c for name, c in constraints.items()}
 
     @field_validator(*OWN_SECTIONS)
     @classmethod

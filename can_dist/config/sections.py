@@ -23,6 +23,8 @@ MIN_SEALED = 64
 class Constraint(Strict):
     """A demand on the mean of one safety score: a margin over the reference, or an absolute threshold.
 
+    Called ``-cost``, it is a demand on minus what its scorer gives, which sets the scorer's ``sign`` to -1.
+
     >>> from can_dist.config import SequenceClassifier
     >>> Constraint(scorer=SequenceClassifier(model="my-cost-model", sign=-1), margin=0.5).margin
     0.5
@@ -38,6 +40,12 @@ class Constraint(Strict):
         if (self.margin is None) == (self.threshold is None):
             raise ValueError("give exactly one of margin (improvement over the reference) and threshold (absolute)")
         return self
+
+    def of_a_cost(self, name: str) -> Constraint:
+        """Return the constraint called ``-cost``: its scorer gives a cost, so the score is minus what it gives."""
+        if not hasattr(self.scorer, "sign"):
+            raise ValueError(f"{name}: a scorer of kind {self.scorer.kind!r} gives no cost; leave out the '-'")
+        return self.model_copy(update={"scorer": self.scorer.model_copy(update={"sign": -1})})
 
 
 class Prompts(DataSource):
@@ -110,7 +118,8 @@ class Solve(Strict):
     """How λ* is estimated from the scores (docs/estimators.md)."""
 
     estimator: Literal["empirical", "jackknife", "gaussian", "auto"] = Field(
-        "empirical", description="empirical: as the paper; jackknife, gaussian: less biased at small K; auto: chooses."
+        "auto",
+        description="auto: the jackknife, which removes the bias of a small K; empirical: the paper's.",
     )
     confidence: float | None = Field(
         None, ge=0.5, lt=1, description="Raise the margins until all are met with this joint confidence, e.g. 0.95."

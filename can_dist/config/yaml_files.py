@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from can_dist.errors import ConfigError
 
+MOST_NESTED = 100
+"""Brackets open at once; the parser's time grows with their square."""
 MOST_NODES = 100_000
 """Values of a configuration; ten aliases of ten aliases of ten are soon more than any machine holds."""
 
@@ -51,15 +55,22 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.constructor import DuplicateKeyError
-    from ruamel.yaml.error import YAMLError
+    from ruamel.yaml.error import ReusedAnchorWarning, YAMLError
 
+    opened = accumulate({"[": 1, "{": 1, "]": -1, "}": -1}.get(letter, 0) for letter in text)
+    if max(opened, default=0) > MOST_NESTED:
+        raise ConfigError(f"{source}: nested without end, or too deeply for a configuration.")
     try:
-        data = YAML(typ="safe", pure=True).load(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ReusedAnchorWarning)
+            data = YAML(typ="safe", pure=True).load(text)
         if _num_nodes(data, {}) > MOST_NODES:
             raise ConfigError(f"{source}: more than {MOST_NODES} values once its aliases (*name) are filled in.")
         return data
     except ConfigError:
         raise
+    except ReusedAnchorWarning:
+        raise ConfigError(f"{source}: an anchor (&name) is given twice.", "Give each a name of its own.") from None
     except DuplicateKeyError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         key = re.search(r'duplicate key "([^"]*)"', str(error.problem))

@@ -87,8 +87,14 @@ def gpus(config: Config | None) -> list[Finding]:
     per_process = max(config.cluster.gpus_per_actor, config.cluster.gpus_per_worker) if config else 0
     if names:
         shown = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in names)
-        precision = "bf16" if torch.cuda.get_device_capability() >= OLDEST_BF16 else "fp32: too old for bf16"
-        return [ok("GPUs", f"{shown}; CUDA {torch.version.cuda}, {precision}")]
+        is_old = torch.cuda.get_device_capability() < OLDEST_BF16
+        seen = f"{shown}; CUDA {torch.version.cuda}, {'fp32: too old for bf16' if is_old else 'bf16'}"
+        if config is not None and not per_process:
+            remedy = "Set cluster.gpus_per_actor and cluster.gpus_per_worker to 1."
+            return [warning("GPUs", f"{seen}; the configuration asks for none, models run in fp32 on the CPU", remedy)]
+        if is_old and config is not None and config.precision == "bf16":
+            return [error("GPUs", f"{seen}, which the configuration asks for", "Set precision: fp32.")]
+        return [ok("GPUs", seen)]
     state = f"none that torch {torch.__version__} can use; models run in fp32 on CPU"
     if shutil.which("nvidia-smi"):
         remedy = "Install a torch that is built for the CUDA version that nvidia-smi shows."
@@ -132,12 +138,11 @@ def attention(chosen: Attention) -> Finding:
 
 def attention_here() -> Attention:
     """Return the attention of packs on this machine, in the precision that ``auto`` means here."""
-    import torch
 
     from can_dist.modeling.attention import attention_for
+    from can_dist.modeling.precision import device, torch_dtype
 
-    has_gpu = torch.cuda.is_available()
-    return attention_for("cuda" if has_gpu else "cpu", torch.bfloat16 if has_gpu else torch.float32)
+    return attention_for(device(), torch_dtype("auto"))
 
 
 def extensions() -> list[Finding]:

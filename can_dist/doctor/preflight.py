@@ -12,7 +12,7 @@ from can_dist.errors import ConfigError, DataError
 from can_dist.modeling import quantized
 from can_dist.modeling.adapters import check_adapters
 from can_dist.modeling.loading import check_causal_lm, check_trainable, check_vocabulary, model_digest
-from can_dist.modeling.precision import resolve_precision
+from can_dist.modeling.precision import run_precision
 from can_dist.modeling.remote_code import COMMIT, refuse_floating_code
 from can_dist.modeling.vllm_engine import check_installed
 from can_dist.scoring.kinds import check_scorer_opens, scorer_identity
@@ -53,12 +53,14 @@ def preflight(config: Config, prompts: Artifact | None = None, *, trains: bool =
             - code of a hub model that is not pinned is to be run.
         EnvironmentProblem: Something is missing around the run:
             - the key of an endpoint, GPUs for vLLM, or a way to an endpoint that a proxy stands in;
+            - a GPU by which ``precision: auto`` could be decided, or that computes in the precision given;
             - training would wait for the lock of a killed build, or load extensions that others can write.
     """
     if trains:
         check_build_directories(launched=False)
+    precision = run_precision(config)
     if config.train.ds_config is not None:
-        build_ds_config(read_ds_config(config.train.ds_config), config.train, resolve_precision(config.precision))
+        build_ds_config(read_ds_config(config.train.ds_config), config.train, precision)
     check_trackers(config.train.trackers)
     for key, model in models(config).items():
         refuse_floating_code(key, model)
@@ -79,7 +81,7 @@ def preflight(config: Config, prompts: Artifact | None = None, *, trains: bool =
         if isinstance(scorer, LogRatio):
             _check_log_ratio(scorer, config.reference)
             continue
-        scorer_identity(scorer, resolve_precision(config.precision))
+        scorer_identity(scorer, precision)
         check_scorer_opens(scorer)
     if prompts is not None and not prompts.info["counts"].get("validation"):
         _check_without_validation(config, prompts)

@@ -106,7 +106,10 @@ def _rows(directory: Path) -> dict[str, Any]:
 def _training(directory: Path, about: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
     """Return the last logged step of a training, of how many, its loss, and the remaining time."""
     begun = [event for event in about if event.get("event") == "started"]
-    lines = read_metrics(directory / METRICS)
+    try:
+        lines = read_metrics(directory / METRICS)
+    except DataError:  # the training reports it; here it is only not known how far it is
+        lines = []
     steps = [line for line in lines if "loss" in line]
     progress: dict[str, Any] = {"starts": len(begun)}
     checkpoints = sorted(path.parent.name for path in directory.glob("checkpoints/step-*/COMMIT.json"))

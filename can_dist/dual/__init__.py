@@ -13,6 +13,7 @@ from can_dist.dual.estimate import PolicyEstimate, estimate_policy
 from can_dist.dual.estimators import ESTIMATORS
 from can_dist.dual.feasibility import Feasibility, check_feasibility
 from can_dist.dual.feedback import steer
+from can_dist.dual.frame import source_column
 from can_dist.dual.frontier import Frontier, FrontierPoint, frontier_table
 from can_dist.dual.interval import Interval, mean_interval
 from can_dist.dual.objective import Evaluation, PartialSums, dual_curve, evaluate, partial_sums
@@ -21,6 +22,7 @@ from can_dist.dual.solution import DualSolution, Margin, Status
 from can_dist.dual.solve import solve_dual, solve_table
 from can_dist.dual.strength import Demand, RayPoint, Strength, at_strength, choose_strength, demands_of
 from can_dist.dual.table import ScoreTable
+from can_dist.dual.tails import Column, Settled, settle
 from can_dist.dual.verdict import estimate_line, verdict
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "Block",
     "Bootstrap",
     "Bound",
+    "Column",
     "ColumnScores",
     "CrossFit",
     "Demand",
@@ -47,6 +50,7 @@ __all__ = [
     "Prediction",
     "RayPoint",
     "ScoreTable",
+    "Settled",
     "Status",
     "Strength",
     "Trust",
@@ -71,8 +75,10 @@ __all__ = [
     "partial_sums",
     "predict",
     "run_pass",
+    "settle",
     "solve_dual",
     "solve_table",
+    "source_column",
     "steer",
     "verdict",
 ]

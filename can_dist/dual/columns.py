@@ -20,10 +20,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from can_dist.dual.jackknife import both_moments, gain_and_slope
+from can_dist.dual.moments import PromptMoments
 from can_dist.dual.objective import PartialSums, partial_sums
 from can_dist.dual.predict import Prediction, predict, prediction_of
 from can_dist.dual.table import FloatArray, IntArray, ScoreTable
 from can_dist.errors import ConfigError, DataError
+
+PassKind = Literal["survey", "sums", "best", "jackknife", "moments", "tail", "carriers"]
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,22 @@ class Pass:
 
     Attributes:
         kind: ``survey`` (means, covariances, extremes), ``sums`` (a Newton step at λ), ``best`` (best response under
-            the mixture λ of the utilities), ``means`` (per-prompt means under π_λ).
+            the mixture λ of the utilities), ``jackknife`` (means without bias, slopes), ``moments`` (of
+            every prompt under π_λ), ``tail`` (the largest (r + ⟨λ,g⟩)/β of all responses), ``carriers`` (of the bias of
+            order 1/K).
         columns_C: which columns take part, the reward (0) first.
         scale_C: factor of each: standardisation and signs.
         lam_J: λ, or the mixture of ``best``.
         beta: KL weight.
+        limit: how many of ``tail``; the largest of them for ``carriers``.
     """
 
-    kind: Literal["survey", "sums", "best", "means"]
+    kind: PassKind
     columns_C: tuple[int, ...]
     scale_C: tuple[float, ...]
     lam_J: tuple[float, ...] = ()
     beta: float = 1.0
+    limit: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class PassResult:
     Attributes:
         sums: shape (S,), whatever the pass sums.
         largest: one number of which the largest counts.
-        rows: shape (P, R), one row per prompt; R is 0 for passes that only sum.
+        rows: shape (P, R), one row per prompt, or one per response of ``tail``; R is 0 for passes that only sum.
     """
 
     sums: FloatArray
@@ -96,8 +104,16 @@ def _block_pass(block: Block, request: Pass) -> PassResult:
     if request.kind == "best":
         sums_J, largest = kernel.best_sums(*columns, lam_J)
         return PassResult(sums_J.sum(axis=0), float(largest.max()), np.empty((0, 0)))
-    if request.kind == "means":
-        return PassResult(np.zeros(0), 0.0, kernel.tilted_means(*columns, lam_J, request.beta))
+    if request.kind == "jackknife":
+        return PassResult(kernel.jackknife_sums(*columns, lam_J, request.beta).sum(axis=0), 0.0, np.empty((0, 0)))
+    if request.kind == "moments":
+        return PassResult(np.zeros(0), 0.0, kernel.moments(*columns, lam_J, request.beta))
+    if request.kind == "tail":
+        tail_M = largest_of(kernel.scores(*columns, lam_J, request.beta), int(request.limit))
+        return PassResult(np.zeros(0), float(tail_M[-1]), tail_M[:, None])
+    if request.kind == "carriers":
+        sums_B4J, variance_PJ = kernel.carrier_sums(*columns, lam_J, request.beta, request.limit)
+        return PassResult(sums_B4J.sum(axis=0), 0.0, variance_PJ)
     stats_PC3, covariance_PCC = kernel.survey(*columns)
     extremes_C2 = stats_PC3[:, :, 1:].sum(axis=0)
     sums = np.concatenate([extremes_C2.ravel(), covariance_PCC.sum(axis=0).ravel()])
@@ -234,9 +250,10 @@ class ColumnScores:
         weight_C = np.concatenate(([1.0], lam_J))
         return math.sqrt(max(float(weight_C @ self.covariance_CC @ weight_C), 0.0))
 
-    def ask(self, kind: Literal["survey", "sums", "best", "means"], lam_J: FloatArray, beta: float = 1.0) -> PassResult:
+    def ask(self, kind: PassKind, lam_J: FloatArray, beta: float = 1.0, limit: float = 0.0) -> PassResult:
         """Make one pass over all shards."""
-        return PassResult.total(self.runner(Pass(kind, self.columns_C, self.scale_C, tuple(lam_J.tolist()), beta)))
+        request = Pass(kind, self.columns_C, self.scale_C, tuple(lam_J.tolist()), beta, limit)
+        return PassResult.total(self.runner(request))
 
     def best(self, mixture_J: FloatArray) -> tuple[FloatArray, float]:
         """Return the mean utilities of each prompt's best response under ⟨v,g⟩, and the largest |⟨v,g⟩|."""
@@ -280,26 +297,67 @@ def _column_sums(table: ColumnScores, lam_J: FloatArray, beta: float) -> Partial
 
 @predict.register
 def _column_prediction(table: ColumnScores, lam_J: npt.ArrayLike, beta: float, margin_J: npt.ArrayLike) -> Prediction:
-    lam = np.asarray(lam_J, dtype=np.float64)
-    means = table.ask("means", lam, beta).rows
-    num_columns = table.num_constraints + 1
+    moments, _ = both_moments(table, np.asarray(lam_J, dtype=np.float64), beta)
     return prediction_of(
         table.mean_reward,
-        gain_PJ=means[:, 1:num_columns],
-        reward_gain_P=means[:, 0],
-        kl_P=means[:, num_columns],
-        ess_P=means[:, num_columns + 1],
+        gain_PJ=moments.gain_PJ,
+        reward_gain_P=moments.reward_gain_P,
+        kl_P=moments.kl_P,
+        ess_P=moments.ess_P,
         prompt_P=table.prompt_P,
         beta=beta,
         margin_J=np.asarray(margin_J, dtype=np.float64),
     )
 
 
+@both_moments.register
+def _column_moments(table: ColumnScores, lam_J: FloatArray, beta: float) -> tuple[PromptMoments, PromptMoments]:
+    """Return the moments of :func:`can_dist.dual.kernel.moments`, plain and jackknifed."""
+    rows = table.ask("moments", lam_J, beta).rows
+    num_columns, num_constraints = table.num_constraints + 1, table.num_constraints
+    again, rest = num_columns + 3, 2 * num_columns + 5
+    cross = rest + num_constraints**2
+    plain = PromptMoments(
+        gain_PJ=rows[:, 1:num_columns],
+        reward_gain_P=rows[:, 0],
+        covariance_PJJ=rows[:, rest:cross].reshape(-1, num_constraints, num_constraints),
+        cross_PJ=rows[:, cross:],
+        kl_P=rows[:, num_columns],
+        ess_P=rows[:, num_columns + 2],
+        log_norm_P=rows[:, num_columns + 1],
+    )
+    corrected = replace(
+        plain,
+        gain_PJ=rows[:, again + 1 : again + num_columns],
+        reward_gain_P=rows[:, again],
+        kl_P=rows[:, again + num_columns],
+        log_norm_P=rows[:, again + num_columns + 1],
+    )
+    return plain, corrected
+
+
+@gain_and_slope.register
+def _column_slope(table: ColumnScores, lam_J: FloatArray, beta: float) -> tuple[FloatArray, FloatArray]:
+    sums = table.ask("jackknife", lam_J, beta).sums / table.num_prompts
+    num_constraints = table.num_constraints
+    return sums[:num_constraints], sums[num_constraints:].reshape(num_constraints, num_constraints)
+
+
+def largest_of(value_N: FloatArray, number: int) -> FloatArray:
+    """Return the ``number`` largest values, ascending; all of them where there are fewer."""
+    if value_N.size > number:
+        value_N = np.partition(value_N, -number)[-number:]
+    return np.sort(value_N)
+
+
 def same_type(columns: Sequence[npt.NDArray[Any]]) -> tuple[npt.NDArray[Any], ...]:
-    """Return the columns as all float32 where they all are, else as float64: the kernel reads one type."""
+    """Return the columns as all float32 where they all are, else as float64, read-only: the kernel reads one type."""
     kinds = {column.dtype for column in columns}
     dtype = np.float32 if kinds == {np.dtype(np.float32)} else np.float64
-    return tuple(np.ascontiguousarray(column, dtype=dtype) for column in columns)
+    views = tuple(np.ascontiguousarray(column, dtype=dtype).view() for column in columns)
+    for view in views:
+        view.flags.writeable = False
+    return views
 
 
 def _check(columns: tuple[npt.NDArray[Any], ...], num_responses_P: IntArray) -> None:

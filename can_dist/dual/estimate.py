@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from can_dist.dual.estimators import jackknife_mean, within_covariance
+from can_dist.dual.estimators import within_covariance
 from can_dist.dual.interval import Interval, interval_of
+from can_dist.dual.jackknife import jackknife_mean
 from can_dist.dual.predict import check_beta
 from can_dist.dual.solution import json_safe, with_nan
 from can_dist.dual.table import FloatArray, ScoreTable

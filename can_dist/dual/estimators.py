@@ -10,15 +10,15 @@ Each is a way to get the per-prompt moments at a given λ; λ̂ is where their m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 
 from can_dist.dual.columns import ColumnScores, Scores
-from can_dist.dual.moments import PromptMoments, prompt_moments
+from can_dist.dual.jackknife import both_moments, gain_and_slope
+from can_dist.dual.moments import PromptMoments
 from can_dist.dual.newton import kkt_residual
 from can_dist.dual.objective import tilt
 from can_dist.dual.predict import Prediction, lambda_standard_error, prediction_of
@@ -29,7 +29,6 @@ ESTIMATORS = ("empirical", "jackknife", "gaussian", "auto")
 
 _MAX_STEPS = 40
 _TOLERANCE = 1e-9
-_LEAST_REST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,10 @@ def check_estimator(estimator: str, table: Scores | None = None) -> None:
     """Raise ConfigError for an unknown estimator, or one that cannot read the table."""
     if estimator not in ESTIMATORS:
         raise ConfigError(f"estimator: found {estimator!r}, expected one of {', '.join(ESTIMATORS)}.")
-    if isinstance(table, ColumnScores) and estimator not in ("empirical", "auto"):
+    if isinstance(table, ColumnScores) and estimator == "gaussian":
         raise ConfigError(
-            f"estimator: {estimator!r} revisits single responses, so it needs the table in memory; a streamed table "
-            "takes 'empirical'. Solve a sample of the prompts in memory to see how far the estimators differ."
+            "estimator: 'gaussian' needs the table in memory, and this one is streamed.",
+            "Take 'auto', 'jackknife' or 'empirical'; give --engine memory; or solve a sample of the prompts.",
         )
     if table is not None and table.weighted and estimator == "jackknife":
         raise ConfigError(
@@ -76,12 +75,13 @@ def check_estimator(estimator: str, table: Scores | None = None) -> None:
         )
 
 
-def estimator_moments(table: ScoreTable, lam_J: FloatArray, beta: float, estimator: str) -> PromptMoments:
+def estimator_moments(table: Scores, lam_J: FloatArray, beta: float, estimator: str) -> PromptMoments:
     """Return the per-prompt moments of π_λ as ``estimator`` sees them."""
     if estimator == "gaussian":
+        assert isinstance(table, ScoreTable)  # check_estimator refuses others
         return gaussian_moments(table, lam_J, beta)
-    moments = prompt_moments(table, lam_J, beta)
-    return jackknife_moments(table, lam_J, beta, moments) if estimator == "jackknife" else moments
+    empirical, jackknifed = both_moments(table, lam_J, beta)
+    return jackknifed if estimator == "jackknife" else empirical
 
 
 def within_covariance(table: ScoreTable, first_N: FloatArray, second_N: FloatArray) -> FloatArray:
@@ -112,44 +112,8 @@ def gaussian_moments(table: ScoreTable, lam_J: FloatArray, beta: float) -> Promp
     return PromptMoments(gain_PJ, reward_gain_P, covariance_PJJ, cross_PJ, kl_P, ess_P, kl_P)
 
 
-def jackknife_moments(table: ScoreTable, lam_J: FloatArray, beta: float, empirical: PromptMoments) -> PromptMoments:
-    """Return the moments with their 1/K bias removed: m_J = K m − (K−1) mean_k m_{−k}.
-
-    For m = Σ_k w_k h_k, m_{−k} = (m − w_k h_k)/(1 − w_k), so m_J = m + ((K−1)/K) Σ_k w_k (h_k − m)/(1 − w_k); the log
-    normaliser loses ln(1 − w_k) and ln K becomes ln(K−1). The covariances stay the empirical ones.
-    """
-    tilted = tilt(table, lam_J, beta)
-    count_P = table.num_responses_P.astype(np.float64)
-    factor_P = (count_P - 1) / count_P
-    gain_PJ = np.empty_like(empirical.gain_PJ)
-    for j, column_N in enumerate(table.utility_JN):
-        gain_PJ[:, j] = jackknife_mean(table, tilted.weight_N, column_N)
-    rest_N = np.maximum(1.0 - tilted.weight_N, _LEAST_REST)
-    several = table.num_responses_P > 1
-    lost_P = np.where(several, table.sum_rows(np.log(rest_N)), 0.0)
-    shrunk_P = np.where(several, count_P * np.log(np.maximum(count_P - 1, 1) / count_P), 0.0)
-    log_norm_P = empirical.log_norm_P - factor_P * (lost_P - shrunk_P)
-    score_N = tilted.log_ratio_N + table.spread(tilted.log_norm_P)
-    return replace(
-        empirical,
-        gain_PJ=gain_PJ,
-        reward_gain_P=jackknife_mean(table, tilted.weight_N, table.reward_N),
-        kl_P=jackknife_mean(table, tilted.weight_N, score_N) - log_norm_P,
-        log_norm_P=log_norm_P,
-    )
-
-
-def jackknife_mean(table: ScoreTable, weight_N: FloatArray, value_N: FloatArray) -> FloatArray:
-    """Return Σ_k w_k h_k of each prompt without its bias of order 1/K, for weights that sum to 1; shape (P,)."""
-    mean_P = table.sum_rows(weight_N * value_N)
-    odds_N = weight_N / np.maximum(1.0 - weight_N, _LEAST_REST)
-    deviation_N: FloatArray = value_N - table.spread(mean_P)
-    factor_P: FloatArray = (table.num_responses_P - 1) / table.num_responses_P
-    return mean_P + factor_P * table.sum_rows(odds_N * deviation_N)
-
-
 def estimate(
-    table: ScoreTable,
+    table: Scores,
     beta: float,
     margin_J: FloatArray,
     estimator: str,
@@ -169,6 +133,7 @@ def estimate(
     spread_J = np.array([spread or 1.0 for spread in table.spread_J.tolist()])
     steps = 0
     if estimator == "gaussian":
+        assert isinstance(table, ScoreTable)
         lam, hessian = _gaussian_lam(table, beta, margin_J)
         steps = 1
     elif estimator == "jackknife":
@@ -179,6 +144,8 @@ def estimate(
     moments = estimator_moments(table, lam if converged else start_J, beta, estimator)
     if estimator == "empirical":
         hessian = moments.hessian(beta)
+    if estimator == "jackknife" and converged and moments.kl_P.mean() < -_TOLERANCE:
+        lam, converged = np.full(lam.size, math.nan), False  # its correction is larger than what it corrects
     slack_PJ = moments.gain_PJ - margin_J
     error, residual = np.full(lam.size, math.nan), math.inf
     if converged:
@@ -194,7 +161,7 @@ def with_level(table: Scores, slack_PJ: FloatArray, level_J: FloatArray | None) 
     return slack_PJ + level_J * (table.mean_utility_JP.T - table.centre_J)
 
 
-def prediction_from(table: ScoreTable, moments: PromptMoments, beta: float, margin_J: FloatArray) -> Prediction:
+def prediction_from(table: Scores, moments: PromptMoments, beta: float, margin_J: FloatArray) -> Prediction:
     """Summarise per-prompt moments as a prediction."""
     return prediction_of(
         table.mean_reward,
@@ -244,21 +211,18 @@ def _gaussian_lam(table: ScoreTable, beta: float, margin_J: FloatArray) -> tuple
 
 
 def _jackknife_lam(
-    table: ScoreTable, beta: float, margin_J: FloatArray, start_J: FloatArray, spread_J: FloatArray
+    table: Scores, beta: float, margin_J: FloatArray, start_J: FloatArray, spread_J: FloatArray
 ) -> tuple[FloatArray, FloatArray, int]:
     """Solve the jackknifed optimality conditions by Newton from the empirical λ̂; NaN where they have no root near."""
 
-    def slope(lam_J: FloatArray) -> FloatArray:
-        moments = prompt_moments(table, lam_J, beta)
-        slack_J: FloatArray = jackknife_moments(table, lam_J, beta, moments).gain_PJ.mean(axis=0) - margin_J
-        return slack_J
-
     lam, none = start_J, np.full(start_J.size, math.nan)
-    unit_J = np.maximum(np.abs(start_J), max(table.within_sd(table.reward_N), beta) / spread_J)
+    unit_J = np.maximum(np.abs(start_J), max(table.reward_spread, beta) / spread_J)
     hessian = np.full((start_J.size, start_J.size), math.nan)
+    if start_J.size == 0:
+        return start_J, hessian, 0
     for step in range(1, _MAX_STEPS + 1):
-        gradient = slope(lam)
-        hessian = _differences(slope, lam, gradient, 1e-5 * unit_J)
+        gain_J, hessian = gain_and_slope(table, lam, beta)
+        gradient = gain_J - margin_J
         if not np.isfinite(hessian).all() or np.linalg.eigvalsh(hessian).min() <= 0:
             return none, hessian, step
         if kkt_residual(lam, gradient / spread_J) <= _TOLERANCE:
@@ -268,14 +232,3 @@ def _jackknife_lam(
             return none, hessian, step
         lam = following
     return none, hessian, _MAX_STEPS
-
-
-def _differences(
-    slope: Callable[[FloatArray], FloatArray], lam_J: FloatArray, gradient_J: FloatArray, step_J: FloatArray
-) -> FloatArray:
-    """Return the symmetrised derivative of the slope by forward differences."""
-    columns = [
-        (slope(lam_J + step * unit) - gradient_J) / step for step, unit in zip(step_J, np.eye(lam_J.size), strict=True)
-    ]
-    hessian = np.array(columns).T
-    return np.asarray((hessian + hessian.T) / 2, dtype=np.float64)

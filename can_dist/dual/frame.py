@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from can_dist.dual.table import ScoreTable
+from can_dist.dual.table import ScoreTable, id_values
 from can_dist.errors import ConfigError
 
 
@@ -55,20 +55,22 @@ def _columns(
             f"table of scores: no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, there))}. A "
             "constraint is named after its column; reward= and prompt= name the others."
         )
-    prompt_N = np.asarray(frame[prompt])
+    prompt_N = id_values(frame[prompt])
     reward_N, *utilities = (
         sign * np.asarray(frame[column]) for column, sign in (source_column(name, there) for name in (reward, *names))
     )
     return reward_N, np.stack(utilities, axis=1) if names else np.empty((len(prompt_N), 0)), prompt_N
 
 
-def source_column(name: str, there: Sequence[Any]) -> tuple[str, float]:
+def source_column(name: str, columns: Sequence[Any]) -> tuple[str, float]:
     """Return the column that ``name`` reads and its sign: ``-cost`` is minus the column ``cost``, higher is better.
+
+    A column of that very name comes first.
 
     >>> source_column("-cost", ["prompt_id", "cost"]), source_column("safety", ["safety"])
     (('cost', -1.0), ('safety', 1.0))
     """
-    if name.startswith("-") and name not in there and name[1:] in there:
+    if name.startswith("-") and name not in columns and name[1:] in columns:
         return name[1:], -1.0
     return name, 1.0
 

@@ -196,7 +196,7 @@ def _margin_grid(
     points = []
     for margin in product(*axes):
         constraints = [Margin(name, float(value)) for name, value in zip(names, margin, strict=True)]
-        solution = solve_table(table, beta=beta, constraints=constraints, throw=False)
+        solution = solve_table(table, beta=beta, constraints=constraints, throw=False, estimator="empirical")
         if np.isfinite(solution.lam_vector).all():
             points.append(_point(table, solution.lam_vector, beta, np.array(margin)))
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -118,6 +120,44 @@ def misread_hints(solution: DualSolution) -> list[str]:
     return hints
 
 
+def lam_error(solution: DualSolution, name: str) -> list[str]:
+    """Return what is said beside λ̂: its standard error, what the finite K may add to it, and the paper's λ̂.
+
+    Nothing where there is none: one prompt, λ at its bound, a table that enumerates what the reference can say.
+    """
+    return [*error_parts(solution.lam_se[name], bias_of(solution, name, "lam_bias")), *_paper(solution, name)]
+
+
+def gain_error(solution: DualSolution, name: str) -> list[str]:
+    """Return what is said beside a predicted improvement: its standard error and the bias of the finite K."""
+    return error_parts(solution.predicted["improvement"][name]["se"], bias_of(solution, name, "bias"))
+
+
+def error_parts(error: float | None, bias: float | None) -> list[str]:
+    """Return 'SE 0.1' and the bias beside it: 'bias at most 0.02', 'bias unknown' where it is NaN, '' where None."""
+    if error is None or not math.isfinite(error):
+        return []
+    if bias is None:
+        return [f"SE {error:.2g}"]
+    return [f"SE {error:.2g}", f"bias at most {bias:.2g}" if math.isfinite(bias) else "bias unknown"]
+
+
+def bias_of(solution: DualSolution, name: str, kind: Literal["lam_bias", "bias"]) -> float | None:
+    """Return how much the finite K may add to λ̂ or to the improvement: NaN where unknown, None where nothing can be."""
+    judgement = solution.diagnostics.get("judgement")
+    if judgement is None:
+        return None
+    if judgement["objection"]:
+        return math.nan
+    return judgement["lam_bias"][name] if kind == "lam_bias" else judgement["delivered"][name]["bias"]
+
+
+def _paper(solution: DualSolution, name: str) -> list[str]:
+    if solution.estimator == "empirical" or name not in solution.lam_paper:
+        return []
+    return [f"paper's {solution.lam_paper[name]:.4g}"]
+
+
 def estimator_message(corrected: Estimate) -> str:
     """Say that an estimator has no solution near the empirical one."""
     ess = float(np.median(corrected.moments.ess_P))
@@ -172,7 +212,7 @@ def _other_reading(table: Scores, constraint: Margin, attainable: float, j: int)
         demand, kind = float(constraint.threshold), "an absolute level, compared with"
         own, other = demand - centre, demand
         advice = f"an improvement of {demand:.6g}, write margin={demand:.6g}"
-    if not own >= attainable > other:
+    if not own >= attainable > other > 0:  # at 0 or below lambda is 0: nothing would be asked
         return []
     return [
         f"  {constraint.name}: read as {kind} the reference mean {centre:.6g} it needs {own:+.6g}, at most "

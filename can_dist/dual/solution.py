@@ -109,7 +109,8 @@ class Judgement(TypedDict):
 
     ``kl`` is KL(π_λ‖π_ref) in nats, corrected for the finite K.
 
-    ``lam_error`` is relative to λ; ``delivered`` is the improvement, or the mean where ``level`` (a threshold).
+    ``lam_error`` is relative to λ, and ``lam_bias``, in the units of λ, the part of it for the finite K; ``delivered``
+    is the improvement, or the mean where ``level`` (a threshold).
     """
 
     objection: str
@@ -117,6 +118,7 @@ class Judgement(TypedDict):
     level: dict[str, bool]
     kl: Delivered
     lam_error: dict[str, float]
+    lam_bias: dict[str, float]
     lam_known: bool
     ess: dict[str, float]
     carriers: dict[str, float]
@@ -165,12 +167,13 @@ class DualSolution:
         diagnostics: whether to trust the prediction.
         estimator: which estimator gave λ* (``auto`` is replaced by what it chose).
         estimator_reason: why ``auto`` did not take the jackknife; empty otherwise.
+        lam_paper: λ of the paper's estimator (``empirical``) at the same margins; empty in solutions of older versions.
         confidence: with which each margin is met, all of them jointly; None where they are met in expectation.
         safety_margin: what was added to each margin for that confidence, included in ``margin``.
 
     >>> from can_dist import solve_dual
     >>> table = {"prompt_id": ["a", "a"], "reward": [1.0, 0.0], "safety": [0.0, 1.0]}
-    >>> solution = solve_dual(table, beta=1.0, constraints=[Margin("safety", margin=0.25)])
+    >>> solution = solve_dual(table, beta=1.0, constraints=[Margin("safety", margin=0.25)], estimator="empirical")
     >>> round(solution.lam["safety"], 6)  # ln 3 + 1: three quarters of the weight on the safe response
     2.098612
     >>> solution.status.name, DualSolution.from_dict(solution.to_dict()).lam == solution.lam
@@ -193,6 +196,7 @@ class DualSolution:
     diagnostics: Diagnostics
     estimator: str = "empirical"
     estimator_reason: str = ""
+    lam_paper: dict[str, float] = field(default_factory=dict)
     confidence: float | None = None
     safety_margin: dict[str, float] = field(default_factory=dict)
 
@@ -224,6 +228,7 @@ class DualSolution:
         return replace(
             self,
             lam=back(self.lam),
+            lam_paper=back(self.lam_paper),
             slack=back(self.slack),
             centre=back(self.centre),
             margin=back(self.margin),

@@ -20,7 +20,7 @@ from can_dist.dual.frame import Frame, score_table
 from can_dist.dual.predict import Prediction, check_beta, lambda_standard_error, predict
 from can_dist.dual.problem import Outcome, Problem
 from can_dist.dual.solution import Diagnostics, DualSolution, Margin, Predicted, Status
-from can_dist.dual.table import FloatArray, ScoreTable
+from can_dist.dual.table import FloatArray
 from can_dist.dual.weights import turned_diagnostics, weight_diagnostics
 from can_dist.errors import ConfigError, InfeasibleConstraint, NumericalError
 
@@ -40,7 +40,7 @@ def solve_dual(
     max_steps: int = 100,
     tolerance: float = 1e-8,
     throw: bool = True,
-    estimator: str = "empirical",
+    estimator: str = "auto",
     confidence: float | None = None,
 ) -> DualSolution:
     """Solve max_π E[r − β KL(π‖π_ref)] subject to E_π g_j − E_{π_ref} g_j ≥ b_j through its dual.
@@ -60,9 +60,9 @@ def solve_dual(
         max_steps: most Newton steps.
         tolerance: largest KKT residual, in within-prompt standard deviations of each utility.
         throw: raise where no finite λ* was reached; otherwise return a solution whose status says why.
-        estimator: ``empirical`` (the softmax weights over the table), ``jackknife`` or ``gaussian`` (both remove the
-            bias of a finite K, see :mod:`can_dist.dual.estimators`), or ``auto``: the jackknife, and the empirical
-            where that has no solution. All of them ask first whether the margins can be met on the table itself.
+        estimator: ``auto``: the jackknife, and the paper's where that has no solution; or by name ``empirical`` (the
+            paper's: the softmax weights over the table), ``jackknife``, ``gaussian`` (both remove the bias of a finite
+            K, see :mod:`can_dist.dual.estimators`). All ask first whether the margins can be met on the table itself.
         confidence: meet every margin with this joint confidence over the draw of the prompts: each margin is raised
             to the fixed point b + z·SE of its improvement (Bonferroni over constraints). None meets them in the mean.
 
@@ -111,13 +111,12 @@ def solve_table(
     max_steps: int = 100,
     tolerance: float = 1e-8,
     throw: bool = True,
-    estimator: str = "empirical",
+    estimator: str = "auto",
     confidence: float | None = None,
 ) -> DualSolution:
     """Solve on a table already grouped, or on columns of any size; the rest as in :func:`solve_dual`.
 
-    :class:`~can_dist.dual.columns.ColumnScores` take the empirical estimator (also as ``auto``): the others revisit
-    single responses.
+    :class:`~can_dist.dual.columns.ColumnScores` take every estimator but ``gaussian``.
     """
     names = _names(constraints)
     check_beta(beta)
@@ -167,8 +166,6 @@ class _Request:
         outcome = problem.solve(self.max_steps, self.tolerance)
         if self.estimator == "empirical" or outcome.status is not Status.OPTIMAL or outcome.point is None:
             return outcome
-        if not isinstance(self.table, ScoreTable):  # check_estimator lets only auto come here
-            return replace(outcome, reason="a streamed table is read for sums only, and the jackknife needs the table")
         start_J = outcome.point.lam_J
         if self.estimator == "auto":
             chosen, reason = choose(self.table, self.beta, margin_J, start_J, self.level_J)
@@ -180,7 +177,6 @@ class _Request:
         """Predict with the estimator that gave λ; None where there is no λ."""
         if outcome.corrected is not None:
             corrected = outcome.corrected
-            assert isinstance(self.table, ScoreTable)
             return prediction_from(self.table, corrected.moments, self.beta, margin_J) if corrected.converged else None
         return None if outcome.point is None else predict(self.table, outcome.point.lam_J, self.beta, margin_J)
 
@@ -326,6 +322,7 @@ def _report(outcome: Outcome, request: _Request, margin_J: FloatArray, confidenc
         diagnostics=_diagnostics(outcome, request, lam_J, margin_J, prediction),
         estimator=_estimator(outcome, request),
         estimator_reason=outcome.reason,
+        lam_paper=by_name(none_J if point is None else point.lam_J),
         confidence=confidence,
         safety_margin=by_name(margin_J - margins(table, constraints)) if confidence is not None else {},
     )
@@ -341,10 +338,10 @@ def _estimator(outcome: Outcome, request: _Request) -> str:
 def _diagnostics(
     outcome: Outcome, request: _Request, lam_J: FloatArray, margin_J: FloatArray, prediction: Prediction | None
 ) -> Diagnostics:
-    """Summarise the weights, and judge λ̂ where the table's responses are samples that can be revisited."""
+    """Summarise the weights, and judge λ̂ where the table's responses are samples."""
     table, names = request.table, [constraint.name for constraint in request.constraints]
     trust = None
-    if prediction is not None and names and isinstance(table, ScoreTable) and not table.weighted:
+    if prediction is not None and names and not table.weighted:
         used = outcome.corrected or estimate(table, request.beta, margin_J, "empirical", lam_J, request.level_J)
         trust = judge(table, request.beta, margin_J, used, request.level_J)
     levels = dict(zip(names, request.level_J, strict=True))

@@ -80,12 +80,13 @@ class ScoreTable:
         """
         reward, utility = _check_scores(_floats(reward_N, "reward"), _floats(utility_NJ, "utility"), names)
         num_rows = reward.shape[0]
-        _check_length(np.asarray(prompt_N), "prompt_N", num_rows)
+        ids_N = id_values(prompt_N)
+        _check_length(ids_N, "prompt_N", num_rows)
         if log_weight_N is not None:
             log_weight = _floats(log_weight_N, "log_weight")
             _check_length(log_weight, "log_weight_N", num_rows)
             _check_finite("log_weight", log_weight, " A response of weight zero is left out of the table.")
-        code_N, prompt_P = _group(prompt_N, num_rows)
+        code_N, prompt_P = _group(ids_N, num_rows)
         grouped = bool(np.all(code_N[1:] >= code_N[:-1]))
         order = np.arange(num_rows) if grouped else np.argsort(code_N, kind="stable")
         row_prompt = code_N if grouped else code_N[order]
@@ -324,23 +325,29 @@ def _check_finite(name: str, values_N: FloatArray, hint: str = "") -> None:
     )
 
 
-def _group(prompt_N: npt.ArrayLike, num_rows: int) -> tuple[IntArray, npt.NDArray[Any]]:
+def _group(ids: npt.NDArray[Any], num_rows: int) -> tuple[IntArray, npt.NDArray[Any]]:
     """Return the integer code of each row's prompt and the sorted distinct ids; cheap where rows come grouped."""
-    ids = np.asarray(prompt_N)
     if ids.dtype == object:
-        kinds = {type(value) for value in ids.tolist()}
+        kinds = set(map(type, ids.tolist()))
         if not kinds <= {str} and not kinds <= {int}:
             names = ", ".join(sorted(kind.__name__ for kind in kinds))
             raise DataError(
                 f"prompt_N: ids of types {names}; give every prompt id as a string, or every one as an integer."
             )
-        ids = np.asarray(ids.tolist())
-    if ids.dtype.kind not in "USiu":
+        ids = ids if kinds == {str} else np.asarray(ids.tolist())
+    elif ids.dtype.kind not in "USiu":
         raise DataError(f"prompt_N: ids of dtype {ids.dtype}; give prompt ids as strings or integers.")
     first = np.flatnonzero(np.concatenate(([True], ids[1:] != ids[:-1])))
     prompt_P, run_code = np.unique(ids[first], return_inverse=True)
     run_length = np.diff(np.concatenate((first, [num_rows])))
     return np.repeat(run_code.astype(np.int64), run_length), prompt_P
+
+
+def id_values(values: npt.ArrayLike) -> npt.NDArray[Any]:
+    """Return ids as an array that keeps texts as they are: NumPy's own have the width of the longest, row by row."""
+    if isinstance(values, list | tuple) and values and isinstance(values[0], str):
+        return np.array([*values, None], dtype=object)[:-1]
+    return np.asarray(values)
 
 
 def _normalise(log_weight_N: FloatArray, start_P: IntArray, row_prompt_N: IntArray) -> FloatArray:

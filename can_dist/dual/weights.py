@@ -100,10 +100,7 @@ def verdict(diagnostics: Diagnostics, *, solved: bool, weighted: bool) -> str:
             f"{diagnostics['responses_per_prompt']['median']:g})."
         )
     if "judgement" not in diagnostics:
-        return (
-            "Not judged: the bias of a finite K is measured on a table in memory. Solve a sample of the prompts in "
-            "memory to see it."
-        )
+        return "There is no constraint, so there is no lambda to know."
     judgement = diagnostics["judgement"]
     if judgement["objection"]:
         return f"Do not trust the prediction or lambda: {judgement['objection']}."
@@ -135,10 +132,11 @@ def _judgement(trust: Trust, level: Mapping[str, float]) -> Judgement:
         "kl": described(trust.kl, trust.kl_bias),
         "level": {name: bool(value) for name, value in level.items()},
         "lam_error": by_name(trust.lam_error_J),
+        "lam_bias": by_name(trust.lam_bias_J),
         "lam_known": trust.lam_known,
         "ess": by_name(trust.ess_J),
-        "carriers": by_name(trust.carriers_J),
-        "shape": trust.shape,
+        "carriers": by_name(trust.evidence.carriers_J),
+        "shape": trust.evidence.shape,
         "num_flat": trust.num_flat,
     }
 

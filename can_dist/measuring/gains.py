@@ -7,7 +7,7 @@ responses are averaged first, and every interval is over the P prompts.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -34,6 +34,17 @@ def interval(value_P: FloatArray, confidence: float = CONFIDENCE, *, least: floa
 def joint_confidence(num_constraints: int) -> float:
     """Return the confidence of each constraint's interval with which all of them hold together at 95 % (Bonferroni)."""
     return 1.0 - (1.0 - CONFIDENCE) / max(num_constraints, 1)
+
+
+def joint_sentence(constraints: Sequence[Mapping[str, Any]]) -> str:
+    """Say that several rows of :func:`constraint_row` are judged together; nothing of one alone."""
+    levels = {row["confidence"] for row in constraints if "confidence" in row}
+    if len(constraints) < 2 or len(levels) != 1:
+        return ""
+    return (
+        f"The {len(constraints)} constraints are judged together at {100 * CONFIDENCE:g}%: each has an interval of "
+        f"{100 * levels.pop():.3g}% (Bonferroni)."
+    )
 
 
 def improvement(before: pa.Table, after: pa.Table, name: str, confidence: float = CONFIDENCE) -> dict[str, float]:
@@ -139,7 +150,7 @@ def gains_table(before: pa.Table, after: pa.Table, names: list[str], kl_N: Float
     Columns: ``prompt_id``, ``<score>.reference``, ``<score>.policy`` and ``kl``; ``kl_N`` belongs to ``after``.
     """
     prompts, kl_P = by_prompt(after, kl_N)
-    columns: dict[str, Any] = {"prompt_id": prompts.astype(str)}
+    columns: dict[str, Any] = {"prompt_id": [str(prompt) for prompt in prompts]}
     for name in names:
         for side, table in zip(SIDES, (before, after), strict=True):
             same, columns[f"{name}.{side}"] = by_prompt(table, column(table, name))

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from can_dist.dual import DualSolution, Prediction, ScoreTable, predict
+from can_dist.dual.messages import lam_error
 from can_dist.measuring.gains import column, ids, interval
 
 
@@ -68,9 +69,10 @@ def prediction_source(
     }
 
 
-def multipliers(solution: DualSolution) -> dict[str, dict[str, float | None]]:
-    """Return λ and its standard error by constraint; None where there is no finite one."""
-    return {
-        name: {"lam": lam, "lam_se": se if np.isfinite(se := solution.lam_se[name]) else None}
-        for name, lam in solution.lam.items()
-    }
+def multipliers(solution: DualSolution) -> dict[str, dict[str, Any]]:
+    """Return λ with what stands beside it by constraint: standard error, bias of the finite K, the paper's λ."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, lam in solution.lam.items():
+        se = solution.lam_se[name]
+        rows[name] = {"lam": lam, "lam_se": se if np.isfinite(se) else None, "lam_beside": lam_error(solution, name)}
+    return rows

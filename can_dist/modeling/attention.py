@@ -22,6 +22,8 @@ NEEDED = ("scale", "window_size")  # torch 2.10 has neither
 OLDEST_CAPABILITY = (8, 0)
 WIDEST_HEAD, HEAD_STEP = 256, 8
 REMEDY = "install torch 2.11 or later, or flash-attn: pip install 'can-dist[gpu]'"
+REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation flash-attn"
+BROKEN_REMEDY = f"install torch 2.11 or later, or build flash-attn for this torch: {REBUILD}"
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,21 @@ def choose_attention(machine: Machine, dtype: torch.dtype, widths: Collection[in
         )
     if machine.flash_version is not None and not machine.flash_error:
         return Attention(FLASH, "it is installed", machine.flash_version)
-    flash = "flash-attn is not installed"
-    if machine.flash_version is not None:
-        flash = f"flash-attn {machine.flash_version} is for another torch and cannot be imported: {machine.flash_error}"
+    flash, remedy = _no_flash(machine)
     if machine.varlen is None:
-        return sdpa(f"this torch has no varlen_attn, and {flash}", REMEDY)
+        return sdpa(f"this torch has no varlen_attn, and {flash}", remedy)
     if missing := [name for name in NEEDED if name not in machine.varlen]:
-        return sdpa(f"the varlen_attn of this torch takes no {' and no '.join(missing)}, and {flash}", REMEDY)
+        return sdpa(f"the varlen_attn of this torch takes no {' and no '.join(missing)}, and {flash}", remedy)
     return Attention(VARLEN, flash, machine.torch_version)
+
+
+def _no_flash(machine: Machine) -> tuple[str, str]:
+    """Say why flash-attn does not serve, and what would help where torch's own kernel does not either."""
+    if machine.flash_version is None:
+        return "flash-attn is not installed", REMEDY
+    # a library that was compiled against another torch misses its symbols
+    built = "is for another torch and " if "undefined symbol" in machine.flash_error else ""
+    return f"flash-attn {machine.flash_version} {built}cannot be imported: {machine.flash_error}", BROKEN_REMEDY
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,25 @@ TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, Lookup
 """What a chat template raises for a conversation that it does not take."""
 ALIKE = 8
 """Characters before a response that tell whether a prompt and a whole conversation introduce it in the same way."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands around the responses to one conversation, rendered once for all of them.
+
+    Attributes:
+        prompt: the text that asks for a response.
+        ids: its tokens, without a plain template's token of the beginning.
+        num_tokens: its tokens with that.
+        lead: white space before a response.
+        end: what ends one.
+    """
+
+    prompt: str
+    ids: list[int]
+    num_tokens: int
+    lead: str
+    end: str
 
 
 class Formatter:
@@ -90,15 +110,30 @@ class Formatter:
         Raises:
             DataError: The template refuses the conversation, writes no response, or no end token after one.
         """
+        return self.framed_ids([(self.frame(messages), text, is_complete)])[0]
+
+    def frame(self, messages: Sequence[Message]) -> Frame:
+        """Return what stands around the responses to a conversation; raises as :meth:`response_ids`."""
         if self.template is not None:
             prompt, lead, end = self.plain_prompt(messages), "", str(self.tokenizer.eos_token)
         else:
             prompt = self._render(messages, add_generation_prompt=True)
             lead, end = self._around_response(messages, prompt)
-        response = lead + text.strip() + (end if is_complete else "")
-        ids, whole = self._encode(prompt), self._encode(prompt + response)
+        ids = self._encode(prompt)
+        return Frame(prompt, ids, len(ids if self.template is None else self._with_bos(ids)), lead, end)
+
+    def framed_ids(self, responses: Sequence[tuple[Frame, str, bool]]) -> list[list[int]]:
+        """Return :meth:`response_ids` of frames, texts and whether they are complete, encoded together."""
+        written = [frame.lead + text.strip() + (frame.end if complete else "") for frame, text, complete in responses]
+        prompts = [frame.prompt for frame, _, _ in responses]
+        texts = [prompt + response for prompt, response in zip(prompts, written, strict=True)]
+        wholes: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
+        starts = [frame.ids for frame, _, _ in responses]
         # where the tokenizer joins prompt and response, the response is encoded on its own
-        return whole[len(ids) :] if whole[: len(ids)] == ids else self._encode(response)
+        return [
+            whole[len(ids) :] if whole[: len(ids)] == ids else self._encode(response)
+            for ids, whole, response in zip(starts, wholes, written, strict=True)
+        ]
 
     def read_back(self, token_ids: Sequence[int], text: str) -> str | None:
         """Return what the tokens of a response read as where that is another text, white space aside; else None."""

@@ -34,11 +34,7 @@ def model_digest(spec: Model) -> str:
     """
     path = Path(spec.model).expanduser()
     if not path.is_dir():
-        if looks_local(spec.model):
-            raise DataError(
-                f"model {spec.model!r}: no such directory.",
-                "Give a model directory or a hub id 'owner/name'.",
-            )
+        _refuse_absent(spec.model)
         refuse_floating_code(f"model {spec.model!r}", spec)
         commit = {"hub": spec.model, "commit": _hub_commit(spec)}
         return digest_of(commit | ({"runs_code": True} if spec.trust_remote_code else {}))
@@ -58,6 +54,12 @@ def model_digest(spec: Model) -> str:
 def looks_local(name: str) -> bool:
     """Tell a path from a hub id: ids are 'name' or 'owner/name' without dots at the start."""
     return name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir()
+
+
+def _refuse_absent(model: str) -> None:
+    """Raise ``DataError`` for a path without a directory, which transformers takes for a hub id."""
+    if looks_local(model) and not Path(model).expanduser().is_dir():
+        raise DataError(f"model {model!r}: no such directory.", "Give a model directory or a hub id 'owner/name'.")
 
 
 @functools.lru_cache(maxsize=256)
@@ -384,6 +386,7 @@ def named_errors(model: str, role: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         if isinstance(error, CanDistError):
             raise
+        _refuse_absent(model)
         raise DataError(f"model {model!r}: cannot be loaded as a {role}: {error}") from None
     finally:
         logger.setLevel(level)

@@ -143,9 +143,12 @@ def frontier_at(solution: Artifact, margins: Mapping[str, float]) -> DualSolutio
     Raises:
         InfeasibleConstraint: no policy attains them on the table.
     """
-    beta = float(solution.manifest["identity"]["beta"])
+    identity = solution.manifest["identity"]
     return solve_table(
-        solved_table(solution), beta=beta, constraints=[Margin(name, margin=value) for name, value in margins.items()]
+        solved_table(solution),
+        beta=float(identity["beta"]),
+        constraints=[Margin(name, margin=value) for name, value in margins.items()],
+        estimator=identity["estimator"],
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from can_dist.dual import DualSolution, ScoreTable
+from can_dist.dual.messages import lam_error
 from can_dist.dual.weights import COLLAPSED_ESS, TRUSTED_ESS
 from can_dist.measuring.examination import examine
 from can_dist.reporting.figures import belief as figures
@@ -57,7 +58,7 @@ def write_diagnostics(table: ScoreTable, solution: DualSolution, path: Path, *, 
         "estimator": solution.estimator,
         "num_prompts": table.num_prompts,
         "num_responses": _responses_text(counts),
-        "tiles": list(_tiles(record)),
+        "tiles": list(_tiles(record, solution)),
         "believed": section,
     }
     write_text(Path(path), render("belief_page.html.j2", values))
@@ -111,12 +112,10 @@ def _responses_text(counts: Mapping[str, Any]) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def _tiles(solution: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _tiles(solution: Mapping[str, Any], solved: DualSolution) -> Iterator[dict[str, Any]]:
     """Yield λ and margin of each constraint, for a page that stands alone."""
     for name, lam in solution["lam"].items():
-        error = solution["lam_se"][name]
-        parts = [] if error is None else [f"SE {error:.2g}"]
-        yield {"label": "Multiplier λ", "value": plain(lam), "name": name, "parts": parts}
+        yield {"label": "Multiplier λ", "value": plain(lam), "name": name, "parts": lam_error(solved, name)}
     for name, margin in solution["margin"].items():
         end = "at least" if (solution["lam"][name] or 0.0) < 0 else "at most"  # an equality met from above
         parts = [f"{end} {plain(solution['feasibility']['attainable'].get(name))}"]

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from can_dist.measuring.gains import joint_sentence
+
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 
 
@@ -37,6 +39,7 @@ def model_card(
     )
     shown = {
         "rows": [],
+        "joint": "",
         "reward": {},
         "kl": "",
         "num_test_prompts": 0,
@@ -57,6 +60,7 @@ def _evaluated(report: Mapping[str, Any]) -> dict[str, Any]:
     reward = report["reward"]
     return {
         "rows": [_constraint(row) for row in report["constraints"]],
+        "joint": joint_sentence(report["constraints"]),
         "reward": {"predicted": _predicted(reward), "realised": _interval(reward["realised"])},
         "kl": f"{report['kl']['realised']['mean']:.3g}",
         "num_test_prompts": report["num_test_prompts"],
@@ -71,6 +75,8 @@ def _constraint(row: Mapping[str, Any]) -> dict[str, str]:
         margin += f" (mean at least {row['threshold']:.4g})"
         realised += f"; mean {_interval(row['policy_mean'])}"
     lam = "" if row.get("lam") is None else f"{row['lam']:.4g}"
+    if beside := row.get("lam_beside"):
+        lam += f" ({', '.join(beside)})"
     cells = {"name": _plain(row["name"]), "margin": margin, "lam": lam, "predicted": _predicted(row)}
     return {**cells, "realised": realised, "verdict": row["verdict"]}
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from can_dist.measuring.gains import joint_sentence
 from can_dist.reporting.belief_page import believed
 from can_dist.reporting.course_panel import course
 from can_dist.reporting.estimate_panel import estimated
@@ -72,7 +73,7 @@ def render_report(report: Mapping[str, Any]) -> str:
         **dict.fromkeys(OPTIONAL),
         **report,
         "verdicts": [_verdict(c, report["num_test_prompts"]) for c in constraints],
-        "joint": _joint(constraints),
+        "joint": joint_sentence(constraints),
         "tiles": list(_tiles(report, constraints, reward)),
         "constraints": constraints,
         "reward": reward,
@@ -138,17 +139,6 @@ def _unseen(num_prompts: int) -> str:
     return f"A harm that befalls fewer than {percent(min(3 / num_prompts, 1.0), 1)} of prompts may be unseen."
 
 
-def _joint(constraints: Sequence[Mapping[str, Any]]) -> str:
-    """Say that several constraints are judged together; nothing of one alone."""
-    levels = {row["confidence"] for row in constraints if "confidence" in row}
-    if len(constraints) < 2 or len(levels) != 1:
-        return ""
-    return (
-        f"The {len(constraints)} constraints are judged together at 95%: each has an interval of "
-        f"{percent(levels.pop(), 1)} (Bonferroni)."
-    )
-
-
 def _beside_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of tails, refusals and lengths, each with the reference's and the policy's value."""
     rows = []
@@ -179,8 +169,7 @@ def _tiles(
     for row in constraints:
         if row.get("lam") is None:
             continue
-        error = "" if row.get("lam_se") is None else f"SE {row['lam_se']:.2g}"
-        yield tile("Multiplier λ", plain(row["lam"]), row["name"], error)
+        yield tile("Multiplier λ", plain(row["lam"]), row["name"], *row.get("lam_beside", ()))
     for row in constraints:
         margin = f"margin {row['margin_text']}"
         yield tile("Realised improvement", row["realised_text"], row["name"], row["realised_interval"], margin)

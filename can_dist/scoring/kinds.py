@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ from can_dist.modeling.formatter import Message, text_identity
 from can_dist.modeling.loading import check_causal_lm, check_vocabulary, model_digest
 from can_dist.scoring.protocol import ActorSpec, LogProb, Outputs, PolicyRatio, Scorer, ScorerSpec
 from can_dist.scoring.python_callable import CallableScorer, callable_identity
+from can_dist.tables.artifacts import MANIFEST
 
 COMPUTATION = 3
 """Version of the score computation: raise it whenever a change may alter a score (1: padded batches, 2: packs,
@@ -214,6 +216,12 @@ def _ratio_identity(spec: PolicyRatio, precision: str) -> dict[str, Any]:
     }
 
 
+def _place(model: str) -> str:
+    """Return a model as typed; one that lies in an artifact by the artifact's name, whatever the path of the run."""
+    path = Path(model)
+    return f"{path.parent.name}/{path.name}" if (path.parent / MANIFEST).is_file() else model
+
+
 def _model_name(spec: Any) -> str:
     return str(spec.model)
 
@@ -245,6 +253,6 @@ KINDS: dict[type, Kind] = {
         open=lambda spec, precision: CallableScorer(spec),  # noqa: ARG005
         size="batch_size",
     ),
-    LogProb: Kind(lambda spec: str(spec.model.model), _log_prob_identity, _open_log_prob, _check_log_prob),
-    PolicyRatio: Kind(lambda spec: str(spec.policy.model), _ratio_identity),
+    LogProb: Kind(lambda spec: _place(spec.model.model), _log_prob_identity, _open_log_prob, _check_log_prob),
+    PolicyRatio: Kind(lambda spec: _place(spec.policy.model), _ratio_identity),
 }

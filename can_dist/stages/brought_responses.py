@@ -7,8 +7,11 @@ tokens. For the dual's mean under π_ref to hold, the texts must be samples of t
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -19,14 +22,14 @@ from can_dist.modeling.formatter import open_formatter, response_identity
 from can_dist.modeling.loading import context_length, load_model_config, model_digest
 from can_dist.stages.generate import commit_responses, prompts_of_split
 from can_dist.stages.ingest import SHARD_ROWS, source_identity
-from can_dist.tables.artifacts import Artifact, write_part
+from can_dist.tables.artifacts import Artifact, StageDirectory, write_part
 from can_dist.tables.foreign.formats import read_responses
 from can_dist.tables.foreign.messages import prompt_id
 from can_dist.tables.schemas import RESPONSES
 from can_dist.workspace import Workspace
 
 if TYPE_CHECKING:
-    from can_dist.modeling.formatter import Formatter
+    from can_dist.modeling.formatter import Formatter, Frame
 
 SHOWN_SPLIT = {"train": "training", "validation": "validation"}
 
@@ -63,14 +66,37 @@ def bring_responses(
     shown = SHOWN_SPLIT[split]
     work.say(f"{read.announcement}; {len(used)} of these prompts are among the {len(rows)} {shown} prompts")
     _check_complete(rows, texts, num_responses, source.source, split)
-    token_rows = [
-        response_row(row, k, text, "given") for row in rows for k, text in enumerate(texts[prompt_id(row["messages"])])
-    ]
-    tokenise(reference, open_formatter(reference), context_of(reference), token_rows, source.source)
-    starts = range(0, len(token_rows), SHARD_ROWS)
-    for part, first in enumerate(starts):
-        write_part(stage.path, part, pa.Table.from_pylist(token_rows[first : first + SHARD_ROWS], schema=RESPONSES))
-    return commit_responses(stage, reference, len(rows), range(len(starts)))
+    parts = _write_parts(work, stage, reference, rows, texts, source.source)
+    return commit_responses(stage, reference, len(rows), parts)
+
+
+def _write_parts(
+    work: Workspace,
+    stage: StageDirectory,
+    reference: Model,
+    prompts: Sequence[Mapping[str, Any]],
+    texts: Mapping[str, Sequence[str]],
+    source: str,
+) -> range:
+    """Tokenise and write the responses part by part, so that memory holds one; return the numbers of the parts."""
+    formatter, longest = open_formatter(reference), context_of(reference)
+    rows = (
+        response_row(prompt, k, text, "given")
+        for prompt in prompts
+        for k, text in enumerate(texts[prompt_id(prompt["messages"])])
+    )
+    num_rows = len(prompts) * work.config.generate.num_responses
+    parts, misfits = range(math.ceil(num_rows / SHARD_ROWS)), Misfits()
+    finished = stage.finished_parts()
+    for part in parts:
+        token_rows = list(itertools.islice(rows, SHARD_ROWS))
+        if part in finished:
+            continue
+        misfits += tokenise(formatter, longest, token_rows)
+        if not misfits:
+            write_part(stage.path, part, pa.Table.from_pylist(token_rows, schema=RESPONSES))
+    misfits.check(reference, source, longest, num_rows)
+    return parts
 
 
 def _check_complete(
@@ -105,30 +131,52 @@ def context_of(reference: Model) -> int:
     return context_length(load_model_config(reference, "causal language model"))
 
 
-def tokenise(reference: Model, formatter: Formatter, longest: int, rows: Sequence[dict[str, Any]], source: str) -> None:
+@dataclass(frozen=True)
+class Misfits:
+    """Responses, named with a sample, that are another text in a model's tokens, or too long for its context."""
+
+    unread: tuple[str, ...] = ()
+    too_long: tuple[str, ...] = ()
+
+    def __add__(self, other: Misfits) -> Misfits:
+        return Misfits(self.unread + other.unread, self.too_long + other.too_long)
+
+    def __bool__(self) -> bool:
+        return bool(self.unread or self.too_long)
+
+    def check(self, reference: Model, source: str, longest: int, num_rows: int) -> None:
+        """Raise ``DataError`` where there are some, among ``num_rows`` responses of ``source``."""
+        if self.unread:
+            raise DataError(
+                f"{source}: {len(self.unread)} of {num_rows} responses are another text in the tokens of "
+                f"{reference.model!r}: {'; '.join(self.unread[:3])}. Remove these prompts, or give the reference that "
+                "wrote the responses."
+            )
+        if self.too_long:
+            raise DataError(
+                f"{source}: {len(self.too_long)} of {num_rows} responses do not fit the context of "
+                f"{reference.model!r} with their prompts ({longest} tokens): {', '.join(self.too_long[:5])}. Shorten "
+                "or remove them."
+            )
+
+
+def tokenise(formatter: Formatter, longest: int, rows: Sequence[dict[str, Any]]) -> Misfits:
     """Add ``token_ids`` and ``num_tokens`` to rows of responses; one that ended by itself has its end token.
 
-    Raises:
-        DataError: Tokens read back as another text, or do not fit the reference's context (``longest``, in tokens)
-            with their prompt.
+    Returns:
+        The responses whose tokens read back as another text, and those that with their prompt are longer than
+        ``longest``, the reference's context in tokens.
     """
-    unread, too_long = [], []
+    frames: dict[str, Frame] = {}
     for row in rows:
-        is_complete = row["finish_reason"] != "length"
-        row["token_ids"] = formatter.response_ids(row["messages"], row["text"], is_complete=is_complete)
-        row["num_tokens"] = len(row["token_ids"])
-        if (other := formatter.read_back(row["token_ids"], row["text"])) is not None:
-            unread.append(f"{row['response_id']} ({row['text'][:40]!r} reads back as {other[:40]!r})")
-        length = len(formatter.prompt_ids(row["messages"])) + row["num_tokens"]
-        if length > longest:
+        if row["prompt_id"] not in frames:
+            frames[row["prompt_id"]] = formatter.frame(row["messages"])
+    responses = [(frames[row["prompt_id"]], row["text"], row["finish_reason"] != "length") for row in rows]
+    unread, too_long = [], []
+    for row, (frame, text, _), token_ids in zip(rows, responses, formatter.framed_ids(responses), strict=True):
+        row["token_ids"], row["num_tokens"] = token_ids, len(token_ids)
+        if (other := formatter.read_back(token_ids, text)) is not None:
+            unread.append(f"{row['response_id']} ({text[:40]!r} reads back as {other[:40]!r})")
+        if (length := frame.num_tokens + len(token_ids)) > longest:
             too_long.append(f"{row['response_id']} ({length} tokens)")
-    if unread:
-        raise DataError(
-            f"{source}: {len(unread)} of {len(rows)} responses are another text in the tokens of {reference.model!r}: "
-            f"{'; '.join(unread[:3])}. Remove these prompts, or give the reference that wrote the responses."
-        )
-    if too_long:
-        raise DataError(
-            f"{source}: {len(too_long)} of {len(rows)} responses do not fit the context of {reference.model!r} with "
-            f"their prompts ({longest} tokens): {', '.join(too_long[:5])}. Shorten or remove them."
-        )
+    return Misfits(tuple(unread), tuple(too_long))

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from scipy.special import expit
 
 from can_dist.errors import DataError
-from can_dist.modeling.precision import resolve_precision
+from can_dist.modeling.precision import run_precision
 from can_dist.reporting.figures.reliability import draw_reliability
 from can_dist.scoring.kinds import scorer_identity
 from can_dist.scoring.protocol import LogProb, PolicyRatio
@@ -53,7 +53,7 @@ def calibrate(work: Workspace, name: str, preferences: Artifact, ratio: PolicyRa
     pairs = _held_out_pairs(work, name, preferences)
     logps = {LOGP_POLICY: LogProb(model=ratio.policy), LOGP_REFERENCE: LogProb(model=ratio.reference)}
     scores = score(work, pairs, logps, role=f"held-out pairs of {name}")
-    identity_keys = {"scorer": scorer_identity(ratio, resolve_precision(work.config.precision))}
+    identity_keys = {"scorer": scorer_identity(ratio, run_precision(work.config))}
     stage = work.open("calibrate", name, identity_keys, {"pairs": pairs, "scores": scores, **ratio.made_from})
     if stage.finished:
         return stage.finished
@@ -61,7 +61,7 @@ def calibrate(work: Workspace, name: str, preferences: Artifact, ratio: PolicyRa
         ratio_N = scores.table.column(LOGP_POLICY).to_numpy() - scores.table.column(LOGP_REFERENCE).to_numpy()
         gap_N = ratio.beta * (ratio_N[::2] - ratio_N[1::2])
         preferred_N = pairs.table.column("preferred").to_numpy()[::2] == 1
-        prompt_N = np.asarray(pairs.table.column("prompt_id").to_pylist())[::2]
+        prompt_N = pairs.table.column("prompt_id").to_numpy()[::2]
         fit = fit_scale(gap_N, preferred_N, prompt_N, name)
         write_json(stage.path / CALIBRATION, asdict(fit))
         with atomic_file(stage.path / PLOT) as temporary:

@@ -16,7 +16,7 @@ from can_dist.measuring.certificate import Demand, answer_of, judge, num_bounds,
 from can_dist.measuring.gains import FloatArray, by_prompt, column
 from can_dist.modeling.formatter import text_identity
 from can_dist.modeling.loading import model_digest
-from can_dist.modeling.precision import resolve_precision
+from can_dist.modeling.precision import run_precision
 from can_dist.scoring.kinds import scorer_identity
 from can_dist.scoring.protocol import ScorerSpec
 from can_dist.stages.generate import ELSEWHERE, generate, sampling
@@ -119,7 +119,7 @@ def _measurement(
     demands: Mapping[str, Demand],
 ) -> dict[str, Any]:
     """Return all that decides the measured numbers; margins do not, since the bounds hold for all of them at once."""
-    precision = resolve_precision(work.config.precision)
+    precision = run_precision(work.config)
     return {
         "policy": policy.digest,
         "prompts": prompts.digest,

@@ -17,7 +17,7 @@ from can_dist.measuring.gains import (
 )
 from can_dist.modeling.formatter import text_identity
 from can_dist.modeling.loading import model_digest
-from can_dist.modeling.precision import resolve_precision
+from can_dist.modeling.precision import run_precision
 from can_dist.scoring.kinds import scorer_identity
 from can_dist.scoring.protocol import LogProb, ScorerSpec
 from can_dist.stages.generate import generate
@@ -106,7 +106,7 @@ def _basis(
     work: Workspace, inputs: Mapping[str, Artifact], reference: Model, scorers: Mapping[str, ScorerSpec]
 ) -> dict[str, Any]:
     """Return the values that comparable evaluations share: reference, held-out prompts, sampling, scorers."""
-    options, precision = work.config.generate, resolve_precision(work.config.precision)
+    options, precision = work.config.generate, run_precision(work.config)
     prompts = sorted(set(inputs["scores_before"].table.column("prompt_id").to_pylist()))
     return {
         "reference": {"weights": model_digest(reference), **text_identity(reference)},

@@ -16,7 +16,7 @@ from can_dist.config.sections import Generate
 from can_dist.errors import DataError
 from can_dist.modeling.formatter import Formatter, convention, ending_identity, open_formatter, text_identity
 from can_dist.modeling.loading import model_digest
-from can_dist.modeling.precision import resolve_precision
+from can_dist.modeling.precision import run_precision
 from can_dist.tables.artifacts import Artifact, StageDirectory, load_artifact, write_part
 from can_dist.tables.schemas import PROMPTS, RESPONSES, check_schema
 from can_dist.workspace import Workspace
@@ -43,7 +43,7 @@ def generate(work: Workspace, model: Model, prompts: Artifact, *, split: str, ro
     config = work.config
     options = sampling(config, split)
     num_responses = options.num_responses
-    precision = resolve_precision(config.precision)
+    precision = run_precision(config)
     identity_of_stage = {
         "model": model_digest(model),
         **text_identity(model),

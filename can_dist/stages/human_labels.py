@@ -6,11 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import pyarrow as pa
+
 from can_dist.config import Human
 from can_dist.config.base import identity
 from can_dist.errors import DataError
 from can_dist.stages.examples import Row, commit, example, join, listed, note, pair_id, useless
 from can_dist.tables.artifacts import Artifact
+from can_dist.tables.schemas import PREFERENCES
 from can_dist.workspace import Workspace
 
 Criterion = Literal["helpful", "safe"]
@@ -57,13 +60,14 @@ def label_human(
     if stage.finished:
         return stage.finished
     with work.timed("label", f"{criterion} preferences"):
-        usable, noted = _usable_pairs(join(pairs, logps), pairs, criterion, options)
+        usable, noted = _usable_pairs(join(pairs, logps).to_pylist(), pairs, criterion, options)
         if options.loss == "dpo":
             kept = [_pair(a, b, criterion, options.smoothing, validation, seed) for (a, _), (b, _) in usable]
         else:
             kept, unflagged = _responses(usable, criterion, options, validation, seed, str(pairs.path))
             noted += unflagged
-        return commit(work, stage, kept, noted, logps, loss={"dpo": "sigmoid", "kto": "kto"}[options.loss])
+        table = pa.Table.from_pylist(kept, schema=PREFERENCES)
+        return commit(work, stage, table, noted, logps, loss={"dpo": "sigmoid", "kto": "kto"}[options.loss])
 
 
 Given = tuple[Row, Row | None]

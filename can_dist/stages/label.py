@@ -10,11 +10,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from can_dist.config.base import identity
 from can_dist.config.sections import Label
 from can_dist.errors import DataError
-from can_dist.stages.examples import Row, commit, draw, example, join, listed, note, pair_id, stream, useless
+from can_dist.stages.examples import (
+    Examples,
+    Row,
+    by_neighbour,
+    by_prompt,
+    commit,
+    draw,
+    example,
+    join,
+    listed,
+    note,
+    pair_id,
+    stream,
+    useless,
+)
 from can_dist.stages.solve import load_solution
 from can_dist.tables.artifacts import Artifact
 from can_dist.training.targets import score_targets
@@ -68,19 +84,22 @@ def label(
         multipliers = load_solution(lam).lam if isinstance(lam, Artifact) else lam
         if isinstance(lam, Artifact):
             check_scorers(scores, lam.input("scores"), [reward, *multipliers])
-        rows = join(responses, scores)
-        for row, score in zip(rows, combined_score(scores, multipliers, reward, unit or {}).tolist(), strict=True):
-            row["score"] = score
-        if options.labels == "listwise":
-            kept, noted = _label_lists(rows, options, work.config.seed, beta)
-        else:
-            kept, noted = _label_pairs(rows, options, work.config.seed)
-        if kept and all(len(set(example["scores"])) == 1 for example in kept):
+        score_N = combined_score(scores, multipliers, reward, unit or {})
+        table = join(responses, scores).append_column("score", pa.array(score_N))
+        kept, noted = Examples(), []
+        has_signal = False
+        for row, reasons in _labelled(table, options, work.config.seed, beta):
+            noted += reasons
+            if row is not None:
+                kept.add(row)
+                has_signal |= len(set(row["scores"])) > 1
+        examples = kept.table()
+        if examples.num_rows and not has_signal:
             raise DataError(
                 f"{scores.path}: no preference signal: the scores of every example are equal ({listed(noted)}). "
                 "Check the scorers: a constant score cannot say which response is better."
             )
-        return commit(work, stage, kept, noted, scores, loss=LOSS_OF[options.labels])
+        return commit(work, stage, examples, noted, scores, loss=LOSS_OF[options.labels])
 
 
 def combined_score(scores: Artifact, lam: Mapping[str, float], reward: str, unit: Mapping[str, float]) -> np.ndarray:
@@ -99,7 +118,10 @@ def check_scorers(scores: Artifact, solved: Artifact, names: Sequence[str]) -> N
     """
     mine, theirs = scores.info["scorers"], solved.info["scorers"]
     for name in names:
-        differing = sorted(key for key in mine[name] | theirs[name] if mine[name].get(key) != theirs[name].get(key))
+        both = mine[name] | theirs[name]
+        differing = sorted(key for key in both if mine[name].get(key) != theirs[name].get(key))
+        if differing == ["model"]:  # its name, as somebody typed it; what it is, the other keys say
+            continue
         if differing:
             differences = ", ".join(
                 f"{key} {theirs[name].get(key)!r}, here {mine[name].get(key)!r}" for key in differing
@@ -113,20 +135,38 @@ def check_scorers(scores: Artifact, solved: Artifact, names: Sequence[str]) -> N
 # ------------------------------------------------------------------------------------------------ labels from scores
 
 
-def _label_pairs(rows: list[Row], options: Label, seed: int) -> tuple[list[Row], list[Row]]:
-    kept, noted = [], []
-    if options.pairs == "responses":
-        alone = [name for name, members in _by_prompt(rows).items() if len(members) == 1]
-        noted += [note(name, "less than two responses", kept=False) for name in alone]
-    for a, b in _pairs(rows, options, seed):
-        name = pair_id(a, b)
-        if reason := useless(a, b):
-            noted.append(note(name, reason, kept=False))
-            continue
-        kept.append(example(name, [a, b], _pair_target(name, a, b, options, seed), options.validation_fraction, seed))
-        if a["score"] == b["score"]:
-            noted.append(note(name, "tie", kept=True))
-    return kept, noted
+Labelled = tuple[Row | None, list[Row]]
+"""An example, or None where none is kept, and the notes about it."""
+
+
+def _labelled(table: pa.Table, options: Label, seed: int, beta: float) -> Iterator[Labelled]:
+    if options.labels == "listwise":
+        for members in by_neighbour(table) if options.pairs == "preferences" else by_prompt(table):
+            name = pair_id(*members) if options.pairs == "preferences" else members[0]["prompt_id"]
+            yield _label_list(name, members, options, seed, beta)
+    elif options.pairs == "preferences":
+        for a, b in by_neighbour(table):
+            yield _label_pair(a, b, options, seed)
+    else:
+        # first, as they were when all rows were in memory
+        yield None, [note(name, "less than two responses", kept=False) for name in _alone(table)]
+        for members in by_prompt(table):
+            for a, b in _pairs(members, options, seed):
+                yield _label_pair(a, b, options, seed)
+
+
+def _alone(table: pa.Table) -> list[str]:
+    """Return the prompts with one response, in the order of the table."""
+    counts = pc.value_counts(table.column("prompt_id").combine_chunks()).to_pylist()
+    return [entry["values"] for entry in counts if entry["counts"] == 1]
+
+
+def _label_pair(a: Row, b: Row, options: Label, seed: int) -> Labelled:
+    name = pair_id(a, b)
+    if reason := useless(a, b):
+        return None, [note(name, reason, kept=False)]
+    row = example(name, [a, b], _pair_target(name, a, b, options, seed), options.validation_fraction, seed)
+    return row, [note(name, "tie", kept=True)] if a["score"] == b["score"] else []
 
 
 def _pair_target(name: str, a: Row, b: Row, options: Label, seed: int) -> tuple[float, float]:
@@ -137,52 +177,30 @@ def _pair_target(name: str, a: Row, b: Row, options: Label, seed: int) -> tuple[
     return first, second
 
 
-def _label_lists(rows: list[Row], options: Label, seed: int, beta: float) -> tuple[list[Row], list[Row]]:
-    """Label the distinct responses of each prompt with softmax(s/β)."""
-    kept, noted = [], []
-    for name, members in _lists(rows, options):
-        distinct: dict[tuple[int, ...], Row] = {}
-        for row in members:
-            tokens = tuple(row["token_ids"])
-            if not row["text"].strip():
-                noted.append(note(row["response_id"], "empty response", kept=False))
-            elif tokens in distinct:
-                noted.append(note(row["response_id"], "equal responses", kept=False))
-            else:
-                distinct[tokens] = row
-        compared = list(distinct.values())
-        if len(compared) < 2:
-            noted.append(note(name, "less than two responses", kept=False))
-            continue
-        target = score_targets("listwise", [row["score"] for row in compared], beta)
-        kept.append(example(name, compared, target, options.validation_fraction, seed))
-    return kept, noted
+def _label_list(name: str, members: list[Row], options: Label, seed: int, beta: float) -> Labelled:
+    """Label the distinct responses of a list with softmax(s/β)."""
+    distinct: dict[tuple[int, ...], Row] = {}
+    noted = []
+    for row in members:
+        tokens = tuple(row["token_ids"])
+        if not row["text"].strip():
+            noted.append(note(row["response_id"], "empty response", kept=False))
+        elif tokens in distinct:
+            noted.append(note(row["response_id"], "equal responses", kept=False))
+        else:
+            distinct[tokens] = row
+    compared = list(distinct.values())
+    if len(compared) < 2:
+        return None, [*noted, note(name, "less than two responses", kept=False)]
+    target = score_targets("listwise", [row["score"] for row in compared], beta)
+    return example(name, compared, target, options.validation_fraction, seed), noted
 
 
-def _by_prompt(rows: list[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row["prompt_id"], []).append(row)
-    return groups
-
-
-def _lists(rows: list[Row], options: Label) -> Iterator[tuple[str, list[Row]]]:
-    """Yield the id and the responses of each list: a given pair, else all responses of a prompt."""
-    if options.pairs == "preferences":
-        yield from ((pair_id(a, b), [a, b]) for a, b in _pairs(rows, options, 0))
-        return
-    yield from _by_prompt(rows).items()
-
-
-def _pairs(rows: list[Row], options: Label, seed: int) -> Iterator[tuple[Row, Row]]:
-    """Yield the pairs: neighbouring rows of given pairs, else all or a draw of the pairs of each prompt's responses."""
-    if options.pairs == "preferences":
-        yield from zip(rows[::2], rows[1::2], strict=True)
-        return
-    for prompt_id, members in _by_prompt(rows).items():
-        pairs = list(combinations(members, 2))
-        if options.pairs_per_prompt != "all" and options.pairs_per_prompt < len(pairs):
-            random = np.random.default_rng(stream(seed, f"pairs:{prompt_id}"))
-            chosen = sorted(random.choice(len(pairs), size=options.pairs_per_prompt, replace=False).tolist())
-            pairs = [pairs[index] for index in chosen]
-        yield from pairs
+def _pairs(members: list[Row], options: Label, seed: int) -> list[tuple[Row, Row]]:
+    """Return all or a draw of the pairs of a prompt's responses."""
+    pairs = list(combinations(members, 2))
+    if options.pairs_per_prompt == "all" or options.pairs_per_prompt >= len(pairs):
+        return pairs
+    random = np.random.default_rng(stream(seed, f"pairs:{members[0]['prompt_id']}"))
+    chosen = sorted(random.choice(len(pairs), size=options.pairs_per_prompt, replace=False).tolist())
+    return [pairs[index] for index in chosen]

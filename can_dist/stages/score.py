@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from safetensors.numpy import load, save
 
 from can_dist.config import MultiHead
@@ -17,7 +18,7 @@ from can_dist.errors import DataError
 from can_dist.modeling.classifiers import output_weights
 from can_dist.modeling.formatter import require_convention
 from can_dist.modeling.loading import load_model_config
-from can_dist.modeling.precision import resolve_precision
+from can_dist.modeling.precision import run_precision
 from can_dist.scoring.kinds import check_scorer_opens, halved, load_scorer, scorer_identity, shown_name
 from can_dist.scoring.log_ratio import check_one_reference, log_ratio
 from can_dist.scoring.protocol import ActorSpec, LogProb, Outputs, PolicyRatio, Response, ScorerSpec
@@ -89,7 +90,7 @@ def _score_one(
     work: Workspace, responses: Artifact, name: str, spec: ActorSpec, role: str, num_outputs: int | None = None
 ) -> Artifact:
     """Score every response with one scorer, a shard per part; a score is one number, or ``num_outputs`` numbers."""
-    precision = resolve_precision(work.config.precision)
+    precision = run_precision(work.config)
     scorer_keys = scorer_identity(spec, precision)
     label = f"{name}, {role}"
     stage = work.open("score", label, {"column": name, "scorer": scorer_keys}, {"responses": responses})
@@ -188,7 +189,7 @@ def _derived(
     left_out: Mapping[str, str],
 ) -> Artifact:
     """Commit a column computed from columns that actors scored."""
-    scorer_keys = scorer_identity(spec, resolve_precision(work.config.precision))
+    scorer_keys = scorer_identity(spec, run_precision(work.config))
     stage = work.open("score", f"{name}, {role}", {"column": name, "scorer": scorer_keys}, inputs)
     if stage.finished:
         return stage.finished
@@ -262,7 +263,7 @@ class ScoreJob:
         known = self.known_path(shard)
         value_N = load(known.read_bytes())[self.name] if known.is_file() else self._unknown(table.num_rows)
         left = without(table, self.quarantined(shard))
-        value_N = value_N[np.isin(table.column("response_id").to_pylist(), left.column("response_id").to_pylist())]
+        value_N = value_N[pc.is_in(table.column("response_id"), left.column("response_id")).to_numpy()]
         table, todo = left, np.flatnonzero(~is_known(value_N))
         # the one place where a cost becomes a utility: from here on higher is better
         value_N[todo] = loaded.score(_responses(table.take(todo))) * getattr(self.spec, "sign", 1)

@@ -91,7 +91,7 @@ def ask_for_responses(
                 rows.append(row)
                 bar.update(1)
             _check_sampled(rows, options, endpoint)
-            tokenise(reference, formatter, longest, rows, _where(endpoint))
+            tokenise(formatter, longest, rows).check(reference, _where(endpoint), longest, len(rows))
             write_part(stage.path, shard, pa.Table.from_pylist(rows, schema=RESPONSES))
     return commit_responses(stage, reference, table.num_rows, range(len(starts)))
 

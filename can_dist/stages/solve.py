@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import pyarrow as pa
 
 from can_dist.config.base import identity
 from can_dist.config.sections import Constraint
 from can_dist.dual import Demand, DualSolution, Margin, ScoreTable, demands_of, solve_table
-from can_dist.dual.messages import misread_hints
+from can_dist.dual.messages import lam_error, misread_hints
 from can_dist.errors import InfeasibleConstraint
 from can_dist.scoring.log_ratio import margins_in_nats
 from can_dist.tables.artifacts import Artifact, write_json
@@ -18,6 +17,9 @@ from can_dist.tables.scores import score_arrays
 from can_dist.workspace import Workspace
 
 SOLUTION = "solution.json"
+
+AUTO = "jackknife"
+"""What ``auto`` takes where it can: a part of the identity, since it once took another estimator."""
 
 
 def solve(
@@ -43,6 +45,7 @@ def solve(
     options = work.config.solve
     identity_keys = {
         **identity(options),
+        **({"auto": AUTO} if options.estimator == "auto" else {}),
         "reward": reward,
         "constraints": {m.name: {"margin": m.margin, "threshold": m.threshold, "equal": m.equal} for m in margins},
         "beta": beta,
@@ -73,13 +76,11 @@ def load_solution(artifact: Artifact) -> DualSolution:
 def describe(solution: DualSolution) -> str:
     """Return a line for people: λ*, its estimator, the amount added to the margins, and the verdict."""
     lam = ", ".join(
-        f"{name} {value:.4f}" + (f" ± {error:.4f}" if np.isfinite(error := solution.lam_se[name] or np.nan) else "")
+        f"{name} {value:.4f}" + (f" ({', '.join(beside)})" if (beside := lam_error(solution, name)) else "")
         for name, value in solution.lam.items()
     )
-    parts = [f"λ* = {lam}"]
-    if solution.estimator != "empirical" or solution.estimator_reason:
-        reason = f" ({solution.estimator_reason})" if solution.estimator_reason else ""
-        parts.append(f"estimator {solution.estimator}{reason}")
+    reason = f" ({solution.estimator_reason})" if solution.estimator_reason else ""
+    parts = [f"λ* = {lam}", f"estimator {solution.estimator}{reason}"]
     if solution.confidence is not None:
         raised = ", ".join(f"{name} by {value:.4g}" for name, value in solution.safety_margin.items())
         parts.append(f"margins raised for confidence {solution.confidence:g}: {raised}")

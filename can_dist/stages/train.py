@@ -24,7 +24,7 @@ from can_dist.errors import CanDistError, ConfigError, EnvironmentProblem, Inter
 from can_dist.modeling.formatter import require_convention, text_identity
 from can_dist.modeling.loading import model_digest
 from can_dist.modeling.policy_probe import PROBE
-from can_dist.modeling.precision import resolve_precision
+from can_dist.modeling.precision import require_known_gpus, run_precision
 from can_dist.stages.watch import Ascent, Watched, watch_spec
 from can_dist.tables.artifacts import Artifact, StageDirectory, write_json
 from can_dist.training import ADAPTER, CHECKPOINTS, CURVE, POLICY, STOP, SUMMARY
@@ -81,6 +81,8 @@ def train(
     policies = {"reference": reference} if start is None else {"reference": reference, "start": start}
     trained = {name: policy for name, policy in policies.items() if isinstance(policy, Artifact)}
     _check_start(config, start or reference)
+    if work.rank is not None:
+        require_known_gpus(config)
     models = {name: policy_model(policy, config.reference) for name, policy in policies.items()}
     inputs = {"preferences": preferences, **trained, **_steered_by(config, watched)}
     stage = _open(work, config, models, inputs, beta, watched.ascent if watched else None)
@@ -171,7 +173,7 @@ def _open(
     beta: float,
     ascent: Ascent | None = None,
 ) -> StageDirectory:
-    ds_config, precision = read_ds_config(config.train.ds_config), resolve_precision(config.precision)
+    ds_config, precision = read_ds_config(config.train.ds_config), run_precision(config)
     identity_keys = {
         **{name: model_digest(model) for name, model in models.items()},
         **text_identity(models["reference"]),
@@ -208,7 +210,7 @@ def _spec(
         train=config.train.model_copy(update={"ds_config": _absolute(config.train.ds_config)}),
         beta=beta,
         seed=config.seed,
-        precision=resolve_precision(config.precision),
+        precision=run_precision(config),
         watch=watch,
         hang_timeout_s=config.cluster.hang_timeout_s,
     ).model_dump_json()
@@ -235,9 +237,6 @@ def _run_ray_train(config: Config, stage: StageDirectory, spec: str) -> None:
     cluster = config.cluster
     use_gpu = cluster.gpus_per_worker > 0
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if use_gpu else {})
-    environment = {"RAY_TRAIN_RUN": "1", "TORCH_EXTENSIONS_DIR": _extensions_directory()}
-    if not use_gpu:
-        environment["DS_ACCELERATOR"] = "cpu"
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={"spec": spec},
@@ -249,7 +248,7 @@ def _run_ray_train(config: Config, stage: StageDirectory, spec: str) -> None:
             name="group",
             storage_path=str((stage.path / "ray").resolve()),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            worker_runtime_env={"env_vars": environment},
+            worker_runtime_env={"env_vars": _worker_environment(use_gpu)},
         ),
     )
     shutil.rmtree(stage.path / "ray", ignore_errors=True)
@@ -297,6 +296,12 @@ def _ray_worker(config: dict[str, Any]) -> None:
         if os.environ["RANK"] == "0":
             directory = TrainSpec.model_validate_json(config["spec"]).directory
             write_json(directory / FAILURE, {"type": type(error).__name__, "message": str(error)})
+
+
+def _worker_environment(use_gpu: bool) -> dict[str, str]:
+    """Return the variables of a rank; Ray leaves the machine's GPUs visible to workers that were given none."""
+    without = {} if use_gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return {"RAY_TRAIN_RUN": "1", "TORCH_EXTENSIONS_DIR": _extensions_directory(), **without}
 
 
 def _extensions_directory() -> str:

@@ -27,6 +27,7 @@ from typing import Any
 import pyarrow as pa
 
 from can_dist.errors import DataError
+from can_dist.tables.misfits import UNREADABLE
 
 FORMAT_VERSION = 3
 MANIFEST = "MANIFEST.json"
@@ -203,7 +204,7 @@ def read_part(path: Path) -> pa.Table:
     try:
         with pa.memory_map(str(path)) as source:
             return pa.ipc.open_file(source).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
+    except UNREADABLE as error:
         raise DataError(
             f"{path}: not a readable Arrow file ({error}).",
             "Delete its directory and run again.",

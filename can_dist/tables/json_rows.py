@@ -8,25 +8,33 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
 from can_dist.errors import DataError
-from can_dist.tables.misfits import show
+from can_dist.tables.misfits import check_encodable, show
 
 Row = dict[str, Any]
 """One row of a source: column name to value."""
 
 JSON_ENDINGS = tuple(f".{name}{gz}" for gz in ("", ".gz") for name in ("jsonl", "ndjson", "json"))
 ARRAY_ENDINGS = (".json", ".json.gz")
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Half of a surrogate pair, as JSON writes it; two of them may be a character."""
 ORIENT = "to_json(path, orient='records', lines=True)"
 
 
 def is_json(path: Path) -> bool:
     """Return whether a file is JSON, by its name."""
     return path.name.lower().endswith(JSON_ENDINGS)
+
+
+def is_json_lines(path: Path) -> bool:
+    """Return whether a file is rows of JSON, one a line, by its name: a .json may be anything beside a table."""
+    return is_json(path) and not path.name.lower().endswith(ARRAY_ENDINGS)
 
 
 def json_rows(path: Path) -> Iterator[Row]:
@@ -126,7 +134,16 @@ def _json_object(path: Path, line: bytes, number: int) -> Row:
             f"{path}, line {number}: found {show(row)}, expected one JSON object per line.",
             "Correct the line.",
         )
+    if HALF.search(line):
+        _check_whole(row, f"{path}, line {number}")
     return row
+
+
+def _check_whole(row: Row, place: str) -> None:
+    """Raise ``DataError`` where a name or a text of a row has half of a surrogate pair."""
+    for name, value in row.items():
+        check_encodable(name, place, ascii(name)[1:-1])
+        check_encodable(json.dumps(value, ensure_ascii=False), place, name)
 
 
 def _json_array(path: Path, text: bytes) -> list[Row]:
@@ -137,7 +154,10 @@ def _json_array(path: Path, text: bytes) -> list[Row]:
             f"{path}: malformed JSON ({error}).",
             "Expected an array of objects; write the file again.",
         ) from error
+    has_halves = HALF.search(text) is not None
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: found {show(row)}, expected an object.", "Correct the row.")
+        if has_halves:
+            _check_whole(row, f"{path}, row {number}")
     return cast("list[Row]", rows)

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
+
+import pyarrow as pa
 
 from can_dist.errors import DataError
+
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What Arrow raises for a damaged file."""
+Data = TypeVar("Data", pa.Table, pa.RecordBatch)
+
+
+def sound(data: Data) -> Data:
+    """Return a table or a batch whose names, offsets and texts are what its file says; raise ``UNREADABLE``."""
+    data.schema.names  # noqa: B018 (read here, or nowhere that expects an error)
+    data.validate(full=True)
+    return data
 
 
 def show(value: object) -> str:
@@ -24,6 +38,17 @@ def bad(place: str, field: str, value: object, expected: str, remedy: str) -> Da
         remedy: the step that the user can take.
     """
     return DataError(f"{place}, field '{field}': found {show(value)}, expected {expected}.\n", remedy)
+
+
+def check_encodable(text: str, place: str, field: str) -> None:
+    """Raise ``DataError`` for halves of surrogate pairs, which no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        remedy = "Write the file again with whole characters."
+        raise bad(
+            place, field, text[error.start : error.end], "Unicode text without lone surrogates", remedy
+        ) from error
 
 
 def is_nothing(value: object) -> bool:

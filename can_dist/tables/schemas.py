@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from can_dist.errors import DataError
+from can_dist.tables.ids import coded_ids
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
@@ -95,15 +98,25 @@ def check_unique(table: pa.Table, columns: Sequence[str], source: str) -> None:
     Raises:
         DataError: with up to five repeated values and their rows.
     """
-    counted = table.select(columns).append_column("row", pa.array(range(table.num_rows), pa.int64()))
-    counted = counted.group_by(list(columns), use_threads=False).aggregate([("row", "count"), ("row", "list")])
-    repeated = counted.filter(pc.greater(counted.column("row_count"), 1)).to_pylist()
-    if not repeated:
+    code_N = {name: coded_ids(table.column(name), name, source, nulls=True)[0] for name in columns}
+    check_unique_codes(table, code_N, source)
+
+
+def check_unique_codes(table: pa.Table, code_N: Mapping[str, npt.NDArray[np.int64]], source: str) -> None:
+    """Check columns by a number for each row's value, as :func:`coded_ids` gives it; else as :func:`check_unique`."""
+    key_N = np.zeros(table.num_rows, dtype=np.int64)
+    for codes_N in code_N.values():
+        key_N = key_N * (int(codes_N.max(initial=0)) + 1) + codes_N
+    order = np.argsort(key_N, kind="stable")
+    edge = np.flatnonzero(np.diff(key_N[order])) + 1
+    if edge.size + 1 >= table.num_rows:
         return
-    shown = []
-    for entry in repeated[:5]:
-        value = ", ".join(repr(entry[name]) for name in columns)
-        shown.append(f"{value if len(columns) == 1 else f'({value})'} at rows {entry['row_list'][:3]}")
+    ends = zip(np.concatenate(([0], edge)).tolist(), np.concatenate((edge, [order.size])).tolist(), strict=True)
+    repeated = sorted((order[begin:end] for begin, end in ends if end - begin > 1), key=lambda rows: int(rows[0]))
+    columns, shown = list(code_N), []
+    for rows in repeated[:5]:
+        value = ", ".join(repr(table.column(name)[int(rows[0])].as_py()) for name in columns)
+        shown.append(f"{value if len(columns) == 1 else f'({value})'} at rows {rows[:3].tolist()}")
     named = columns[0] if len(columns) == 1 else f"({', '.join(columns)})"
     raise DataError(
         f"{source}: {named} must be unique, {len(repeated)} value(s) repeat: {'; '.join(shown)}.",

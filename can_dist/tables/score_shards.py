@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from can_dist.errors import DataError
 from can_dist.tables.artifacts import MANIFEST, load_artifact
-from can_dist.tables.ids import plain_ids
+from can_dist.tables.ids import coded_ids, plain_ids
 from can_dist.tables.json_rows import is_json
+from can_dist.tables.misfits import sound
 from can_dist.tables.schemas import require_columns
 from can_dist.tables.scores import check_distinct, check_numeric, doubles, schema_difference, score_files, unreadable
 
@@ -69,6 +70,17 @@ def open_score_shards(path: Path, columns: Sequence[str]) -> list[Path]:
     return paths
 
 
+def column_names(path: Path) -> list[str]:
+    """Return the names of a score table's columns; empty for JSON, whose columns are known once it is read.
+
+    Raises:
+        DataError: no file, or a cut one.
+    """
+    first = score_files(path)[0]
+    names: list[str] = [] if is_json(first) else _schema(first).names
+    return names
+
+
 def index_shard(path: Path, columns: Sequence[str]) -> ShardIndex:
     """Read a shard once: group its rows by prompt and check every score.
 
@@ -78,21 +90,20 @@ def index_shard(path: Path, columns: Sequence[str]) -> ShardIndex:
     """
     ids = [name for name in ("prompt_id", "response_id") if name in _schema(path).names]
     starts, hashes, row, last = [], [], 0, None
+    seen: set[Any] = set()  # response ids so far of the prompt that a batch ends with
     for batch in _batches(path, [*ids, *columns]):
         for name in columns:
             _check_finite(batch, name, path, row)
         _check_no_null(batch.column(0), path, row)
-        prompt = plain_ids(batch.column(0), "prompt_id", str(path), row).cast(pa.string())
-        if "response_id" in ids and pc.count_distinct(batch.column(1)).as_py() < batch.num_rows:
-            raise DataError(
-                f"{path}: a response_id is repeated in rows {row} to {row + batch.num_rows - 1}.",
-                "Keep one.",
-            )
-        changes = pc.not_equal(prompt[1:], prompt[:-1]).to_numpy(zero_copy_only=False)
-        first = np.flatnonzero(np.concatenate(([prompt[0].as_py() != last], changes)))
+        code_N, distinct = coded_ids(batch.column(0), "prompt_id", str(path), row)
+        texts = distinct.cast(pa.string()).to_pylist()
+        goes_on = texts[code_N[0]] == last
+        first = np.flatnonzero(np.concatenate(([not goes_on], code_N[1:] != code_N[:-1])))
         starts.append(first + row)
-        hashes.append(np.array([_hash(text) for text in prompt.take(pa.array(first)).to_pylist()], dtype=np.uint64))
-        row, last = row + batch.num_rows, prompt[-1].as_py()
+        hashes.append(np.array([_hash(texts[code]) for code in code_N[first]], dtype=np.uint64))
+        if "response_id" in ids:
+            seen = _check_responses(path, batch.column(1), first, seen if goes_on else set(), row)
+        row, last = row + batch.num_rows, texts[code_N[-1]]
     if row == 0:
         raise DataError(f"{path}: the shard has no rows.", "Remove it or write it again.")
     start_P = np.concatenate(starts)
@@ -170,9 +181,11 @@ def _hash(text: str) -> int:
 def _schema(path: Path) -> pa.Schema:
     with unreadable(path):
         if path.suffix == ".parquet":
-            return pq.read_schema(path)
-        with pa.OSFile(str(path)) as source:
-            return pa.ipc.open_file(source).schema
+            schema = pq.read_schema(path)
+        else:
+            with pa.OSFile(str(path)) as source:
+                schema = pa.ipc.open_file(source).schema
+        return sound(schema.empty_table()).schema
 
 
 def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -182,13 +195,13 @@ def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
                     if batch.num_rows:
-                        yield batch.select(list(columns))
+                        yield sound(batch.select(list(columns)))
             return
         fields = [_schema(path).get_field_index(name) for name in columns]
         with pa.OSFile(str(path)) as source:
             reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=fields))
             for number in range(reader.num_record_batches):
-                batch = reader.get_batch(number).select(list(columns))
+                batch = sound(reader.get_batch(number).select(list(columns)))
                 for begin in range(0, batch.num_rows, BATCH_ROWS):
                     yield batch.slice(begin, BATCH_ROWS)
 
@@ -218,6 +231,34 @@ def _check_finite(batch: pa.RecordBatch, name: str, path: Path, row: int) -> Non
         )
 
 
+def _check_responses(path: Path, column: pa.Array, first_Q: IntArray, seen: set[Any], row: int) -> set[Any]:
+    """Refuse a response id that a prompt has twice; returns those of the last prompt, which the next batch may go on.
+
+    Args:
+        path: the file, for messages.
+        column: response ids of a batch.
+        first_Q: rows of the batch at which a prompt begins.
+        seen: ids, in earlier batches, of the prompt that goes on at row 0.
+        row: number of the batch's first row.
+    """
+    code_N, distinct = coded_ids(column, "response_id", str(path), row, nulls=True)
+    run_N = np.searchsorted(first_Q, np.arange(code_N.size), side="right")
+    pair_N = run_N * len(distinct) + code_N
+    ids = distinct.to_pylist()
+    _, index_U = np.unique(pair_N, return_index=True)
+    repeated = np.setdiff1d(np.arange(code_N.size), index_U)
+    going_on = range(int(first_Q[0]) if first_Q.size else code_N.size)
+    repeated = np.concatenate([repeated, [k for k in going_on if ids[code_N[k]] in seen]]).astype(np.int64)
+    if repeated.size:
+        again = int(repeated.min())
+        raise DataError(
+            f"{path}: response_id {ids[code_N[again]]!r} at row {row + again} is there before, for the same prompt.",
+            "Every response of a prompt needs its own; remove the duplicates.",
+        )
+    last = int(first_Q[-1]) if first_Q.size else 0
+    return {ids[code] for code in code_N[last:]} | (set() if first_Q.size else seen)
+
+
 def _check_side_by_side(path: Path, index: ShardIndex, start_P: IntArray) -> None:
     order = np.argsort(index.hash_P, kind="stable")
     again = np.flatnonzero(index.hash_P[order][1:] == index.hash_P[order][:-1])
@@ -226,7 +267,7 @@ def _check_side_by_side(path: Path, index: ShardIndex, start_P: IntArray) -> Non
         raise DataError(
             f"{path}: the rows of prompt {_prompt_of(path, index, index.hash_P[first])} are not side by side (from "
             f"row {start_P[first]}, and again from row {start_P[second]}).",
-            "Sort the table by prompt_id to stream it.",
+            "Sort the table by prompt_id, or give --engine memory.",
         )
 
 

@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 
 from can_dist.errors import DataError
 from can_dist.tables.artifacts import MANIFEST, load_artifact
-from can_dist.tables.ids import ID_COLUMNS, id_column, plain_ids
-from can_dist.tables.json_rows import is_json, json_rows
-from can_dist.tables.misfits import show
-from can_dist.tables.schemas import check_unique, null_rows, require_columns
+from can_dist.tables.ids import ID_COLUMNS, coded_ids, id_array, id_column
+from can_dist.tables.json_rows import is_json, is_json_lines, json_rows
+from can_dist.tables.misfits import UNREADABLE, show, sound
+from can_dist.tables.schemas import check_unique_codes, null_rows, require_columns
 
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
 """Files a table can be sharded over and streamed from."""
@@ -40,15 +40,20 @@ class Scores:
     utility_NJ: np.ndarray
 
 
-def read_score_table(path: Path) -> pa.Table:
+def read_score_table(path: Path, names: Sequence[str] | None = None) -> pa.Table:
     """Read a Parquet, Arrow IPC or JSON file, a directory of Parquet/Arrow parts of one schema, or an artifact.
 
     JSON may be lines or an array, plain or .gz. Its ids are the texts in the file, whatever they look like.
+
+    Args:
+        path: the file, directory or artifact.
+        names: the scores that are needed, all of them columns: Parquet is read for them and the ids alone, and a text
+            that is the id of many rows is held once.
     """
     if (path / MANIFEST).is_file():
         return load_artifact(path).table
     paths = score_files(path)
-    tables = [_read_file(part) for part in paths]
+    tables = [_read_file(part, names) for part in paths]
     for part, table in zip(paths[1:], tables[1:], strict=True):
         if difference := schema_difference(tables[0].schema, paths[0].name, table.schema, part.name):
             raise DataError(f"{part}: its schema differs from {paths[0].name}'s; write them alike.\n{difference}")
@@ -65,6 +70,13 @@ def score_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     parts = sorted(p for p in path.iterdir() if p.suffix in TABLE_SUFFIXES and p.name[0] != ".")
+    other = sorted(p.name for p in path.iterdir() if is_json_lines(p) and p.name[0] != ".")
+    if parts and other:
+        raise DataError(
+            f"{path}: {', '.join(other[:3])}{' and more' if len(other) > 3 else ''} beside {parts[0].name}, and a "
+            "directory is read as the Parquet or Arrow parts of one table.",
+            "Write all parts alike, or move what does not belong to the table.",
+        )
     if not parts:
         raise DataError(f"{path}: no .parquet or .arrow file in the directory.")
     _check_none_missing(parts)
@@ -111,18 +123,21 @@ def unreadable(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: the file is empty.", "Expected a table with a prompt_id column and scores.")
     try:
         yield
-    except (pa.ArrowInvalid, OSError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: cannot be read as a table, it may be truncated ({error}).") from None
 
 
-def _read_file(path: Path) -> pa.Table:
+def _read_file(path: Path, names: Sequence[str] | None) -> pa.Table:
     if is_json(path):
-        return _read_json(path)
+        return _read_json(path, coded=names is not None)
     with unreadable(path):
         if path.suffix == ".parquet":
             import pyarrow.parquet as pq
 
-            return pq.read_table(path, page_checksum_verification=True)
+            columns = None if names is None else _needed(pq.read_schema(path).names, names)
+            coded = [] if columns is None else list(ID_COLUMNS)
+            table = pq.read_table(path, columns=columns, read_dictionary=coded, page_checksum_verification=True)
+            return sound(table)
         if path.suffix in (".arrow", ".feather"):
             with pa.memory_map(str(path)) as source:
                 start = source.read(4)
@@ -137,30 +152,37 @@ def _read_file(path: Path) -> pa.Table:
                         "Expected the Arrow file format: write it with pyarrow.ipc.new_file, pyarrow.feather or as "
                         "Parquet.",
                     )
-                return pa.ipc.open_file(source).read_all()
+                return sound(pa.ipc.open_file(source).read_all())
     raise DataError(f"{path}: unknown kind of file {path.suffix!r}.", "Expected .parquet, .arrow, .feather or .jsonl.")
 
 
-def _read_json(path: Path) -> pa.Table:
+def _needed(columns: Sequence[str], names: Sequence[str]) -> list[str] | None:
+    """Return the columns to read: ids and ``names``; None, which is all, where one is there twice, to be refused."""
+    needed = [name for name in columns if name in ID_COLUMNS or name in names]
+    return None if len(set(needed)) < len(needed) else needed
+
+
+def _read_json(path: Path, *, coded: bool) -> pa.Table:
     """Return the columns of a JSON file: ids as :func:`id_column` reads them, numbers, truth values, else texts."""
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty.", "Expected a table with a prompt_id column and scores.")
     values: dict[str, list[Any]] = {}
+    texts: dict[str, str] = {}
     num_rows = 0
     for row in json_rows(path):
         for name, value in row.items():
             column = values.setdefault(name, [])
             column.extend([None] * (num_rows - len(column)))
-            column.append(value)
+            column.append(texts.setdefault(value, value) if name in ID_COLUMNS and isinstance(value, str) else value)
         num_rows += 1
     for column in values.values():
         column.extend([None] * (num_rows - len(column)))
-    return pa.table({name: _json_column(name, column, str(path)) for name, column in values.items()})
+    return pa.table({name: _json_column(name, column, str(path), coded) for name, column in values.items()})
 
 
-def _json_column(name: str, values: list[Any], place: str) -> pa.Array:
+def _json_column(name: str, values: list[Any], place: str, coded: bool) -> pa.Array:
     if name in ID_COLUMNS:
-        return id_column(values, name, place)
+        return id_column(values, name, place, coded=coded)
     kinds = {type(value) for value in values} - {type(None)}
     if not kinds:
         return pa.nulls(len(values))
@@ -191,7 +213,7 @@ def _check_not_twice(paths: Sequence[Path], tables: Sequence[pa.Table]) -> None:
 
 
 def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], place: str) -> Scores:
-    """Take the columns a dual needs out of a table, checked; ``-cost`` is minus the column ``cost``.
+    """Take the columns a dual needs out of a table, checked.
 
     Args:
         table: N rows with ``prompt_id`` and the columns named.
@@ -203,33 +225,26 @@ def score_arrays(table: pa.Table, reward: str, constraints: Sequence[str], place
         DataError: a column is missing or not numeric, ids are null, repeated or of a type that is none, scores are
             null, NaN or infinite (rows listed), the table is empty, or every prompt has a single response.
     """
-    named = [source_column(name, table.column_names) for name in (reward, *constraints)]
-    require_columns(table, ["prompt_id", *(column for column, _ in named)], place)
+    require_columns(table, ["prompt_id", reward, *constraints], place)
     check_distinct(reward, constraints, place)
     if table.num_rows == 0:
         raise DataError(f"{place}: the table has no rows.")
     if table.column("prompt_id").null_count:
         rows = null_rows(table.column("prompt_id"))
         raise DataError(f"{place}: prompt_id is null at rows {rows}.", "Give every row the id of its prompt.")
-    prompt_N = np.asarray(plain_ids(table.column("prompt_id"), "prompt_id", place).to_pylist())
+    code_N, distinct = coded_ids(table.column("prompt_id"), "prompt_id", place)
     if "response_id" in table.column_names:
-        check_unique(table, ["prompt_id", "response_id"], place)
-    columns = [sign * _finite_column(table, column, place) for column, sign in named]
-    _, counts = np.unique(prompt_N, return_counts=True)
-    if counts.max() == 1:
+        response_N, _ = coded_ids(table.column("response_id"), "response_id", place, nulls=True)
+        check_unique_codes(table, {"prompt_id": code_N, "response_id": response_N}, place)
+    columns = [_finite_column(table, name, place) for name in (reward, *constraints)]
+    if len(distinct) == table.num_rows:
         raise DataError(
             f"{place}: every prompt has one response (K = 1), so no response can be preferred to another and the dual "
             "knows nothing.",
             "Sample at least 2 responses per prompt (generate.num_responses).",
         )
     utilities = np.stack(columns[1:], axis=1) if constraints else np.empty((table.num_rows, 0))
-    return Scores(prompt_N, columns[0], utilities)
-
-
-def source_column(name: str, columns: Sequence[str]) -> tuple[str, float]:
-    """Return the column that ``name`` reads and its sign, as :func:`can_dist.dual.frame.source_column` does."""
-    turned = name.startswith("-") and name not in columns and name[1:] in columns
-    return (name[1:], -1.0) if turned else (name, 1.0)
+    return Scores(id_array(code_N, distinct), columns[0], utilities)
 
 
 def _finite_column(table: pa.Table, name: str, place: str) -> npt.NDArray[np.float64]:
@@ -279,7 +294,9 @@ def check_numeric(kind: pa.DataType, name: str, place: str, column: pa.ChunkedAr
     """
     if pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind):
         return
-    remedy = "" if column is None else _first_text(column)
+    remedy = "Write 1 for true and 0 for false." if pa.types.is_boolean(kind) else ""
+    if column is not None and not remedy:
+        remedy = _first_text(column)
     raise DataError(f"{place}: column {name!r} is {kind}, expected numbers.", remedy or "Write it as numbers.")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
 
 from can_dist.errors import DataError
@@ -34,3 +36,19 @@ def verify_run(run: Path) -> tuple[int, list[str]]:
             elif source.digest != entry["digest"]:
                 problems.append(f"{artifact.path}: made from another {entry['artifact']} than the one in the run.")
     return len(artifacts), problems
+
+
+def files_outside(run: Path) -> Counter[str]:
+    """Return the files of a run that no manifest lists, whose content nothing checks: how many of each name.
+
+    Digits in names are written ``*``, so that the parts of a table have one. Manifests carry their own digest.
+    """
+    listed = set()
+    for manifest in run.glob(f"*/{MANIFEST}"):
+        try:
+            artifact = load_artifact(manifest.parent)
+        except DataError:  # `verify_run` reports it
+            continue
+        listed |= {manifest, *(artifact.path / entry["file"] for entry in artifact.manifest["files"])}
+    outside = (path for path in sorted(run.rglob("*")) if path.is_file() and path not in listed)
+    return Counter(re.sub(r"\d+", "*", path.name) for path in outside)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from can_dist.errors import DataError
 from can_dist.training.trackers import Tracker
 
 METRICS = "metrics.jsonl"
@@ -64,8 +65,26 @@ def loss_above_start(curve: Mapping[str, Sequence[Sequence[float]]]) -> float | 
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines written so far (an incomplete last line, being written, is left out)."""
+    """Return the lines written so far (an incomplete last line, being written, is left out).
+
+    Raises:
+        DataError: A line is damaged.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    return [_line(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _line(path: Path, number: int, text: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        line = None
+    known = isinstance(line, dict) and all(type(line[key]) in (int, float) for key in line.keys() - {ESTIMATE})
+    if not known or not isinstance(line.get("step"), int):
+        raise DataError(
+            f"{path}, line {number}: found {text[:80]!r}, expected numbers with a step, and an estimate in words.",
+            f"Delete {path.parent} and run again.",
+        )
+    return dict(line)

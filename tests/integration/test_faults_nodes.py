@@ -116,8 +116,9 @@ def test_placement_actors_hand_the_gpus_to_the_ranks(nodes: Any, tmp_path: Path)
     placements = Placements()
     placements.start()
     try:
+        config = on_nodes(nodes, tmp_path, **gpus).model_copy(update={"precision": "fp32"})
         with pytest.raises(EnvironmentProblem, match="NCCL"):
-            run_method(tmp_path / "run", on_nodes(nodes, tmp_path, **gpus))
+            run_method(tmp_path / "run", config)
     finally:
         placements.over.set()
         placements.join()

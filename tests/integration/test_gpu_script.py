@@ -102,5 +102,6 @@ def test_a_machine_without_a_gpu_is_told_of_the_check(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 6
-    assert done.stdout == "gpu.sh: torch sees no GPU here; to check the script itself: benchmarks/gpu.sh --device cpu\n"
+    assert "sees no GPU here" in done.stdout
+    assert "nothing was measured. To check the script itself: benchmarks/gpu.sh --device cpu\n" in done.stdout
     assert list(tmp_path.iterdir()) == []

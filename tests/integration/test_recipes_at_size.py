@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hub_server import serving_hub
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA_7B = {
@@ -55,7 +58,7 @@ def test_recipe_is_planned_from_its_models_shape_and_fits(
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text(json.dumps(shape))
     command = [sys.executable, "-c", "from can_dist.cli import main; main()"]
-    command += ["plan", str(ROOT / "recipes" / f"{recipe}.yaml"), "--memory", memory, "--json"]
+    command += ["plan", str(pinned(ROOT / "recipes" / f"{recipe}.yaml", tmp_path)), "--memory", memory, "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
@@ -63,6 +66,15 @@ def test_recipe_is_planned_from_its_models_shape_and_fits(
     assert plan["on_gpu"]
     assert plan["precision"] == "bf16"
     assert plan["largest_tokens_per_pack"] >= plan["tokens"], f"{recipe} does not fit into {memory}"
+
+
+def pinned(recipe: Path, directory: Path) -> Path:
+    """A copy of a recipe after pin.py, the first command of its head: `plan` refuses data without a commit."""
+    copy = Path(shutil.copy(recipe, directory))
+    with serving_hub() as hub:
+        env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+        subprocess.run([sys.executable, str(ROOT / "recipes" / "pin.py"), str(copy)], env=env, timeout=120, check=True)
+    return copy
 
 
 @pytest.mark.slow

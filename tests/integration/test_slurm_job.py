@@ -16,7 +16,7 @@ import psutil
 import pytest
 from small_run import small_run, write_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 # the file asks for GPUs and many cores; the command line has the last word, as for any sbatch file
@@ -82,8 +82,10 @@ def test_batch_job_stopped_by_the_warning_is_requeued_and_finishes(config: Path,
     job.wait(lambda: job.fact("Restarts") == "1", 120)
     first = job.log.read_text()
     assert "Interrupted: stopped by SIGTERM; finished shards are kept" in first, first[-6000:]
+    # Slurm sets the start of a requeued job, two minutes from then, when the last of its processes has ended
+    job.wait(lambda: job.fact("JobState") == "PENDING", 120)
     job.slurm("scontrol", "update", f"JobId={job.id}", "StartTime=now")
-    job.wait(lambda: job.fact("JobState") in {"COMPLETED", "FAILED", "CANCELLED"}, 500)
+    job.wait(lambda: job.fact("JobState") in {"COMPLETED", "FAILED", "CANCELLED"}, 1000)
     assert (job.fact("JobState"), job.fact("ExitCode")) == ("COMPLETED", "0:0"), job.log.read_text()[-6000:]
     assert list(job.run.glob("evaluate-*/report.html"))
     assert not list((config.parent / "home" / ".ray").glob("token*")), "the token goes with the job"

@@ -6,6 +6,7 @@ The jackknife: of the estimators here it delivers closest to the margin in every
 
 from __future__ import annotations
 
+from can_dist.dual.columns import Scores
 from can_dist.dual.estimators import Estimate, estimate
 from can_dist.dual.table import FloatArray, ScoreTable
 
@@ -14,7 +15,7 @@ SAMPLED = ("empirical", "jackknife", "gaussian")
 
 
 def choose(
-    table: ScoreTable, beta: float, margin_J: FloatArray, empirical_J: FloatArray, level_J: FloatArray | None = None
+    table: Scores, beta: float, margin_J: FloatArray, empirical_J: FloatArray, level_J: FloatArray | None = None
 ) -> tuple[Estimate, str]:
     """Return λ̂ of the estimator ``auto`` and why it is not the jackknife's; an empty reason where it is.
 

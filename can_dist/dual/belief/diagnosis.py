@@ -6,7 +6,7 @@ Costs a dozen solves, so it is asked for by name and not done by every solve.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -119,7 +119,7 @@ def diagnose(
     level_J = np.array([float(solution.threshold[name] is not None) for name in names])
     lam_J = solution.lam_vector
     if solution.estimator != "empirical":
-        lam_J = solve_table(table, beta=beta, constraints=constraints, throw=False).lam_vector
+        lam_J = _paper(table, beta, constraints)
     estimates = every_estimate(table, beta, margin_J, lam_J, level_J)
     used = estimates[solution.estimator]
     trust = None if table.weighted or not used.converged else judge(table, beta, margin_J, used, level_J)
@@ -180,6 +180,11 @@ def _shapes(table: ScoreTable, lam_J: FloatArray, beta: float) -> dict[str, floa
     return {"median": median, "p90": p90, "share_above_0.7": heavy, "pooled": pooled_shape(table, weight_N)}
 
 
+def _paper(table: ScoreTable, beta: float, constraints: Sequence[Margin]) -> FloatArray:
+    """Return λ̂ of the paper's estimator; NaN where it has none."""
+    return solve_table(table, beta=beta, constraints=constraints, throw=False, estimator="empirical").lam_vector
+
+
 def _stability(
     table: ScoreTable, beta: float, constraints: list[Margin], lam_J: FloatArray, generator: np.random.Generator
 ) -> dict[str, FloatArray]:
@@ -202,7 +207,7 @@ def _stability(
             rows = enough_N & (rank_N % parts == part)
             weight_N = table.log_weight_N[rows] if table.weighted else None
             small = ScoreTable.build(reward_N[rows], utility_JN[:, rows].T, table.row_prompt_N[rows], weight_N)
-            lams.append(solve_table(small, beta=beta, constraints=constraints, throw=False).lam_vector)
+            lams.append(_paper(small, beta, constraints))
         lam_of[label] = np.mean(lams, axis=0)
     return lam_of
 

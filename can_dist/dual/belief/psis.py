@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from can_dist.dual.columns import largest_of
 from can_dist.dual.table import FloatArray, ScoreTable
 
 MIN_TAIL = 5
@@ -76,8 +77,16 @@ def pooled_shape(table: ScoreTable, weight_N: FloatArray) -> float:
 
 def tail_shape(value_N: FloatArray) -> float:
     """Return k̂ of the largest of N positive values taken as one sample; NaN where they are too few."""
-    size = min(tail_size(value_N.size), 5_000)
-    if size < MIN_TAIL:
+    return shape_above(largest_of(value_N, pooled_tail_size(value_N.size) + 1), value_N.size)
+
+
+def pooled_tail_size(count: int) -> int:
+    """Return how many of ``count`` weights of all prompts are the tail: the rule of a sample, and at most 5,000."""
+    return min(tail_size(count), 5_000)
+
+
+def shape_above(largest_M: FloatArray, count: int) -> float:
+    """Return k̂ of a sample of ``count`` values of which the tail and its threshold are given, ascending."""
+    if pooled_tail_size(count) < MIN_TAIL:
         return math.nan
-    ordered = np.sort(np.partition(value_N, -size - 1)[-size - 1 :])
-    return float(pareto_shape((ordered[1:] - ordered[0])[None, :])[0])
+    return float(pareto_shape((largest_M[1:] - largest_M[0])[None, :])[0])

@@ -13,15 +13,15 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import logsumexp
 from scipy.stats import t
 
-from can_dist.dual.belief.psis import tail_shape
-from can_dist.dual.estimators import Estimate, jackknife_moments, with_level, within_covariance
+from can_dist.dual.belief.evidence import Evidence, weigh_evidence
+from can_dist.dual.columns import Scores
+from can_dist.dual.estimators import Estimate, with_level
 from can_dist.dual.interval import Interval, mean_interval
-from can_dist.dual.moments import PromptMoments, prompt_moments
-from can_dist.dual.objective import tilt
-from can_dist.dual.table import FloatArray, ScoreTable
+from can_dist.dual.jackknife import both_moments
+from can_dist.dual.moments import PromptMoments
+from can_dist.dual.table import FloatArray
 
 CONFIDENCE = 0.95
 
@@ -39,6 +39,9 @@ MAX_SHAPE = 0.5
 
 SPREAD_ESS = 15.0
 """Effective responses per prompt from which a prompt's own normaliser is known: carriers by it then suffice."""
+
+SPREAD_SHARE = 0.8
+"""Share of a prompt's responses that carry it from which a larger β would spread the weights no further."""
 
 MAX_SINGLE = 0.1
 """Share of prompts with one response, which show no change, up to which it is counted as an error."""
@@ -58,11 +61,9 @@ class Trust:
         bias_J: how much of each arm allows for the finite K and for prompts with one response; utility units.
         lam_error_J: half the length of λ's interval over λ: bias and sampling; 0 where λ = 0 for certain, infinite
             where λ = 0 may be wrong.
+        lam_bias_J: how much of that length allows for the finite K and for prompts with one response; λ's units.
         ess_J: effective responses per prompt by constraint, ΣV/Σ(V/ESS), V the prompt's variance of g.
-        carriers_J: responses that carry the bias of order 1/K: (Σ c)²/Σ c² with c = |g| exp(2 s/β), s and g less their
-            prompt's means.
-        own_carriers_J: the same with c = |g| (w K)², the density ratios by each prompt's own normaliser.
-        shape: pooled Pareto k̂ of exp(s/β).
+        evidence: what the weights rest on.
         num_flat: prompts on which no response scores differently, so that they cannot show a change.
         objection: why neither statement is made; empty where they are.
     """
@@ -72,10 +73,9 @@ class Trust:
     kl_bias: float
     bias_J: FloatArray
     lam_error_J: FloatArray
+    lam_bias_J: FloatArray
     ess_J: FloatArray
-    carriers_J: FloatArray
-    own_carriers_J: FloatArray
-    shape: float
+    evidence: Evidence
     num_flat: int
     objection: str
 
@@ -86,7 +86,7 @@ class Trust:
 
 
 def judge(
-    table: ScoreTable, beta: float, margin_J: FloatArray, estimated: Estimate, level_J: FloatArray | None = None
+    table: Scores, beta: float, margin_J: FloatArray, estimated: Estimate, level_J: FloatArray | None = None
 ) -> Trust:
     """Judge λ̂ of any estimator on the table that gave it.
 
@@ -94,13 +94,12 @@ def judge(
         table: scores of P sampled prompts, J ≥ 1 utilities.
         beta: KL weight β > 0.
         margin_J: b.
-        found: λ̂, finite.
+        estimated: λ̂, finite.
         level_J: 1 where the constraint is an absolute level, 0 where a margin.
     """
     lam_J, num_prompts = estimated.lam_J, table.num_prompts
     confidence = 1 - (1 - CONFIDENCE) / lam_J.size
-    moments = prompt_moments(table, lam_J, beta)
-    corrected = jackknife_moments(table, lam_J, beta, moments)
+    moments, corrected = both_moments(table, lam_J, beta)
     single = float((table.num_responses_P == 1).mean())
     silent = single / max(1 - single, 1e-9)
     silent_J = np.abs(corrected.gain_PJ.mean(axis=0)) * silent
@@ -114,14 +113,8 @@ def judge(
         widened(mean_interval(value_P, confidence), bias)
         for value_P, bias in zip(value_PJ.T, bias_J.tolist(), strict=True)
     )
-    variance_JP = np.array([within_covariance(table, column_N, column_N) for column_N in table.utility_JN])
-    ess_J, num_flat = _weighted_ess(variance_JP, moments.ess_P), int((variance_JP <= 0).all(axis=0).sum())
-    score_N = table.score(lam_J) / beta
-    log_ratio_N = tilt(table, lam_J, beta).log_ratio_N
-    carriers_J, own_carriers_J = (
-        np.array([_carriers(value_N, column_N) for column_N in table.utility_JN]) for value_N in (score_N, log_ratio_N)
-    )
-    shape = tail_shape(np.exp(score_N - score_N.max()))
+    evidence = weigh_evidence(table, lam_J, beta)
+    ess_J, num_flat = _weighted_ess(evidence.variance_JP, moments.ess_P), _num_flat(evidence.variance_JP)
     offset_J = np.where(lam_J > 0, corrected.gain_PJ.mean(axis=0) - margin_J, 0.0)
     steps = [np.abs(_step(moments, beta, lam_J, part_J)) for part_J in (correction_J, offset_J, silent_J)]
     lam_bias_J: FloatArray = np.sum(steps, axis=0)
@@ -133,12 +126,11 @@ def judge(
         kl_bias=kl_bias,
         bias_J=bias_J,
         lam_error_J=_lam_error(estimated, lam_bias_J, quantile, delivered, _demand(table, margin_J, level_J)),
+        lam_bias_J=lam_bias_J,
         ess_J=ess_J,
-        carriers_J=carriers_J,
-        own_carriers_J=own_carriers_J,
-        shape=shape,
+        evidence=evidence,
         num_flat=num_flat,
-        objection=_objection(table, single, num_flat, ess_J, carriers_J, own_carriers_J, shape),
+        objection=_objection(table, single, num_flat, ess_J, evidence),
     )
 
 
@@ -185,16 +177,12 @@ def _weighted_ess(variance_JP: FloatArray, ess_P: FloatArray) -> FloatArray:
     return ess_J
 
 
-def _carriers(score_N: FloatArray, column_N: FloatArray) -> float:
-    """Return (Σ c)²/Σ c² of c = |g| exp(2s), in logarithms."""
-    with np.errstate(divide="ignore"):
-        log_N = 2 * score_N + np.log(np.abs(column_N))
-    if not np.isfinite(log_N).any():
-        return 0.0
-    return float(np.exp(2 * logsumexp(log_N) - logsumexp(2 * log_N)))
+def _num_flat(variance_JP: FloatArray) -> int:
+    """Return how many prompts have no response that differs from the others in any utility."""
+    return int((variance_JP <= 0).all(axis=0).sum())
 
 
-def _demand(table: ScoreTable, margin_J: FloatArray, level_J: FloatArray | None) -> FloatArray:
+def _demand(table: Scores, margin_J: FloatArray, level_J: FloatArray | None) -> FloatArray:
     """Return what ``delivered`` is compared with: the margin, or the threshold of a level."""
     return margin_J if level_J is None else margin_J + level_J * table.centre_J
 
@@ -212,13 +200,11 @@ def _lam_error(
 
 
 def _objection(
-    table: ScoreTable,
+    table: Scores,
     single: float,
     num_flat: int,
     ess_J: FloatArray,
-    carriers_J: FloatArray,
-    own_carriers_J: FloatArray,
-    shape: float,
+    evidence: Evidence,
 ) -> str:
     """Return why nothing can be vouched for, the first reason that holds; empty where none does."""
     num_prompts, typical = table.num_prompts, float(np.median(table.num_responses_P))
@@ -232,14 +218,17 @@ def _objection(
         return f"{num_prompts - num_flat} prompts that can show a change are too few{flat}, {MIN_PROMPTS} are needed"
     if np.isnan(ess_J).any():
         return "a score never differs between the responses to a prompt"
-    ess, carriers = float(ess_J.min()), float(carriers_J.min())
+    ess, carriers = float(ess_J.min()), float(evidence.carriers_J.min())
     carried = f"{ess:.1f} of {typical:g} responses carry a prompt's prediction, prompts weighted by how much they vary"
+    advice = (
+        "raise beta or the number of responses" if ess < SPREAD_SHARE * typical else "raise the number of responses"
+    )
     if ess < MIN_ESS:
-        return f"{carried}; raise beta or the number of responses"
-    if ess >= SPREAD_ESS and own_carriers_J.min() >= MIN_CARRIERS:
+        return f"{carried}; {advice}"
+    if ess >= SPREAD_ESS and evidence.own_carriers_J.min() >= MIN_CARRIERS:
         return ""
     if carriers < MIN_CARRIERS:
-        return f"{carriers:.0f} of all {table.num_rows} responses decide it; raise beta or the number of responses"
-    if not shape <= MAX_SHAPE:
-        return f"rare responses decide it (Pareto k = {shape:.2f}); raise beta or the number of responses"
+        return f"{carriers:.0f} of all {table.num_rows} responses decide it; {advice}"
+    if not evidence.shape <= MAX_SHAPE:
+        return f"rare responses decide it (Pareto k = {evidence.shape:.2f}); {advice}"
     return ""

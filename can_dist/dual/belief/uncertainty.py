@@ -128,7 +128,7 @@ def cross_fit(
     constraints: Sequence[Margin],
     num_folds: int = 5,
     seed: int = 0,
-    estimator: str = "empirical",
+    estimator: str = "auto",
     confidence: float = 0.95,
 ) -> CrossFit:
     """Predict every prompt with a λ solved on other prompts.

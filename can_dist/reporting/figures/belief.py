@@ -76,7 +76,8 @@ def dual_svg(
     """
     with panel(HEIGHT_IN) as (figure, ax):
         if np.isfinite(lam[1:]).all():
-            ax.axvspan(lam[1], lam[2], color=MARGIN, alpha=0.18, linewidth=0)
+            low, high = np.clip(lam[1:], lam_G[0], lam_G[-1])  # what lies beyond would widen the page, unseen
+            ax.axvspan(low, high, color=MARGIN, alpha=0.18, linewidth=0)
         ax.axvline(lam[0], color=MARGIN, linewidth=1.4, linestyle=DASHED)
         places = _label_places([curve.value_G for curve in curves])
         for curve, place in sorted(zip(curves, places, strict=True), key=lambda pair: pair[0].chosen):

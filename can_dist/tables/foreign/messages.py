@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from can_dist.tables.json_rows import Row
-from can_dist.tables.misfits import bad, is_nothing
+from can_dist.tables.misfits import bad, check_encodable, is_nothing
 
 Messages = list[dict[str, str]]
 """``[{"role": ..., "content": ...}, ...]``."""
@@ -158,17 +158,6 @@ def check_text(text: str, place: str, field: str, way_out: str = "Or remove the 
     if is_conversation(text):
         expected = "a text that somebody wrote, or a list of messages"
         raise bad(place, field, text, expected, f"{_PARSE_IT}. {way_out}")
-
-
-def check_encodable(text: str, place: str, field: str) -> None:
-    """Raise ``DataError`` for halves of surrogate pairs, which no file can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        remedy = "Write the file again with whole characters."
-        raise bad(
-            place, field, text[error.start : error.end], "Unicode text without lone surrogates", remedy
-        ) from error
 
 
 def read_turns(text: str, place: str, field: str) -> Messages:

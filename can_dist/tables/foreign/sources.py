@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from can_dist.errors import ConfigError, DataError, EnvironmentProblem
 from can_dist.tables.foreign.json_type import row_decoder
 from can_dist.tables.json_rows import JSON_ENDINGS, Row, json_rows
+from can_dist.tables.misfits import UNREADABLE, sound
 
 _KINDS = {
     **dict.fromkeys(JSON_ENDINGS, "json"),
@@ -222,13 +223,13 @@ def _damaged(path: Path, kind: str, error: Exception) -> DataError:
 def _open_parquet(path: Path) -> Shard:
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        schema = sound(file.schema_arrow.empty_table()).schema
+    except UNREADABLE as error:
         raise _damaged(path, "Parquet file", error) from error
 
     def batches(columns: Sequence[str]) -> Iterator[Any]:
         return cast("Iterator[Any]", file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns)))
 
-    schema = file.schema_arrow
     return Shard(str(path), tuple(schema.names), lambda columns: _batch_rows(path, schema, batches(columns)))
 
 
@@ -243,12 +244,13 @@ def _open_arrow(path: Path) -> Shard:
             _check_stream_end(path, buffer)
             reader = pa.ipc.open_stream(buffer)
             batches = iter(reader)
-    except (pa.ArrowException, OSError) as error:
+        schema = sound(reader.schema.empty_table()).schema
+    except UNREADABLE as error:
         raise _damaged(path, "Arrow file", error) from error
     return Shard(
         str(path),
-        tuple(reader.schema.names),
-        lambda columns: _batch_rows(path, reader.schema, (b.select(list(columns)) for b in batches)),
+        tuple(schema.names),
+        lambda columns: _batch_rows(path, schema, (b.select(list(columns)) for b in batches)),
     )
 
 
@@ -274,11 +276,10 @@ def _batch_rows(path: Path, schema: pa.Schema, batches: Iterator[Any]) -> Iterat
     decoded, number = row_decoder(schema, path), 0
     try:
         for batch in batches:
-            batch.validate(full=True)
-            for row in batch.to_pylist():
+            for row in sound(batch).to_pylist():
                 yield decoded(row, number)
                 number += 1
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise _damaged(path, "data", error) from error
 
 

@@ -114,7 +114,8 @@ def ssh(directory: Path) -> Iterator[dict[str, str]]:
     server.write_text(
         f"Port {port}\nListenAddress 127.0.0.1\nListenAddress 127.0.0.2\nHostKey {directory}/host_key\n"
         f"AuthorizedKeysFile {directory}/user_key.pub\nPasswordAuthentication no\nUsePAM no\nStrictModes no\n"
-        f"PermitRootLogin prohibit-password\nPidFile none\nSetEnv HOME={os.environ['HOME']}\n"
+        f"PermitRootLogin prohibit-password\nPidFile none\n"
+        f"SetEnv HOME={os.environ['HOME']} OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}\n"
     )
     client = directory / "ssh_config"
     client.write_text(

@@ -113,11 +113,14 @@ def test_estimators_differ_here() -> None:
 
 def test_text_tells_the_estimator_and_why(scores: Path) -> None:
     plain = here("solve", scores, "--constraint", "safety:margin=0.3")
-    chosen = here("solve", scores, "--constraint", "safety:margin=0.3", "--estimator", "auto")
-    record = expected(Margin("safety", 0.3), estimator="auto")
-    assert "estimator" not in plain
-    assert f"\nestimator {record['estimator']}\n" in chosen
-    assert f"\nverdict   {record['diagnostics']['verdict']}" in chosen
+    papers = here("solve", scores, "--constraint", "safety:margin=0.3", "--estimator", "empirical")
+    record, paper = (expected(Margin("safety", 0.3), estimator=name) for name in ("auto", "empirical"))
+    assert record["estimator"] == "jackknife"
+    assert "\nestimator jackknife\n" in plain
+    assert f", paper's {paper['lam']['safety']:.4g})" in plain
+    assert f"\nverdict   {record['diagnostics']['verdict']}" in plain
+    assert "\nestimator empirical\n" in papers
+    assert "paper's" not in papers
 
 
 def test_confidence_raises_the_margin_and_the_text_says_by_how_much(scores: Path) -> None:
@@ -254,7 +257,7 @@ def test_frontier_ends_at_the_largest_lambda_asked_for(scores: Path) -> None:
     assert lam[-1] == pytest.approx(1.5, rel=1e-6)
     assert np.diff(margin) == pytest.approx(np.full(6, np.ptp(margin) / 6))
     for point in points[1:]:
-        exact = expected(Margin("safety", point["margin.safety"]))
+        exact = expected(Margin("safety", point["margin.safety"]), estimator="empirical")
         assert point["lam.safety"] == pytest.approx(exact["lam"]["safety"], rel=1e-6)
 
 
@@ -269,7 +272,8 @@ def test_frontier_of_two_constraints_is_a_map(scores: Path, tmp_path: Path) -> N
     last = re.split(r"\s{2,}", lines[-1].strip())
     assert last[1] == f"{record['points'][-1]['lam.safety']:.4g}"
     point = record["points"][4 * 9 + 3]
-    exact = expected(Margin("safety", point["margin.safety"]), Margin("honesty", point["margin.honesty"]))
+    demands = Margin("safety", point["margin.safety"]), Margin("honesty", point["margin.honesty"])
+    exact = expected(*demands, estimator="empirical")
     assert point["lam.safety"] == pytest.approx(exact["lam"]["safety"], rel=1e-5)
     assert point["lam.honesty"] == pytest.approx(exact["lam"]["honesty"], rel=1e-5)
 

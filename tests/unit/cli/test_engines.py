@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
@@ -57,10 +58,57 @@ def test_engines_agree(folder: Path) -> None:
 
 
 def test_large_table_is_streamed_unless_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streamed: NumPy's table is never built. What needs the table gets it, small or large."""
+    expected = solve(folder)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("in memory")
+
     monkeypatch.setattr("can_dist.cli.solve.MEMORY_BYTES", 100)
-    assert "needs the table in memory" in refusal(folder, ConfigError, "--estimator", "jackknife")
-    assert solve(folder, "--estimator", "auto")["estimator"] == "empirical"  # the estimator that streams
-    assert solve(folder, "--engine", "memory", "--estimator", "auto")["estimator"] == "jackknife"
+    with monkeypatch.context() as patched:
+        patched.setattr("can_dist.dual.ScoreTable.build", refuse)
+        assert solve(folder)["lam"]["safety"] == pytest.approx(expected["lam"]["safety"], rel=1e-8)
+        with pytest.raises(AssertionError, match="in memory"):
+            solve(folder, "--engine", "memory")
+    assert solve(folder, "--estimator", "gaussian")["estimator"] == "gaussian"
+    assert solve(folder, "--report", str(folder / "page.html"))["estimator"] == "jackknife"
+    assert "needs the table in memory" in refusal(folder, ConfigError, "--engine", "stream", "--estimator", "gaussian")
+
+
+def test_large_json_is_read_into_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pa.concat_tables([pq.read_table(path) for path in sorted((folder / "scores").iterdir())]).to_pylist()
+    expected = solve(folder)
+    (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("can_dist.cli.solve.MEMORY_BYTES", 100)
+    arguments = ["solve", "--scores", str(folder / "scores.jsonl"), "--reward", "reward", "--beta", "1"]
+    done = CliRunner().invoke(cli, [*arguments, "--constraint", "safety:margin=0.4", "--json", "-"])
+    assert json.loads(done.stdout)["lam"] == expected["lam"]
+
+
+@pytest.mark.parametrize("engine", ["memory", "stream", "ray"])
+def test_a_cost_is_asked_to_fall_in_every_engine(folder: Path, engine: str) -> None:
+    """The same numbers as for the utility that is minus the cost; a reward may be a cost too."""
+    expected = solve(folder)
+    for path in (folder / "scores").iterdir():
+        table = pq.read_table(path)
+        columns = {"cost": pc.negate(table["safety"]), "loss": pc.negate(table["reward"])}
+        pq.write_table(pa.table({"prompt_id": table["prompt_id"], **columns}), path)
+    asked = ("--constraint", "-cost:margin=0.4", "--reward", "-loss", "--engine", engine)
+    arguments = ["solve", "--scores", str(folder / "scores"), "--beta", "1", *asked, "--json", "-"]
+    done = CliRunner().invoke(cli, arguments, standalone_mode=False)
+    assert done.exception is None
+    found = json.loads(done.stdout)
+    assert found["lam"]["-cost"] == pytest.approx(expected["lam"]["safety"], rel=1e-8)
+    assert found["predicted"]["reward"] == pytest.approx(expected["predicted"]["reward"], rel=1e-8)
+
+
+@pytest.mark.parametrize("engine", ["memory", "stream"])
+def test_responses_may_be_numbered_within_each_prompt(folder: Path, engine: str) -> None:
+    expected = solve(folder)
+    for path in (folder / "scores").iterdir():
+        table = pq.read_table(path)
+        pq.write_table(table.append_column("response_id", pa.array([row % 8 for row in range(len(table))])), path)
+    assert solve(folder, "--engine", engine)["lam"] == pytest.approx(expected["lam"], rel=1e-8)
 
 
 @pytest.mark.parametrize("engine", ["memory", "stream"])

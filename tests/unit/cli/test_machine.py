@@ -87,10 +87,12 @@ def test_reader_that_went_away(world: Path) -> None:
     [
         ("seed: 1" + "0" * 5000, "not valid YAML"),
         ("a: " + "[" * 5000, "nested without end, or too deeply"),
+        ("a: {" + "[" * 3000 + "}", "nested without end, or too deeply"),  # took twenty seconds
         ("a: &a [*a]", "nested without end"),
+        ("a: &a 1\nb: &a 2", r"an anchor \(&name\) is given twice. Give each a name of its own."),
         (BOMB, "aliases"),
     ],
-    ids=["huge integer", "brackets", "endless alias", "alias bomb"],
+    ids=["huge integer", "brackets", "brackets in a mapping", "endless alias", "anchor twice", "alias bomb"],
 )
 def test_yaml_that_no_machine_holds_is_refused_at_once(text: str, message: str) -> None:
     started = time.monotonic()

@@ -386,6 +386,21 @@ def test_constraint_name_that_could_not_be_a_column_is_refused(name: str) -> Non
     assert f"constraint name {name!r}:" in refusal({**BASE, "constraints": {name: BASE["constraints"]["safety"]}})
 
 
+def test_a_constraint_called_minus_cost_turns_what_its_scorer_gives() -> None:
+    scorer = BASE["constraints"]["safety"]["scorer"]
+    written = {"-toxicity": {"scorer": scorer, "margin": 1.0}}
+    constraints = validate_config({**BASE, "constraints": written}).constraints
+    assert constraints["-toxicity"].scorer == validate_config(BASE).constraints["safety"].scorer.model_copy(
+        update={"sign": -1}
+    )
+    resolved = {"-toxicity": constraints["-toxicity"].model_dump(mode="json", exclude_none=True)}
+    assert validate_config({**BASE, "constraints": resolved}).constraints == constraints, "a written one means the same"
+    both = {**written, "toxicity": {"scorer": scorer, "margin": 1.0}}
+    assert "-toxicity and toxicity are one score and its negative" in refusal({**BASE, "constraints": both})
+    guarded = {"-toxicity": {"scorer": {"kind": "guard", "model": "m"}, "margin": 1.0}}
+    assert "-toxicity: a scorer of kind 'guard' gives no cost" in refusal({**BASE, "constraints": guarded})
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
@@ -599,7 +614,7 @@ OTHER = {
     "label.pairs": None,  # tied to label.preferences
     "label.human": None,  # of methods that learn from people
     "label.as_published": None,  # of method pecan
-    "solve.estimator": "auto",
+    "solve.estimator": "empirical",
     "solve.confidence": 0.9,
     "label.labels": "sampled",
     "precision": "fp32",

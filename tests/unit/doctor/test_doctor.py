@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,6 +83,34 @@ def test_gpus_that_the_configuration_asks_for_and_this_machine_lacks(
     assert "the configuration asks for 1 each" in finding.state
     assert "cluster.gpus_per_worker to 0" in finding.remedy
     assert machine.gpus(configure(world))[0].severity is Severity.NOTE
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "gpus", "severity", "told"),
+    [
+        ((9, 0), "auto", 1, Severity.OK, "CUDA 13.0, bf16"),
+        ((9, 0), "auto", 0, Severity.WARNING, "the configuration asks for none, models run in fp32 on the CPU"),
+        ((7, 5), "auto", 1, Severity.OK, "fp32: too old for bf16"),
+        ((7, 5), "bf16", 1, Severity.ERROR, "fp32: too old for bf16, which the configuration asks for"),
+    ],
+)
+def test_a_gpu_that_is_there(
+    capability: tuple[int, int],
+    precision: str,
+    gpus: int,
+    severity: Severity,
+    told: str,
+    world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = SimpleNamespace(name="GPU", total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    [finding] = machine.gpus(configure(world, precision=precision, cluster={"gpus_per_worker": gpus}))
+    assert finding.severity is severity
+    assert told in finding.state
 
 
 def test_nvidia_driver_without_a_torch_that_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,3 +259,22 @@ def test_time_is_the_wall_clock_by_default(run: Path) -> None:
     os.utime(run / "solve-1" / "STAGE.json")
     write_log(run, {**BEGAN, "time": time.time()}, opened("solve-1"))
     assert read_status(run)["stages"][0]["heartbeat_s"] < 60
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"time": 1.0, "event": "failed", "error": "DataError"}',
+        '{"time": "soon", "event": "failed", "error": "DataError", "message": "m"}',
+        '{"time": 1e300, "event": "failed", "error": "DataError", "message": "m"}',
+        '{"event": "ended"}',
+        '{"time": 1.0, "event": "shards", "artifact": "generate-1", "work": "w", "done": "0", "waiting": 4}',
+        '{"time": 1.0, "event": "started", "artifact": "../../train-1"}',
+        '{"time": 1.0, "event": "done", "artifact": "generate-1", "seconds": null}',
+        "[" * 100_000,
+    ],
+)
+def test_an_event_that_lost_a_field_is_no_event(tmp_path: Path, line: str) -> None:
+    (tmp_path / "log.jsonl").write_text('{"time": 1.0, "event": "began"}\n' + line + "\n")
+    assert [event["event"] for event in read_events(tmp_path / "log.jsonl")] == ["began"]
+    assert "next: " in format_status(read_status(tmp_path))

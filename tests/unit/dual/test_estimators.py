@@ -17,9 +17,9 @@ from can_dist.dual.estimators import (
     estimate,
     estimator_moments,
     gaussian_moments,
-    jackknife_moments,
     orthant_minimum,
 )
+from can_dist.dual.jackknife import gain_and_slope, jackknife_moments
 from can_dist.dual.moments import prompt_moments
 from can_dist.errors import ConfigError, InfeasibleConstraint, NumericalError
 
@@ -116,8 +116,22 @@ class TestJackknife:
         assert moments.gain_PJ.mean() == pytest.approx(0.5, abs=1e-8)
         assert solution.slack["g"] == pytest.approx(0.0, abs=1e-8)
         assert solution.kkt_residual < 1e-8
-        empirical = solve_table(table, beta=1.0, constraints=[Margin("g", 0.5)])
+        empirical = solve_table(table, beta=1.0, constraints=[Margin("g", 0.5)], estimator="empirical")
         assert solution.lam["g"] < empirical.lam["g"]
+        assert solution.lam_paper == empirical.lam
+
+    @pytest.mark.parametrize("num_responses", [2, 16])
+    def test_slope_is_the_derivative_of_the_gain(self, num_responses: int) -> None:
+        generator = np.random.default_rng(1)
+        score = generator.normal(size=(30 * num_responses, 3))
+        table = ScoreTable.build(score[:, 0], score[:, 1:], np.repeat(np.arange(30), num_responses))
+        lam, step = np.array([0.7, 0.3]), 1e-6
+        gain, slope = gain_and_slope(table, lam, 0.8)
+        empirical = prompt_moments(table, lam, 0.8)
+        np.testing.assert_allclose(gain, jackknife_moments(table, lam, 0.8, empirical).gain_PJ.mean(axis=0), rtol=1e-12)
+        for j, unit in enumerate(np.eye(2)):
+            ends = [gain_and_slope(table, lam + sign * step * unit, 0.8)[0] for sign in (-1, 1)]
+            np.testing.assert_allclose(slope[:, j], (ends[1] - ends[0]) / (2 * step), rtol=1e-6)
 
     def test_two_constraints_one_inactive(self) -> None:
         generator = np.random.default_rng(0)
@@ -147,14 +161,18 @@ class TestJackknife:
 
 
 class TestSolve:
-    def test_the_default_is_unchanged(self) -> None:
+    def test_the_default_is_auto_which_is_the_jackknife(self) -> None:
         table = ragged(3)
         constraints = [Margin("a", 0.1), Margin("b", 0.2)]
         first = solve_table(table, beta=1.0, constraints=constraints)
-        assert first.estimator == "empirical"
-        assert first.lam_vector == pytest.approx(
-            solve_table(table, beta=1.0, constraints=constraints, estimator="empirical").lam_vector, abs=0
-        )
+        assert (first.estimator, first.estimator_reason) == ("jackknife", "")
+        for name in ("auto", "jackknife"):
+            assert solve_table(table, beta=1.0, constraints=constraints, estimator=name).lam == first.lam
+
+    def test_without_constraints_nothing_is_solved(self) -> None:
+        reward = np.random.default_rng(0).normal(size=40)
+        solution = solve_dual(reward, np.empty((40, 0)), np.arange(40) // 8, beta=1.0, constraints=[])
+        assert (solution.lam, solution.estimator) == ({}, "jackknife")
 
     @pytest.mark.parametrize("estimator", ["jackknife", "gaussian", "auto"])
     def test_scaling_and_permuting(self, estimator: str) -> None:
@@ -182,7 +200,7 @@ class TestSolve:
         assert again.estimator == "jackknife"
         assert again.diagnostics == solution.diagnostics
         assert again.confidence is None
-        for key in ("estimator", "estimator_reason", "confidence", "safety_margin"):
+        for key in ("estimator", "estimator_reason", "lam_paper", "confidence", "safety_margin"):
             del record[key]
         assert DualSolution.from_dict(record).estimator == "empirical"
 

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pytest
 from dual_worlds import World
 from scipy.stats import norm
 
+from can_dist import dual
 from can_dist.dual import (
     DualSolution,
     Margin,
     ScoreTable,
     Status,
     bootstrap,
-    cross_fit,
     lam_interval,
     mean_interval,
     predict,
-    solve_dual,
-    solve_table,
 )
 from can_dist.errors import ConfigError, InfeasibleConstraint
+
+cross_fit = partial(dual.cross_fit, estimator="empirical")  # the paper's, which has closed forms
+solve_dual = partial(dual.solve_dual, estimator="empirical")
+solve_table = partial(dual.solve_table, estimator="empirical")
 
 
 def scores(seed: int, num_prompts: int = 60, num_constraints: int = 1) -> ScoreTable:

@@ -236,7 +236,8 @@ def test_the_training_table_carries_the_weights_it_was_solved_with() -> None:
 def test_an_unknown_standard_error_is_null() -> None:
     solution = solve_dual([0.0, 1.0], [[1.0], [0.0]], ["a", "a"], beta=1.0, constraints=[Margin("safety", -0.1)])
     solution.lam_se["safety"] = float("nan")
-    assert multipliers(solution)["safety"] == {"lam": solution.lam["safety"], "lam_se": None}
+    paper = f"paper's {solution.lam_paper['safety']:.4g}"
+    assert multipliers(solution)["safety"] == {"lam": solution.lam["safety"], "lam_se": None, "lam_beside": [paper]}
 
 
 def test_a_prediction_belongs_to_the_policy_that_was_labelled_with_the_solution(tmp_path: Path) -> None:
@@ -323,7 +324,7 @@ def test_the_exact_policy_at_few_responses_is_not_said_to_drift() -> None:
     """Scores with twice the spread of β, K = 8: the predicted KL is half the true one, and nothing is judged by it."""
     world = World("gaussian", 2.0, num_prompts=200, num_responses=8)
     table = ScoreTable.build(*world.sample(0))
-    solution = solve_table(table, beta=world.beta, constraints=[Margin("g", world.margin)])
+    solution = solve_table(table, beta=world.beta, constraints=[Margin("g", world.margin)], estimator="empirical")
     exact = 2.0**2 / 2 * (0.75 + (solution.lam["g"] - 0.5) ** 2)
     assert exact > 2 * solution.predicted["kl"]
     kl = {"predicted": solution.predicted["kl"], "realised": {"mean": exact, "low": 0.99 * exact, "high": 1.01 * exact}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from can_dist.modeling import attention, segments
 from can_dist.modeling.attention import Machine, choose_attention
 from can_dist.modeling.logprobs import ResponseModel, choose_layout, response_logp
 
+ROOT = Path(__file__).parents[3]
 BF16 = torch.bfloat16
 Offsets = torch.Tensor
 
@@ -100,6 +102,13 @@ def test_the_stand_in_has_the_signature_of_the_torch_that_is_installed() -> None
     assert known <= inspect.signature(varlen).parameters.keys()
 
 
+def test_the_stand_ins_have_the_parameters_in_the_wheels_of_torch() -> None:
+    read = json.loads((ROOT / "benchmarks" / "results" / "varlen_attn.json").read_text(encoding="utf-8"))
+    for version, stand_in in VARLEN.items():
+        parameters = None if stand_in is None else list(inspect.signature(stand_in).parameters)
+        assert parameters == read[version], version
+
+
 @pytest.mark.parametrize("on_torch", PACKED, indirect=True)
 @pytest.mark.parametrize("heads", [4, 2, 1], ids=lambda heads: f"{heads} heads of the keys")
 @pytest.mark.parametrize("window", [None, 4])
@@ -162,6 +171,7 @@ def test_heads_that_no_kernel_takes_are_computed_by_segments(on_torch: str) -> N
 
 WITH_FLASH = {"flash_version": "2.8.3"}
 FOR_ANOTHER = {**WITH_FLASH, "flash_error": "flash_attn_2_cuda.so: undefined symbol: _ZN3c10"}
+BROKEN = {**WITH_FLASH, "flash_error": "libcudart.so.11.0: cannot open shared object file"}
 NO_KERNEL = "this torch has no varlen_attn, and flash-attn is not installed; install torch 2.11 or later, or flash-attn"
 
 
@@ -180,6 +190,22 @@ NO_KERNEL = "this torch has no varlen_attn, and flash-attn is not installed; ins
             (64, 64),
             "varlen_attn of torch 2.13.0 (flash-attn 2.8.3 is for another torch and cannot be imported: "
             "flash_attn_2_cuda.so: undefined symbol: _ZN3c10)",
+        ),
+        (
+            gpu("2.9.1", **FOR_ANOTHER),
+            BF16,
+            (64, 64),
+            "sdpa, segment by segment, of torch 2.9.1 (this torch has no varlen_attn, and flash-attn 2.8.3 is for "
+            "another torch and cannot be imported: flash_attn_2_cuda.so: undefined symbol: _ZN3c10; install torch 2.11 "
+            "or later, or build flash-attn for this torch: pip install --force-reinstall --no-deps "
+            "--no-build-isolation flash-attn)",
+        ),
+        (
+            gpu(**BROKEN),
+            BF16,
+            (64, 64),
+            "varlen_attn of torch 2.13.0 (flash-attn 2.8.3 cannot be imported: libcudart.so.11.0: cannot open shared "
+            "object file)",
         ),
         (
             gpu(capability=(7, 5), **WITH_FLASH),

@@ -121,7 +121,7 @@ def sampled(reference: Model, name: str, tokens: list[int]) -> dict[str, Any]:
 def brought(reference: Model, name: str) -> dict[str, Any]:
     _, text = CONVERSATIONS[name]
     row = response_row(asked(name), 0, text, "given")
-    tokenise(reference, open_formatter(reference), 512, [row], "responses.jsonl")
+    tokenise(open_formatter(reference), 512, [row]).check(reference, "responses.jsonl", 512, 1)
     return row
 
 

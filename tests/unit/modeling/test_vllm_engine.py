@@ -149,6 +149,8 @@ def test_vllm_for_cpus_needs_no_gpu(monkeypatch: pytest.MonkeyPatch, versions: d
 def test_engine_takes_all_gpus_of_its_actor(monkeypatch: pytest.MonkeyPatch, gpus: int, backend: str | None) -> None:
     opened = installed(monkeypatch, vllm="0.32.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     open_engine(Model(model="m", revision="r"), "bf16", 32)
     assert (opened["tensor_parallel_size"], opened.get("distributed_executor_backend")) == (gpus, backend)
     assert (opened["dtype"], opened["max_model_len"], opened["tokenizer_revision"]) == ("bfloat16", 32, "r")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,42 @@ def test_every_device_is_asked_the_same_sections(setup: gpu.Setup, tmp_path: Pat
     assert {job.micro_batch for job in peers} >= set(setup.micro_batches)
     if setup.device == "cuda":
         assert max(job.micro_batch for job in peers) == 32, "TRL's best is among 8 to 32 there"
+
+
+@pytest.mark.parametrize("setup", [LARGE, MEDIUM], ids=lambda setup: setup.large)
+def test_the_time_boxes_leave_the_last_section_its_own(setup: gpu.Setup, tmp_path: Path) -> None:
+    boxes = sum(section.box_s for section in gpu.sections(setup, tmp_path))
+    assert gpu.START_S + boxes + gpu.SPARE_S <= gpu.LIMIT_S <= 9 * 60
+
+
+@pytest.mark.parametrize(
+    ("built", "path", "told"),
+    [
+        ("'13.0'", True, "torch 2.15.0, built for CUDA 13.0, sees no GPU here, though nvidia-smi is there; nothing"),
+        ("None", True, "torch 2.15.0, built without CUDA, sees no GPU here, though nvidia-smi is there; nothing"),
+        ("None", False, "torch 2.15.0 sees no GPU here; nothing was measured. To check the script itself: "),
+        ("", False, f"{sys.executable} has no torch: name a Python that has one, as in make gpu PYTHON=.venv/bin/pyth"),
+    ],
+)
+def test_a_machine_that_cannot_be_measured_says_why(built: str, path: bool, told: str, tmp_path: Path) -> None:
+    torch, smi = tmp_path / "torch.py", tmp_path / "bin" / "nvidia-smi"
+    cuda = f"class cuda:\n    is_available = staticmethod(lambda: False)\nclass version:\n    cuda = {built}\n"
+    torch.write_text(f"__version__ = '2.15.0'\n{cuda}" if built else "raise ModuleNotFoundError('torch')")
+    smi.parent.mkdir()
+    if path:
+        smi.write_text("#!/bin/sh\n")
+        smi.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu_sections.py", "--output", str(tmp_path / "results")],
+        cwd=Path(__file__).parents[3],
+        env={"PATH": str(smi.parent), "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.startswith(f"gpu.sh: {told}"), done.stdout + done.stderr
+    assert done.returncode == 6
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_gpu_is_trained_at_a_rate_at_which_bf16_losses_can_be_compared() -> None:

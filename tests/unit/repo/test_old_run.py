@@ -21,6 +21,7 @@ import scorers
 from tiny import make_tiny_lm
 
 from can_dist.config import Config, for_method, validate_config
+from can_dist.config.sections import Solve
 from can_dist.doctor import preflight
 from can_dist.errors import DataError
 from can_dist.modeling import loading
@@ -68,6 +69,7 @@ def configure(folder: Path, **changes: Any) -> Config:
         "reward": scorer("num_words"),
         "constraints": {"safety": {"scorer": scorer("num_calm"), "margin": 0.05}},
         "generate": {"num_responses": 4, "max_new_tokens": 8},
+        "solve": {"estimator": "empirical"},  # the default of then; a run that names none is solved by today's
         "train": {"learning_rate": 3e-3, "batch_size": 8, "max_steps": 4, "log_every": 1},
         "evaluate": {"num_responses": 4},
         "methods": {"p_sacpo": {**people, "p_sacpo": {"q": [0.5]}}, "caid": {"caid": {"rounds": 1}}},
@@ -164,6 +166,14 @@ CHANGES = {
 def test_a_changed_identity_would_be_noticed_and_its_stage_named(world: Path, stage: str) -> None:
     config = configure(world, **CHANGES[stage])
     with pytest.raises(pytest.fail.Exception, match=rf": {stage} \(.*not finished for this configuration"):
+        continue_run(world, config)
+
+
+@pytest.mark.parametrize("named", [{}, {"estimator": "auto"}, {"estimator": "jackknife"}])
+def test_a_run_without_a_named_estimator_is_solved_anew(world: Path, named: dict[str, Any]) -> None:
+    """The old run was solved by the paper's estimator, then the default: no other one may take its λ*."""
+    config = configure(world).model_copy(update={"solve": Solve(**named)})
+    with pytest.raises(pytest.fail.Exception, match=r": solve \(.*not finished for this configuration"):
         continue_run(world, config)
 
 

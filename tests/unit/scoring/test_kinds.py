@@ -23,12 +23,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from can_dist.config import Beaver, Guard, MultiHead, SequenceClassifier
+from can_dist.config import Beaver, Guard, Model, MultiHead, SequenceClassifier
 from can_dist.errors import CanDistError, ConfigError, DataError
 from can_dist.modeling.classifiers import load_sequence_classifier, output_weights
 from can_dist.scoring.guard import guard_ids
-from can_dist.scoring.kinds import check_scorer_opens, load_scorer, scorer_identity
-from can_dist.scoring.protocol import Outputs, Response
+from can_dist.scoring.kinds import check_scorer_opens, load_scorer, scorer_identity, shown_name
+from can_dist.scoring.protocol import LogProb, Outputs, Response
+from can_dist.tables.artifacts import MANIFEST
 
 WORDS = [*(f"w{i}" for i in range(10)), "safe", "unsafe", "BEGINNING", "OF", "CONVERSATION:", "USER:"]
 RESPONSES = [
@@ -375,3 +376,14 @@ def test_code_shipped_with_a_model_is_part_of_its_digest(guard: Path, tmp_path: 
     code.unlink()
     code.write_text("SCALE = -1")
     assert scorer_identity(spec, "fp32") != before
+
+
+@pytest.mark.parametrize("run", ["run", "elsewhere/run"])
+def test_policy_of_a_run_is_named_by_its_artifact(tmp_path: Path, run: str) -> None:
+    """The name is recorded in the manifests of its scores, whose digests hold in whatever path the run lies."""
+    policy = tmp_path / run / "train-0123456789abcdef" / "policy"
+    policy.mkdir(parents=True)
+    spec = LogProb(model=Model(model=str(policy)))
+    assert shown_name(spec) == str(policy)
+    (policy.parent / MANIFEST).touch()
+    assert shown_name(spec) == "train-0123456789abcdef/policy"

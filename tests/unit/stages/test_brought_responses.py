@@ -12,16 +12,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from judge_server import Endpoint, completion, serving
 from tiny import make_tiny_lm
 from transformers import AutoTokenizer
 
-from can_dist.config import Config, validate_config
+from can_dist.config import Config, Model, validate_config
 from can_dist.doctor.preflight import check_sources, preflight
 from can_dist.errors import CanDistError, ConfigError, DataError, EnvironmentProblem, Interrupted
+from can_dist.modeling.formatter import open_formatter
 from can_dist.run import Run
-from can_dist.tables.artifacts import Artifact
+from can_dist.stages import brought_responses
+from can_dist.stages.generate import prompts_of_split
+from can_dist.tables.artifacts import Artifact, file_digest, write_part
+from can_dist.tables.schemas import RESPONSES
 
 WORDS = [f"w{i}" for i in range(12)]
 PROMPTS = [f"w{i} w{i + 1}" for i in range(8)]
@@ -86,6 +91,26 @@ def test_brought_responses_are_joined_by_prompt_and_tokenised(world: Path, tmp_p
     assert [row["response_id"].split("/")[1] for row in table] == ["0", "1"] * 5
     log = (tmp_path / "run" / "log.jsonl").read_text()
     assert "17 rows, 17 responses to 9 prompts; 5 of these prompts are among the 5 training prompts" in log
+
+
+def test_parts_are_the_bytes_of_responses_tokenised_one_by_one(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part may end inside a prompt; batches and a prompt rendered once change no byte."""
+    monkeypatch.setattr(brought_responses, "SHARD_ROWS", 3)
+    artifact = bring(world, tmp_path, complete())
+    formatter = open_formatter(Model(model=str(world / "lm")))
+    rows = []
+    for prompt in prompts_of_split(artifact.input("prompts").path, "train").to_pylist():
+        for k, text in enumerate([f"{prompt['messages'][0]['content']} w5", "w3"]):
+            row = brought_responses.response_row(prompt, k, text, "given")
+            ids = formatter.response_ids(prompt["messages"], text)
+            rows.append(row | {"token_ids": ids, "num_tokens": len(ids)})
+    for part, first in enumerate(range(0, 10, 3)):
+        write_part(tmp_path, part, pa.Table.from_pylist(rows[first : first + 3], schema=RESPONSES))
+    written = [file_digest(path) for path in sorted(tmp_path.glob("part-*.arrow"))]
+    assert [entry["sha256"] for entry in artifact.manifest["files"]] == written
+    assert len(written) == 4
 
 
 def test_file_that_is_unchanged_is_reused_and_another_one_is_not(world: Path, tmp_path: Path) -> None:

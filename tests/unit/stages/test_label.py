@@ -1,6 +1,7 @@
 """Pairs and their labels, on hand-made tables."""
 
 import json
+import shutil
 from collections import Counter
 from math import comb
 from pathlib import Path
@@ -14,10 +15,11 @@ from scipy.special import softmax
 from can_dist.config import validate_config
 from can_dist.dual import Margin, solve_dual
 from can_dist.errors import ConfigError, DataError
+from can_dist.stages import examples
 from can_dist.stages.examples import NOTED
 from can_dist.stages.label import label
 from can_dist.stages.solve import SOLUTION
-from can_dist.tables.artifacts import open_stage, write_json, write_part
+from can_dist.tables.artifacts import file_digest, open_stage, write_json, write_part
 from can_dist.tables.quarantine import without
 from can_dist.tables.schemas import RESPONSES
 from can_dist.workspace import Workspace
@@ -267,3 +269,38 @@ def test_f22_lambda_of_another_scorer_is_refused(tmp_path: Path, random_scores, 
         "Score both with one model, or solve again."
     )
     assert not list(tmp_path.glob("label-*/MANIFEST.json"))
+
+
+def test_lambda_of_the_same_scorer_under_another_path_is_taken(tmp_path: Path, random_scores) -> None:
+    responses, scores, solution, _ = tables(tmp_path, *random_scores)
+    stage = open_stage(tmp_path, "scores", "elsewhere", {}, {"responses": responses})
+    write_part(stage.path, 0, scores.table)
+    moved = {name: {**about, "model": "/elsewhere"} for name, about in scores.info["scorers"].items()}
+    assert labelled(tmp_path, (responses, stage.commit(info={"scorers": moved}), solution)).num_rows > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"labels": "listwise"}, {"pairs_per_prompt": 2}])
+def test_few_rows_at_a_time_give_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """The table made in batches is, byte for byte, the one made of all rows at once."""
+    reward, safety = np.random.default_rng(0).normal(size=(2, NUM_PROMPTS * NUM_RESPONSES))
+    inputs = tables(tmp_path / "run", reward, safety, [f"é{n // 2}" if n % 9 else "" for n in range(len(reward))])
+    digests = []
+    for prompts, rows in ((1024, 8192), (3, 7)):
+        monkeypatch.setattr(examples, "PROMPTS_AT_A_TIME", prompts)
+        monkeypatch.setattr(examples, "ROWS_AT_A_TIME", rows)
+        artifact = labelled(tmp_path / "run", inputs, **options)
+        digests.append([entry["sha256"] for entry in artifact.manifest["files"]])
+        at_once = pa.Table.from_pylist(artifact.table.to_pylist(), schema=artifact.table.schema)
+        write_part(tmp_path, 0, at_once)
+        assert file_digest(tmp_path / "part-00000.arrow") == digests[-1][0]
+        shutil.rmtree(artifact.path)
+    assert digests[0] == digests[1]
+
+
+def test_rows_of_a_prompt_that_lie_apart_are_brought_together() -> None:
+    ids = ["b", "a", "b", "c", "a", "b"]
+    table = pa.table({"prompt_id": ids, "row": list(range(6))})
+    groups = [[row["row"] for row in members] for members in examples.by_prompt(table)]
+    assert groups == [[0, 2, 5], [1, 4], [3]]

@@ -100,8 +100,11 @@ def test_the_same_configuration_is_solved_once(tmp_path: Path, capsys: pytest.Ca
 
 def test_description_of_a_plain_solution() -> None:
     solution = expected(Margin("safety", 0.3))
-    lam, error = solution.lam["safety"], solution.lam_se["safety"]
-    assert describe(solution) == f"λ* = safety {lam:.4f} ± {error:.4f}; {solution.diagnostics['verdict']}"
+    lam, error, paper = (values["safety"] for values in (solution.lam, solution.lam_se, solution.lam_paper))
+    beside = f"SE {error:.2g}, bias unknown, paper's {paper:.4g}"  # a table that vouches for nothing bounds no bias
+    assert describe(solution) == (
+        f"λ* = safety {lam:.4f} ({beside}); estimator jackknife; {solution.diagnostics['verdict']}"
+    )
 
 
 def test_description_tells_the_estimator_its_reason_and_the_safety_margin() -> None:
@@ -117,5 +120,5 @@ def test_description_tells_the_estimator_its_reason_and_the_safety_margin() -> N
 
 def test_description_points_out_a_level_given_as_a_margin() -> None:
     text = describe(expected(Margin("safety", -1.3)))
-    assert text.startswith("λ* = safety 0.0000; ")
+    assert text.startswith("λ* = safety 0.0000 (paper's 0); ")
     assert "write threshold=-1.3, a margin of" in text

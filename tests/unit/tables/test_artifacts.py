@@ -38,7 +38,7 @@ from can_dist.tables.artifacts import (
     write_json,
     write_part,
 )
-from can_dist.tables.verify import verify_run
+from can_dist.tables.verify import files_outside, verify_run
 
 
 def table(part: int, rows: int = 50) -> pa.Table:
@@ -534,6 +534,17 @@ def lineage(tmp_path: Path) -> dict[str, Artifact]:
 
 def test_verify_accepts_a_whole_run(tmp_path: Path, lineage: dict[str, Artifact]) -> None:
     assert verify_run(tmp_path) == (3, [])
+
+
+def test_what_no_manifest_lists_is_named(tmp_path: Path, lineage: dict[str, Artifact]) -> None:
+    before = files_outside(tmp_path)
+    assert before == {STAGE: 3, "part-*.json": sum(len(artifact.parts) for artifact in lineage.values())}
+    artifact = next(iter(lineage.values()))
+    (artifact.path / "metrics.jsonl").write_text("{}")
+    (tmp_path / "log.jsonl").write_text("{}")
+    assert files_outside(tmp_path) - before == {"metrics.jsonl": 1, "log.jsonl": 1}
+    (artifact.path / MANIFEST).write_text("{")  # then nothing lists what it listed
+    assert files_outside(tmp_path)[MANIFEST] == 1
 
 
 def test_verify_finds_nothing_in_an_empty_directory(tmp_path: Path) -> None:

@@ -166,7 +166,9 @@ def test_f15_repeated_response_is_refused(tmp_path: Path) -> None:
     ids = data["response_id"].to_pylist()
     ids[2] = ids[1]
     path = write(tmp_path / "a.parquet", data.set_column(1, "response_id", pa.array(ids)))
-    assert refusal(lambda: index_shard(path, COLUMNS)).startswith(f"{path}: a response_id is repeated in rows 0 to ")
+    assert refusal(lambda: index_shard(path, COLUMNS)).startswith(
+        f"{path}: response_id 'p1/0' at row 2 is there before, for the same prompt."
+    )
 
 
 @pytest.mark.parametrize(

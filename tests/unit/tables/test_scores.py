@@ -273,14 +273,6 @@ def test_response_ids_may_count_within_each_prompt() -> None:
     assert scores.reward_N.tolist() == GOOD["reward"]
 
 
-def test_a_cost_is_named_with_a_minus() -> None:
-    table = pa.table({"prompt_id": GOOD["prompt_id"], "reward": GOOD["reward"], "cost": GOOD["safety"]})
-    found = score_arrays(table, "reward", ["-cost"], "my.parquet")
-    assert found.utility_NJ[:, 0].tolist() == [-value for value in GOOD["safety"]]
-    with pytest.raises(DataError, match="no column '-costs'"):
-        score_arrays(table, "reward", ["-costs"], "my.parquet")
-
-
 @pytest.mark.parametrize(
     ("bad", "shown"), [(None, "None"), (float("nan"), "nan"), (float("inf"), "inf"), (float("-inf"), "-inf")]
 )
@@ -307,13 +299,15 @@ def test_column_of_nulls_alone_is_refused_with_its_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "kind"),
-    [(["1", "2", "3", "4"], "string"), ([True, False, True, False], "bool"), ([[1.0]] * 4, "list<item: double>")],
+    ("values", "kind", "remedy"),
+    [
+        (["1", "2", "3", "4"], "string", "Write it as numbers."),
+        ([True, False, True, False], "bool", "Write 1 for true and 0 for false."),
+        ([[1.0]] * 4, "list<item: double>", "Write it as numbers."),
+    ],
 )
-def test_column_that_is_no_number_is_refused(values: list[Any], kind: str) -> None:
-    assert refusal({**GOOD, "safety": values}) == (
-        f"my.parquet: column 'safety' is {kind}, expected numbers. Write it as numbers."
-    )
+def test_column_that_is_no_number_is_refused(values: list[Any], kind: str, remedy: str) -> None:
+    assert refusal({**GOOD, "safety": values}) == (f"my.parquet: column 'safety' is {kind}, expected numbers. {remedy}")
 
 
 def test_first_text_that_is_no_number_is_shown_as_pandas_types_texts() -> None:
@@ -329,3 +323,30 @@ def test_f20_one_response_per_prompt_everywhere_is_refused() -> None:
 
 def test_f20_one_response_for_some_prompts_is_accepted() -> None:
     assert arrays({**GOOD, "prompt_id": ["a", "a", "b", "c"]}).prompt_N.tolist() == ["a", "a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("ending", "row", "told"),
+    [
+        ("jsonl", '{"prompt_id": "\\ud800", "reward": 1}', "line 2, field 'prompt_id': found '\\ud800', expected"),
+        ("jsonl", '{"prompt_id": "p", "re\\uDC00ward": 1}', "line 2, field 're\\udc00ward': found '\\udc00', expected"),
+        ("json", '{"prompt_id": "p", "more": ["\\ud83d"]}', "row 1, field 'more': found '\\ud83d', expected"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused_with_its_row(tmp_path: Path, ending: str, row: str, told: str) -> None:
+    path, sound = tmp_path / f"scores.{ending}", '{"prompt_id": "\\ud83d\\ude00", "reward": 1}'
+    path.write_text(f"[{sound}, {row}]" if ending == "json" else f"{sound}\n{row}\n")
+    with pytest.raises(DataError) as refused:
+        read_score_table(path)
+    assert told in str(refused.value)
+    assert "expected Unicode text without lone surrogates" in str(refused.value)
+    path.write_text(f"[{sound}]" if ending == "json" else sound)
+    assert read_score_table(path).column("prompt_id").to_pylist() == ["😀"]
+
+
+def test_parquet_column_whose_name_is_no_text_is_one_message(tmp_path: Path) -> None:
+    path = tmp_path / "scores.parquet"
+    pq.write_table(pa.table({"prompt_id": ["p"], "reward": [1.0]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"reward", b"\xb5eward"))
+    with pytest.raises(DataError, match=r"scores.parquet: cannot be read as a table"):
+        read_score_table(path)

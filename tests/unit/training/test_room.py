@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from can_dist.config import Model
+from can_dist.config import Cluster, Model
 from can_dist.config.sections import Lora, Train
-from can_dist.errors import EnvironmentProblem
-from can_dist.modeling.precision import resolve_precision
+from can_dist.errors import ConfigError, EnvironmentProblem
+from can_dist.modeling.precision import require_known_gpus, resolve_precision, run_precision
 from can_dist.training import engine, room
 from can_dist.training import memory as m
 from can_dist.training.batches import Example
@@ -109,6 +110,47 @@ def test_bf16_on_a_gpu_that_has_none_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     with pytest.raises(EnvironmentProblem, match=r"Tesla T4 has compute capability 7.5, bf16 needs 8.0. Set precision"):
         resolve_precision("bf16")
+
+
+def settings(precision: str = "auto", **gpus: float) -> Any:
+    return SimpleNamespace(precision=precision, cluster=Cluster(**gpus))
+
+
+@pytest.mark.parametrize(
+    ("given", "capability", "resolved"),
+    [
+        (settings(), (9, 0), "fp32"),  # a GPU that the run is not given
+        (settings(gpus_per_worker=1), (9, 0), "bf16"),
+        (settings(gpus_per_actor=0.5), (9, 0), "bf16"),
+        (settings(gpus_per_actor=1), (7, 5), "fp32"),
+        (settings("fp32", gpus_per_actor=1), None, "fp32"),
+        (settings("bf16", gpus_per_actor=1), None, "bf16"),  # the GPUs are those of other machines
+        (settings("bf16"), (7, 5), "bf16"),  # on the CPU, slowly, as is asked
+        (settings(), None, "fp32"),
+    ],
+)
+def test_the_precision_of_a_run_follows_the_gpus_that_it_is_given(
+    monkeypatch: pytest.MonkeyPatch, given: Any, capability: tuple[int, int] | None, resolved: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert run_precision(given) == resolved
+
+
+def test_auto_is_not_decided_on_a_head_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EnvironmentProblem, match=r"torch sees none here, while .* Set precision: bf16 \(for GPUs"):
+        run_precision(settings(gpus_per_worker=1))
+
+
+def test_launched_ranks_do_not_train_in_fp32_on_gpus_that_the_configuration_does_not_know_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"Set cluster.gpus_per_worker: 1, or the precision"):
+        require_known_gpus(settings())
+    require_known_gpus(settings(gpus_per_worker=1))
+    require_known_gpus(settings("fp32"))
 
 
 def test_a_rank_asks_for_its_own_gpu_before_the_model_is_loaded(
