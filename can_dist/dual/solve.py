@@ -85,7 +85,7 @@ def solve_dual(
         ... }
         >>> solution = solve_dual(scores, beta=1.0, constraints=[Margin("safety", margin=0.2)])
         >>> round(solution.lam["safety"], 4)
-        1.2123
+        0.714
         >>> round(solution.predicted["improvement"]["safety"]["mean"], 4)
         0.2
     """

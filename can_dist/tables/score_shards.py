@@ -22,7 +22,7 @@ from can_dist.errors import DataError
 from can_dist.tables.artifacts import MANIFEST, load_artifact
 from can_dist.tables.ids import coded_ids, plain_ids
 from can_dist.tables.json_rows import is_json
-from can_dist.tables.misfits import sound
+from can_dist.tables.misfits import named, sound
 from can_dist.tables.schemas import require_columns
 from can_dist.tables.scores import check_distinct, check_numeric, doubles, schema_difference, score_files, unreadable
 
@@ -185,7 +185,7 @@ def _schema(path: Path) -> pa.Schema:
         else:
             with pa.OSFile(str(path)) as source:
                 schema = pa.ipc.open_file(source).schema
-        return sound(schema.empty_table()).schema
+        return named(schema)
 
 
 def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:

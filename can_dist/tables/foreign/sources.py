@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from can_dist.errors import ConfigError, DataError, EnvironmentProblem
 from can_dist.tables.foreign.json_type import row_decoder
 from can_dist.tables.json_rows import JSON_ENDINGS, Row, json_rows
-from can_dist.tables.misfits import UNREADABLE, sound
+from can_dist.tables.misfits import UNREADABLE, named, sound
 
 _KINDS = {
     **dict.fromkeys(JSON_ENDINGS, "json"),
@@ -223,7 +223,7 @@ def _damaged(path: Path, kind: str, error: Exception) -> DataError:
 def _open_parquet(path: Path) -> Shard:
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
-        schema = sound(file.schema_arrow.empty_table()).schema
+        schema = named(file.schema_arrow)
     except UNREADABLE as error:
         raise _damaged(path, "Parquet file", error) from error
 
@@ -244,7 +244,7 @@ def _open_arrow(path: Path) -> Shard:
             _check_stream_end(path, buffer)
             reader = pa.ipc.open_stream(buffer)
             batches = iter(reader)
-        schema = sound(reader.schema.empty_table()).schema
+        schema = named(reader.schema)
     except UNREADABLE as error:
         raise _damaged(path, "Arrow file", error) from error
     return Shard(

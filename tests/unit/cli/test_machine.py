@@ -151,8 +151,9 @@ def test_log_takes_any_text_and_is_read_with_any_byte(tmp_path: Path, any_config
     work.log(event="row", name="\ud800")
     work.close()
     with (tmp_path / "run" / "log.jsonl").open("ab") as log:
-        log.write(b'{"event": "\xff"}\n')
-    assert [event["event"] for event in read_events(tmp_path / "run" / "log.jsonl")][-2:] == ["row", "\ufffd"]
+        log.write(b'{"event": "\xff"}\n{"time": 1, "event": "\xff"}\n')
+    events = read_events(tmp_path / "run" / "log.jsonl")
+    assert [event["event"] for event in events] == ["began", "row", "\ufffd"], "a line without a time is damaged"
 
 
 def test_escapes_do_not_reach_the_terminal(

@@ -223,7 +223,8 @@ def test_bad_prompts_name_file_row_field_found_and_expected(tmp_path: Path, valu
     good = [USER] if isinstance(value, list) else "Hi?"
     path = write(tmp_path / "a.jsonl", [{"prompt": good}, {"prompt": value}])
     message = refusal(path)
-    assert message.startswith(f"{path}, row 1, field 'prompt")
+    place = "line 2" if value == "a\ud800" else "row 1"  # a text that JSON should not hold is met while it is read
+    assert message.startswith(f"{path}, {place}, field 'prompt")
     assert found in message
     assert message.count("\n  ") == 1  # and what to do
 
