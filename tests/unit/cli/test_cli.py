@@ -245,7 +245,8 @@ def test_home_is_filled_in_where_the_shell_leaves_it(
     work.mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
     scores = f"--scores=~/{scores_file(tmp_path).name}"
-    options = ["--reward", "reward", "--constraint", "safety:margin=0.2", "--beta", BETA, "--json", "~/solution.json"]
+    options = ["--reward", "reward", "--constraint", "safety:margin=0.2", "--beta", BETA, "--json", "~/solution.json",
+               "--estimator", "empirical"]  # fmt: skip
     result = can_dist("solve", scores, *options, cwd=work)
     assert result.code == 0, result.err
     assert json.loads((tmp_path / "solution.json").read_text()) == solved[1]
