@@ -40,6 +40,8 @@ def beside(data: Any, directory: Path) -> Any:
 
 def _led(name: str, directory: Path) -> str:
     """Return a name, or the path beside the file that it means."""
-    if not name or name.startswith("~") or Path(name).exists() or not (directory / name).exists():
+    try:
+        is_elsewhere = not name or name.startswith("~") or Path(name).exists() or not (directory / name).exists()
+    except OSError:  # longer than any path can be: what reads it says so
         return name
-    return os.path.normpath(directory / name)
+    return name if is_elsewhere else os.path.normpath(directory / name)

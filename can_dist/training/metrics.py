@@ -82,7 +82,7 @@ def _line(path: Path, number: int, text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         line = None
     known = isinstance(line, dict) and all(type(line[key]) in (int, float) for key in line.keys() - {ESTIMATE})
-    if not known or not isinstance(line.get("step"), int):
+    if not known or not isinstance(line.get("step"), int) or not isinstance(line.get(RESUMED, 0), int):
         raise DataError(
             f"{path}, line {number}: found {text[:80]!r}, expected numbers with a step, and an estimate in words.",
             f"Delete {path.parent} and run again.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import ray
 from small_run import small_run
 
 from can_dist.config import validate_config
@@ -14,6 +15,7 @@ from can_dist.tables.artifacts import MANIFEST, load_artifact
 
 @pytest.mark.slow
 def test_digests_are_those_of_the_same_run_under_another_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray.shutdown()  # the workers of a Ray that another test started are in another directory
     (tmp_path / "world").mkdir()
     config = validate_config(small_run(tmp_path / "world"))
     monkeypatch.chdir(tmp_path)
