@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 OWNER = ".owner"
 OWNER_LINE = re.compile(r"process (?P<process>\d+) on (?P<host>\S+) since (?P<since>.+)")
+TEXTS = {"stage", "label", "work", "message", "error"}
+"""Fields of an event that hold a text, where it has them."""
 SINCE = "%Y-%m-%d %H:%M:%S"
 LOG = "log.jsonl"
 FIELDS: dict[str, dict[str, Any]] = {
@@ -211,6 +213,8 @@ def _is_event(value: Any) -> bool:
     if any(isinstance(n, bool) or not isinstance(n, int | float) or not 0 <= n < LAST_TIME for n in numbers):
         return False
     if "artifact" in value and not (isinstance(value["artifact"], str) and ARTIFACT.fullmatch(value["artifact"])):
+        return False
+    if any(not isinstance(value[key], str) for key in TEXTS & value.keys()):
         return False
     return all(isinstance(value.get(key), kind) for key, kind in FIELDS.get(value["event"], {}).items())
 
