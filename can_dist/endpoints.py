@@ -145,7 +145,7 @@ def _connection(kind: Any, owner: str, url: str) -> Any:
     except (ImportError, ValueError) as error:
         variables = ", ".join(_variable(name) for name in proxies)
         raise EnvironmentProblem(
-            f"{owner}: the proxy that the environment names ({variables}) cannot be used: {error}.",
+            f"{owner}: the proxy that the environment names ({variables}) cannot be used: {str(error).rstrip('.')}.",
             "Unset the variable or give a proxy whose address begins with http:// (for socks5:// install the client's "
             "extra 'socks').",
         ) from None
