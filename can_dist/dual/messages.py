@@ -134,12 +134,12 @@ def gain_error(solution: DualSolution, name: str) -> list[str]:
 
 
 def error_parts(error: float | None, bias: float | None) -> list[str]:
-    """Return 'SE 0.1' and the bias beside it: 'bias at most 0.02', 'bias unknown' where it is NaN, '' where None."""
+    """Return 'SE 0.1' and the bias beside it, 'bias 0.02 allowed for' or, where it is NaN, 'bias unknown'."""
     if error is None or not math.isfinite(error):
         return []
     if bias is None:
         return [f"SE {error:.2g}"]
-    return [f"SE {error:.2g}", f"bias at most {bias:.2g}" if math.isfinite(bias) else "bias unknown"]
+    return [f"SE {error:.2g}", f"bias {bias:.2g} allowed for" if math.isfinite(bias) else "bias unknown"]
 
 
 def bias_of(solution: DualSolution, name: str, kind: Literal["lam_bias", "bias"]) -> float | None:

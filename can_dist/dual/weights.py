@@ -150,7 +150,7 @@ def _delivered_text(judgement: Judgement) -> str:
     parts = []
     for name, interval in judgement["delivered"].items():
         verb = "has a mean" if judgement["level"][name] else "changes"
-        amount = f"{interval['low']:+.3g} to {interval['high']:+.3g} (bias at most {interval['bias']:.2g})"
+        amount = f"{interval['low']:+.3g} to {interval['high']:+.3g} (bias {interval['bias']:.2g} allowed for)"
         parts.append(f"{verb} {name} {'of' if judgement['level'][name] else 'by'} {amount}")
     joint = " jointly" if len(parts) > 1 else ""
     return f"On new prompts the policy of this lambda {' and '.join(parts)}, at 95%{joint}."

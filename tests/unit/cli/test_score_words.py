@@ -52,8 +52,8 @@ def test_bias_stands_beside_the_standard_error(scores: Path) -> None:
     text = solve(scores, "--constraint", "safety:margin=0.3", beta="2")
     line = next(line for line in text.splitlines() if line.startswith("safety"))
     paper = f"paper's {record['lam_paper']['safety']:.4g}"
-    assert f"(SE {lam_se:.2g}, bias at most {judgement['lam_bias']['safety']:.2g}, {paper})" in line
-    assert line.endswith(f", bias at most {judgement['delivered']['safety']['bias']:.2g})")
+    assert f"(SE {lam_se:.2g}, bias {judgement['lam_bias']['safety']:.2g} allowed for, {paper})" in line
+    assert line.endswith(f", bias {judgement['delivered']['safety']['bias']:.2g} allowed for)")
     text = solve(scores, "--constraint", "safety:margin=0.3", beta="0.1")
     assert "Do not trust" in text
     assert ", bias unknown, paper's" in text
