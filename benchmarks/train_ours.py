@@ -125,6 +125,7 @@ def train_options(job: Job) -> Any:
     return Train(
         learning_rate=LEARNING_RATE[job.device],
         lora=Lora() if job.lora else None,
+        kernels=job.kernels,
         schedule="constant",
         batch_size=job.batch_size,
         tokens_per_pack=job.tokens_per_pack,
