@@ -36,8 +36,8 @@ def check_kernels(model: Model, *, on_gpu: bool) -> None:
         )
     if not on_gpu:
         raise EnvironmentProblem(
-            "train.kernels: liger computes on GPUs, and a rank of the training has none. "
-            "Set cluster.gpus_per_worker: 1, or leave train.kernels out."
+            "train.kernels: liger computes on GPUs, and a rank of the training has none.",
+            "Set cluster.gpus_per_worker: 1, or leave train.kernels out.",
         )
     kind = load_model_config(model, "causal language model").model_type
     if kind not in MODELS:
