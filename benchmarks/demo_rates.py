@@ -43,7 +43,7 @@ def main(run_dir: Path) -> None:
         gain = known["constraints"]["safety"]
         click.echo(
             f"| {known['rate']:.0e} | {known['way']} | {known['alpha']:.2f} | {gain['mean']:+.2f} [{gain['low']:+.2f}, "
-            f"{gain['high']:+.2f}] | {known['reward']['mean']:+.2f} | {known['kl']['mean']:.2f} | {gain['verdict']} |"
+            f"{gain['high']:+.2f}] | {known['reward']['mean']:+.2f} | {known['kl']['mean']:.2f} | {current(gain['verdict'])} |"
         )
     draw(rows)
 

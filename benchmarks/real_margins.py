@@ -147,7 +147,7 @@ def show() -> None:
         if cell["way"] == "two":
             gains = [
                 f"{name} {gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}] of {gain['margin']:+.2f}: "
-                f"{gain['verdict']}"
+                f"{current(gain['verdict'])}"
                 for name, gain in cell["constraints"].items()
             ]
             click.echo(f"\ntwo, seed {cell['seed']}: {'; '.join(gains)}; KL {cell['kl']['mean']:.2f}")
@@ -177,7 +177,7 @@ def table_row(cell: dict[str, Any]) -> str:
         f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]",
         f"{cell['reward']['mean']:+.2f}",
         f"{kl['mean']:.2f} ({kl['predicted']:.2f})",
-        gain["verdict"],
+        current(gain["verdict"]),
     ]
     return f"| {' | '.join(columns)} |"
 

@@ -114,7 +114,7 @@ def show() -> None:
             f"| {name} | {known['trainings']} | {tokens} "
             f"| {work:.0f} ({work / working(base):.1f}×) | {total:.0f} ({total / sum(base['cpu'].values()):.1f}×) "
             f"| {gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}] | {known['reward']['mean']:+.2f} "
-            f"| {known['kl']['mean']:.2f} | {gain['verdict']} |"
+            f"| {known['kl']['mean']:.2f} | {current(gain['verdict'])} |"
         )
 
 

@@ -8,6 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from can_dist.config import Config, load_config
+from can_dist.dual.belief.level import stated
+from can_dist.measuring.verdicts import verdict_text
 from can_dist.stages.report import PAGE, REPORT
 from can_dist.tables.artifacts import Artifact, write_text
 
@@ -44,7 +46,7 @@ def summary(artifact: Artifact, config: Config) -> str:
                 f"{entry['margin']:+.2f}" if "margin" in entry else "",
                 f"{predicted['mean']:+.2f}",
                 f"{realised['mean']:+.2f} [{realised['low']:+.2f}, {realised['high']:+.2f}]",
-                entry.get("verdict", "reported, not constrained"),
+                verdict_text(entry) if "verdict" in entry else "reported, not constrained",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
@@ -52,5 +54,6 @@ def summary(artifact: Artifact, config: Config) -> str:
     kl = report["kl"]["realised"]
     lam = ", ".join(f"{name} {value:.3f}" for name, value in report["solution"]["lam"].items())
     lines.append(f"λ* = {lam} at β = {config.beta}; KL(policy‖reference) {kl['mean']:.2f} nats per response")
-    lines.append(f"report: {artifact.path / PAGE}")
+    lines.append(stated(report["solution"]["diagnostics"]))
+    lines.append(f"report: {artifact.path.parent / PAGE}")
     return "\n".join(lines)

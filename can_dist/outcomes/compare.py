@@ -20,6 +20,7 @@ from can_dist.errors import DataError
 from can_dist.measuring.comparison import Cost, MethodResult, OneShotRatio, method_result, one_shot_ratio
 from can_dist.measuring.gains import column
 from can_dist.measuring.ranking import Ranking, rank_methods
+from can_dist.measuring.verdicts import current
 from can_dist.stages.report import REPORT, as_trained
 from can_dist.stages.trajectory import TRAJECTORY
 from can_dist.tables.artifacts import MANIFEST, Artifact, flatten, load_artifact, write_json, write_text
@@ -165,7 +166,7 @@ def results(methods: Sequence[Evaluated]) -> dict[str, list[MethodResult]]:
                     method.gain_P(reward),
                     method.gain_P(row["name"]),
                     margin=row["margin"],
-                    verdict=row["verdict"],
+                    verdict=current(row["verdict"]),
                     kl=method.report["kl"]["realised"]["mean"],
                     cost=method.cost,
                 )
@@ -203,7 +204,8 @@ def _method_record(method: Evaluated, names: Sequence[str]) -> dict[str, Any]:
         "beta": report["beta"],
         "gains": {score: asdict(mean_interval(method.gain_P(score))) for score in names},
         "constraints": {
-            row["name"]: {key: row[key] for key in ("margin", "threshold", "verdict")} for row in report["constraints"]
+            row["name"]: {"margin": row["margin"], "threshold": row["threshold"], "verdict": current(row["verdict"])}
+            for row in report["constraints"]
         },
         "kl": report["kl"]["realised"],
         "estimate": _estimate_record(report),

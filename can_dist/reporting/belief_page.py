@@ -69,7 +69,7 @@ def believed(
 ) -> dict[str, Any] | None:
     """Return the values of the section from JSON-safe records; None without a solution.
 
-    Without an examination the section shows the solver's own short verdict and numbers.
+    Without an examination the section shows the solver's own verdict and numbers.
     """
     if not solution:
         return None
@@ -78,8 +78,7 @@ def believed(
     ess, weighted = summary.get("ess") or {}, bool(seen.get("weighted"))
     return {
         "headline": seen.get("headline"),
-        "detail": diagnosis.get("verdict"),
-        "solver_verdict": summary.get("verdict"),
+        "detail": _remarks(summary.get("verdict"), diagnosis.get("verdict"), seen.get("headline")),
         "weighted": weighted,
         "refused": seen.get("refused"),
         "ess": ess if ess.get("median") is not None else {},
@@ -102,6 +101,13 @@ def believed(
         "duals": list(_dual_panels(seen.get("dual_curves") or {}, solution)),
         "frontiers": list(_frontier_panels(seen.get("frontier") or {}, reward_name, weighted)),
     }
+
+
+def _remarks(verdict: str | None, examined: str | None, headline: Mapping[str, str] | None) -> str:
+    """Return what the examination adds to the verdict of the solver, which the headline already gives."""
+    if examined is None or headline is None:
+        return verdict or ""
+    return examined.removeprefix(verdict or "").strip() if (verdict or "") in headline["text"] else examined
 
 
 def _responses_text(counts: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from can_dist.measuring.gains import joint_sentence
+from can_dist.measuring.verdicts import Verdict, current, undecided_because
 from can_dist.reporting.belief_page import believed
 from can_dist.reporting.course_panel import course
 from can_dist.reporting.estimate_panel import estimated
@@ -38,17 +39,13 @@ SUMMARY_CHARS = 110
 OPTIONAL = ("num_train_prompts", "num_responses", "win_rate", "lengths", "counts", "warnings", "prediction",
             "unpredicted", "models", "versions", "format_version")  # fmt: skip
 """Keys of ``report.json`` that the template shows as they are, where they are there."""
-VERDICTS = {
-    "met": ("met", "is met", " The whole {level} interval is at or above the margin. {unseen}"),
-    "met within the interval": (
-        "within",
-        "is met within the interval",
-        " The margin lies inside the {level} interval and the estimate is {side} it: more prompts would settle it.",
-    ),
-    "not met": ("unmet", "is not met", " The whole {level} interval lies {side} the margin."),
-    "not decided": ("within", "is not decided", " Every prompt changed by the same amount. {unseen}"),
+VERDICTS: dict[Verdict, tuple[str, str, str]] = {
+    "met": ("met", "is met", "The whole {level} interval is at or above the {demand}. {unseen}"),
+    "undecided": ("within", "is undecided", "The {demand} lies inside the {level} interval{because}."),
+    "not met": ("unmet", "is not met", "The whole {level} interval lies {side} the {demand}."),
 }
 """Verdict → mark, words and remark: ``level`` is the interval's confidence, ``unseen`` the limit of P prompts."""
+SAME = "Every prompt changed by the same amount. {unseen}"
 
 
 def write_report(report: Mapping[str, Any], path: Path) -> None:
@@ -106,7 +103,8 @@ def _compared(row: Mapping[str, Any], margin: float | None) -> dict[str, Any]:
         "realised_interval": interval_text(realised, decimals),
         "margin_text": number(margin, decimals),
         "threshold_text": plain(row.get("threshold")) if row.get("threshold") is not None else "",
-        "kind": VERDICTS[row["verdict"]][0] if "verdict" in row else "",
+        "kind": VERDICTS[current(row["verdict"])][0] if "verdict" in row else "",
+        "verdict": current(row["verdict"]) if "verdict" in row else "",
     }
 
 
@@ -120,15 +118,18 @@ def _verdict(row: Mapping[str, Any], num_prompts: int) -> dict[str, str]:
         decimals = decimals_of(realised, margin)
         numbers = f"mean {number(realised['mean'], decimals)} {interval_text(realised, decimals)}"
         limit = number(margin, decimals)
+    because, same = undecided_because(row), realised["low"] == realised["high"]
     return {
         "kind": kind,
         "name": row["name"],
         "words": words,
         "numbers": numbers,
         "against": f"against a {demand} of {limit}, on {num_prompts} held-out prompt{'' if num_prompts == 1 else 's'}.",
-        "remark": remark.replace("margin", demand).format(
+        "remark": (SAME if same else remark).format(
+            demand=demand,
             side="above" if realised["mean"] >= margin else "below",
             level=percent(row.get("confidence", 0.95), 0 if row.get("confidence", 0.95) == 0.95 else 1),
+            because=because and f": {because}",
             unseen=_unseen(num_prompts),
         ),
     }

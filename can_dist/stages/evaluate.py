@@ -12,9 +12,8 @@ from typing import Any
 from can_dist.config import Model
 from can_dist.config.base import identity
 from can_dist.config.sections import Constraint
-from can_dist.measuring.gains import (
-    gains_table,
-)
+from can_dist.measuring.gains import gains_table
+from can_dist.measuring.verdicts import verdict_line
 from can_dist.modeling.formatter import text_identity
 from can_dist.modeling.loading import model_digest
 from can_dist.modeling.precision import run_precision
@@ -25,7 +24,7 @@ from can_dist.stages.ingest import ingest_benign
 from can_dist.stages.report import PAGE, REPORT, Lineage, build_report, log_ratio, method_title
 from can_dist.stages.score import score
 from can_dist.stages.train import policy_model
-from can_dist.tables.artifacts import Artifact, digest_of, write_json, write_part
+from can_dist.tables.artifacts import Artifact, digest_of, write_json, write_part, write_text
 from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
 from can_dist.workspace import Workspace
 
@@ -74,7 +73,7 @@ def evaluate(
     }
     stage = work.open("evaluate", method_title(work.config.method, variant), identity_keys, inputs)
     if stage.finished:
-        return stage.finished
+        return _shown(work, stage.finished)
     work.release_actors()
     with work.timed("evaluate", method_title(work.config.method, variant)):
         from can_dist.reporting.run_page import write_report
@@ -87,7 +86,17 @@ def evaluate(
         gains = gains_table(inputs["scores_before"].table, scored, [reward, *constraints], log_ratio(scored))
         write_part(stage.path, 0, gains)
         shown = ("method", "variant", "constraints", "reward", "basis")
-        return stage.commit([REPORT, PAGE], info={name: report[name] for name in shown})
+        return _shown(work, stage.commit([REPORT, PAGE], info={name: report[name] for name in shown}))
+
+
+def _shown(work: Workspace, evaluation: Artifact) -> Artifact:
+    """Return a finished evaluation: its page becomes the run's own, and its verdicts are said."""
+    page = work.directory / PAGE
+    if (evaluation.path / PAGE).is_file():
+        write_text(page, (evaluation.path / PAGE).read_text(encoding="utf-8"))
+    verdicts = "; ".join(verdict_line(row) for row in evaluation.info["constraints"])
+    work.say(f"evaluate ({evaluation.info['method']}): {verdicts}; report: {page}")
+    return evaluation
 
 
 def _benign_responses(work: Workspace, prompts: Artifact, reference: Model, policy: Model) -> dict[str, Artifact]:

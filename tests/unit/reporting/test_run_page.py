@@ -114,7 +114,10 @@ def minimal_report() -> dict[str, Any]:
     return {key: full[key] for key in keep} | {"kl": None, "training": None, "samples": None, "scores": None}
 
 
-TWO = [constraint("safety", 1.23, "met"), constraint("honesty", 0.92, "met within the interval")]
+TWO = [
+    constraint("safety", 1.23, "met"),
+    constraint("honesty", 0.92, "undecided") | {"prompts_to_decide": 900},
+]
 WORLDS = {
     "one": make_report(),
     "two": make_report(TWO),
@@ -185,9 +188,8 @@ def test_verdicts_read_as_sentences() -> None:
         in Page(rendered("one")).text
     )
     assert (
-        "The honesty constraint is met within the interval: +0.92 [0.71, 1.13] against a margin of 1.00, on 64 "
-        "held-out prompts. The margin lies inside the 95% interval and the estimate is below it: more prompts would "
-        "settle it."
+        "The honesty constraint is undecided: +0.92 [0.71, 1.13] against a margin of 1.00, on 64 "
+        "held-out prompts. The margin lies inside the 95% interval: about 900 held-out prompts would decide."
     ) in Page(rendered("two")).text
     assert (
         "The safety constraint is not met: +0.41 [0.20, 0.62] against a margin of 1.00, on 64 held-out prompts. "
@@ -278,11 +280,11 @@ def test_a_bound_that_rounds_to_the_margin_gets_more_decimals() -> None:
 
 
 def test_a_threshold_is_judged_by_the_policys_mean() -> None:
-    row = constraint("safety", 2.0, "met within the interval", margin=1.25, half=0.7)
+    row = constraint("safety", 2.0, "met within the interval", margin=1.25, half=0.7)  # of older code
     row |= {"threshold": 0.84, "policy_mean": interval(0.91, 0.2)}
     text = Page(render_report(make_report([row]))).text
-    assert "met within the interval: mean 0.91 [0.71, 1.11] against a threshold of 0.84, on 64 held-out" in text
-    assert "The threshold lies inside the 95% interval and the estimate is above it" in text
+    assert "is undecided: mean 0.91 [0.71, 1.11] against a threshold of 0.84, on 64 held-out" in text
+    assert "The threshold lies inside the 95% interval." in text
     assert "mean at least 0.84" in text
 
 
