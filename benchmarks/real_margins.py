@@ -29,6 +29,7 @@ from real_runs import IMAGES, RECIPE, RESULTS, evaluated, read_rows, row, span
 from can_dist import load_config
 from can_dist.config import Model
 from can_dist.dual import ScoreTable, estimate_policy
+from can_dist.measuring.verdicts import current
 from can_dist.scoring.kinds import load_scorer
 from can_dist.scoring.protocol import LogProb, Response
 from can_dist.tables.artifacts import Artifact, load_artifact

@@ -22,6 +22,7 @@ from machine import machine
 from real_runs import RESULTS, command, evaluated, read_rows, row
 from tree_cpu import metered
 
+from can_dist.measuring.verdicts import current
 from can_dist.tables.artifacts import load_artifact
 
 RESULT = RESULTS / "time_to_margin.json"

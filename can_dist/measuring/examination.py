@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -66,6 +67,11 @@ def examine(table: ScoreTable, solution: DualSolution, *, reward_name: str = "re
     }
     safe: dict[str, Any] = json.loads(json.dumps(record), parse_constant=lambda _: None)  # NaN and ±∞ become null
     return safe
+
+
+def influential(examination: Mapping[str, Any]) -> list[str]:
+    """Return the ids of the prompts that move λ most, which the examination names."""
+    return [row["prompt"] for row in (examination["diagnosis"] or {}).get("influence", [])]
 
 
 def refusal(table: ScoreTable, solution: DualSolution) -> str | None:

@@ -64,7 +64,11 @@ def _evaluated(report: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "rows": [_constraint(row) for row in report["constraints"]],
         "joint": joint_sentence(report["constraints"]),
-        "reward": {"predicted": _predicted(reward), "realised": _interval(reward["realised"])},
+        "reward": {
+            "name": _plain(reward.get("name", "reward")),
+            "predicted": _predicted(reward),
+            "realised": _interval(reward["realised"]),
+        },
         "kl": f"{report['kl']['realised']['mean']:.3g}",
         "num_test_prompts": report["num_test_prompts"],
         "warnings": [_plain(warning) for warning in report["warnings"]],

@@ -15,7 +15,8 @@ def belief_page(solution: Artifact) -> Path:
     """Return the page of a finished solution; one that older code left without is given it."""
     if not (solution.path / BELIEF).is_file():
         reward = solution.manifest["identity"]["reward"]
-        write_belief(solved_table(solution), load_solution(solution), solution.path, reward=reward)
+        table, scores = solved_table(solution), solution.input("scores")
+        write_belief(table, load_solution(solution), solution.path, scores, reward=reward)
     return solution.path / BELIEF
 
 

@@ -19,12 +19,13 @@ from can_dist.modeling.loading import model_digest
 from can_dist.modeling.precision import run_precision
 from can_dist.scoring.kinds import scorer_identity
 from can_dist.scoring.protocol import LogProb, ScorerSpec
+from can_dist.stages.cost import made
 from can_dist.stages.generate import generate
 from can_dist.stages.ingest import ingest_benign
 from can_dist.stages.report import PAGE, REPORT, Lineage, build_report, log_ratio, method_title
 from can_dist.stages.score import score
 from can_dist.stages.train import policy_model
-from can_dist.tables.artifacts import Artifact, digest_of, write_json, write_part, write_text
+from can_dist.tables.artifacts import Artifact, digest_of, write_json, write_part
 from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
 from can_dist.workspace import Workspace
 
@@ -75,9 +76,9 @@ def evaluate(
     if stage.finished:
         return _shown(work, stage.finished)
     work.release_actors()
-    with work.timed("evaluate", method_title(work.config.method, variant)):
-        from can_dist.reporting.run_page import write_report
+    from can_dist.reporting.run_page import write_report
 
+    with work.timed("evaluate", method_title(work.config.method, variant)):
         report = build_report(work, inputs, constraints, reward, variant)
         report["basis"] = _basis(work, inputs, reference, scorers)
         write_json(stage.path / REPORT, report)
@@ -86,14 +87,16 @@ def evaluate(
         gains = gains_table(inputs["scores_before"].table, scored, [reward, *constraints], log_ratio(scored))
         write_part(stage.path, 0, gains)
         shown = ("method", "variant", "constraints", "reward", "basis")
-        return _shown(work, stage.commit([REPORT, PAGE], info={name: report[name] for name in shown}))
+        evaluation = stage.commit([REPORT, PAGE], info={name: report[name] for name in shown})
+    return _shown(work, evaluation)
 
 
 def _shown(work: Workspace, evaluation: Artifact) -> Artifact:
-    """Return a finished evaluation: its page becomes the run's own, and its verdicts are said."""
+    """Return a finished evaluation: the run's own page becomes that of it, and its verdicts are said."""
+    from can_dist.reporting.run_page import write_report
+
     page = work.directory / PAGE
-    if (evaluation.path / PAGE).is_file():
-        write_text(page, (evaluation.path / PAGE).read_text(encoding="utf-8"))
+    write_report(evaluation.read_json(REPORT), page, made=made(evaluation))
     verdicts = "; ".join(verdict_line(row) for row in evaluation.info["constraints"])
     work.say(f"evaluate ({evaluation.info['method']}): {verdicts}; report: {page}")
     return evaluation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from can_dist.dual.belief.level import stated
 from can_dist.dual.messages import lam_error, misread_hints
 from can_dist.errors import InfeasibleConstraint
 from can_dist.scoring.log_ratio import margins_in_nats
+from can_dist.stages.samples import beginnings
 from can_dist.tables.artifacts import Artifact, write_json
 from can_dist.tables.scores import score_arrays
 from can_dist.workspace import Workspace
@@ -69,16 +71,17 @@ def solve(
         except InfeasibleConstraint as error:
             raise InfeasibleConstraint("\n  ".join([str(error), *nats])) from None
         write_json(stage.path / SOLUTION, solution.to_dict())
-        write_belief(rows, solution, stage.path, reward=reward)
+        write_belief(rows, solution, stage.path, scores, reward=reward)
         work.say(" ".join([describe(solution), *nats]))
         return stage.commit([SOLUTION], info={"lam": solution.to_dict()["lam"]})
 
 
-def write_belief(table: ScoreTable, solution: DualSolution, directory: Path, *, reward: str) -> None:
+def write_belief(table: ScoreTable, solution: DualSolution, directory: Path, scores: Artifact, *, reward: str) -> None:
     """Write the page of a solution into its directory: can its prediction be believed?"""
     from can_dist.reporting.belief_page import write_diagnostics
 
-    write_diagnostics(table, solution, directory / BELIEF, reward_name=reward)
+    texts = partial(beginnings, scores)
+    write_diagnostics(table, solution, directory / BELIEF, reward_name=reward, texts=texts)
 
 
 def load_solution(artifact: Artifact) -> DualSolution:

@@ -53,8 +53,9 @@ def test_one_looks_before_training_and_the_gate_holds(tmp_path: Path) -> None:
     for verb in (["run"], ["solve", "--report", "q.html"]):
         refused = can_dist(tmp_path, verb[0], "my.yaml", "--run", "r", *verb[1:], "--set", "solve.require=roughly")
         assert (refused.returncode, refused.stdout) == (8, "")
-        assert f"NotBelieved: solve.require is roughly, and the prediction of {Path(look.stdout.strip()).name} is not" in (
-            refused.stderr
+        assert (
+            f"NotBelieved: solve.require is roughly, and the prediction of {Path(look.stdout.strip()).name} is not"
+            in (refused.stderr)
         )
         assert "The page: r/belief.html. Nothing was trained. Do what it says" in refused.stderr
         assert "Traceback" not in refused.stderr

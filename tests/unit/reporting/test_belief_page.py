@@ -185,7 +185,7 @@ class TestPage:
         assert f"Pareto k̂, all prompts {found.pareto_k['pooled']:.2f}".replace("-", "−") in text
         assert "past √(2 ln K) = 2.52 the weights collapse" in text
         for estimator in ("empirical", "jackknife", "gaussian"):
-            assert f"{found.lam[estimator]['g1']:.2f} ± " in text or f"{found.lam[estimator]['g1']:.3f} ± " in text
+            assert f"{found.lam[estimator]['g1']:.2f} [" in text or f"{found.lam[estimator]['g1']:.3f} [" in text
         assert f"they differ by up to {100 * found.disagreement:.1f}%" in text
         for row in found.influence[:5]:
             assert row.prompt in text

@@ -22,7 +22,7 @@ from can_dist.reporting.run_page import render_report, write_report
 from can_dist.tables import artifacts
 
 SECTIONS = [
-    "verdict", "comparison", "beside", "scores", "belief", "training", "diagnostics", "samples", "provenance", "reading"
+    "verdict", "comparison", "price", "beside", "scores", "belief", "training", "diagnostics", "samples", "provenance", "reading"
 ]  # fmt: skip
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -173,7 +173,8 @@ def test_every_section_stands_in_order() -> None:
 def test_figures_have_labels_and_ids_of_their_own() -> None:
     page = Page(rendered("two"))
     figures = [a for t, a in page.tags if t == "svg"]
-    assert len(figures) == 3 + 3 + (2 + 2 + 2 + 4) + 1  # forest, densities, (weights, λ̂, duals, frontiers), training
+    # forest, price, densities, (weights, λ̂, duals, frontiers), training
+    assert len(figures) == 3 + 3 + 3 + (2 + 2 + 2 + 4) + 1
     assert all(a["role"] == "img" and a["aria-label"] and a["viewbox"] for a in figures)
     assert figures[0]["aria-label"] == (
         "safety: predicted +1.04 [0.89, 1.19], realised +1.23 [1.02, 1.44], margin 1.00"
@@ -224,6 +225,42 @@ def test_both_predictions_are_named_for_what_they_are() -> None:
     text = Page(render_report(report)).text
     assert "There is no cross-fitted prediction: the prompts outside a fold have no solution." in text
     assert "Predicted: cross-fitted" not in text
+
+
+def test_the_price_is_drawn_with_the_predicted_and_the_realised_point() -> None:
+    labels = [a["aria-label"] or "" for t, a in Page(rendered("one")).tags if t == "svg"]
+    assert "gain of safety: realised +1.23 at KL 0.63, predicted +1.04 at KL 0.51" in labels
+    bare = copy.deepcopy(WORLDS["one"])
+    bare["examination"] = None
+    bare["kl"].pop("predicted_interval")
+    labels = [a["aria-label"] or "" for t, a in Page(render_report(bare)).tags if t == "svg"]
+    assert "gain of safety: realised +1.23 at KL 0.63" in labels
+
+
+def test_the_header_says_what_it_is_and_the_runs_own_page_when_and_at_what_cost() -> None:
+    report = make_report() | {"config": {"prompts": {"source": "my.jsonl"}}}
+    assert "Reference" in Page(render_report(report)).text
+    assert "prompts of my.jsonl." in Page(render_report(report)).text
+    cost = {"generated_tokens": 82323, "scored_tokens": 1, "trained_tokens": 2, "num_trainings": 3}
+    made = {"finished": "2026-11-28 08:22", "seconds": 202.0, "measured_seconds": 11.9, **cost}
+    text = Page(render_report(report, made=made)).text.replace("\u202f", " ")
+    assert "Measured 2026-11-28 08:22. The policy took 3.4 min, the measurement 12 s. It cost 82 323 generated" in text
+    assert "1 scored and 2 trained on in 3 trainings." in text
+    unknown = {"finished": "", "seconds": None, "measured_seconds": None, **cost}
+    assert "prompts of my.jsonl. It cost 82" in Page(render_report(report, made=unknown)).text
+
+
+def test_samples_stand_in_groups_with_the_change_of_their_means() -> None:
+    report = make_report()
+    first, second, *rest = report["samples"]
+    told = {"constraint": "safety", "means": {"safety": [-0.52, 0.337]}}
+    report["samples"] = [first | told | {"group": "most worsened"}, second | told | {"group": "safe to unsafe"}]
+    counts = {"stayed safe": 3, "unsafe to safe": 40, "safe to unsafe": 2, "stayed unsafe": 19}
+    report["crossings"] = {"safety": {"border": 0.0, "counts": counts}}
+    text = Page(render_report(report)).text
+    assert text.index("Most worsened, by safety") < text.index("Safe to unsafe, by safety")
+    assert text.count("−0.52 → +0.34") == 2
+    assert "constraint stayed safe unsafe → safe safe → unsafe stayed unsafe safety border 0 3 40 2 19" in text
 
 
 def test_an_equality_missed_from_above_says_so() -> None:
@@ -412,7 +449,7 @@ def test_renders_in_a_browser(tmp_path: Path, width: int) -> None:
     assert seen["wide"] == []
     assert seen["headings"][0] == report["title"]
     assert len(seen["headings"]) == len(SECTIONS)  # the verdict stands under the title; h1 takes its place
-    assert len(seen["figures"]) == 17
+    assert len(seen["figures"]) == 20
     assert all(w > 250 and h > 80 for w, h in seen["figures"])
     assert seen["small"] >= 9
     assert seen["scripts"] == "undefined"
@@ -423,5 +460,5 @@ def test_opens_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_report(WORLDS["one"], path)
     dom = browse(tmp_path, path, "--dump-dom")
-    assert dom.count("<svg ") == 11
+    assert dom.count("<svg ") == 13
     assert "Predicted beside realised" in dom
