@@ -7,6 +7,7 @@ from pathlib import Path
 
 from can_dist.algorithms import RUN
 from can_dist.config import METHODS, Config, dump_yaml, for_method
+from can_dist.doctor.advice import check_scores
 from can_dist.doctor.preflight import check_pinned, check_sources, preflight
 from can_dist.errors import ConfigError
 from can_dist.run import Run, StageReached
@@ -78,6 +79,10 @@ def run_method(
                 run.say(note)
             policies = RUN[config.method](run, config, prompts)
         except StageReached as reached:
+            for finding in check_scores(reached.artifact, config) if until == "score" else ():
+                run.say(
+                    f"score: {finding.subject}: {finding.state}" + (f". {finding.remedy}" if finding.remedy else "")
+                )
             return [reached.artifact]
         if until == "evaluate":
             policies = {

@@ -22,7 +22,8 @@ from can_dist.reporting.run_page import render_report, write_report
 from can_dist.tables import artifacts
 
 SECTIONS = [
-    "verdict", "comparison", "price", "beside", "scores", "belief", "training", "diagnostics", "samples", "provenance", "reading"
+    "verdict", "comparison", "price", "beside", "scores", "belief", "training", "diagnostics", "samples", "provenance",
+    "reading",
 ]  # fmt: skip
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -252,7 +253,7 @@ def test_the_header_says_what_it_is_and_the_runs_own_page_when_and_at_what_cost(
 
 def test_samples_stand_in_groups_with_the_change_of_their_means() -> None:
     report = make_report()
-    first, second, *rest = report["samples"]
+    first, second = report["samples"][:2]
     told = {"constraint": "safety", "means": {"safety": [-0.52, 0.337]}}
     report["samples"] = [first | told | {"group": "most worsened"}, second | told | {"group": "safe to unsafe"}]
     counts = {"stayed safe": 3, "unsafe to safe": 40, "safe to unsafe": 2, "stayed unsafe": 19}
