@@ -30,6 +30,12 @@ PROMPT = np.repeat(np.arange(30), 8)
 SAFETY = SECOND - 0.4 * FIRST - 1.6
 
 
+@pytest.fixture
+def without_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the page, which costs a dozen solves, of tests that solve several times for another reason."""
+    monkeypatch.setattr("can_dist.stages.solve.write_belief", lambda *_, **__: None)
+
+
 def config(constraint: dict[str, Any], options: dict[str, Any]) -> Any:
     return validate_config(
         {
@@ -69,6 +75,7 @@ def expected(constraint: Margin, **options: Any) -> DualSolution:
     return solve_dual(FIRST, SAFETY, PROMPT, beta=BETA, constraints=[constraint], **options)
 
 
+@pytest.mark.usefixtures("without_page")
 @pytest.mark.parametrize(
     ("constraint", "options"),
     [
@@ -88,6 +95,7 @@ def test_the_configuration_reaches_the_solver(
     assert found.to_dict() == expected(Margin("safety", **constraint), **options).to_dict()
 
 
+@pytest.mark.usefixtures("without_page")
 def test_what_changes_the_solution_is_a_new_artifact(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"margin": 0.3}, {}),
@@ -100,6 +108,7 @@ def test_what_changes_the_solution_is_a_new_artifact(tmp_path: Path) -> None:
     assert len(set(paths)) == len(cases)
 
 
+@pytest.mark.usefixtures("without_page")
 def test_the_same_configuration_is_solved_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = solved(tmp_path, {"margin": 0.3}, confidence=0.9)
     capsys.readouterr()
@@ -143,6 +152,7 @@ def test_the_page_is_there_before_the_solution_is_and_is_given_to_older_ones(tmp
     assert belief_page(solution).read_text(encoding="utf-8") == text
 
 
+@pytest.mark.usefixtures("without_page")
 def test_what_is_required_changes_no_solution(tmp_path: Path) -> None:
     assert solved(tmp_path, {"margin": 0.3}).path == solved(tmp_path, {"margin": 0.3}, require="none").path
     assert identity(config({"margin": 0.3}, {"require": "trusted"}).solve) == identity(
