@@ -52,6 +52,10 @@ def run(
         raise ConfigError(
             "--methods compares finished methods, and --until stops before one is. Leave out one of them."
         )
+    if until is not None:
+        from can_dist.config.methods import check_stage
+
+        check_stage(settings.method, until)
     if methods is not None:
         run_and_compare(run_dir, settings, methods)
     else:

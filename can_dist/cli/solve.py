@@ -113,12 +113,12 @@ def solve(
 
 def _solve_run(run_dir: Path, settings: Config, report_path: str | None, json_path: str | None) -> None:
     """Run up to the solution, and give its page and its record, also of one that is not believed."""
+    check_output("--json", json_path)
+    check_output("--report", report_path)
     from can_dist.stages.belief import belief_page
     from can_dist.stages.solve import BELIEF, SOLUTION
     from can_dist.tables.artifacts import write_text
 
-    check_output("--json", json_path)
-    check_output("--report", report_path)
     try:
         artifact = run_until(run_dir, settings, "solve")
     except NotBelieved:

@@ -30,8 +30,10 @@ def believed(work: Workspace, solution: Artifact) -> Artifact:
     diagnostics = load_solution(solution).diagnostics
     level = level_of(diagnostics)
     passes = required == "none" or LEVELS.index(level) >= LEVELS.index(required)
-    if not work.rank and (not passes or (solution.path / BELIEF).is_file()):
-        write_text(page, belief_page(solution).read_text(encoding="utf-8"))
+    if not work.rank:
+        page.unlink(missing_ok=True)  # it may be that of another solution, and older code left none to this one
+        if not passes or (solution.path / BELIEF).is_file():
+            write_text(page, belief_page(solution).read_text(encoding="utf-8"))
     if not passes:
         raise NotBelieved(
             f"solve.require is {required}, and the prediction of {solution.path.name} is {level}. "

@@ -186,7 +186,7 @@ def test_unknown_estimator_is_a_usage_error(scores: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("verb", "extra"),
     [
-        ("solve", ["--reward", "reward", "--beta", "1", "--estimator", "auto", "--json", "s.json"]),
+        ("solve", ["--reward", "reward", "--beta", "1", "--estimator", "auto", "--engine", "stream"]),
         ("solve", ["--constraint", "safety:margin=1", "--confidence", "0.9"]),
         ("frontier", ["--reward", "reward", "--beta", "1"]),
     ],

@@ -48,7 +48,9 @@ def test_the_margin_is_told_in_words_and_beta_by_what_it_does(tmp_path: Path, be
     assert weight.subject == "beta"
     if beta == 3.0:
         assert (weight.severity, weight.remedy) == (Severity.OK, "")
-        assert weight.state.startswith("at beta = 3 the prediction for these margins is to be trusted (a median of 13.6 of")
+        assert weight.state.startswith(
+            "at beta = 3 the prediction for these margins is to be trusted (a median of 13.6 of"
+        )
     else:
         assert weight.severity is Severity.WARNING
         named = weight.state.split("beta ≈ ")[1].split(" ")[0]

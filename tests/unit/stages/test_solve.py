@@ -146,6 +146,7 @@ def test_the_page_is_there_before_the_solution_is_and_is_given_to_older_ones(tmp
     text = page.read_text(encoding="utf-8")
     page.unlink()
     with workspace(tmp_path, config({"margin": 0.3}, {})) as (work, _):
+        (tmp_path / BELIEF).write_text("of another solution")
         believed(work, solution)  # one that older code solved is not examined unasked
         assert not page.exists()
         assert not (tmp_path / BELIEF).exists()
