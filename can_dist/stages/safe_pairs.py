@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +10,13 @@ import pyarrow as pa
 from can_dist.config import SafeDpo
 from can_dist.config.base import identity
 from can_dist.errors import DataError
-from can_dist.stages.examples import Examples, Row, commit, example, join, listed, note, pair_id, useless
+from can_dist.stages.examples import Examples, Row, by_neighbour, commit, example, join, listed, note, pair_id, useless
 from can_dist.tables.artifacts import Artifact
 from can_dist.workspace import Workspace
 
 ROLE = "helpful preferences among safe responses"
 SWAPPED, DROPPED = "swapped", "both unsafe"
-NO_FLAG, NO_LABEL, ALONE = "no safety flag", "no label", "the other response has no score"
+NO_FLAG, NO_LABEL = "no safety flag", "no label"
 
 
 def label_safe(work: Workspace, pairs: Artifact, scores: Artifact, options: SafeDpo) -> Artifact:
@@ -46,7 +44,7 @@ def label_safe(work: Workspace, pairs: Artifact, scores: Artifact, options: Safe
     with work.timed("label", ROLE):
         kept = Examples()
         noted: list[Row] = []
-        for a, b in _pairs(flagged(join(pairs, scores), scores, options), noted):
+        for a, b in by_neighbour(flagged(join(pairs, scores), scores, options)):
             if reason := useless(a, b) or unusable(a, b):
                 noted.append(note(pair_id(a, b), reason, kept=False))
                 continue
@@ -89,16 +87,6 @@ def relabelled(a: Row, b: Row, offset: float) -> tuple[tuple[float, float], bool
     first = a["better"] == 1 if both_safe else a["safe"] == 1
     lead = 1.0 if both_safe else 1.0 + offset
     return (lead, 0.0) if first else (0.0, lead), first != (a["better"] == 1)
-
-
-def _pairs(table: pa.Table, noted: list[Row]) -> Iterator[tuple[Row, Row]]:
-    """Yield the pairs of which both responses have scores; note the others."""
-    for name, members in groupby(table.to_pylist(), key=lambda row: row["response_id"][:-1]):
-        rows = list(members)
-        if len(rows) == 2:
-            yield rows[0], rows[1]
-        else:
-            noted.append(note(name, ALONE, kept=False))
 
 
 def _nothing_left(pairs: Artifact, noted: list[Row], options: SafeDpo) -> DataError:
