@@ -123,8 +123,13 @@ def constrained_reward(run: str | Path) -> ConstrainedReward:
         ConfigError: A scorer is a log-ratio of policies, whose number needs tokens that a reward function is not given.
         DataError: The run has no dual; or its scorers are no longer those that λ* was solved on.
 
-    >>> from can_dist import constrained_reward
-    >>> reward = constrained_reward("runs/mine")
+    >>> from can_dist import Run, load_config
+    >>> config = load_config("my.yaml")
+    >>> with Run("runs/solved", config) as run:
+    ...     responses = run.generate(config.reference, run.prompts())
+    ...     scores = run.score(responses, config.reward, config.constraints, config.reference)
+    ...     solution = run.solve(scores, config.constraints, config.beta)
+    >>> reward = constrained_reward("runs/solved")
     >>> len(reward(prompts=["Say tea.", "Say no."], completions=["tea", "no"]))
     2
     """

@@ -16,13 +16,14 @@ from tiny import make_tiny_lm
 import can_dist
 from can_dist.config import dump_yaml, validate_config
 
-COMPLETE = {"Run", "mocan"}
+COMPLETE = {"Run", "mocan", "constrained_reward"}
 """Examples that stand for themselves; the others go on from mocan's."""
 WORDS = [f"w{i}" for i in range(12)]
 PEOPLE = {"label": {"preferences": {"source": "pairs.jsonl"}}}
 CASES: dict[str, dict[str, Any]] = {
     "Run": {},
     "mocan": {},
+    "constrained_reward": {},
     "pecan": {
         "method": "pecan",
         "reward": {"kind": "log_ratio", "beta": 0.5, "criterion": "helpful"},
@@ -34,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sacpo": {"method": "sacpo", **PEOPLE},
     "p_sacpo": {"method": "p_sacpo", **PEOPLE},
     "dpo": {"method": "dpo_s", **PEOPLE},
+    "safedpo": {"method": "safedpo", **PEOPLE},
 }
 
 
@@ -93,8 +95,8 @@ def example_of(name: str) -> doctest.DocTest:
 
 
 def as_in_the_example_of_mocan(stack: contextlib.ExitStack) -> dict[str, Any]:
-    """``config``, ``run`` and ``asked``, from which the other methods' examples go on."""
+    """``config``, ``run`` and ``problem``, from which the other methods' examples go on."""
     config = can_dist.load_config("my.yaml")
     run = stack.enter_context(can_dist.Run("runs/mine", config))
-    asked = {name: getattr(config, name) for name in ("reference", "reward", "constraints", "beta")}
-    return {"config": config, "run": run, "asked": {"prompts": run.prompts(), **asked}}
+    problem = {name: getattr(config, name) for name in ("reference", "reward", "constraints", "beta")}
+    return {"config": config, "run": run, "problem": {"prompts": run.prompts(), **problem}}
