@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from can_dist.dual.columns import Scores
+from can_dist.dual.nonnegative import nonnegative_least_squares
 from can_dist.dual.objective import Evaluation, evaluate
 from can_dist.dual.table import FloatArray
 
@@ -150,13 +151,11 @@ def _projected_newton(
 
 def _direction(lam_J: FloatArray, here: Evaluation) -> FloatArray:
     """Return d minimising ⟨∇D,d⟩ + ½ dᵀ∇²D d subject to λ + d ≥ 0, its length capped where there is no curvature."""
-    from scipy.optimize import nnls  # 0.3 s of every start, needed by several constraints only
-
     cap = 10.0 * (1.0 + float(np.abs(lam_J).max()))
     slope = float(np.abs(here.gradient_J).max())
     ridge = max(1e-13 * float(np.trace(here.hessian_JJ)), 1e-6 * slope / cap, 1e-300)
     hessian, factor = _factorise(here.hessian_JJ, ridge)
-    target, _ = nnls(factor.T, -np.linalg.solve(factor, here.gradient_J - hessian @ lam_J))
+    target = nonnegative_least_squares(factor.T, -np.linalg.solve(factor, here.gradient_J - hessian @ lam_J))
     free = target > 0
     direction = target - lam_J
     if free.any():
