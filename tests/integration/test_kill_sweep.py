@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from forked import digests, forked
 from sealed_run import sealed_config, without_ray
-from small_run import write_config
+from small_run import WORDS, write_config
 
 from can_dist.config import load_config
 from can_dist.doctor.status import read_status
@@ -38,7 +38,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 def world(folder: Path) -> Path:
     """MoCAN at half of its strength, and a mixture of SACPO's two policies; one configuration for every path."""
-    config = sealed_config(folder, num_validation=8)
+    config = sealed_config(folder, num_validation=32)
+    texts = [f"{a} {b}" for a in WORDS for b in WORDS if a != b][:116]  # 16 of them to train on
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     config |= {"strength": 0.5, "sacpo": {"labels_from": "scores"}, "p_sacpo": {"q": [0.5]}}
     config["label"] = {"pairs_per_prompt": 1}
     config["cluster"] = {"score_cache": False}
