@@ -14,6 +14,7 @@ from can_dist.scoring.log_ratio import score_columns
 from can_dist.scoring.protocol import LogProb, PolicyRatio, ScorerSpec
 from can_dist.stages import (
     align,
+    belief,
     certify,
     estimate,
     evaluate,
@@ -164,11 +165,14 @@ class Run:
     def solve(
         self, scores: Artifact, constraints: Mapping[str, Constraint], beta: float, *, log_weight: str | None = None
     ) -> Artifact:
-        """Minimise the dual over the scores; raise ``InfeasibleConstraint`` when the margins cannot be met."""
+        """Minimise the dual over the scores, and write the page that says whether to believe it.
+
+        Margins that cannot be met raise ``InfeasibleConstraint``; ``NotBelieved`` is raised as ``solve.require`` asks.
+        """
         solution = solve.solve(
             self._work, scores, reward=REWARD, constraints=constraints, beta=beta, log_weight=log_weight
         )
-        return self._reached("solve", solution)
+        return self._reached("solve", belief.believed(self._work, solution))
 
     def pairs(self, reference: Model, prompts: Artifact, responses: Artifact | None = None) -> Artifact:
         """Return the responses to compare: the sampled ones, or those of the configured preference data set."""

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from can_dist.config.base import Strict, changed
 from can_dist.config.sources import DataSource
+from can_dist.errors import ConfigError
 
 
 class Human(Strict):
@@ -188,3 +189,10 @@ def method_of(info: ValidationInfo) -> tuple[str, Method]:
     """Return the name and the row of the method that a configuration under validation names."""
     name = info.data.get("method", DEFAULT_METHOD)  # absent where it was refused itself
     return name, METHODS[name]
+
+
+def check_stage(method: str, stage: str) -> None:
+    """Raise ``ConfigError`` for a stage that a method does not have."""
+    stages = METHODS[method].stages
+    if stage not in stages:
+        raise ConfigError(f"method {method} has no stage {stage!r}.", f"Its stages: {', '.join(stages)}.")

@@ -292,7 +292,7 @@ def test_card_shows_what_a_threshold_is_judged_by() -> None:
     row = {
         "name": "calm", "margin": 0.5, "threshold": -1.0, "lam": 0.25, "predicted": {"mean": 0.6},
         "realised": {"mean": 0.7, "low": 0.6, "high": 0.8}, "policy_mean": {"mean": -0.8, "low": -1.2, "high": -0.4},
-        "verdict": "met within the interval",
+        "verdict": "undecided", "prompts_to_decide": 340,
     }  # fmt: skip
     report = {
         "constraints": [row], "reward": {"predicted": None, "realised": row["realised"]}, "num_test_prompts": 9,
@@ -302,7 +302,7 @@ def test_card_shows_what_a_threshold_is_judged_by() -> None:
         "title": "A", "method": "MoCAN", "base": "", "is_hub_model": False, "beta": 0.1, "lam": None, "made_from": [],
     }  # fmt: skip
     asked, found = "+0.5 (mean at least -1)", "+0.7 [+0.6, +0.8]; mean -0.8 [-1.2, -0.4]"
-    line = f"| calm | {asked} | 0.25 | +0.6 | {found} | met within the interval |"
+    line = f"| calm | {asked} | 0.25 | +0.6 | {found} | undecided (about 340 held-out prompts would decide) |"
     assert line in model_card(facts, report, adapter=False)
 
 

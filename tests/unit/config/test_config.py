@@ -616,6 +616,7 @@ OTHER = {
     "label.as_published": None,  # of method pecan
     "solve.estimator": "empirical",
     "solve.confidence": 0.9,
+    "solve.require": "trusted",
     "label.labels": "sampled",
     "precision": "fp32",
     "train.schedule": "linear",
