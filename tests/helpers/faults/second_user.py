@@ -31,7 +31,7 @@ def attack(
     user: int = NOBODY,
     group: int = NOBODY,
 ) -> Any:
-    """Run ``code`` as another user; return what it leaves in ``answer``, or 'died' where a signal ended it.
+    """Run ``code`` as another user; return what it leaves in ``answer``, or 'died' where something below Python ended it.
 
     ``first`` is run before the rights are dropped: the Python of this environment may lie where nobody else can read.
     ``code`` finds ``given`` as its variables, and ``tried(function)``, which tells 'done' or the error of an attempt.
@@ -66,7 +66,7 @@ print(json.dumps(answer))
         timeout=120,
         check=False,
     )
-    if done.returncode < 0:
+    if done.returncode and "Traceback (most recent call last)" not in done.stderr:
         return "died"
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
