@@ -11,8 +11,9 @@ from can_dist.config.methods import check_stage
 from can_dist.doctor.advice import check_scores
 from can_dist.doctor.preflight import check_pinned, check_sources, preflight
 from can_dist.errors import ConfigError
-from can_dist.run import Run, StageReached
+from can_dist.run import Run
 from can_dist.tables.artifacts import Artifact, atomic_file
+from can_dist.workspace import StageReached
 
 
 def run_pipeline(

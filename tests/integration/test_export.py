@@ -186,6 +186,7 @@ def preferences(run: Path, loss: str, targets: list[list[float]], scores: bool =
 @pytest.mark.parametrize(
     ("loss", "targets", "rows"),
     [
+        ("offset", [[1.0, 0.0], [0.0, 3.5]], [("one", 0.0), ("two", 2.5)]),
         ("sigmoid", [[0.75, 0.25], [0.5, 0.5], [0.0, 1.0]], [("one", 0.75), ("two", 1.0)]),
         ("regression", [[0.25, 0.75], [3.0, 1.0]], [("two", None), ("one", None)]),
     ],
@@ -196,7 +197,7 @@ def test_pairs_become_chosen_and_rejected(
     preferences(tmp_path, loss, targets, scores=False)
     counts = export_preferences(tmp_path, tmp_path / "out.parquet")
     found = pq.read_table(tmp_path / "out.parquet").to_pylist()
-    assert [(row["chosen"][0]["content"], row.get("p_chosen")) for row in found] == rows
+    assert [(row["chosen"][0]["content"], row.get("p_chosen", row.get("offset"))) for row in found] == rows
     assert counts == {"rows": len(rows), "undecided": len(targets) - len(rows)}
 
 

@@ -261,6 +261,7 @@ def test_p4_counts_of_the_report_say_what_became_of_every_response_and_example(t
         ("listwise", [0.25, 0.25, 0.25, 0.25], "1.3863"),
         ("regression", [2.0, 0.5], "2.2500"),
         ("kto", [1.0, 0.0], "0.5000"),
+        ("offset", [2.0, 0.0], "1.3133"),
     ],
 )
 def test_drift_is_measured_from_the_loss_that_training_starts_at(
