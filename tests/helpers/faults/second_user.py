@@ -31,7 +31,7 @@ def attack(
     user: int = NOBODY,
     group: int = NOBODY,
 ) -> Any:
-    """Run ``code`` as another user; return what it leaves in ``answer``, or 'died' where something below Python ended it.
+    """Run ``code`` as another user; return what it leaves in ``answer``, or 'died' where it ended below Python.
 
     ``first`` is run before the rights are dropped: the Python of this environment may lie where nobody else can read.
     ``code`` finds ``given`` as its variables, and ``tried(function)``, which tells 'done' or the error of an attempt.

@@ -97,6 +97,7 @@ def test_s1_another_user_reaches_nothing_of_a_local_ray(shared: Path) -> None:
         assert connects(victim, NOBODY, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="f" * 64) == "AuthenticationError"
     finally:
         process.stdin.close()
+        process.stdout.close()
         process.wait(timeout=60)
 
 
