@@ -305,12 +305,8 @@ def test_heads_of_the_examples_give_a_training_time_to_commit() -> None:
     (container,) = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
     assert int({entry["name"]: entry.get("value") for entry in container["env"]}["RAY_JOB_STOP_WAIT_TIME_S"]) > 20
     config = YAML(typ="safe").load((JOBS / "autoscaling.yaml").read_text(encoding="utf-8"))
-    heads = [
-        *config["head_start_ray_commands"],
-        *_heads_in(JOBS / "README.md"),
-        *_heads_in(ROOT / "docs/howto/multi-node.md"),
-    ]
-    assert len(heads) == 3
+    heads = [*config["head_start_ray_commands"], *_heads_in(JOBS / "README.md")]
+    assert len(heads) == 2
     for head in heads:
         assert int(head.partition("RAY_JOB_STOP_WAIT_TIME_S=")[2].split()[0]) > Cluster().stop_grace_s
 
