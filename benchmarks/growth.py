@@ -3,10 +3,11 @@
     python benchmarks/growth.py                    # 10 000, 100 000 and 200 000 prompts; the table of docs/scaling.md
     python benchmarks/growth.py --prompts 10000
 
-Each size is a process of its own. Models are not what is measured: the reference is a tokenizer of words with a tiny
-model that never runs, and the scores, ln π_ref among them, are those of Python functions on one Ray actor. Memory is
-the driver's largest resident memory less what is shared (mapped files, Ray's object store), looked at ten times a
-second.
+Each size is a process of its own, and its results take the place of those that the results file has of it. Models are
+not what is measured: the reference is a tokenizer of words with a tiny model that never runs, and the scores, ln π_ref
+among them, are those of Python functions on one Ray actor. Memory is the driver's largest resident memory less what is
+shared (mapped files, Ray's object store), looked at ten times a second. What is asked of it: no more than 4 GB, and
+seconds that grow as the rows do; 2 GB is aimed at, and 60 µs of the driver's CPU a response, all stages together.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ RESULTS = Path(__file__).parent / "results" / "growth.json"
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 BEGIN, END = "<!-- growth: written by benchmarks/growth.py -->", "<!-- end of growth -->"
 K, SIZES = 8, (10_000, 100_000, 200_000)
+ALLOWED_MB, AIMED_MB, AIMED_US = 4096, 2048, 60
 WORDS = [f"w{n}" for n in range(100)]
 PROMPT_WORDS, RESPONSE_WORDS = 12, 24
 
@@ -109,7 +111,6 @@ def measure(num_prompts: int) -> dict[str, Any]:
             "rows": rows,
             "seconds": round(seconds, 2),
             "cpu_seconds": round(time.process_time() - cpu, 2),
-            "rows_per_second": round(rows / seconds),
             "peak_mb": round(meter.largest),
         }
 
@@ -141,16 +142,38 @@ def run_stages(directory: Path, config: Any, stage: Callable[[str, int], Any], n
 def table(results: list[dict[str, Any]]) -> str:
     """Return the results as Markdown."""
     lines = [
-        "| prompts × K | stage | rows | rows/s | CPU s per million rows | driver's peak, MB |",
+        "| prompts × K | stage | rows | rows/s | driver's CPU, µs a row | driver's peak, MB |",
         "|---|---|---|---|---|---|",
     ]
-    rows = [
-        f"| {result['prompts']:,} × {K} | {name} | {row['rows']:,} | {row['rows_per_second']:,} | "
-        f"{1e6 * row['cpu_seconds'] / row['rows']:.0f} | {row['peak_mb']:,} |"
-        for result in results
-        for name, row in result["stages"].items()
-    ]
-    return "\n".join([*lines, *rows])
+    for result in results:
+        rows, peak_mb, cpu_us, seconds = whole(result)
+        named = {**result["stages"], "all": {"rows": rows, "cpu_seconds": cpu_us * rows / 1e6, "peak_mb": peak_mb}}
+        lines += [
+            f"| {result['prompts']:,} × {K} | {name} | {row['rows']:,} | "
+            f"{row['rows'] / row.get('seconds', seconds):,.0f} | {1e6 * row['cpu_seconds'] / row['rows']:.0f} | "
+            f"{row['peak_mb']:,} |"
+            for name, row in named.items()
+        ]
+    return "\n".join(lines)
+
+
+def whole(result: dict[str, Any]) -> tuple[int, int, float, float]:
+    """Return of one size: responses, the driver's largest memory in MB, its CPU in µs a response, and seconds."""
+    stages, rows = result["stages"].values(), result["prompts"] * K
+    cpu_us = 1e6 * sum(stage["cpu_seconds"] for stage in stages) / rows
+    return rows, max(stage["peak_mb"] for stage in stages), cpu_us, sum(stage["seconds"] for stage in stages)
+
+
+def verdict(results: list[dict[str, Any]]) -> str:
+    """Return what the largest size needed, beside what is asked and aimed at, and how the cost of a row grew."""
+    rows, peak_mb, cpu_us, seconds = whole(results[-1])
+    _, _, first_us, _ = whole(results[0])
+    return (
+        f"{rows:,} responses: {peak_mb / 1024:.2f} GB in the driver (allowed {ALLOWED_MB / 1024:.0f}, aimed at "
+        f"{AIMED_MB / 1024:.0f}) and {cpu_us:.0f} µs of its CPU a response, all stages together (aimed at {AIMED_US}), "
+        f"in {seconds / 60:.1f} minutes. A response costs {cpu_us / first_us:.2f} times what it costs at "
+        f"{results[0]['prompts'] * K:,}."
+    )
 
 
 def main() -> None:
@@ -162,17 +185,22 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(arguments.one)))
         return
-    results = []
+    known = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else []
+    by_size = {result["prompts"]: result for result in known}
     for size in arguments.prompts:
         done = subprocess.run(
             [sys.executable, __file__, "--one", str(size)], check=True, stdout=subprocess.PIPE, text=True
         )
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-    about = machine("pyarrow", "ray")
-    RESULTS.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
-    head = f"{about['date'][:10]}; {about['cpu']}, {about['cores']} cores, load average {about['load_average']:.0f}."
+        about = machine("pyarrow", "ray")
+        by_size[size] = {**json.loads(done.stdout.splitlines()[-1]), "machine": about}
+        results = [by_size[n] for n in sorted(by_size)]
+        RESULTS.write_text(json.dumps({"results": results}, indent=1) + "\n")
+    loads = ", ".join(f"{result['machine']['load_average']:.0f} ({result['prompts']:,})" for result in results)
+    head = f"{about['date'][:10]}; {about['cpu']}, {about['cores']} cores; load average after each size: {loads}."
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{head}\n\n{table(results)}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    written = f"{BEGIN}\n\n{head}\n\n{table(results)}\n\n{verdict(results)}\n\n{END}"
+    PAGE.write_text(f"{before}{written}{rest.partition(END)[2]}", encoding="utf-8")
+    print(verdict(results))
 
 
 if __name__ == "__main__":

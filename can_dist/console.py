@@ -92,7 +92,9 @@ def of_machine(error: OSError) -> str:
     """Say what the machine refused, at which path, and what to do; the same command goes on from finished work."""
     place = error.filename if error.filename is not None else "standard output"
     remedy = MACHINE[error.errno or 0]
-    return f"{place}: {error.strerror or error}. {remedy}. Finished work is kept; the same command goes on from it."
+    return (
+        f"{place}: {os.strerror(error.errno or 0)}. {remedy}. Finished work is kept; the same command goes on from it."
+    )
 
 
 def printable(text: str) -> str:

@@ -20,6 +20,7 @@ from can_dist.config import Config, dump_yaml
 from can_dist.console import interruptible, printable
 from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.tables.artifacts import Artifact, StageDirectory, find_finished, open_stage, write_text
+from can_dist.tables.disk import naming
 
 if TYPE_CHECKING:
     from can_dist.cluster.actors import ActorPool, ShardJob
@@ -158,7 +159,8 @@ class Workspace:
         if self.rank:
             return
         line = json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False)
-        with (self.directory / LOG).open("a", encoding="utf-8", errors="backslashreplace") as log:
+        path = self.directory / LOG
+        with naming(path), path.open("a", encoding="utf-8", errors="backslashreplace") as log:
             log.write(redacted(line, os.environ) + "\n")
 
     def ended(self, error: BaseException | None) -> None:
@@ -166,7 +168,8 @@ class Workspace:
         if error is None:
             self.log(event="ended")
         else:
-            self.log(event="failed", error=type(error).__name__, message=str(error))
+            with contextlib.suppress(OSError):  # of a full disk: what ended the run is told, not this
+                self.log(event="failed", error=type(error).__name__, message=str(error))
 
     def close(self) -> None:
         """Kill the actors and release the run directory."""
@@ -239,7 +242,7 @@ def redacted(text: str, environment: Mapping[str, str]) -> str:
 def _end_cut_line(log: Path) -> None:
     """Append a newline to a line that a full disk or a crash cut, so that the next event has its own line."""
     if log.is_file() and not log.read_bytes().endswith(b"\n"):
-        with log.open("a", encoding="utf-8") as file:
+        with naming(log), log.open("a", encoding="utf-8") as file:
             file.write("\n")
 
 
@@ -257,5 +260,6 @@ def _hold(directory: Path) -> Any:
             f"run directory {directory} is in use by {holder}. Wait for it, stop it, or give another --run."
         ) from None
     since = time.strftime(SINCE)
-    owner.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}\n", encoding="utf-8")
+    with naming(owner):
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}\n", encoding="utf-8")
     return lock

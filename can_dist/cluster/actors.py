@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from can_dist.cluster.metrics import shard_seconds
 from can_dist.cluster.places import reserve
 from can_dist.config import Cluster
+from can_dist.console import MACHINE, of_machine
 from can_dist.errors import CanDistError, EnvironmentProblem
 
 
@@ -117,8 +118,13 @@ class ActorPool:
 
 
 def cause_of(error: Any) -> BaseException:
-    """Return the job's own ``CanDistError``, else an ``EnvironmentProblem`` that holds the remote traceback."""
+    """Return the job's own ``CanDistError``, or an ``EnvironmentProblem`` that says what happened.
+
+    What the disk refused an actor is told as to the driver; anything unexpected with the remote traceback.
+    """
     cause = getattr(error, "cause", None)
     if isinstance(cause, CanDistError):
         return cause
+    if isinstance(cause, OSError) and cause.errno in MACHINE and cause.filename is not None:
+        return EnvironmentProblem(of_machine(cause))
     return EnvironmentProblem(f"a worker failed with an unexpected error:\n{error}")

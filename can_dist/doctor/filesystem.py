@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from can_dist.doctor.finding import Finding, error, note, ok, warning
-from can_dist.tables.artifacts import sync
+from can_dist.tables.disk import sync
 from can_dist.workspace import read_owner
 
 DAY_S = 86400.0

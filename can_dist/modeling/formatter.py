@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,11 @@ class Formatter:
         self.end_ids = sorted({tokenizer.eos_token_id, *end_ids} - {None})
         self._bos = _added_bos(tokenizer)
 
+    @cached_property
+    def _end_tokens(self) -> list[str]:
+        """The texts of the tokens that end a response."""
+        return [token for index in self.end_ids if (token := str(self.tokenizer.decode([index])))]
+
     @property
     def digest(self) -> str:
         """Digest of the template, the plain one or the tokenizer's, with its options where there are some."""
@@ -114,20 +120,30 @@ class Formatter:
 
     def frame(self, messages: Sequence[Message]) -> Frame:
         """Return what stands around the responses to a conversation; raises as :meth:`response_ids`."""
+        return self.frames([messages])[0]
+
+    def frames(self, conversations: Sequence[Sequence[Message]]) -> list[Frame]:
+        """Return :meth:`frame` of conversations, encoded together."""
+        written = [self._written_around(messages) for messages in conversations]
+        ids_of_each = self._encode_all([prompt for prompt, _, _ in written])
+        return [
+            Frame(prompt, ids, len(ids if self.template is None else self._with_bos(ids)), lead, end)
+            for (prompt, lead, end), ids in zip(written, ids_of_each, strict=True)
+        ]
+
+    def _written_around(self, messages: Sequence[Message]) -> tuple[str, str, str]:
+        """Return the text that asks for a response, and what is written before and after one."""
         if self.template is not None:
-            prompt, lead, end = self.plain_prompt(messages), "", str(self.tokenizer.eos_token)
-        else:
-            prompt = self._render(messages, add_generation_prompt=True)
-            lead, end = self._around_response(messages, prompt)
-        ids = self._encode(prompt)
-        return Frame(prompt, ids, len(ids if self.template is None else self._with_bos(ids)), lead, end)
+            return self.plain_prompt(messages), "", str(self.tokenizer.eos_token)
+        prompt = self._render(messages, add_generation_prompt=True)
+        return (prompt, *self._around_response(messages, prompt))
 
     def framed_ids(self, responses: Sequence[tuple[Frame, str, bool]]) -> list[list[int]]:
         """Return :meth:`response_ids` of frames, texts and whether they are complete, encoded together."""
         written = [frame.lead + text.strip() + (frame.end if complete else "") for frame, text, complete in responses]
         prompts = [frame.prompt for frame, _, _ in responses]
         texts = [prompt + response for prompt, response in zip(prompts, written, strict=True)]
-        wholes: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
+        wholes = self._encode_all(texts)
         starts = [frame.ids for frame, _, _ in responses]
         # where the tokenizer joins prompt and response, the response is encoded on its own
         return [
@@ -198,7 +214,7 @@ class Formatter:
                 f"{_roles(messages)}.",
                 "Give a template that does.",
             )
-        self.check_asks(messages)
+        self._check_asks(messages, prompt, before)
         begin, expected = before.rstrip(), prompt.rstrip()
         is_alike = begin[-ALIKE:] == expected[-ALIKE:]
         space, asked_space = before[len(begin) :], prompt[len(expected) :]
@@ -209,8 +225,11 @@ class Formatter:
         """Raise ``DataError`` where the chat template takes no ``add_generation_prompt`` and should."""
         if self.template is not None:
             return
-        prompt = self.prompt_text(messages)
         before = self._whole(messages, PLACEHOLDER).partition(PLACEHOLDER)[0]
+        self._check_asks(messages, self.prompt_text(messages), before)
+
+    def _check_asks(self, messages: Sequence[Message], prompt: str, before: str) -> None:
+        """Compare what asks for a response with what stands before one; raise as :meth:`check_asks`."""
         is_alike = before.rstrip()[-ALIKE:] == prompt.rstrip()[-ALIKE:]
         if not is_alike and prompt == self._render(messages, add_generation_prompt=False):
             raise DataError(
@@ -222,7 +241,7 @@ class Formatter:
 
     def _end_of_response(self, after: str) -> str:
         """Return what follows a response up to the first token that ends one."""
-        tokens = [token for index in self.end_ids if (token := str(self.tokenizer.decode([index])))]
+        tokens = self._end_tokens
         places = [after.find(token) + len(token) for token in tokens if token in after]
         if not places:
             raise DataError(
@@ -249,7 +268,14 @@ class Formatter:
         return ids if ids[:1] == self._bos else [*self._bos, *ids]
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._encode_all([text])[0]
+
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+        ).input_ids
         return ids
 
 

@@ -29,7 +29,7 @@ from can_dist.tables.schemas import RESPONSES
 from can_dist.workspace import Workspace
 
 if TYPE_CHECKING:
-    from can_dist.modeling.formatter import Formatter, Frame
+    from can_dist.modeling.formatter import Formatter
 
 SHOWN_SPLIT = {"train": "training", "validation": "validation"}
 
@@ -167,10 +167,8 @@ def tokenise(formatter: Formatter, longest: int, rows: Sequence[dict[str, Any]])
         The responses whose tokens read back as another text, and those that with their prompt are longer than
         ``longest``, the reference's context in tokens.
     """
-    frames: dict[str, Frame] = {}
-    for row in rows:
-        if row["prompt_id"] not in frames:
-            frames[row["prompt_id"]] = formatter.frame(row["messages"])
+    conversations = {row["prompt_id"]: row["messages"] for row in rows}
+    frames = dict(zip(conversations, formatter.frames(list(conversations.values())), strict=True))
     responses = [(frames[row["prompt_id"]], row["text"], row["finish_reason"] != "length") for row in rows]
     unread, too_long = [], []
     for row, (frame, text, _), token_ids in zip(rows, responses, formatter.framed_ids(responses), strict=True):

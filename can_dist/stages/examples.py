@@ -21,6 +21,7 @@ from can_dist.workspace import Workspace
 NOTED = "noted_examples.json"
 
 PROMPTS_AT_A_TIME, ROWS_AT_A_TIME = 1024, 8192
+PART_ROWS, PART_BYTES = 65_536, 2**30
 OFFSETS_REACH = 2**31  # bytes of texts
 
 Row = dict[str, Any]
@@ -53,27 +54,47 @@ def by_neighbour(table: pa.Table) -> Iterator[list[Row]]:
 
 
 class Examples:
-    """Examples as they are made: kept as a table, which takes a fifth of the memory of rows."""
+    """The examples of a stage: written in parts as they are made, so that memory holds a part."""
 
-    def __init__(self) -> None:
+    def __init__(self, stage: StageDirectory) -> None:
+        """Start with none; what is added goes to the directory of ``stage``, which :func:`commit` completes."""
+        self.stage = stage
+        self.splits: Counter[str] = Counter()
+        self.num_parts = 0
         self._tables: list[pa.Table] = []
         self._rows: list[Row] = []
 
     def add(self, row: Row) -> None:
         """Take one more."""
+        self.splits[row["split"]] += 1
         self._rows.append(row)
         if len(self._rows) == ROWS_AT_A_TIME:
             self._store()
+            if len(self._tables) * ROWS_AT_A_TIME >= PART_ROWS or _num_bytes(self._tables) >= PART_BYTES:
+                self._write()
 
-    def table(self) -> pa.Table:
-        """Return them all, in one piece as far as Arrow's offsets reach."""
+    def finish(self) -> None:
+        """Write those that are not written yet."""
         self._store()
-        table = pa.concat_tables(self._tables)
-        return table.combine_chunks() if table.nbytes < OFFSETS_REACH else table
+        if self.num_parts == 0 or sum(table.num_rows for table in self._tables):
+            self._write()
 
     def _store(self) -> None:
+        """Make a table of the rows, which takes a fifth of their memory."""
         self._tables.append(pa.Table.from_pylist(self._rows, schema=PREFERENCES))
         self._rows = []
+
+    def _write(self) -> None:
+        table = pa.concat_tables(self._tables)
+        if table.nbytes < OFFSETS_REACH:
+            table = table.combine_chunks()
+        write_part(self.stage.path, self.num_parts, table)
+        self.num_parts += 1
+        self._tables = []
+
+
+def _num_bytes(tables: Sequence[pa.Table]) -> int:
+    return sum(table.nbytes for table in tables)
 
 
 def example(
@@ -142,23 +163,22 @@ def stream(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")
 
 
-def commit(
-    work: Workspace, stage: StageDirectory, kept: pa.Table, noted: list[Row], scores: Artifact, *, loss: str
-) -> Artifact:
-    """Write the examples and the notes on the others, print their numbers, and commit.
+def commit(work: Workspace, kept: Examples, noted: list[Row], scores: Artifact, *, loss: str) -> Artifact:
+    """Write the last examples and the notes on the others, print their numbers, and commit.
 
     ``scores`` holds the reference's log-probabilities, and records the template that they were computed with.
 
     Raises:
         DataError: No example is left to train on.
     """
-    splits = Counter(kept.column("split").to_pylist())
+    stage, splits = kept.stage, kept.splits
     if not splits["train"]:
         raise DataError(f"{stage.path}: no example is left to train on ({listed(noted)}). Bring more data.")
-    write_part(stage.path, 0, kept)
+    kept.finish()
     write_json(stage.path / NOTED, noted)
     counts = Counter(entry["reason"] for entry in noted)
-    counts["examples"] = kept.num_rows
+    counts["examples"] = splits.total()
     work.say("label: " + ", ".join(f"{n} {name}" for name, n in (counts | splits).items()))
     text = scores.info.get("scorers", {}).get(LOGP_REFERENCE, {}).get("text")
-    return stage.commit([NOTED], info={"loss": loss, "counts": dict(counts), "splits": dict(splits), "text": text})
+    info = {"loss": loss, "counts": dict(counts), "splits": dict(splits), "text": text}
+    return stage.commit([NOTED], info=info, parts=range(kept.num_parts))

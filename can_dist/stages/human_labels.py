@@ -6,14 +6,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import pyarrow as pa
-
 from can_dist.config import Human
 from can_dist.config.base import identity
 from can_dist.errors import DataError
-from can_dist.stages.examples import Row, commit, example, join, listed, note, pair_id, useless
+from can_dist.stages.examples import Examples, Row, commit, example, join, listed, note, pair_id, useless
 from can_dist.tables.artifacts import Artifact
-from can_dist.tables.schemas import PREFERENCES
 from can_dist.workspace import Workspace
 
 Criterion = Literal["helpful", "safe"]
@@ -66,8 +63,10 @@ def label_human(
         else:
             kept, unflagged = _responses(usable, criterion, options, validation, seed, str(pairs.path))
             noted += unflagged
-        table = pa.Table.from_pylist(kept, schema=PREFERENCES)
-        return commit(work, stage, table, noted, logps, loss={"dpo": "sigmoid", "kto": "kto"}[options.loss])
+        examples = Examples(stage)
+        for row in kept:
+            examples.add(row)
+        return commit(work, examples, noted, logps, loss={"dpo": "sigmoid", "kto": "kto"}[options.loss])
 
 
 Given = tuple[Row, Row | None]

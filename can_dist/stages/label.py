@@ -86,20 +86,19 @@ def label(
             check_scorers(scores, lam.input("scores"), [reward, *multipliers])
         score_N = combined_score(scores, multipliers, reward, unit or {})
         table = join(responses, scores).append_column("score", pa.array(score_N))
-        kept, noted = Examples(), []
+        kept, noted = Examples(stage), []
         has_signal = False
         for row, reasons in _labelled(table, options, work.config.seed, beta):
             noted += reasons
             if row is not None:
                 kept.add(row)
                 has_signal |= len(set(row["scores"])) > 1
-        examples = kept.table()
-        if examples.num_rows and not has_signal:
+        if kept.splits.total() and not has_signal:
             raise DataError(
                 f"{scores.path}: no preference signal: the scores of every example are equal ({listed(noted)}). "
                 "Check the scorers: a constant score cannot say which response is better."
             )
-        return commit(work, stage, examples, noted, scores, loss=LOSS_OF[options.labels])
+        return commit(work, kept, noted, scores, loss=LOSS_OF[options.labels])
 
 
 def combined_score(scores: Artifact, lam: Mapping[str, float], reward: str, unit: Mapping[str, float]) -> np.ndarray:

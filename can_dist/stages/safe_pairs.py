@@ -42,7 +42,7 @@ def label_safe(work: Workspace, pairs: Artifact, scores: Artifact, options: Safe
     if stage.finished:
         return stage.finished
     with work.timed("label", ROLE):
-        kept = Examples()
+        kept = Examples(stage)
         noted: list[Row] = []
         for a, b in by_neighbour(flagged(join(pairs, scores), scores, options)):
             if reason := useless(a, b) or unusable(a, b):
@@ -52,15 +52,15 @@ def label_safe(work: Workspace, pairs: Artifact, scores: Artifact, options: Safe
             kept.add(example(pair_id(a, b), [a, b], target, validation, seed))
             if swapped:
                 noted.append(note(pair_id(a, b), SWAPPED, kept=True))
-        examples = kept.table()
-        if not examples.num_rows:
+        num_kept = kept.splits.total()
+        if not num_kept:
             raise _nothing_left(pairs, noted, options)
         counts = Counter(entry["reason"] for entry in noted)
         work.say(
-            f"label: {examples.num_rows - counts[SWAPPED]} pairs kept, {counts[SWAPPED]} swapped (the safe response is "
+            f"label: {num_kept - counts[SWAPPED]} pairs kept, {counts[SWAPPED]} swapped (the safe response is "
             f"preferred), {counts[DROPPED]} dropped (both responses are unsafe)"
         )
-        return commit(work, stage, examples, noted, scores, loss="offset")
+        return commit(work, kept, noted, scores, loss="offset")
 
 
 def flagged(table: pa.Table, scores: Artifact, options: SafeDpo) -> pa.Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from can_dist.scoring.log_ratio import check_one_reference, log_ratio
 from can_dist.scoring.protocol import ActorSpec, LogProb, Outputs, PolicyRatio, Response, ScorerSpec
 from can_dist.stages.score_cache import keep, look_up, open_cache, score_keys
 from can_dist.tables.artifacts import (
+    MANIFEST,
     Artifact,
     StageDirectory,
     atomic_file,
@@ -68,10 +70,8 @@ def score(work: Workspace, responses: Artifact, scorers: Mapping[str, ScorerSpec
 
 
 def _check_every_prompt(responses: Artifact, scored: pa.Table) -> None:
-    scored_ids = set(scored.column("prompt_id").to_pylist())
-    if empty := [
-        key for key in dict.fromkeys(responses.table.column("prompt_id").to_pylist()) if key not in scored_ids
-    ]:
+    given, left = (pc.unique(table.column("prompt_id")) for table in (responses.table, scored))
+    if empty := given.filter(pc.invert(pc.is_in(given, value_set=left))).to_pylist():
         raise DataError(
             f"{responses.path}: every response of {len(empty)} prompt(s) is quarantined: {', '.join(empty[:5])}. "
             "Remove these prompts."
@@ -122,7 +122,7 @@ def _score_one(
         work.run_shards(job, todo, f"score ({label})")
         if work.config.cluster.score_cache:
             _put_into_cache(job, rows)
-        num_tokens = sum(responses.table.column("num_tokens").to_pylist())
+        num_tokens = pc.sum(responses.table.column("num_tokens")).as_py()
         left_out = job.quarantined()
         if left_out:
             work.say(f"score ({label}): {len(left_out)} of {sum(rows.values())} responses are quarantined")
@@ -314,7 +314,9 @@ class ScoreJob:
 
     def read(self, shard: int) -> pa.Table:
         """Return one part of the responses."""
-        table = load_artifact(self.responses).part(shard)
+        manifest = self.responses / MANIFEST
+        written_ns = manifest.stat().st_mtime_ns if manifest.is_file() else 0
+        table = _opened(self.responses, written_ns).part(shard)
         return check_schema(table, RESPONSES, f"{self.responses}, part {shard}")
 
     def known_path(self, shard: int) -> Path:
@@ -345,6 +347,12 @@ class ScoreJob:
                 f"quarantine, and cluster.max_quarantine, which is {self.max_quarantine}, at least {num_left_out}."
             )
         self._quarantine(shard, {response_id: f"its score is {value}" for response_id, value in bad.items()})
+
+
+@lru_cache(maxsize=1)
+def _opened(directory: Path, _written_ns: int) -> Artifact:
+    """Open an artifact whose manifest was written then; a manifest of many parts takes longer to read than a part."""
+    return load_artifact(directory)
 
 
 def is_known(value_N: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ from typing import Any
 import pyarrow as pa
 
 from can_dist.errors import DataError
+from can_dist.tables.disk import naming, sync
 from can_dist.tables.misfits import UNREADABLE
 
 FORMAT_VERSION = 3
@@ -67,11 +68,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
-        yield temporary
-        sync(temporary)
-        temporary.chmod(mode)  # a library may have replaced the file by one of its own
-        temporary.replace(path)
-        sync(path.parent)
+        with naming(path):
+            yield temporary
+            sync(temporary)
+            temporary.chmod(mode)  # a library may have replaced the file by one of its own
+            temporary.replace(path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -90,7 +92,7 @@ def write_json(path: Path, value: Any) -> None:
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Give a temporary directory beside ``path``; fsync and rename it to ``path`` when the block succeeds."""
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.absolute().parent) as scratch:
+    with naming(path), tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.absolute().parent) as scratch:
         built = Path(scratch) / path.name
         built.mkdir()
         yield built
@@ -110,15 +112,6 @@ def give_new_rights(directory: Path) -> None:
     for path in directory.rglob("*"):
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)
-
-
-def sync(path: Path) -> None:
-    """Write a file or a directory's entries through to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -178,8 +171,12 @@ class Artifact:
         """Return one listed JSON file, checked."""
         return json.loads(self._checked(name).read_text(encoding="utf-8"))
 
+    @cached_property
+    def _entries(self) -> dict[str, Mapping[str, Any]]:
+        return {entry["file"]: entry for entry in self.manifest["files"]}
+
     def _checked(self, name: str) -> Path:
-        entry = next((entry for entry in self.manifest["files"] if entry["file"] == name), None)
+        entry = self._entries.get(name)
         if entry is None:
             raise DataError(f"{self.path / MANIFEST}: does not list {name}.", f"Delete {self.path} and run again.")
         check_file(self.path, entry)
@@ -205,10 +202,7 @@ def read_part(path: Path) -> pa.Table:
         with pa.memory_map(str(path)) as source:
             return pa.ipc.open_file(source).read_all()
     except UNREADABLE as error:
-        raise DataError(
-            f"{path}: not a readable Arrow file ({error}).",
-            "Delete its directory and run again.",
-        ) from None
+        raise DataError(f"{path}: not a readable Arrow file ({error}).", "Delete its directory, run again.") from None
 
 
 def load_artifact(directory: Path) -> Artifact:

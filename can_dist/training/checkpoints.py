@@ -22,7 +22,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from can_dist.errors import DataError, EnvironmentProblem
-from can_dist.tables.artifacts import digest_of, file_digest, sync, write_json
+from can_dist.tables.artifacts import digest_of, file_digest, write_json
+from can_dist.tables.disk import sync
 from can_dist.training import ranks
 from can_dist.training.extensions import unsafe_below
 

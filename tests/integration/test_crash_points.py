@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import pytest
-from crash import arm, open_log
+from forked import digests, forked
 from ray_head import ray_head
 from scored_world import configured, events, make_responses, scored
 from tiny import make_tiny_lm
@@ -21,58 +19,11 @@ from can_dist.config import Config, PythonCallable, validate_config
 from can_dist.doctor.status import read_status
 from can_dist.run import Run
 from can_dist.stages.score import score
-from can_dist.tables.artifacts import MANIFEST, load_artifact
-from can_dist.tables.verify import verify_run
+from can_dist.tables.artifacts import load_artifact
 from can_dist.workspace import Workspace
 
 CRASHFS = Path(__file__).parents[1] / "helpers" / "faults" / "crashfs"
-# one process that has imported everything, from which every run is forked: a run costs half a second instead of ten.
-# Not Ray, which reads its authentication from the environment when it is imported
-FORKS = multiprocessing.get_context("forkserver")
-IMPORTED = [
-    "can_dist.modeling.formatter",
-    "can_dist.run",
-    "can_dist.doctor.status",
-    "crash",
-    "pandas",
-    "pyarrow.pandas_compat",
-    "ruamel.yaml",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.llama.configuration_llama",
-    "transformers.tokenization_utils_tokenizers",
-]
-FORKS.set_forkserver_preload(IMPORTED)
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-def forked(work: Callable[[Path], None], run: Path, log: Path, at: int) -> list[str]:
-    """Do the work in a process that dies at change ``at`` of the run; return the changes up to then."""
-    log.unlink(missing_ok=True)
-    child = FORKS.Process(target=armed, args=(work, run, log, at))
-    child.start()
-    child.join()
-    changes = log.read_text().splitlines()
-    if at:
-        assert (child.exitcode, len(changes)) == (-signal.SIGKILL, at), changes[-1]
-    else:
-        assert child.exitcode == 0
-    return changes
-
-
-def armed(work: Callable[[Path], None], run: Path, log: Path, at: int) -> None:
-    descriptor = open_log(log)
-    arm(run, lambda: (at, descriptor))
-    work(run)
-
-
-def digests(run: Path) -> dict[str, str]:
-    """Every committed artifact, loaded and checked, and nothing that is not as it was committed."""
-    number, problems = verify_run(run)
-    assert problems == []
-    found = {path.parent.name: load_artifact(path.parent).digest for path in run.glob(f"*/{MANIFEST}")}
-    assert len(found) == number
-    return found
 
 
 def sweep(work: Callable[[Path], None], where: Path, before: Callable[[Path], object] = Path.mkdir) -> int:

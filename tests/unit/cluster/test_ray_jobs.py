@@ -25,6 +25,7 @@ from can_dist.cli import cli
 from can_dist.cli import job as cli_job
 from can_dist.cluster.connection import FORWARDED, JOB_CONFIG, forwarded
 from can_dist.cluster.exposure import exposure, is_loopback, is_open, takes_strangers
+from can_dist.config import Cluster
 from can_dist.errors import ConfigError
 from can_dist.workspace import SECRET_NAME
 
@@ -294,8 +295,25 @@ def test_autoscaling_example_keeps_the_schema_of_ray_and_its_commands_exist() ->
     starts = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
     assert len(starts) == 2
     for line in starts:
-        assert line.startswith("RAY_AUTH_MODE=token ray start ")
+        assert line.startswith("RAY_AUTH_MODE=token ")
         check_command(line)
+
+
+def test_heads_of_the_examples_give_a_training_time_to_commit() -> None:
+    """``ray job stop`` waits as long as the process that the head's job server runs in was told to: 3 s unless told."""
+    job = YAML(typ="safe").load((JOBS / "kuberay.yaml").read_text(encoding="utf-8"))
+    (container,) = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert int({entry["name"]: entry.get("value") for entry in container["env"]}["RAY_JOB_STOP_WAIT_TIME_S"]) > 20
+    config = YAML(typ="safe").load((JOBS / "autoscaling.yaml").read_text(encoding="utf-8"))
+    heads = [*config["head_start_ray_commands"], *_heads_in(JOBS / "README.md")]
+    assert len(heads) == 2
+    for head in heads:
+        assert int(head.partition("RAY_JOB_STOP_WAIT_TIME_S=")[2].split()[0]) > Cluster().stop_grace_s
+
+
+def _heads_in(page: Path) -> list[str]:
+    """Return the blocks of a page that start a head."""
+    return [block for block in page.read_text(encoding="utf-8").split("```")[1::2] if "ray start --head" in block]
 
 
 def test_a_configuration_is_still_given_once() -> None:

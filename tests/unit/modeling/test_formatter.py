@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import make_tiny_lm, make_tiny_tokenizer
@@ -73,6 +74,26 @@ def test_response_that_the_tokenizer_joins_to_the_prompt_is_encoded_on_its_own(t
     """Words split at spaces: 'ASSISTANT:w3' would be one unknown word."""
     formatter = Formatter(tokenizer, "USER: {prompt} ASSISTANT:")
     assert tokenizer.decode(formatter.response_ids(MESSAGES, "w3")) == "w3 </s>"
+
+
+def test_conversation_is_rendered_twice_however_many_responses_it_has(tokenizer, monkeypatch) -> None:
+    """Once up to the response, once with one; conversations that are encoded together are what each is by itself."""
+    others = [{"role": "user", "content": "w4"}]
+    alone = [Formatter(tokenizer).frame(messages) for messages in (MESSAGES, others)]
+    rendered = []
+
+    def counted(*arguments: Any, **options: Any) -> str:
+        rendered.append(options)
+        return render_chat(*arguments, **options)
+
+    monkeypatch.setattr("can_dist.modeling.formatter.render_chat", counted)
+    formatter = Formatter(tokenizer)
+    frames = formatter.frames([MESSAGES, others])
+    assert frames == alone
+    tokens = formatter.framed_ids([(frame, text, True) for frame in frames for text in ("w3", "w3 w4", "")])
+    assert len(tokens) == 6
+    assert len(rendered) == 4
+    assert tokens[1] == formatter.response_ids(MESSAGES, "w3 w4")
 
 
 def test_no_chat_template_is_a_clear_error(tokenizer) -> None:

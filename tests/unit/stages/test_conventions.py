@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from tiny import make_tiny_lm
 
@@ -14,12 +13,11 @@ from can_dist.errors import DataError
 from can_dist.modeling.formatter import convention
 from can_dist.scoring.protocol import LogProb
 from can_dist.stages.brought_responses import bring_responses
-from can_dist.stages.examples import commit
+from can_dist.stages.examples import Examples, commit
 from can_dist.stages.ingest import ingest_pairs, ingest_prompts
 from can_dist.stages.score import score
 from can_dist.stages.train import train
 from can_dist.tables.artifacts import Artifact, open_stage
-from can_dist.tables.schemas import PREFERENCES
 from can_dist.workspace import Workspace
 
 WORDS = [f"w{i}" for i in range(12)]
@@ -58,9 +56,9 @@ def labelled(work: Workspace, reference: Model) -> Artifact:
         "scores": [], "target": [1.0, 0.0], "weight": 1.0,
     }  # fmt: skip
     stage = open_stage(work.directory, "label", "some", {}, {})
-    return commit(
-        work, stage, pa.Table.from_pylist([row], schema=PREFERENCES), [], scores.commit(info=info), loss="sigmoid"
-    )
+    examples = Examples(stage)
+    examples.add(row)
+    return commit(work, examples, [], scores.commit(info=info), loss="sigmoid")
 
 
 def test_f23_responses_of_another_template_get_no_log_probabilities(work: Workspace) -> None:

@@ -299,6 +299,21 @@ def test_few_rows_at_a_time_give_the_same_bytes(
     assert digests[0] == digests[1]
 
 
+def test_many_examples_are_written_in_parts_that_are_one_table(tmp_path, random_scores, monkeypatch) -> None:
+    """A part is written as soon as it is full; rows, their order, splits and counts are those of one part."""
+    inputs = tables(tmp_path / "run", *random_scores)
+    whole = labelled(tmp_path / "run", inputs)
+    table, info = whole.table.combine_chunks(), whole.info
+    shutil.rmtree(whole.path)
+    monkeypatch.setattr(examples, "ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr(examples, "PART_ROWS", 70)
+    parts = labelled(tmp_path / "run", inputs)
+    assert parts.path == whole.path, "the identity is of what the examples are, not of how many a file holds"
+    assert [entry["rows"] for entry in parts.manifest["files"] if "rows" in entry] == [70] * 5 + [50]
+    assert parts.table.combine_chunks().equals(table)
+    assert parts.info == info
+
+
 def test_rows_of_a_prompt_that_lie_apart_are_brought_together() -> None:
     ids = ["b", "a", "b", "c", "a", "b"]
     table = pa.table({"prompt_id": ids, "row": list(range(6))})
