@@ -25,7 +25,7 @@ from tree_cpu import metered
 from can_dist.tables.artifacts import load_artifact
 
 RESULT = RESULTS / "time_to_margin.json"
-CAID_ROUNDS, CDPO_ROUNDS = 3, 6
+CAID_ROUNDS, CDPO_ROUNDS = 3, 5
 PAIRS = {"label.pairs_per_prompt": 8, "train.batch_size": 32, "train.num_epochs": 1, "train.learning_rate": 5e-5}
 AS_TRAINED = {"strength": 1}
 FIRST, BASE = "MoCAN as trained", "MoCAN + strength"
