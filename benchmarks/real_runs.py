@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
 RECIPE = ROOT / "recipes" / "pku_stories3M" / "mocan.yaml"
+AS_MEASURED: dict[str, Any] = {"prompts.num_validation": 200}
+"""The rows are of 200 validation prompts; the recipe takes 400 since estimate_agreement.py."""
 
 
 def command(verb: str, run: Path, settings: Mapping[str, Any], recipe: Path = RECIPE) -> list[str]:

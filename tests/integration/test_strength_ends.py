@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from people_run import can_dist, user_folder
 from safetensors import safe_open
 from small_run import WORDS, small_run, write_config
-from test_pecan import can_dist, user_folder
 from transformers import AutoModelForCausalLM
 
 from can_dist.stages.estimate import load_estimate
