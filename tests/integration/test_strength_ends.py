@@ -83,7 +83,7 @@ def tensors(model: Path) -> dict[str, torch.Tensor]:
 
 
 def test_adapters(tmp_path: Path) -> None:
-    write_config(tmp_path / "my.yaml", configuration(tmp_path, lora=LORA, learning_rate=2e-2))
+    write_config(tmp_path / "my.yaml", configuration(tmp_path, lora=LORA, learning_rate=5e-3))
     trained, policy = check_strength(tmp_path, run(tmp_path, "my.yaml"))
     scaled = json.loads((policy.path / ADAPTER / "adapter_config.json").read_text())["lora_alpha"]
     assert scaled == pytest.approx(16 * policy.info["alpha"])
@@ -96,7 +96,7 @@ def test_adapters(tmp_path: Path) -> None:
 
 
 def test_weights_in_bf16(tmp_path: Path) -> None:
-    config = configuration(tmp_path, learning_rate=4e-3) | {"precision": "bf16"}
+    config = configuration(tmp_path) | {"precision": "bf16"}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "lm").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "lm")
     write_config(tmp_path / "my.yaml", config)
