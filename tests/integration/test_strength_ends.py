@@ -64,7 +64,7 @@ def check_strength(folder: Path, evaluation: Artifact) -> tuple[Artifact, Artifa
     print(f"strength {chosen['alpha']:.3f}; before {before.improvement[demand.name]}; of {demand.margin}: {gain}")
     assert chosen["limiting"] == demand.name
     assert chosen["alpha"] == pytest.approx(demand.margin / before.improvement[demand.name].mean)
-    assert chosen["alpha"] != pytest.approx(1.0, abs=0.05)
+    assert chosen["alpha"] != pytest.approx(1.0, abs=0.02)
     assert after.num_prompts == NUM_VALIDATION
     assert gain.low <= demand.margin <= gain.high, "the check at the chosen strength"
     report = evaluation.read_json(REPORT)
@@ -107,7 +107,8 @@ def test_weights_in_bf16(tmp_path: Path) -> None:
 
 def test_pecan(tmp_path: Path) -> None:
     folder = user_folder(tmp_path)
-    settings = ["prompts.num_train=60", f"prompts.num_validation={NUM_VALIDATION}", "strength={}"]
+    splits = ["prompts.num_train=76", f"prompts.num_validation={NUM_VALIDATION}"]
+    settings = [*splits, "strength={}", "beta=0.5", "label.labels=listwise"]  # near enough for the law of small steps
     overrides = [word for setting in settings for word in ("--set", setting)]
     done = can_dist(folder, "config", "my.yaml", *overrides)
     assert done.returncode == 0, done.stderr
