@@ -73,9 +73,10 @@ def save(rows: list[dict[str, Any]]) -> None:
 
 
 @main.command()
-def show() -> None:
+@click.option("--estimator", default="empirical", show_default=True, help="Of λ*; the rows of another are left out.")
+def show(estimator: str) -> None:
     """Print the table and the criteria, and draw the figure."""
-    rows = read_rows(RESULT)
+    rows = [known for known in read_rows(RESULT) if known["estimator"] == estimator]
     click.echo("| way | margin | seed | strength | safety, 95 % interval | reward | KL (predicted) | margin met? |")
     click.echo("|---|---|---|---|---|---|---|---|")
     for way in WAYS:
