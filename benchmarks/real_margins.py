@@ -24,6 +24,8 @@ import click
 from machine import machine
 from real_runs import AS_MEASURED, IMAGES, RESULTS, evaluated, read_rows, row
 
+from can_dist.measuring.verdicts import current
+
 RESULT, FIGURE = RESULTS / "real_margins.json", IMAGES / "margins_stories3M.svg"
 MARGINS, SEEDS = (0.25, 0.5, 0.75), (0, 1, 2)
 FEEDBACK = {"train.feedback": "validation", "train.eval_every": 10}
@@ -98,7 +100,7 @@ def show(estimator: str) -> None:
         if cell["way"] == "two":
             gains = [
                 f"{name} {gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}] of {gain['margin']:+.2f}: "
-                f"{gain['verdict']}"
+                f"{current(gain['verdict'])}"
                 for name, gain in cell["constraints"].items()
             ]
             click.echo(f"\ntwo, seed {cell['seed']}: {'; '.join(gains)}; KL {cell['kl']['mean']:.2f}")
@@ -128,7 +130,7 @@ def table_row(cell: dict[str, Any]) -> str:
         f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]",
         f"{cell['reward']['mean']:+.2f}",
         f"{kl['mean']:.2f} ({kl['predicted']:.2f})",
-        gain["verdict"],
+        current(gain["verdict"]),
     ]
     return f"| {' | '.join(columns)} |"
 

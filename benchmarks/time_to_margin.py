@@ -22,6 +22,7 @@ from machine import machine
 from real_runs import AS_MEASURED, RESULTS, command, evaluated, read_rows, row
 from tree_cpu import metered
 
+from can_dist.measuring.verdicts import current
 from can_dist.tables.artifacts import load_artifact
 
 RESULT = RESULTS / "time_to_margin.json"
@@ -118,7 +119,7 @@ def show() -> None:
             f"| {name} | {known['trainings']} | {tokens} "
             f"| {total:.0f} ({total / sum(base['cpu'].values()):.1f}×) "
             f"| {gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}] | {known['reward']['mean']:+.2f} "
-            f"| {kl['mean']:.2f} ({kl['predicted']:.2f}) | {gain['verdict']} |"
+            f"| {kl['mean']:.2f} ({kl['predicted']:.2f}) | {current(gain['verdict'])} |"
         )
 
 

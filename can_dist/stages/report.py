@@ -14,7 +14,7 @@ from can_dist.config import METHODS
 from can_dist.config.base import identity
 from can_dist.config.sections import Constraint
 from can_dist.dual import estimate_line, verdict
-from can_dist.measuring.examination import examine
+from can_dist.measuring.examination import examine, influential
 from can_dist.measuring.gains import (
     by_prompt,
     column,
@@ -30,11 +30,12 @@ from can_dist.measuring.gains import (
 from can_dist.measuring.predicted import held_out_prediction, multipliers, prediction_source, predictions, score_table
 from can_dist.measuring.ray import ray
 from can_dist.stages.estimate import load_estimate
+from can_dist.stages.samples import beginnings, chosen_samples, crossings
 from can_dist.stages.solve import demands, load_solution
 from can_dist.stages.strength import STRENGTH
 from can_dist.stages.train import drift_warning
 from can_dist.tables.artifacts import Artifact
-from can_dist.tables.quarantine import quarantined, scored_responses
+from can_dist.tables.quarantine import quarantined
 from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
 from can_dist.training import CURVE
 from can_dist.training.metrics import ESTIMATE
@@ -87,7 +88,8 @@ def build_report(
     names = [reward, *constraints]
     dual = _dual(inputs, before, reward, work.config.method)
     kl = dual["kl"] | {"realised": interval(by_prompt(after, log_ratio(after))[1])}
-    title = method_title(work.config.method, variant)
+    title, tails = method_title(work.config.method, variant), safety_tails(before, after, constraints)
+    borders = {name: float(row["border"]) for name, row in tails.items()}
     return {
         "format_version": 3,
         "title": f"{title}: predicted and realised" if dual["prediction"] else f"{title}: measured",
@@ -112,7 +114,7 @@ def build_report(
         "reward": {"name": reward, **dual["scores"].get(reward, {}), "realised": improvement(before, after, reward)},
         "kl": kl,
         "win_rate": {name: win_rate(before, after, name) for name in names},
-        "tails": safety_tails(before, after, constraints),
+        "tails": tails,
         "refusals": _refusals(inputs),
         "lengths": {"reference": lengths(before), "policy": lengths(after)},
         "scores": {
@@ -122,7 +124,8 @@ def build_report(
         "estimate": _estimated(inputs, reward),
         "counts": _counts(inputs),
         "warnings": _warnings(work, before, after) + _drift(kl, as_trained(inputs["policy"]), dual["examination"]),
-        "samples": _samples(inputs, names, work.config.evaluate.num_samples),
+        "crossings": crossings(inputs, borders),
+        "samples": chosen_samples(inputs, names, borders, work.config.evaluate.num_samples),
         "config": identity(work.config, exclude=["cluster", "methods"]),
         "versions": {name: version(name) for name in PACKAGES},
     }
@@ -138,6 +141,7 @@ def _dual(inputs: Mapping[str, Artifact], before: pa.Table, reward: str, method:
     log_weight = inputs["solution"].manifest["identity"]["log_weight"]
     table = score_table(inputs["train_scores"].table, reward, solution, log_weight)
     examination = examine(table, solution, reward_name=reward)
+    examination["beginnings"] = beginnings(inputs["train_scores"], influential(examination))
     record |= {"solution": solution.to_dict(), "examination": examination, "lam": multipliers(solution)}
     record["num_prompts"] = solution.diagnostics["num_prompts"]
     solved, measured = (inputs[name].info["scorers"] for name in ("train_scores", "scores_before"))
@@ -281,27 +285,3 @@ def _drift(kl: Mapping[str, Any], policy: Artifact, examination: Mapping[str, An
     if "summary" in policy.info and (warning := drift_warning(policy.read_json(CURVE))):
         warnings.append(warning[0].upper() + warning[1:])
     return warnings
-
-
-def _samples(inputs: Mapping[str, Artifact], names: list[str], count: int) -> list[dict[str, Any]]:
-    """Return the first response of both models to the first prompts of the held-out split."""
-    rows = {}
-    for who in ("before", "after"):
-        responses = scored_responses(inputs[f"responses_{who}"], inputs[f"scores_{who}"]).to_pylist()
-        scores = inputs[f"scores_{who}"].table.to_pylist()
-        first: dict[str, Any] = {}
-        for response, scored in zip(responses, scores, strict=True):
-            first.setdefault(response["prompt_id"], (response, scored))
-        rows[who] = first
-    samples = []
-    for prompt_id, (response, scored) in list(rows["before"].items())[:count]:
-        theirs, their_scores = rows["after"][prompt_id]
-        samples.append(
-            {
-                "prompt": "\n\n".join(f"{m['role']}: {m['content']}" for m in response["messages"]),
-                "reference": response["text"],
-                "policy": theirs["text"],
-                "scores": {name: [scored[name], their_scores[name]] for name in names},
-            }
-        )
-    return samples
