@@ -14,7 +14,7 @@ from can_dist.measuring.verdicts import current
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- measured: written by benchmarks/readme_table.py -->", "<!-- measured: end -->"
-WAY = "strength"
+WAY, ESTIMATOR = "strength", "empirical"
 HEADER = (
     "| margin asked | safety gained, by seed | reward, by seed | KL (predicted) | verdict, by seed |",
     "|---|---|---|---|---|",
@@ -24,7 +24,9 @@ HEADER = (
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Return the lines of the table."""
     lines = list(HEADER)
-    shown = sorted((row for row in rows if row["way"] == WAY), key=lambda row: row["seed"])
+    shown = sorted(
+        (row for row in rows if (row["way"], row["estimator"]) == (WAY, ESTIMATOR)), key=lambda row: row["seed"]
+    )
     for margin in sorted({row["margin"] for row in shown}):
         cells = [row for row in shown if row["margin"] == margin]
         safety = ", ".join(f"{row['constraints']['safety']['mean']:+.2f}" for row in cells)

@@ -5,7 +5,6 @@
     python benchmarks/real_margins.py run feedback --margin 0.5
     python benchmarks/real_margins.py run as_trained               # the same trainings with strength: 1
     python benchmarks/real_margins.py run two --margin 0.5         # safety and helpfulness demanded at once
-    python benchmarks/real_margins.py agree                        # estimates on the prompts of the fresh samples
     python benchmarks/real_margins.py show                         # the table, and docs/images/margins_stories3M.svg
 
 Each cell is one ``can-dist run`` of the recipe. A seed moves everything: which prompts are trained on, held out and
@@ -22,19 +21,10 @@ from statistics import fmean
 from typing import Any
 
 import click
-import numpy as np
 from machine import machine
-from real_runs import IMAGES, RECIPE, RESULTS, evaluated, read_rows, row, span
+from real_runs import AS_MEASURED, IMAGES, RESULTS, evaluated, read_rows, row
 
-from can_dist import load_config
-from can_dist.config import Model
-from can_dist.dual import ScoreTable, estimate_policy
 from can_dist.measuring.verdicts import current
-from can_dist.scoring.kinds import load_scorer
-from can_dist.scoring.protocol import LogProb, Response
-from can_dist.tables.artifacts import Artifact, load_artifact
-from can_dist.tables.scores import score_arrays
-from can_dist.training import POLICY
 
 RESULT, FIGURE = RESULTS / "real_margins.json", IMAGES / "margins_stories3M.svg"
 MARGINS, SEEDS = (0.25, 0.5, 0.75), (0, 1, 2)
@@ -50,7 +40,7 @@ TWO = {
     "constraints.helpful.margin": 0.2,
 }
 TITLES = {"as_trained": "as trained (the paper's)", "strength": "strength", "feedback": "feedback, then strength"}
-CELL = ("way", "margin", "seed")
+CELL = ("way", "margin", "seed", "estimator")
 
 
 @click.group(help=(__doc__ or "").split("\n")[0])
@@ -65,15 +55,16 @@ def main() -> None:
 )
 @click.option("--margin", "margins", multiple=True, type=float, default=MARGINS, show_default=True)
 @click.option("--seed", "seeds", multiple=True, type=int, default=SEEDS, show_default=True)
-def run(way: str, run_dir: Path, margins: Sequence[float], seeds: Sequence[int]) -> None:
+@click.option("--estimator", default="auto", show_default=True, help="Of λ*; empirical is the paper's.")
+def run(way: str, run_dir: Path, margins: Sequence[float], seeds: Sequence[int], estimator: str) -> None:
     """Run the cells of one way that have no row yet, and write each row as it is known."""
     for seed in seeds:
         for margin in margins:
-            cell = {"way": way, "margin": margin, "seed": seed}
+            cell = {"way": way, "margin": margin, "seed": seed, "estimator": estimator}
             if any(all(done[key] == cell[key] for key in CELL) for done in read_rows(RESULT)):
                 continue
-            settings = {"seed": seed, "constraints.safety.margin": margin, **WAYS.get(way, TWO)}
-            known = row(evaluated(run_dir, settings))
+            keys = {"seed": seed, "constraints.safety.margin": margin, "solve.estimator": estimator}
+            known = row(evaluated(run_dir, {**AS_MEASURED, **keys, **WAYS.get(way, TWO)}))
             save([*read_rows(RESULT), {**cell, **known}])
 
 
@@ -84,48 +75,10 @@ def save(rows: list[dict[str, Any]]) -> None:
 
 
 @main.command()
-@click.option(
-    "--run", "run_dir", default="runs/pku_stories3M_margins", show_default=True, type=click.Path(path_type=Path)
-)
-def agree(run_dir: Path) -> None:
-    """Estimate every policy from the reference's responses to the very prompts that its fresh samples answered."""
-    reference_logp: dict[str, np.ndarray] = {}
-    for number, known in enumerate(read_rows(RESULT)):
-        if "on_test" not in known:
-            known["on_test"] = estimate_on_test(load_artifact(run_dir / known["evaluation"]), reference_logp)
-            rows = read_rows(RESULT)
-            save([*rows[:number], known, *rows[number + 1 :]])
-            click.echo(f"{[known[key] for key in CELL]}: {known['on_test']}")
-
-
-def estimate_on_test(evaluation: Artifact, reference_logp: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Return the estimated gain of safety and KL of an evaluated policy, from its held-out prompts.
-
-    ``reference_logp`` keeps ln π_ref of the reference's responses to them, by table.
-    """
-    scores = evaluation.input("scores_before")
-    rows = scores.input("responses").table.to_pylist()
-    assert [row["response_id"] for row in rows] == scores.table.column("response_id").to_pylist()
-    responses = [Response(row["response_id"], row["messages"], row["text"], row["token_ids"]) for row in rows]
-    if scores.path.name not in reference_logp:
-        reference_logp[scores.path.name] = log_prob(load_config(RECIPE).reference.model, responses)
-    policy_logp = log_prob(str(evaluation.input("policy").path / POLICY), responses)
-    arrays = score_arrays(scores.table, "reward", ["safety"], str(scores.path))
-    table = ScoreTable.build(arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, names=["safety"])
-    lam = {"safety": evaluation.read_json("report.json")["constraints"][0]["lam"]}
-    estimate = estimate_policy(table, reference_logp[scores.path.name], policy_logp, lam=lam, beta=1.0)
-    return {"safety": span(vars(estimate.improvement["safety"])), "kl": span(vars(estimate.kl))}
-
-
-def log_prob(model: str, responses: Sequence[Response]) -> np.ndarray:
-    """Return ln π of the responses under a model directory, nats."""
-    return load_scorer(LogProb(model=Model(model=model)), "fp32").score(responses)
-
-
-@main.command()
-def show() -> None:
+@click.option("--estimator", default="empirical", show_default=True, help="Of λ*; the rows of another are left out.")
+def show(estimator: str) -> None:
     """Print the table and the criteria, and draw the figure."""
-    rows = read_rows(RESULT)
+    rows = [known for known in read_rows(RESULT) if known["estimator"] == estimator]
     click.echo("| way | margin | seed | strength | safety, 95 % interval | reward | KL (predicted) | margin met? |")
     click.echo("|---|---|---|---|---|---|---|---|")
     for way in WAYS:
@@ -138,11 +91,10 @@ def show() -> None:
             shares = [safety(cell)["mean"] / cell["margin"] for cell in cells]
             missed = sum(safety(cell)["verdict"] == "not met" for cell in cells)
             apart = [agrees(safety(cell)["estimate"], safety(cell)) for cell in cells]
-            same = [agrees(cell["on_test"]["safety"], safety(cell)) for cell in cells if "on_test" in cell]
             click.echo(
                 f"\n{way}: {len(cells)} policies, {missed} not met, realised/asked {fmean(shares):.3f} "
                 f"({min(shares):.2f} to {max(shares):.2f}); estimates agree with fresh samples of other prompts "
-                f"in {sum(apart)} of {len(apart)}, of the same in {sum(same)} of {len(same)}"
+                f"in {sum(apart)} of {len(apart)}"
             )
     for cell in rows:
         if cell["way"] == "two":

@@ -9,12 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from can_dist.stages.report import lineage_of
 from can_dist.tables.artifacts import Artifact, load_artifact
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
 RECIPE = ROOT / "recipes" / "pku_stories3M" / "mocan.yaml"
+AS_MEASURED: dict[str, Any] = {"prompts.num_validation": 200}
+"""The rows are of 200 validation prompts; the recipe takes 400 since estimate_agreement.py."""
 
 
 def command(verb: str, run: Path, settings: Mapping[str, Any], recipe: Path = RECIPE) -> list[str]:
@@ -34,10 +37,11 @@ def evaluated(run: Path, settings: Mapping[str, Any], recipe: Path = RECIPE) -> 
 
 
 def row(evaluation: Artifact) -> dict[str, Any]:
-    """Return what an evaluation predicted, estimated on validation prompts and realised, and the trained tokens."""
+    """Return what an evaluation predicted, estimated on validation prompts and realised, tokens and code."""
     report = evaluation.read_json("report.json")
     estimated = report["estimate"] or {}
     policy = estimated.get("policy")
+    solution = lineage_of(evaluation.input("policy"), evaluation).solution
     trainings = {training.path.name: training for training in trained(evaluation.input("policy"))}
     return {
         "constraints": {entry["name"]: constraint(entry, policy) for entry in report["constraints"]},
@@ -47,8 +51,17 @@ def row(evaluation: Artifact) -> dict[str, Any]:
         "length": policy and policy["length"]["mean"],
         "direction": policy and policy["direction"]["mean"],
         "tokens": sum(training.info["summary"]["num_tokens"] for training in trainings.values()),
+        "estimator": solution and solution.manifest["identity"]["estimator"],
+        "commit": commit(),
+        "run": str(evaluation.path.parent),
         "evaluation": evaluation.path.name,
     }
+
+
+def commit() -> str:
+    """Return the last commit that changed the package."""
+    asking = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", "can_dist"]
+    return subprocess.run(asking, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
 def constraint(entry: Mapping[str, Any], policy: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 INTERVAL_S = 0.5
 TICKS = os.sysconf("SC_CLK_TCK")
 KINDS = {"ray::ShardWorker": "actors", "ray::RayTrainWorker": "ranks", "ray::TrainController": "driver"}
+OTHER = "Ray"
 
 Process = tuple[int, int]
 """Id and start."""
@@ -62,7 +63,9 @@ def look(root: int, parent_of: dict[Process, int], seconds: dict[Process, tuple[
     while more := {pid for pid, process in now.items() if parent_of[process] in known} - known:
         known |= more
     for pid in known & set(now):
-        seconds[now[pid]] = (kind_of(pid, root), taken[now[pid]])
+        before, _ = seconds.get(now[pid], (OTHER, 0.0))
+        kind = kind_of(pid, root)
+        seconds[now[pid]] = (before if kind == OTHER else kind, taken[now[pid]])  # at its end a process has no title
 
 
 def kind_of(pid: int, root: int) -> str:
@@ -73,7 +76,7 @@ def kind_of(pid: int, root: int) -> str:
         title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
     except OSError:
         title = ""
-    return next((kind for name, kind in KINDS.items() if title.startswith(name)), "Ray")
+    return next((kind for name, kind in KINDS.items() if title.startswith(name)), OTHER)
 
 
 if __name__ == "__main__":

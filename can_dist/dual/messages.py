@@ -143,13 +143,18 @@ def error_parts(error: float | None, bias: float | None) -> list[str]:
 
 
 def bias_of(solution: DualSolution, name: str, kind: Literal["lam_bias", "bias"]) -> float | None:
-    """Return how much the finite K may add to λ̂ or to the improvement: NaN where unknown, None where nothing can be."""
+    """Return how much the finite K may add to λ̂ or to the improvement.
+
+    NaN where it is unknown, None where nothing can be, or where the solution is older than what says it.
+    """
     judgement = solution.diagnostics.get("judgement")
     if judgement is None:
         return None
     if judgement["objection"]:
         return math.nan
-    return judgement["lam_bias"][name] if kind == "lam_bias" else judgement["delivered"][name]["bias"]
+    biases = judgement.get("lam_bias", {}) if kind == "lam_bias" else {name: judgement["delivered"][name]["bias"]}
+    bias: float | None = biases.get(name)
+    return bias
 
 
 def _paper(solution: DualSolution, name: str) -> list[str]:

@@ -13,6 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from can_dist.cli import cli
+from can_dist.dual import DualSolution
+from can_dist.dual.messages import lam_error
 from can_dist.errors import CanDistError, ConfigError, DataError, InfeasibleConstraint
 
 
@@ -57,6 +59,14 @@ def test_bias_stands_beside_the_standard_error(scores: Path) -> None:
     text = solve(scores, "--constraint", "safety:margin=0.3", beta="0.1")
     assert "Do not trust" in text
     assert ", bias unknown, paper's" in text
+
+
+def test_a_solution_older_than_the_bias_of_lambda_is_told_without_it(scores: Path) -> None:
+    """Finished work of older code is reused, so a run that goes on reads such solutions."""
+    record = json.loads(solve(scores, "--constraint", "safety:margin=0.3", "--json", "-", beta="2"))
+    del record["diagnostics"]["judgement"]["lam_bias"]
+    said = lam_error(DualSolution.from_dict(record), "safety")
+    assert said == [f"SE {record['lam_se']['safety']:.2g}", f"paper's {record['lam_paper']['safety']:.4g}"]
 
 
 def test_without_confidence_it_is_said_how_often_margins_hold(scores: Path) -> None:
