@@ -144,6 +144,8 @@ class Config(Strict):
     @classmethod
     def _fits_the_method(cls, label: Label, info: ValidationInfo) -> Label:
         method, row = method_of(info)
+        if any(name not in info.data for name in row.sections):
+            return label  # a section that was refused says nothing of the labels
         steps = [info.data.get(name) for name in row.sections]
         sacpo = next((section for section in steps if isinstance(section, Sacpo)), None)
         source = sacpo.labels_from if sacpo else row.learns_from

@@ -129,9 +129,10 @@ def _settled(
 
 def solved_columns(solution: Artifact) -> tuple[Column, ...]:
     """Return what the constraints of a solution are on, a CVaR with the τ that it was solved at."""
-    if record := solution.read_json(SOLUTION).get("columns"):
-        return columns_from(record)
-    return tuple(Column(name, (name,)) for name in solution.manifest["identity"]["constraints"])
+    record = solution.read_json(SOLUTION)
+    if derived := record.get("columns"):
+        return columns_from(derived)
+    return tuple(Column(name, (name,)) for name in record["lam"])
 
 
 def demands(solution: Artifact) -> tuple[Demand, ...]:
