@@ -56,6 +56,9 @@ def case(name: str) -> tuple[ScoreTable, DualSolution]:
     if name == "gaussian estimator":
         table = gaussian()
         return table, solved(table, 0.5, beta=0.05, estimator="gaussian")
+    if name == "jackknife":
+        table = gaussian()
+        return table, solved(table, 0.5, estimator="jackknife")
     if name == "price of nothing":
         table = gaussian()
         return table, solved(table, -0.5)
@@ -90,7 +93,7 @@ def case(name: str) -> tuple[ScoreTable, DualSolution]:
 
 
 CASES = [
-    "one constraint", "two constraints", "gaussian estimator", "price of nothing", "weighted", "infeasible", "equality",
+    "one constraint", "two constraints", "gaussian estimator", "jackknife", "price of nothing", "weighted", "infeasible", "equality",
     "one response", "some single responses", "one prompt", "constant utility", "no constraint",
 ]  # fmt: skip
 
@@ -191,6 +194,25 @@ class TestPage:
             assert row.prompt in text
         assert found.influence[5].prompt not in text
         assert f"sd within a prompt {found.scorers['helpfulness'].within_sd:.3g}" in text
+
+    @pytest.mark.parametrize(
+        ("name", "why"),
+        [("jackknife", "the bias of few responses, which the jackknife removes"), ("gaussian estimator", "Gaussian")],
+    )
+    def test_a_lambda_beside_the_papers_dual_says_why_it_is_not_at_its_least(
+        self, name: str, why: str, folder: Path
+    ) -> None:
+        table, solution = case(name)
+        paper = solve_table(
+            table, beta=solution.beta, constraints=[Margin("g0", 0.5)], estimator="empirical", throw=False
+        )
+        text = Page(html_of(name, folder)).text
+        assert (
+            f"Drawn is the paper’s dual, which is least at λ = {paper.lam['g0']:.3g}; λ̂ = {solution.lam['g0']:.3g}"
+            in text
+        )
+        assert why in text[text.index("Drawn is the paper’s dual") :]
+        assert "Drawn is the paper’s dual" not in Page(html_of("one constraint", folder)).text
 
     def test_same_input_same_bytes(self, tmp_path: Path) -> None:
         for name in ("a", "b"):

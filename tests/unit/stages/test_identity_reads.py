@@ -240,7 +240,7 @@ CASES: dict[str, Any] = {
     "mocan, listwise": lambda folder: {"label": {"labels": "listwise", "validation_fraction": 0.11}},
     "mocan, brought": lambda folder: {
         "generate": {"num_responses": 2, "responses": source(folder, "responses.jsonl")},
-        "constraints": {"calm": {"scorer": CALM, "margin": 0.0, "of": "cvar", "alpha": 0.77}},
+        "constraints": {"calm": {"scorer": CALM, "margin": 0.05, "of": "cvar", "alpha": 0.77}},
     },
     "mocan, a strength": lambda folder: {
         "strength": 1.53,
