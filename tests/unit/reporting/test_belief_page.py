@@ -60,7 +60,7 @@ def case(name: str) -> tuple[ScoreTable, DualSolution]:
         table = gaussian()
         return table, solved(table, 0.5, estimator="jackknife")
     if name == "price of nothing":
-        table = gaussian()
+        table = gaussian(num_prompts=200)
         return table, solved(table, -0.5)
     if name == "weighted":
         table = weighted_table()
@@ -259,9 +259,9 @@ class TestHeadline:
         ("world", "estimator", "kind", "start"),
         [
             (World("gaussian", 0.5, num_prompts=300), "jackknife", "met", "Yes: both what the policy of λ "),
-            (World("gaussian", 10.0, num_prompts=100), "empirical", "unmet", "No: 1.4 of 128 responses carry"),
+            (World("gaussian", 10.0, num_prompts=200), "empirical", "unmet", "No: 1.4 of 128 responses carry"),
             (
-                World("uniform", 1.0, -0.5, -0.4, 60, 16),
+                World("uniform", 1.0, -0.5, -0.4, 200, 16),
                 "jackknife",
                 "within",
                 "For what the policy ",
