@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.special import ndtr
 
 from can_dist.dual.interval import mean_interval
@@ -73,6 +72,8 @@ def _gaffke(value_M: FloatArray, error: float) -> float:
     centre_M = value_M - value_M.mean()
     scale = float(-centre_M.min())
     unit_M = centre_M / scale
+
+    from scipy.optimize import brentq  # slow to import, needed by a certificate only
 
     def excess(logit: float) -> float:
         return _tail(unit_M, 1 / (1 + math.exp(-logit)))[1] - error

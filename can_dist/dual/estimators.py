@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
 
 from can_dist.dual.columns import ColumnScores, Scores
 from can_dist.dual.jackknife import both_moments, gain_and_slope
@@ -191,9 +190,7 @@ def orthant_minimum(
     correlation = hessian_JJ[np.ix_(curved, curved)] / np.outer(scale, scale)
     factor = np.linalg.cholesky(correlation + 1e-14 * np.eye(scale.size))
     signed = equal_J[curved]
-    parts, _ = nnls(np.hstack([factor.T, -factor.T[:, signed]]), -np.linalg.solve(factor, linear_J[curved] / scale))
-    target = parts[: scale.size]
-    target[signed] -= parts[scale.size :]
+    target = _active_set(factor, linear_J[curved] / scale, signed)
     free = signed | (target > 0)
     if free.any():
         refined = -np.linalg.solve(correlation[np.ix_(free, free)], (linear_J[curved] / scale)[free])
@@ -201,6 +198,19 @@ def orthant_minimum(
             target[free] = refined
     lam[curved] = target / scale
     return lam
+
+
+def _active_set(factor_JJ: FloatArray, linear_J: FloatArray, signed_J: npt.NDArray[np.bool_]) -> FloatArray:
+    """Return argmin of ½ λᵀLLᵀλ + ⟨c,λ⟩ with λ ≥ 0 where it is not signed."""
+    if linear_J.size == 1:  # needs no search, and so no scipy.optimize, whose import is 0.3 s of every start
+        free: FloatArray = -linear_J / factor_JJ[0] ** 2
+        return free if signed_J[0] else np.maximum(free, 0.0)
+    from scipy.optimize import nnls
+
+    parts, _ = nnls(np.hstack([factor_JJ.T, -factor_JJ.T[:, signed_J]]), -np.linalg.solve(factor_JJ, linear_J))
+    target: FloatArray = parts[: linear_J.size]
+    target[signed_J] -= parts[linear_J.size :]
+    return target
 
 
 def _gaussian_lam(table: ScoreTable, beta: float, margin_J: FloatArray) -> tuple[FloatArray, FloatArray]:

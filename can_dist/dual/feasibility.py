@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linprog
 
 from can_dist.dual.columns import Scores
 from can_dist.dual.table import FloatArray
@@ -107,6 +106,8 @@ def _minimise(
 
 def _master(cuts_CJ: FloatArray, price_J: FloatArray) -> tuple[float, FloatArray]:
     """Minimise max_c ⟨cut_c, v⟩ over v ≥ 0, ⟨price, v⟩ = 1; returns the optimum and v."""
+    from scipy.optimize import linprog  # 0.3 s of every start, needed by several constraints only
+
     num_cuts, num_constraints = cuts_CJ.shape
     result = linprog(
         c=np.append(np.zeros(num_constraints), 1.0),

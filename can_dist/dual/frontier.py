@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.interpolate import PchipInterpolator
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from can_dist.dual.moments import PromptMoments, prompt_moments
 from can_dist.dual.predict import check_beta, lambda_standard_error
@@ -83,7 +82,7 @@ class Frontier:
 
     def rows(self) -> list[dict[str, float | bool]]:
         """Return one flat record per point, bands as ``*_low`` and ``*_high``: ready for a table or a plot."""
-        half = float(norm.ppf(0.5 + self.confidence / 2))
+        half = float(ndtri(0.5 + self.confidence / 2))
         return [_row(point, self.names, half) for point in self.points]
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,6 +176,8 @@ def _between(known: FloatArray, margin: FloatArray, count: int) -> list[float]:
     pieces = np.ones(gap.size, dtype=int)
     for _ in range(count):
         pieces[np.argmax(gap / pieces)] += 1
+    from scipy.interpolate import PchipInterpolator  # slow to import, needed by the frontier only
+
     curve = PchipInterpolator(known, margin)
     fresh: list[float] = []
     for low, high, num in zip(known[:-1], known[1:], pieces, strict=True):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t
+from scipy.special import stdtrit
 
 from can_dist.dual.table import FloatArray
 from can_dist.errors import ConfigError
@@ -52,7 +52,7 @@ def mean_interval(value_P: FloatArray, confidence: float = 0.95, *, least: float
         return Interval(mean, math.nan, max(-math.inf, least), math.inf)
     deviation_P = value_P - mean
     variance = float(deviation_P @ deviation_P) / (count - 1)
-    se, quantile = math.sqrt(variance / count), float(t.ppf(0.5 + confidence / 2, count - 1))
+    se, quantile = math.sqrt(variance / count), float(stdtrit(count - 1, 0.5 + confidence / 2))
     reaches = [_hall_reach(deviation_P, variance, side * quantile) for side in (1.0, -1.0)]
     low, high = mean - se * max(quantile, reaches[0]), mean + se * max(quantile, -reaches[1])
     return Interval(mean, se, max(low, least), max(high, least))
@@ -74,7 +74,7 @@ def interval_of(mean: float, influence_P: FloatArray, confidence: float) -> Inte
     if num_prompts < 2:
         return Interval(mean, math.nan, math.nan, math.nan)
     se = float(influence_P.std(ddof=1) / math.sqrt(num_prompts))
-    half = float(t.ppf(0.5 + confidence / 2, num_prompts - 1)) * se
+    half = float(stdtrit(num_prompts - 1, 0.5 + confidence / 2)) * se
     return Interval(mean, se, mean - half, mean + half)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import nnls
 
 from can_dist.dual.columns import Scores
 from can_dist.dual.objective import Evaluation, evaluate
@@ -151,6 +150,8 @@ def _projected_newton(
 
 def _direction(lam_J: FloatArray, here: Evaluation) -> FloatArray:
     """Return d minimising ⟨∇D,d⟩ + ½ dᵀ∇²D d subject to λ + d ≥ 0, its length capped where there is no curvature."""
+    from scipy.optimize import nnls  # 0.3 s of every start, needed by several constraints only
+
     cap = 10.0 * (1.0 + float(np.abs(lam_J).max()))
     slope = float(np.abs(here.gradient_J).max())
     ridge = max(1e-13 * float(np.trace(here.hessian_JJ)), 1e-6 * slope / cap, 1e-300)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from can_dist.dual import messages
 from can_dist.dual.belief.choice import choose
@@ -225,7 +225,7 @@ def _raise_margins(
     request: _Request, margin_J: FloatArray, outcome: Outcome, confidence: float
 ) -> tuple[FloatArray, Outcome]:
     """Iterate b ← b₀ + z·SE(improvement at λ(b)) until it moves by less than a thousandth of the SE (section 2)."""
-    quantile = float(norm.ppf(1 - (1 - confidence) / margin_J.size))
+    quantile = float(ndtri(1 - (1 - confidence) / margin_J.size))
     raised_J = margin_J
     for _ in range(_MAX_RAISES):
         prediction = request.prediction(outcome, raised_J)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from scipy.stats import t
+from scipy.special import stdtrit
 
 from can_dist.dual.columns import Scores
 from can_dist.dual.estimate import PolicyEstimate
@@ -210,7 +210,7 @@ def _quantile(estimate: PolicyEstimate, demands: Sequence[Demand], confidence: f
     if confidence is None:
         return 0.0
     num_inequalities = max(sum(not demand.equal for demand in demands), 1)
-    return float(t.ppf(1 - (1 - confidence) / num_inequalities, estimate.num_prompts - 1))
+    return float(stdtrit(estimate.num_prompts - 1, 1 - (1 - confidence) / num_inequalities))
 
 
 def _range(estimate: PolicyEstimate, demand: Demand, quantile: float, confidence: float | None) -> tuple[float, float]:
@@ -349,7 +349,7 @@ def _width_notes(estimate: PolicyEstimate, demands: Sequence[Demand]) -> tuple[s
         more = relative * math.sqrt(estimate.num_prompts / ADVISED_PROMPTS)
         ranges = []
         for num_prompts, error in ((estimate.num_prompts, relative), (ADVISED_PROMPTS, more)):
-            reach = float(t.ppf(0.5 + SHARE / 2, num_prompts - 1)) * error
+            reach = float(stdtrit(num_prompts - 1, 0.5 + SHARE / 2)) * error
             ranges.append(f"{demand.margin * (1 - reach):.3g} and {demand.margin * (1 + reach):.3g}")
         notes.append(
             f"{estimate.num_prompts} validation prompts leave the gain of {demand.name} between {ranges[0]} "

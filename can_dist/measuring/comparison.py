@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import f
+from scipy.special import fdtri
 
 from can_dist.dual import Interval, mean_interval
 from can_dist.errors import ConfigError, DataError
@@ -172,7 +172,7 @@ def confidence_ellipse(result: MethodResult, confidence: float = CONFIDENCE) -> 
     (x − x̄)ᵀ C⁻¹ (x − x̄) ≤ 2(P − 1)/(P − 2) · F_{2,P−2}, with C the covariance of the means.
     """
     num_prompts = result.reward_P.size
-    scale = 2.0 * (num_prompts - 1) / (num_prompts - 2) * float(f.ppf(confidence, 2, num_prompts - 2))
+    scale = 2.0 * (num_prompts - 1) / (num_prompts - 2) * float(fdtri(2, num_prompts - 2, confidence))
     value_2, vector_22 = np.linalg.eigh(result.covariance_22[::-1, ::-1])  # safety first, as the picture has it
     height, width = 2.0 * np.sqrt(np.maximum(value_2, 0.0) * scale)
     angle = math.degrees(math.atan2(vector_22[1, 1], vector_22[0, 1]))

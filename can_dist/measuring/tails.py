@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import t
+from scipy.special import stdtrit
 
 from can_dist.dual import Column, Interval, mean_interval
 from can_dist.errors import ConfigError, DataError
@@ -249,7 +249,7 @@ def _prompt_means(value_N: FloatArray, index_N: npt.NDArray[np.int64]) -> FloatA
 
 
 def _quantile(confidence: float, num_prompts: int) -> float:
-    return float(t.ppf(0.5 + confidence / 2, num_prompts - 1))
+    return float(stdtrit(num_prompts - 1, 0.5 + confidence / 2))
 
 
 def _tail_mean(weight_RN: FloatArray, value_N: FloatArray, alpha: float) -> FloatArray:

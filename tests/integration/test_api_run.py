@@ -93,8 +93,8 @@ def example_of(name: str) -> doctest.DocTest:
 
 
 def as_in_the_example_of_mocan(stack: contextlib.ExitStack) -> dict[str, Any]:
-    """``config``, ``run`` and ``asked``, from which the other methods' examples go on."""
+    """``config``, ``run`` and ``problem``, from which the other methods' examples go on."""
     config = can_dist.load_config("my.yaml")
     run = stack.enter_context(can_dist.Run("runs/mine", config))
-    asked = {name: getattr(config, name) for name in ("reference", "reward", "constraints", "beta")}
-    return {"config": config, "run": run, "asked": {"prompts": run.prompts(), **asked}}
+    problem = {name: getattr(config, name) for name in ("reference", "reward", "constraints", "beta")}
+    return {"config": config, "run": run, "problem": {"prompts": run.prompts(), **problem}}

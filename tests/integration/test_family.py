@@ -204,6 +204,6 @@ def test_every_kind_of_label_fits_every_method(folder: Path, method: str, labels
     config = configure(folder, method, label={"labels": labels}, **{method: sections[method]})
     _, report = run_whole(folder / f"{method}-{labels}", config)
     assert report["method"] == method
-    assert ("chose this policy’s λ by what its trained policies measured" in report["unpredicted"]) is (
+    assert ("chose this policy’s λ by measurements of its trained policies" in report["unpredicted"]) is (
         method != "sacpo"
     )

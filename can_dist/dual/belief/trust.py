@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t
+from scipy.special import stdtrit
 
 from can_dist.dual.belief.evidence import Evidence, weigh_evidence
 from can_dist.dual.columns import Scores
@@ -118,7 +118,7 @@ def judge(
     offset_J = np.where(lam_J > 0, corrected.gain_PJ.mean(axis=0) - margin_J, 0.0)
     steps = [np.abs(_step(moments, beta, lam_J, part_J)) for part_J in (correction_J, offset_J, silent_J)]
     lam_bias_J: FloatArray = np.sum(steps, axis=0)
-    quantile = float(t.ppf(0.5 + confidence / 2, max(num_prompts - 1, 1)))
+    quantile = float(stdtrit(max(num_prompts - 1, 1), 0.5 + confidence / 2))
     kl_bias = abs(float(corrected.kl_P.mean() - moments.kl_P.mean())) + float(corrected.kl_P.mean()) * silent
     return Trust(
         delivered=delivered,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from can_dist.dual.estimators import estimator_moments, orthant_minimum, with_level
 from can_dist.dual.interval import Interval, mean_interval
@@ -179,7 +179,7 @@ def cross_fit(
 
 def lam_interval(solution: DualSolution, confidence: float = 0.95) -> dict[str, tuple[float, float]]:
     """Return λ̂ ± z·SE by constraint, cut at 0; NaN where λ̂ is at the bound."""
-    half = float(norm.ppf(0.5 + confidence / 2))
+    half = float(ndtri(0.5 + confidence / 2))
     return {
         name: (float(np.maximum(lam - half * solution.lam_se[name], 0.0)), lam + half * solution.lam_se[name])
         for name, lam in solution.lam.items()
