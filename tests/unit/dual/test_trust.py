@@ -52,7 +52,8 @@ def test_leaving_a_prompt_out_is_a_solve_on_the_others() -> None:
 def test_the_numbers_are_the_sums_written_out() -> None:
     reward, utility, prompt = gaussian(200, 16)
     trust, lam = judged(reward, utility, prompt, 0.5)
-    centred = [value.reshape(200, 16) - value.reshape(200, 16).mean(axis=1, keepdims=True) for value in (reward, utility)]
+    shaped = [value.reshape(200, 16) for value in (reward, utility)]
+    centred = [value - value.mean(axis=1, keepdims=True) for value in shaped]
     ratio = np.exp(centred[0] + lam * centred[1])
     weight = ratio / ratio.sum(axis=1, keepdims=True)
     variance, ess = utility.reshape(200, 16).var(axis=1, ddof=1), 1 / (weight**2).sum(axis=1)

@@ -93,8 +93,9 @@ def case(name: str) -> tuple[ScoreTable, DualSolution]:
 
 
 CASES = [
-    "one constraint", "two constraints", "gaussian estimator", "jackknife", "price of nothing", "weighted", "infeasible", "equality",
-    "one response", "some single responses", "one prompt", "constant utility", "no constraint",
+    "one constraint", "two constraints", "gaussian estimator", "jackknife", "price of nothing", "weighted",
+    "infeasible", "equality", "one response", "some single responses", "one prompt", "constant utility",
+    "no constraint",
 ]  # fmt: skip
 
 
