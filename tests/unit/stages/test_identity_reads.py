@@ -136,6 +136,7 @@ def _openers(stage: str) -> list[str]:
         "ingest": ["ingest", "brought_responses"],
         "align": ["human_labels", "train"],
         "watch": ["train"],
+        "utilities": ["solve"],
     }.get(stage, [stage])
 
 
