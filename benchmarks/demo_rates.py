@@ -18,6 +18,8 @@ import click
 from machine import machine
 from real_runs import IMAGES, RESULTS, evaluated, read_rows, row
 
+from can_dist.measuring.verdicts import current
+
 RESULT, FIGURE = RESULTS / "demo_rates.json", IMAGES / "demo_rates.svg"
 RATES = (5e-5, 2e-4, 8e-4)
 WAYS: dict[str, dict[str, Any]] = {"as trained (the paper's)": {"strength": 1}, "strength": {}}
@@ -41,9 +43,10 @@ def main(run_dir: Path) -> None:
     click.echo("|---|---|---|---|---|---|---|")
     for known in rows:
         gain = known["constraints"]["safety"]
+        word = current(gain["verdict"])
         click.echo(
             f"| {known['rate']:.0e} | {known['way']} | {known['alpha']:.2f} | {gain['mean']:+.2f} [{gain['low']:+.2f}, "
-            f"{gain['high']:+.2f}] | {known['reward']['mean']:+.2f} | {known['kl']['mean']:.2f} | {gain['verdict']} |"
+            f"{gain['high']:+.2f}] | {known['reward']['mean']:+.2f} | {known['kl']['mean']:.2f} | {word} |"
         )
     draw(rows)
 

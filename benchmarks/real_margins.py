@@ -29,6 +29,7 @@ from real_runs import IMAGES, RECIPE, RESULTS, evaluated, read_rows, row, span
 from can_dist import load_config
 from can_dist.config import Model
 from can_dist.dual import ScoreTable, estimate_policy
+from can_dist.measuring.verdicts import current
 from can_dist.scoring.kinds import load_scorer
 from can_dist.scoring.protocol import LogProb, Response
 from can_dist.tables.artifacts import Artifact, load_artifact
@@ -147,7 +148,7 @@ def show() -> None:
         if cell["way"] == "two":
             gains = [
                 f"{name} {gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}] of {gain['margin']:+.2f}: "
-                f"{gain['verdict']}"
+                f"{current(gain['verdict'])}"
                 for name, gain in cell["constraints"].items()
             ]
             click.echo(f"\ntwo, seed {cell['seed']}: {'; '.join(gains)}; KL {cell['kl']['mean']:.2f}")
@@ -177,7 +178,7 @@ def table_row(cell: dict[str, Any]) -> str:
         f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]",
         f"{cell['reward']['mean']:+.2f}",
         f"{kl['mean']:.2f} ({kl['predicted']:.2f})",
-        gain["verdict"],
+        current(gain["verdict"]),
     ]
     return f"| {' | '.join(columns)} |"
 

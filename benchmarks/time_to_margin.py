@@ -22,6 +22,7 @@ from machine import machine
 from real_runs import RESULTS, command, evaluated, read_rows, row
 from tree_cpu import metered
 
+from can_dist.measuring.verdicts import current
 from can_dist.tables.artifacts import load_artifact
 
 RESULT = RESULTS / "time_to_margin.json"
@@ -114,7 +115,7 @@ def show() -> None:
             f"| {name} | {known['trainings']} | {tokens} "
             f"| {work:.0f} ({work / working(base):.1f}×) | {total:.0f} ({total / sum(base['cpu'].values()):.1f}×) "
             f"| {gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}] | {known['reward']['mean']:+.2f} "
-            f"| {known['kl']['mean']:.2f} | {gain['verdict']} |"
+            f"| {known['kl']['mean']:.2f} | {current(gain['verdict'])} |"
         )
 
 

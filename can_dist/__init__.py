@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from can_dist.algorithms.p_sacpo import p_sacpo as p_sacpo
     from can_dist.algorithms.pecan import pecan as pecan
     from can_dist.algorithms.sacpo import sacpo as sacpo
+    from can_dist.algorithms.safedpo import safedpo as safedpo
     from can_dist.config import Beaver as Beaver
     from can_dist.config import Guard as Guard
     from can_dist.config import HttpScorer as HttpScorer
@@ -30,17 +31,19 @@ if TYPE_CHECKING:
     from can_dist.dual import DualSolution as DualSolution
     from can_dist.dual import Margin as Margin
     from can_dist.dual import solve_dual as solve_dual
+    from can_dist.outcomes.constrained_reward import constrained_reward as constrained_reward
     from can_dist.reporting.frontier import frontier as frontier
     from can_dist.run import Run as Run
     from can_dist.scoring.protocol import Scorer as Scorer
 
-_ALGORITHMS = ("caid", "cdpo", "dpo", "mocan", "p_sacpo", "pecan", "sacpo")
+_ALGORITHMS = ("caid", "cdpo", "dpo", "mocan", "p_sacpo", "pecan", "sacpo", "safedpo")
 _CONFIG = ("Beaver", "Constraint", "Guard", "HttpScorer", "LogRatio", "MultiHead", "PythonCallable")
 _HOMES = {
     **{name: f"can_dist.algorithms.{name}" for name in _ALGORITHMS},
     **dict.fromkeys((*_CONFIG, "SequenceClassifier", "load_config"), "can_dist.config"),
     **dict.fromkeys(("DualSolution", "Margin", "solve_dual"), "can_dist.dual"),
     "Run": "can_dist.run",
+    "constrained_reward": "can_dist.outcomes.constrained_reward",
     "Scorer": "can_dist.scoring.protocol",
     "frontier": "can_dist.reporting.frontier",
 }

@@ -60,6 +60,12 @@ class EnvironmentProblem(CanDistError, RuntimeError):
     exit_code = 6
 
 
+class NotBelieved(CanDistError, RuntimeError):
+    """The table of scores cannot vouch for its prediction as far as ``solve.require`` asks; nothing was trained."""
+
+    exit_code = 8
+
+
 class Interrupted(BaseException):
     """Stopped by a signal after committing all finished work; the same command continues.
 

@@ -7,10 +7,13 @@ from pathlib import Path
 
 from can_dist.algorithms import RUN
 from can_dist.config import METHODS, Config, dump_yaml, for_method
+from can_dist.config.methods import check_stage
+from can_dist.doctor.advice import check_scores
 from can_dist.doctor.preflight import check_pinned, check_sources, preflight
 from can_dist.errors import ConfigError
-from can_dist.run import Run, StageReached
+from can_dist.run import Run
 from can_dist.tables.artifacts import Artifact, atomic_file
+from can_dist.workspace import StageReached
 
 
 def run_pipeline(
@@ -59,8 +62,7 @@ def run_method(
         ConfigError: The method has no such stage, or trains several times and a launcher started it.
     """
     stages, measured = METHODS[config.method].stages, measured_by or config
-    if until not in stages:
-        raise ConfigError(f"method {config.method} has no stage {until!r}.", f"Its stages: {', '.join(stages)}.")
+    check_stage(config.method, until)
     if only_stage == "train" and METHODS[config.method].trains_again:
         raise ConfigError(
             f"method {config.method} trains several times, with other stages in between, and a launcher can only run "
@@ -78,6 +80,10 @@ def run_method(
                 run.say(note)
             policies = RUN[config.method](run, config, prompts)
         except StageReached as reached:
+            for finding in check_scores(reached.artifact, config) if until == "score" else ():
+                run.say(
+                    f"score: {finding.subject}: {finding.state}" + (f". {finding.remedy}" if finding.remedy else "")
+                )
             return [reached.artifact]
         if until == "evaluate":
             policies = {

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from can_dist.config import METHODS, Config, DataSource, Human, LogRatio, Model, Scorer, Step
 from can_dist.config.sections import Constraint
@@ -15,6 +15,7 @@ from can_dist.scoring.log_ratio import score_columns
 from can_dist.scoring.protocol import LogProb, PolicyRatio, ScorerSpec
 from can_dist.stages import (
     align,
+    belief,
     certify,
     estimate,
     evaluate,
@@ -42,15 +43,7 @@ from can_dist.stages.watch import Watched
 from can_dist.tables.artifacts import Artifact
 from can_dist.tables.lineage import ancestor
 from can_dist.tables.schemas import LOGP_REFERENCE
-from can_dist.workspace import Workspace
-
-
-class StageReached(Exception):
-    """Control flow of ``Run(until=...)``: the last stage wanted is finished."""
-
-    def __init__(self, artifact: Artifact) -> None:
-        super().__init__(str(artifact.path))
-        self.artifact = artifact
+from can_dist.workspace import StageReached, Workspace
 
 
 class Run:
@@ -151,9 +144,14 @@ class Run:
         responses = self.generate(reference, prompts, split="validation")
         return self.score(responses, reward, constraints, reference, aligned)
 
-    def log_probs(self, responses: Artifact, policy: Policy) -> Artifact:
-        """Score responses with ln π of the reference, or of a trained policy, for a training relative to it."""
-        return self._score(responses, {LOGP_REFERENCE: self._log_prob(policy)})
+    def log_probs(self, responses: Artifact, policy: Policy, judges: Mapping[str, Scorer] | None = None) -> Artifact:
+        """Score responses with ln π of the reference, or of a trained policy, and with other scorers by name."""
+        columns = score_columns(judges or {}, {}, self.config.reference)
+        return self._score(responses, {**columns, LOGP_REFERENCE: self._log_prob(policy)})
+
+    def stage(self, name: str, stage: Callable[..., Artifact], *args: Any, **options: Any) -> Artifact:
+        """Run a stage that belongs to one method alone; ``name`` is what ``until`` calls it."""
+        return self._reached(name, stage(self._work, *args, **options))
 
     def _log_prob(self, policy: Policy) -> LogProb:
         """Return the scorer of ln π; a configured model is read in 4 bits where training reads it so."""
@@ -164,11 +162,14 @@ class Run:
     def solve(
         self, scores: Artifact, constraints: Mapping[str, Constraint], beta: float, *, log_weight: str | None = None
     ) -> Artifact:
-        """Minimise the dual over the scores; raise ``InfeasibleConstraint`` when the margins cannot be met."""
+        """Minimise the dual over the scores, and write the page that says whether to believe it.
+
+        Margins that cannot be met raise ``InfeasibleConstraint``; ``NotBelieved`` is raised as ``solve.require`` asks.
+        """
         solution = solve.solve(
             self._work, scores, reward=REWARD, constraints=constraints, beta=beta, log_weight=log_weight
         )
-        return self._reached("solve", solution)
+        return self._reached("solve", belief.believed(self._work, solution))
 
     def pairs(self, reference: Model, prompts: Artifact, responses: Artifact | None = None) -> Artifact:
         """Return the responses to compare: the sampled ones, or those of the configured preference data set."""
@@ -199,8 +200,7 @@ class Run:
     def human_pairs(self, reference: Model, prompts: Artifact, step: Step | None = None) -> Artifact:
         """Return the response pairs of the configured preference data set, or that of a step, with people's labels."""
         loss = (step or self.config.label.human).loss
-        source = step.preferences if step else None
-        return self._given_pairs(reference, prompts, source, mismatched=loss == "kto")
+        return self._given_pairs(reference, prompts, step.preferences if step else None, mismatched=loss == "kto")
 
     def step_pairs(
         self, reference: Model, prompts: Artifact, steps: Mapping[Criterion, Step]

@@ -45,6 +45,14 @@ SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCE
 SHORTEST_SECRET = 8  # TOKENIZERS_PARALLELISM=false is not a secret
 
 
+class StageReached(Exception):
+    """Control flow of ``Run(until=...)``: the last stage wanted is finished."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__(str(artifact.path))
+        self.artifact = artifact
+
+
 @dataclass(frozen=True)
 class Owner:
     """The process that holds, or held, a run directory; ``alive`` is None where it ran on another machine."""

@@ -12,6 +12,7 @@ from can_dist.algorithms.mocan import mocan
 from can_dist.algorithms.p_sacpo import p_sacpo
 from can_dist.algorithms.pecan import pecan
 from can_dist.algorithms.sacpo import sacpo
+from can_dist.algorithms.safedpo import safedpo
 from can_dist.config import METHODS, Config
 from can_dist.run import Run
 from can_dist.tables.artifacts import Artifact
@@ -30,6 +31,9 @@ RUN: dict[str, Callable[[Run, Config, Artifact], dict[str, Artifact]]] = {
     "pecan": lambda run, config, prompts: {"": pecan(run, **_scored(config, prompts))},
     "dpo_h": lambda run, config, prompts: {"": dpo(run, **_base(config, prompts), criterion="helpful")},
     "dpo_s": lambda run, config, prompts: {"": dpo(run, **_base(config, prompts), criterion="safe")},
+    "safedpo": lambda run, config, prompts: {
+        "": safedpo(run, **_base(config, prompts), constraints=config.constraints, options=config.safedpo)
+    },
     "sacpo": lambda run, config, prompts: {"": sacpo(run, **_scored(config, prompts), options=config.sacpo)},
     "p_sacpo": lambda run, config, prompts: {
         f"q={q:g}": policy

@@ -55,7 +55,7 @@ def compare(runs: tuple[Path, ...], out: Path | None) -> None:
 def _show(page: Path) -> None:
     """Print the key numbers as a table, and the page's path."""
     record = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-    rows = [("method", "helpfulness", *record["methods"][0]["constraints"], "KL", "trainings", "")]
+    rows = [("method", record["reward"], *record["methods"][0]["constraints"], "KL", "trainings", "")]
     for method in record["methods"]:
         gains = [_gain(method["gains"][score]) for score in (record["reward"], *method["constraints"])]
         verdicts = "; ".join(row["verdict"] for row in method["constraints"].values())

@@ -21,7 +21,7 @@ PUSH = click.option("--push", metavar="USER/NAME", help="Upload it to this priva
 
 @click.group()
 def export() -> None:
-    """Take a policy, its adapter or the preferences out of RUN, a run directory or an artifact in it."""
+    """Take a policy, its adapter, the preferences or λ* out of RUN, a run directory or an artifact in it."""
 
 
 @export.command()
@@ -82,6 +82,23 @@ def preferences(run_dir: Path, out: Path, split: str) -> None:
     check_output("--out", str(out))
     counts = export_preferences(run_dir, out, split=split)
     click.echo(f"{out}: {counts['rows']} rows, {counts['undecided']} undecided pairs left out.")
+
+
+@export.command()
+@RUN
+@OUT
+@click.option(
+    "--for", "tool", required=True, type=click.Choice(["trl", "openrlhf", "verl"]), help="The trainer that reads them."
+)
+def weights(run_dir: Path, out: Path, tool: str) -> None:
+    """Write λ* as reward weights, with β and what else a trainer of online RL has to set, into a new directory."""
+    with contextlib.redirect_stdout(sys.stderr):
+        from can_dist.outcomes.weights import export_weights
+
+        made, beta = export_weights(run_dir, out, tool=tool)
+    terms = ", ".join(f"{name} {value:.6g}" for name, value in made.items())
+    click.echo(f"can-dist: weights {terms}; β {beta:g}", err=True)
+    click.echo(str(out))
 
 
 def _write(

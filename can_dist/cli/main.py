@@ -23,7 +23,8 @@ from can_dist.errors import CanDistError, ConfigError, DataError, EnvironmentPro
 
 EXIT_CODES = (
     "Exit codes: 0 done, 2 usage or configuration, 3 bad data, 4 infeasible or not certified, 5 numerical, "
-    "6 environment, 7 not enough prompts to certify, 75 interrupted (run again)."
+    "6 environment, 7 not enough prompts to certify, 8 not believed as solve.require asks, "
+    "75 interrupted (run again)."
 )
 
 
@@ -36,15 +37,29 @@ def cli() -> None:
 @cli.command()
 @run_options()
 @click.option("--methods", metavar="NAME,...", help="Run these, each with its own keys, then compare them.")
+@click.option("--until", metavar="STAGE", help="Stop after this stage: generate, score, solve, label, train, strength.")
 def run(
-    config: str | None, config_option: str | None, run_dir: Path, overrides: tuple[str, ...], methods: str | None
+    config: str | None,
+    config_option: str | None,
+    run_dir: Path,
+    overrides: tuple[str, ...],
+    methods: str | None,
+    until: str | None,
 ) -> None:
     """Run the whole method: generate, score, solve, label, train, strength, evaluate. Run again to continue."""
     settings = read_config(config, config_option, overrides)
+    if methods is not None and until is not None:
+        raise ConfigError(
+            "--methods compares finished methods, and --until stops before one is. Leave out one of them."
+        )
+    if until is not None:
+        from can_dist.config.methods import check_stage
+
+        check_stage(settings.method, until)
     if methods is not None:
         run_and_compare(run_dir, settings, methods)
     else:
-        click.echo(str(run_until(run_dir, settings, "evaluate").path))
+        click.echo(str(run_until(run_dir, settings, until or "evaluate").path))
 
 
 STAGES = {

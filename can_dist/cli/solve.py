@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from can_dist.cli.options import check_output, given, read_config, run_options, run_until
-from can_dist.errors import ConfigError
+from can_dist.errors import ConfigError, NotBelieved
 
 if TYPE_CHECKING:
+    from can_dist.config import Config
     from can_dist.dual import Column, Margin
     from can_dist.tables.scores import Scores
 from can_dist.cli.scores import (
@@ -78,15 +79,14 @@ def solve(
     """Solve the dual of a score table (--scores ...), or of a run (CONFIG --run DIR)."""
     named = {"--reward": reward, "--constraint": constraints, "--beta": beta}
     options = {"--estimator": estimator, "--confidence": confidence}
-    outputs = {"--engine": engine, "--prompts": prompts_path, "--report": report_path, "--json": json_path}
+    reading = {"--engine": engine, "--prompts": prompts_path}
     if scores is None:
         if run_dir is None:
             raise ConfigError(
                 "solve needs --scores FILE --reward COL --constraint COL:margin=B --beta X, or CONFIG --run DIR."
             )
-        only_config("solve", given({**named, **options, **outputs}))
-        artifact = run_until(run_dir, read_config(config, config_option, overrides), "solve")
-        click.echo(str(artifact.path))
+        only_config("solve", given({**named, **options, **reading}))
+        _solve_run(run_dir, read_config(config, config_option, overrides), report_path, json_path)
         return
     only_scores("solve", config, config_option, run_dir, overrides)
     if reward is None or beta is None or not constraints:
@@ -109,6 +109,27 @@ def solve(
     write_json(json_path, record)
     if json_path != "-":
         click.echo(text)
+
+
+def _solve_run(run_dir: Path, settings: Config, report_path: str | None, json_path: str | None) -> None:
+    """Run up to the solution, and give its page and its record, also of one that is not believed."""
+    check_output("--json", json_path)
+    check_output("--report", report_path)
+    from can_dist.stages.belief import belief_page
+    from can_dist.stages.solve import BELIEF, SOLUTION
+    from can_dist.tables.artifacts import write_text
+
+    try:
+        artifact = run_until(run_dir, settings, "solve")
+    except NotBelieved:
+        if report_path is not None:
+            write_text(Path(report_path), (run_dir / BELIEF).read_text(encoding="utf-8"))
+        raise
+    if report_path is not None:
+        write_text(Path(report_path), belief_page(artifact).read_text(encoding="utf-8"))
+    write_json(json_path, artifact.read_json(SOLUTION))
+    if json_path != "-":
+        click.echo(str(artifact.path))
 
 
 def _solve_arrays(

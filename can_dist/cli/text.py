@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from can_dist.dual.belief.level import stated
 from can_dist.dual.messages import gain_error, lam_error, misread_hints
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def solution_text(solution: DualSolution, equal: Sequence[str] = ()) -> str:
         f"{diagnostics['responses_per_prompt']['median']:.0f}; KKT residual {solution.kkt_residual:.1e}"
     )
     lines += [f"note      {hint}" for hint in misread_hints(solution)]
-    return "\n".join([*lines, f"verdict   {diagnostics['verdict']}"])
+    return "\n".join([*lines, f"verdict   {stated(diagnostics)}"])
 
 
 def tail_lines(settled: Settled) -> list[str]:

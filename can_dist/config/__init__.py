@@ -16,6 +16,7 @@ from can_dist.config.methods import Cdpo as Cdpo
 from can_dist.config.methods import Human as Human
 from can_dist.config.methods import PSacpo as PSacpo
 from can_dist.config.methods import Sacpo as Sacpo
+from can_dist.config.methods import SafeDpo as SafeDpo
 from can_dist.config.methods import Step as Step
 from can_dist.config.root import Config as Config
 from can_dist.config.scorers import Beaver as Beaver

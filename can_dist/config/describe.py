@@ -71,7 +71,8 @@ def _words(annotation: Any) -> str:
         several = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "
         return f"list of {several}{_words(arguments[0])}s".replace("texts", "text")
     if origin is dict:
-        return "groups by name"
+        inner = WORDS.get(arguments[1])
+        return f"{inner}s by name" if inner else "groups by name"
     return WORDS.get(annotation, "group")
 
 

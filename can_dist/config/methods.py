@@ -12,6 +12,7 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from can_dist.config.base import Strict, changed
 from can_dist.config.sources import DataSource
+from can_dist.errors import ConfigError
 
 
 class Human(Strict):
@@ -125,7 +126,28 @@ class Caid(Strict):
         return self
 
 
-MethodName = Literal["mocan", "pecan", "dpo_h", "dpo_s", "sacpo", "p_sacpo", "cdpo", "caid"]
+class SafeDpo(Strict):
+    """Helpfulness among safe responses (method safedpo)."""
+
+    offset: float = Field(
+        0.0,
+        ge=0,
+        description="Δ: how far β times the log-ratio of a safe response is to be ahead of an unsafe one's; more of it "
+        "gets rid of unsafe responses sooner.",
+    )
+    thresholds: dict[str, float] | None = Field(
+        None,
+        description="Least score of a safe response, by name of a constraint; default: the data set's own flags.",
+    )
+
+    @model_validator(mode="after")
+    def _some_threshold(self) -> SafeDpo:
+        if self.thresholds == {}:
+            raise ValueError("thresholds names no constraint; name one, or leave out for the data set's own flags")
+        return self
+
+
+MethodName = Literal["mocan", "pecan", "dpo_h", "dpo_s", "safedpo", "sacpo", "p_sacpo", "cdpo", "caid"]
 Source = Literal["scores", "people"]
 DEFAULT_METHOD: MethodName = "mocan"
 
@@ -169,6 +191,7 @@ METHODS: dict[str, Method] = {
     "pecan": Method("PeCAN", label_keys=("as_published",), needs_ratios=True),
     "dpo_h": Method("DPO-H", "people", FROM_PEOPLE),
     "dpo_s": Method("DPO-S", "people", FROM_PEOPLE),
+    "safedpo": Method("SafeDPO", "people", FROM_PEOPLE, ("safedpo",)),
     "sacpo": Method("SACPO", "people", FROM_PEOPLE, ("sacpo",), trains_again=True, trains_from_trained=True),
     "p_sacpo": Method(
         "P-SACPO", "people", FROM_PEOPLE, ("sacpo", "p_sacpo"), trains_again=True, trains_from_trained=True, mixes=True
@@ -188,3 +211,10 @@ def method_of(info: ValidationInfo) -> tuple[str, Method]:
     """Return the name and the row of the method that a configuration under validation names."""
     name = info.data.get("method", DEFAULT_METHOD)  # absent where it was refused itself
     return name, METHODS[name]
+
+
+def check_stage(method: str, stage: str) -> None:
+    """Raise ``ConfigError`` for a stage that a method does not have."""
+    stages = METHODS[method].stages
+    if stage not in stages:
+        raise ConfigError(f"method {method} has no stage {stage!r}.", f"Its stages: {', '.join(stages)}.")

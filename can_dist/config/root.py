@@ -18,6 +18,7 @@ from can_dist.config.methods import (
     MethodName,
     PSacpo,
     Sacpo,
+    SafeDpo,
     Step,
     method_of,
 )
@@ -54,6 +55,7 @@ class Config(Strict):
     constraints: dict[str, Constraint] = Field(min_length=1, description="Safety constraints by name.")
     generate: Generate = Field(default_factory=lambda: Generate(), description="Sampling.")
     solve: Solve = Field(default_factory=lambda: Solve(), description="The dual.")
+    safedpo: SafeDpo = Field(default_factory=lambda: SafeDpo(), description="SafeDPO's offset and flags.")
     sacpo: Sacpo = Field(default_factory=lambda: Sacpo(), validate_default=True, description="SACPO's two steps.")
     p_sacpo: PSacpo = Field(default_factory=lambda: PSacpo(), description="P-SACPO's mixtures.")
     cdpo: Cdpo = Field(default_factory=lambda: Cdpo(), description="C-DPO's loop.")
@@ -140,6 +142,16 @@ class Config(Strict):
             )
         return sacpo
 
+    @field_validator("safedpo")
+    @classmethod
+    def _thresholds_of_constraints(cls, safedpo: SafeDpo, info: ValidationInfo) -> SafeDpo:
+        names = list(info.data.get("constraints", ()))
+        if unknown := [name for name in safedpo.thresholds or () if names and name not in names]:
+            raise ValueError(
+                f"thresholds names {', '.join(unknown)}, which constraints does not have; its names: {', '.join(names)}"
+            )
+        return safedpo
+
     @field_validator("label")
     @classmethod
     def _fits_the_method(cls, label: Label, info: ValidationInfo) -> Label:
@@ -164,7 +176,8 @@ class Config(Strict):
             raise ValueError("label.preferences names the data set when label.pairs is 'preferences', and only then")
         unused = [] if source == "scores" else ["labels", "pairs", "pairs_per_prompt"]
         unused += [key for other in METHODS.values() for key in other.label_keys if key not in row.label_keys]
-        unused += [] if people and not sacpo else ["human"]  # SACPO's steps have their own
+        own_labels = any(isinstance(section, Sacpo | SafeDpo) for section in steps)
+        unused += [] if people and not own_labels else ["human"]
         if given := changed(label, unused):
             raise ValueError(f"method {method} does not use {', '.join(f'label.{name}' for name in given)}; leave out")
         return label

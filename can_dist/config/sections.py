@@ -170,6 +170,9 @@ class Solve(Strict):
     confidence: float | None = Field(
         None, ge=0.5, lt=1, description="Raise the margins until all are met with this joint confidence, e.g. 0.95."
     )
+    require: Literal["none", "roughly", "trusted"] = runtime(
+        "none", "How far the prediction must be believed before anything is trained; the run ends with code 8 if not."
+    )
 
 
 class Label(Strict):

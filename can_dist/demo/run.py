@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from textwrap import fill
+from typing import Any
 
-from can_dist.config import Config, load_config
+from can_dist.config import load_config
+from can_dist.dual.belief.level import stated
+from can_dist.measuring.verdicts import verdict_text
 from can_dist.stages.report import PAGE, REPORT
 from can_dist.tables.artifacts import Artifact, write_text
 
@@ -29,12 +34,16 @@ def run_demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
     from can_dist.pipeline import run_pipeline
 
     artifact = run_pipeline(run_dir, config)
-    print(summary(artifact, config), flush=True)
+    print(summary(artifact), flush=True)
 
 
-def summary(artifact: Artifact, config: Config) -> str:
+def summary(artifact: Artifact) -> str:
     """Return the report's key numbers and the page's path as a few lines."""
-    report = artifact.read_json(REPORT)
+    return "\n".join([*summary_lines(artifact.read_json(REPORT)), f"report: {artifact.path.parent / PAGE}"])
+
+
+def summary_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return the key numbers of a report: predicted beside realised, the price, whether to believe it."""
     rows = [("", "margin", "predicted", "realised (95 % interval)", "")]
     for entry in [*report["constraints"], report["reward"]]:
         predicted, realised = entry["predicted"], entry["realised"]
@@ -44,13 +53,12 @@ def summary(artifact: Artifact, config: Config) -> str:
                 f"{entry['margin']:+.2f}" if "margin" in entry else "",
                 f"{predicted['mean']:+.2f}",
                 f"{realised['mean']:+.2f} [{realised['low']:+.2f}, {realised['high']:+.2f}]",
-                entry.get("verdict", "reported, not constrained"),
+                verdict_text(entry) if "verdict" in entry else "reported, not constrained",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    kl = report["kl"]["realised"]
-    lam = ", ".join(f"{name} {value:.3f}" for name, value in report["solution"]["lam"].items())
-    lines.append(f"λ* = {lam} at β = {config.beta}; KL(policy‖reference) {kl['mean']:.2f} nats per response")
-    lines.append(f"report: {artifact.path / PAGE}")
-    return "\n".join(lines)
+    kl, lam = report["kl"]["realised"], report["solution"]["lam"]
+    price = ", ".join(f"{name} {value:.3f}" for name, value in lam.items())
+    lines.append(f"λ* = {price} at β = {report['beta']}; KL(policy‖reference) {kl['mean']:.2f} nats per response")
+    return [*lines, *fill(stated(report["solution"]["diagnostics"]), 100).splitlines()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from can_dist.config import Cluster, Config
+from can_dist.doctor.advice import check_scores, scores_of
 from can_dist.doctor.environment import check_environment
 from can_dist.doctor.filesystem import check_filesystem
 from can_dist.doctor.finding import Finding, Severity
@@ -22,4 +23,6 @@ def examine(run: Path | None, config: Config | None, *, clean: bool = False) -> 
         findings += check_filesystem(run, needed_bytes(config) if config else None, clean=clean)
     if config is not None:
         findings += check_inputs(config)
+    if run is not None and config is not None and (scores := scores_of(run, config)) is not None:
+        findings += check_scores(scores, config)
     return findings

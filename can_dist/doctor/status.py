@@ -47,8 +47,37 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
         "owner": None if owner is None else vars(owner),
         "stages": stages,
         "last_error": {key: failed[-1][key] for key in ("time", "error", "message")} if failed else None,
+        "outcome": _outcome(run, stages),
         "next": _next(run, owner, stages, ended),
     }
+
+
+def _outcome(run: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the finished stages say: whether to believe the solution, the verdicts, and the pages of both.
+
+    A page is that of the last solution, or evaluation, of the run directory.
+    """
+    from can_dist.dual.belief.level import stated
+    from can_dist.measuring.verdicts import verdict_line
+    from can_dist.stages.report import PAGE
+    from can_dist.stages.solve import BELIEF, SOLUTION
+
+    outcome: dict[str, Any] = {}
+    for stage in stages:
+        if stage["state"] != "finished" or stage["stage"] not in ("solve", "evaluate"):
+            continue
+        try:
+            artifact = load_artifact(run / stage["artifact"])
+            if stage["stage"] == "solve":
+                outcome["belief"] = stated(artifact.read_json(SOLUTION)["diagnostics"])
+            else:
+                outcome["verdicts"] = [verdict_line(row) for row in artifact.info["constraints"]]
+        except (DataError, KeyError, TypeError):  # `verify` reports what is damaged
+            continue
+        page = run / (BELIEF if stage["stage"] == "solve" else PAGE)
+        if page.is_file():
+            outcome["belief_page" if stage["stage"] == "solve" else "report"] = str(page)
+    return outcome
 
 
 def _method(run: Path) -> tuple[str, list[str]]:
@@ -173,6 +202,11 @@ def format_status(status: Mapping[str, Any]) -> str:
         last = status["last_error"]
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last["time"]))
         lines.append(f"last error ({when}): {last['error']}: {last['message']}")
+    outcome = status["outcome"]
+    lines += [f"prediction: {outcome['belief']}"] if "belief" in outcome else []
+    lines += [f"verdict: {'; '.join(outcome['verdicts'])}"] if outcome.get("verdicts") else []
+    pages = [outcome[name] for name in ("belief_page", "report") if name in outcome]
+    lines += [f"pages: {', '.join(pages)}"] if pages else []
     return "\n".join([*lines, f"next: {status['next']}"])
 
 

@@ -16,6 +16,7 @@ from scipy.special import fdtri
 
 from can_dist.dual import Interval, mean_interval
 from can_dist.errors import ConfigError, DataError
+from can_dist.measuring.verdicts import Verdict
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -65,7 +66,7 @@ class MethodResult:
     safety_gain: float
     covariance_22: FloatArray
     margin: float
-    verdict: str
+    verdict: Verdict
     kl: float
     cost: Cost
     reward_P: FloatArray
@@ -116,7 +117,7 @@ def method_result(
     safety_P: npt.ArrayLike,
     *,
     margin: float,
-    verdict: str,
+    verdict: Verdict,
     kl: float,
     cost: Cost,
 ) -> MethodResult:

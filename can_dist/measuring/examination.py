@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from can_dist.dual import Diagnosis, DualSolution, Margin, ScoreTable, cross_fit, diagnose, evaluate, frontier_table
+from can_dist.dual import DualSolution, Margin, ScoreTable, cross_fit, diagnose, evaluate, frontier_table
+from can_dist.dual.belief.level import Level, level_of, stated
 from can_dist.dual.objective import tilt
 from can_dist.dual.table import FloatArray
 from can_dist.errors import CanDistError
+
+KINDS: dict[Level, str] = {"trusted": "met", "roughly": "within", "not trusted": "unmet"}
+"""How a page marks a level."""
 
 NUM_FOLDS = 5
 NUM_LAM = 81
@@ -46,11 +51,11 @@ def examine(table: ScoreTable, solution: DualSolution, *, reward_name: str = "re
     varied = bool((table.num_responses_P > 1).any())
     diagnosis = None if refused else diagnose(table, solution, reward_name=reward_name)
     predicted, unpredicted = cross_fitted(table, solution) if known and varied else (None, refused)
-    kind, text = _headline(diagnosis) if diagnosis else ("within", f"Not examined: {refused}")
+    headline = {"kind": KINDS[level_of(solution.diagnostics)], "text": stated(solution.diagnostics)}
     axes = list(enumerate(solution.lam))
     trade_off = bool(solution.lam) and varied and not (solution.lam_vector < 0).any()
     record = {
-        "headline": {"kind": kind, "text": text},
+        "headline": headline,
         "refused": refused,
         "diagnosis": diagnosis.to_dict() if diagnosis else None,
         "cross_fit": predicted,
@@ -62,6 +67,11 @@ def examine(table: ScoreTable, solution: DualSolution, *, reward_name: str = "re
     }
     safe: dict[str, Any] = json.loads(json.dumps(record), parse_constant=lambda _: None)  # NaN and ±∞ become null
     return safe
+
+
+def influential(examination: Mapping[str, Any]) -> list[str]:
+    """Return the ids of the prompts that move λ most, which the examination names."""
+    return [row["prompt"] for row in (examination["diagnosis"] or {}).get("influence", [])]
 
 
 def refusal(table: ScoreTable, solution: DualSolution) -> str | None:
@@ -124,23 +134,6 @@ def as_solved(solution: DualSolution) -> list[Margin]:
         else:
             margins.append(Margin(name, threshold=level + solution.safety_margin.get(name, 0.0), equal=equal))
     return margins
-
-
-def _headline(diagnosis: Diagnosis) -> tuple[str, str]:
-    """Answer whether the prediction of this solution can be believed: (met, within or unmet; one sentence)."""
-    judgement = diagnosis.judgement
-    if judgement is None:
-        return "met", "Yes, if the table lists everything the reference can say: its weights are taken as given."
-    if judgement["objection"]:
-        return "unmet", f"No: {judgement['objection']}."
-    if not any(judgement["lam_error"].values()):
-        return "met", "Yes: every margin is met at no price, so λ = 0."
-    if judgement["lam_known"]:
-        return (
-            "met",
-            "Yes: both what the policy of λ delivers on new prompts and λ itself are known to within these bounds.",
-        )
-    return "within", "For what the policy of λ delivers on new prompts, yes; λ itself is not known to within 25%."
 
 
 def _weights(table: ScoreTable, solution: DualSolution) -> dict[str, Any]:

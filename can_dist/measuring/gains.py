@@ -18,6 +18,7 @@ import pyarrow as pa
 from can_dist.config.sections import Constraint
 from can_dist.dual import Interval, mean_interval
 from can_dist.measuring.tails import cvar, fraction_unsafe, over_refusal_rate, prompt_mean, prompt_share
+from can_dist.measuring.verdicts import prompts_to_decide, verdict
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -55,21 +56,6 @@ def improvement(before: pa.Table, after: pa.Table, name: str, confidence: float 
     return interval(after_P - before_P, confidence)
 
 
-def verdict(realised: Mapping[str, float], margin: float, *, equal: bool = False) -> str:
-    """Say whether a margin was met, given the realised value's interval; ``equal``: exactly, on both sides.
-
-    Where every prompt gives the same value the interval has no width: it shows neither a rarer loss nor a rarer gain,
-    and the verdict is "not decided".
-    """
-    if realised["low"] == realised["high"]:
-        return "not decided"
-    if equal and realised["low"] > margin:
-        return "not met"
-    if realised["low"] >= margin and not equal:
-        return "met"
-    return "met within the interval" if realised["high"] >= margin else "not met"
-
-
 def constraint_row(
     name: str, constraint: Constraint, before: pa.Table, after: pa.Table, confidence: float = CONFIDENCE
 ) -> dict[str, Any]:
@@ -78,16 +64,18 @@ def constraint_row(
     A margin is judged by the paired improvement, a threshold by the policy's own mean (``policy_mean``): the
     reference's mean on the held-out prompts is an estimate too. ``margin`` of a threshold is measured from that mean.
     ``confidence`` is that of both intervals: :func:`joint_confidence` of the constraints judged together.
+    ``prompts_to_decide`` is null where the verdict is no "undecided", and where no number of prompts would decide.
     """
     realised = improvement(before, after, name, confidence)
-    centre = float(by_prompt(before, column(before, name))[1].mean())
-    policy_mean = interval(by_prompt(after, column(after, name))[1], confidence)
+    before_P, after_P = (by_prompt(table, column(table, name))[1] for table in (before, after))
+    centre, policy_mean = float(before_P.mean()), interval(after_P, confidence)
     if constraint.margin is not None:
-        margin, judged = constraint.margin, verdict(realised, constraint.margin, equal=constraint.equal)
+        margin, (judged, demand) = constraint.margin, (realised, constraint.margin)
     else:
         assert constraint.threshold is not None
-        margin = constraint.threshold - centre
-        judged = verdict(policy_mean, constraint.threshold, equal=constraint.equal)
+        margin, (judged, demand) = constraint.threshold - centre, (policy_mean, constraint.threshold)
+    word, equal = verdict(judged, demand, equal=constraint.equal), constraint.equal
+    needed = prompts_to_decide(judged, demand, before_P.size, confidence=confidence, equal=equal)
     return {
         "name": name,
         "margin": margin,
@@ -96,7 +84,9 @@ def constraint_row(
         "realised": realised,
         "policy_mean": policy_mean,
         "confidence": confidence,
-        "verdict": judged,
+        "equal": equal,
+        "verdict": word,
+        "prompts_to_decide": needed if word == "undecided" else None,
     }
 
 

@@ -6,7 +6,7 @@ The evaluations may lie in several run directories. They must have been measured
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from can_dist.errors import DataError
 from can_dist.measuring.comparison import Cost, MethodResult, OneShotRatio, method_result, one_shot_ratio
 from can_dist.measuring.gains import column
 from can_dist.measuring.ranking import Ranking, rank_methods
-from can_dist.stages.report import REPORT, as_trained
+from can_dist.measuring.verdicts import current
+from can_dist.stages.cost import cost_of, trajectories
+from can_dist.stages.report import REPORT
 from can_dist.stages.trajectory import TRAJECTORY
 from can_dist.tables.artifacts import MANIFEST, Artifact, flatten, load_artifact, write_json, write_text
-from can_dist.workspace import LOG, read_events
 
 PAGE, RECORD, PICTURE = "compare.html", "compare.json", "compare.svg"
 
@@ -165,7 +166,7 @@ def results(methods: Sequence[Evaluated]) -> dict[str, list[MethodResult]]:
                     method.gain_P(reward),
                     method.gain_P(row["name"]),
                     margin=row["margin"],
-                    verdict=row["verdict"],
+                    verdict=current(row["verdict"]),
                     kl=method.report["kl"]["realised"]["mean"],
                     cost=method.cost,
                 )
@@ -203,7 +204,8 @@ def _method_record(method: Evaluated, names: Sequence[str]) -> dict[str, Any]:
         "beta": report["beta"],
         "gains": {score: asdict(mean_interval(method.gain_P(score))) for score in names},
         "constraints": {
-            row["name"]: {key: row[key] for key in ("margin", "threshold", "verdict")} for row in report["constraints"]
+            row["name"]: {"margin": row["margin"], "threshold": row["threshold"], "verdict": current(row["verdict"])}
+            for row in report["constraints"]
         },
         "kl": report["kl"]["realised"],
         "estimate": _estimate_record(report),
@@ -242,55 +244,6 @@ def _frontiers(methods: Sequence[Evaluated]) -> dict[str, Any]:
                 if curve is not None
             }
     return {}
-
-
-def cost_of(evaluation: Artifact) -> Cost:
-    """Add up the cost of every artifact that a policy was made from, each once, without its evaluation.
-
-    Every round of a loop counts: its trajectory was made from them.
-    """
-    policy = evaluation.input("policy")
-    made = {
-        artifact.path.name: artifact for root in (policy, *trajectories(evaluation)) for artifact in _ancestors(root)
-    }
-    total = Counter[str]()
-    for artifact in made.values():
-        total["generated"] += artifact.info["num_tokens"] if artifact.stage == "generate" else 0
-        total["scored"] += artifact.info.get("num_tokens", 0) if artifact.stage == "score" else 0
-        if artifact.stage == "train":
-            total["trained"] += artifact.info["summary"]["num_tokens"]
-            total["trainings"] += 1
-    seconds = _seconds(evaluation.path.parent, made.keys())
-    return Cost(total["generated"], total["scored"], total["trained"], seconds, total["trainings"])
-
-
-def trajectories(evaluation: Artifact) -> list[Artifact]:
-    """Return the records of loops of this evaluation's method that ended with its policy."""
-    policy = as_trained(evaluation.input("policy")).path.name
-    records = [load_artifact(path.parent) for path in sorted(evaluation.path.parent.glob(f"trajectory-*/{MANIFEST}"))]
-    return [
-        record
-        for record in records
-        if record.manifest["identity"]["label"] == evaluation.info["method"]
-        and record.manifest["inputs"][f"policy-{record.info['rounds'] - 1}"]["artifact"] == policy
-    ]
-
-
-def _ancestors(artifact: Artifact) -> Iterator[Artifact]:
-    """Yield an artifact and its ancestors; the same ancestor may come more than once."""
-    yield artifact
-    for name in artifact.manifest["inputs"]:
-        yield from _ancestors(artifact.input(name))
-
-
-def _seconds(run: Path, names: Any) -> float | None:
-    """Return the seconds of the artifacts by the run's log; None where it has none of them."""
-    log = run / LOG
-    if not log.is_file():
-        return None
-    events = read_events(log)
-    spent = [e["seconds"] for e in events if e.get("event") == "done" and e.get("artifact") in names]
-    return sum(spent) if spent else None
 
 
 def _one_shot(methods: Sequence[Evaluated]) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from can_dist.stages.solve import load_solution
 from can_dist.tables.artifacts import MANIFEST, Artifact, atomic_directory, atomic_file, load_artifact
 from can_dist.training import ADAPTER, POLICY
 
-PAIRED = ("sigmoid", "regression")  # losses whose examples are pairs
+PAIRED = ("sigmoid", "regression", "offset")  # losses whose examples are pairs
 STAGES = ("train", "merge", "strength", "evaluate")  # whose artifacts are policies, or lead to one
 
 
@@ -202,7 +202,8 @@ def export_preferences(path: Path, out: Path, *, split: str = "train") -> dict[s
     """Write a run's preferences as a Parquet table that TRL reads; return the counts of rows and of undecided pairs.
 
     Pairs become TRL's conversational preference format (``prompt``, ``chosen``, ``rejected``) with the probability
-    that the chosen one is better, ``p_chosen``, and ``score_chosen``, ``score_rejected`` where scores made the labels.
+    that the chosen one is better, ``p_chosen``, or SafeDPO's ``offset``, and ``score_chosen``, ``score_rejected``
+    where scores made the labels.
     TRL reads a preference as certain: a pair with p = ½ says nothing there and is left out. KTO's examples become the
     unpaired format (``prompt``, ``completion``, ``label``), with the ``weight`` of each.
 
@@ -256,6 +257,8 @@ def _paired(example: dict[str, Any], loss: str) -> dict[str, Any] | None:
     }
     if loss == "sigmoid":
         row["p_chosen"] = max(a, b)
+    if loss == "offset":
+        row["offset"] = abs(a - b) - 1
     return row | ({"score_chosen": scores[better], "score_rejected": scores[1 - better]} if scores else {})
 
 

@@ -7,7 +7,7 @@ section from the same template (``belief.html.j2``) and record (:func:`can_dist.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from can_dist.dual import DualSolution, ScoreTable
 from can_dist.dual.messages import lam_error
 from can_dist.dual.weights import COLLAPSED_ESS, TRUSTED_ESS
-from can_dist.measuring.examination import examine
+from can_dist.measuring.examination import examine, influential
 from can_dist.reporting.figures import belief as figures
 from can_dist.reporting.page import MISSING, decimals_of, interval_text, number, panel, percent, plain, render
 from can_dist.tables.artifacts import write_text
@@ -38,7 +38,14 @@ SCORER_ROWS = (
 )
 
 
-def write_diagnostics(table: ScoreTable, solution: DualSolution, path: Path, *, reward_name: str = "reward") -> None:
+def write_diagnostics(
+    table: ScoreTable,
+    solution: DualSolution,
+    path: Path,
+    *,
+    reward_name: str = "reward",
+    texts: Callable[[Sequence[str]], Mapping[str, str]] | None = None,
+) -> None:
     """Write the diagnostics of a solution as one self-contained HTML file, atomically.
 
     The same table and solution always give the same bytes. The page says what cannot be examined.
@@ -48,9 +55,11 @@ def write_diagnostics(table: ScoreTable, solution: DualSolution, path: Path, *, 
         solution: of any estimator and status.
         path: the file, in an existing directory.
         reward_name: name of the reward in the tables.
+        texts: gives the beginnings of prompts by their ids; ids are shown where there is none.
     """
-    record = solution.to_dict()
-    section = believed(record, examine(table, solution, reward_name=reward_name), reward_name=reward_name)
+    record, examination = solution.to_dict(), examine(table, solution, reward_name=reward_name)
+    examination["beginnings"] = texts(influential(examination)) if texts else {}
+    section = believed(record, examination, reward_name=reward_name)
     counts = record["diagnostics"]["responses_per_prompt"]
     values = {
         "title": "Diagnostics of the dual",
@@ -69,17 +78,17 @@ def believed(
 ) -> dict[str, Any] | None:
     """Return the values of the section from JSON-safe records; None without a solution.
 
-    Without an examination the section shows the solver's own short verdict and numbers.
+    Without an examination the section shows the solver's own verdict and numbers.
     """
     if not solution:
         return None
     seen = examination or {}
     diagnosis, summary = seen.get("diagnosis") or {}, solution.get("diagnostics") or {}
     ess, weighted = summary.get("ess") or {}, bool(seen.get("weighted"))
+    beginnings = seen.get("beginnings") or {}
     return {
         "headline": seen.get("headline"),
-        "detail": diagnosis.get("verdict"),
-        "solver_verdict": summary.get("verdict"),
+        "detail": _remarks(summary.get("verdict"), diagnosis.get("verdict"), seen.get("headline"), beginnings),
         "weighted": weighted,
         "refused": seen.get("refused"),
         "ess": ess if ess.get("median") is not None else {},
@@ -91,7 +100,10 @@ def believed(
         "judged": _judged(diagnosis.get("judgement")),
         "disagreement": diagnosis.get("disagreement"),
         "stability": [] if weighted else _stability_rows(diagnosis, solution),
-        "influence": (diagnosis.get("influence") or [])[:NUM_INFLUENTIAL],
+        "influence": [
+            {**row, "prompt": beginnings.get(row["prompt"], row["prompt"])}
+            for row in (diagnosis.get("influence") or [])[:NUM_INFLUENTIAL]
+        ],
         "scorers": _scorers(diagnosis.get("scorers") or {}),
         "prediction": _prediction(solution, seen.get("cross_fit"), reward_name),
         "prediction_refused": seen.get("cross_fit_refused"),
@@ -102,6 +114,17 @@ def believed(
         "duals": list(_dual_panels(seen.get("dual_curves") or {}, solution)),
         "frontiers": list(_frontier_panels(seen.get("frontier") or {}, reward_name, weighted)),
     }
+
+
+def _remarks(
+    verdict: str | None, examined: str | None, headline: Mapping[str, str] | None, beginnings: Mapping[str, str]
+) -> str:
+    """Return what the examination adds to the verdict of the solver, which the headline already gives."""
+    if examined is None or headline is None:
+        return verdict or ""
+    for prompt, beginning in beginnings.items():
+        examined = examined.replace(f"one prompt, {prompt}, ", f"one prompt, “{beginning}”, ")
+    return examined.removeprefix(verdict or "").strip() if (verdict or "") in headline["text"] else examined
 
 
 def _responses_text(counts: Mapping[str, Any]) -> str:
@@ -150,7 +173,7 @@ def _weight_rows(
 
 
 def _estimators(solution: Mapping[str, Any], diagnosis: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per estimator: λ̂ ± SE by constraint."""
+    """One row per estimator: λ̂ and its 95% interval by constraint; λ is at least 0."""
     rows = []
     for estimator, lam in (diagnosis.get("lam") or {}).items():
         errors = (diagnosis.get("lam_se") or {}).get(estimator) or {}
@@ -180,7 +203,10 @@ def _judged(judgement: Mapping[str, Any] | None) -> list[dict[str, str]]:
 
 def _with_error(value: float | None, error: float | None) -> str:
     text = _lam_text(value, error)
-    return text if value is None or error is None else f"{text} ± {_lam_text(error, error)}"
+    if value is None or error is None:
+        return text
+    half = Z_95 * error
+    return f"{text} [{_lam_text(max(value - half, 0.0), error)}, {_lam_text(value + half, error)}]"
 
 
 def _lam_text(value: float | None, error: float | None) -> str:
@@ -310,7 +336,7 @@ def _dual_panels(curves: Mapping[str, Any], solution: Mapping[str, Any]) -> Iter
         ]
         text = f"λ̂ = {plain(lam)}"
         label = f"Dual value against the multiplier of {name}, {text}" + (
-            "" if math.isnan(half) else f", 95% interval {plain(interval[1])} to {plain(interval[2])}"
+            "" if math.isnan(half) else f" [{plain(interval[1])}, {plain(interval[2])}]"
         )
         svg = figures.dual_svg(grid, drawn, interval, text, label=label, prefix=f"dual{index}")
         yield panel(f"Dual along the λ of {name}", svg, _beside_the_dual(solution, name))

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from can_dist.dual.belief.level import stated
 from can_dist.measuring.gains import joint_sentence
+from can_dist.measuring.verdicts import verdict_text
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 
@@ -45,6 +47,7 @@ def model_card(
         "num_test_prompts": 0,
         "warnings": [],
         "unpredicted": None,
+        "believed": "",
         "expected": "",
         "certificate": [_plain(sentence) for sentence in certificate["sentences"]] if certificate else [],
     }
@@ -61,11 +64,16 @@ def _evaluated(report: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "rows": [_constraint(row) for row in report["constraints"]],
         "joint": joint_sentence(report["constraints"]),
-        "reward": {"predicted": _predicted(reward), "realised": _interval(reward["realised"])},
+        "reward": {
+            "name": _plain(reward.get("name", "reward")),
+            "predicted": _predicted(reward),
+            "realised": _interval(reward["realised"]),
+        },
         "kl": f"{report['kl']['realised']['mean']:.3g}",
         "num_test_prompts": report["num_test_prompts"],
         "warnings": [_plain(warning) for warning in report["warnings"]],
         "unpredicted": report["unpredicted"] and _plain(report["unpredicted"]),
+        "believed": _plain(stated(report["solution"]["diagnostics"])) if report["solution"] else "",
     }
 
 
@@ -79,7 +87,7 @@ def _constraint(row: Mapping[str, Any]) -> dict[str, str]:
         lam += f" ({', '.join(beside)})"
     name = f"{row['name']}, mean of {row['utility']}" if row.get("utility") else row["name"]
     cells = {"name": _plain(name), "margin": margin, "lam": lam, "predicted": _predicted(row)}
-    return {**cells, "realised": realised, "verdict": row["verdict"]}
+    return {**cells, "realised": realised, "verdict": verdict_text(row)}
 
 
 def _predicted(row: Mapping[str, Any]) -> str:

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from can_dist.measuring.gains import joint_sentence
+from can_dist.measuring.verdicts import Verdict, current, undecided_because
 from can_dist.reporting.belief_page import believed
 from can_dist.reporting.course_panel import course
 from can_dist.reporting.estimate_panel import estimated
 from can_dist.reporting.figures.report import density_svg, forest_svg, training_svg
+from can_dist.reporting.landing_panel import byline, crossing_rows, made_line, price_panels, sample_groups
 from can_dist.reporting.page import (
     decimals_of,
     interval_text,
@@ -34,37 +36,33 @@ from can_dist.reporting.page import (
 )
 from can_dist.tables.artifacts import dotted, write_text
 
-SUMMARY_CHARS = 110
 OPTIONAL = ("num_train_prompts", "num_responses", "win_rate", "lengths", "counts", "warnings", "prediction",
             "unpredicted", "models", "versions", "format_version")  # fmt: skip
 """Keys of ``report.json`` that the template shows as they are, where they are there."""
-VERDICTS = {
-    "met": ("met", "is met", " The whole {level} interval is at or above the margin. {unseen}"),
-    "met within the interval": (
-        "within",
-        "is met within the interval",
-        " The margin lies inside the {level} interval and the estimate is {side} it: more prompts would settle it.",
-    ),
-    "not met": ("unmet", "is not met", " The whole {level} interval lies {side} the margin."),
-    "not decided": ("within", "is not decided", " Every prompt changed by the same amount. {unseen}"),
+VERDICTS: dict[Verdict, tuple[str, str, str]] = {
+    "met": ("met", "is met", "The whole {level} interval is at or above the {demand}. {unseen}"),
+    "undecided": ("within", "is undecided", "The {demand} lies inside the {level} interval{because}."),
+    "not met": ("unmet", "is not met", "The whole {level} interval lies {side} the {demand}."),
 }
 """Verdict → mark, words and remark: ``level`` is the interval's confidence, ``unseen`` the limit of P prompts."""
+SAME = "Every prompt changed by the same amount. {unseen}"
 
 
-def write_report(report: Mapping[str, Any], path: Path) -> None:
+def write_report(report: Mapping[str, Any], path: Path, *, made: Mapping[str, Any] | None = None) -> None:
     """Write the report as one self-contained HTML file, atomically.
 
-    The same ``report`` always gives the same bytes.
+    The same ``report`` and ``made`` always give the same bytes.
 
     Args:
         report: ``report.json``. Only ``title, method, beta, num_test_prompts, constraints`` and ``reward`` must be
             there; the section of any other key that is missing or null is left out.
         path: the file, in an existing directory.
+        made: when, how long and at what cost (:func:`can_dist.stages.cost.made`), for a page that may tell the time.
     """
-    write_text(Path(path), render_report(report))
+    write_text(Path(path), render_report(report, made=made))
 
 
-def render_report(report: Mapping[str, Any]) -> str:
+def render_report(report: Mapping[str, Any], *, made: Mapping[str, Any] | None = None) -> str:
     """Return the page as text; a number whose digits depend on other numbers reaches the template as text."""
     constraints = [_compared(c, c.get("margin")) for c in report["constraints"]]
     reward = _compared(report["reward"], None)
@@ -86,7 +84,11 @@ def render_report(report: Mapping[str, Any]) -> str:
         "predicted": any(row["predicted"] for row in [*constraints, reward]),
         "beside": _beside_rows(report),
         "refused": bool(report.get("refusals")),
-        "samples": [_sample(sample) for sample in report.get("samples") or []],
+        "byline": byline(report),
+        "made": made_line(made),
+        "price": list(price_panels(report)),
+        "crossings": crossing_rows(report),
+        "sample_groups": sample_groups(report),
         "config": _config_rows(report.get("config") or {}),
     }
     return render("report.html.j2", values)
@@ -106,7 +108,8 @@ def _compared(row: Mapping[str, Any], margin: float | None) -> dict[str, Any]:
         "realised_interval": interval_text(realised, decimals),
         "margin_text": number(margin, decimals),
         "threshold_text": plain(row.get("threshold")) if row.get("threshold") is not None else "",
-        "kind": VERDICTS[row["verdict"]][0] if "verdict" in row else "",
+        "kind": VERDICTS[current(row["verdict"])][0] if "verdict" in row else "",
+        "verdict": current(row["verdict"]) if "verdict" in row else "",
     }
 
 
@@ -120,15 +123,18 @@ def _verdict(row: Mapping[str, Any], num_prompts: int) -> dict[str, str]:
         decimals = decimals_of(realised, margin)
         numbers = f"mean {number(realised['mean'], decimals)} {interval_text(realised, decimals)}"
         limit = number(margin, decimals)
+    because, same = undecided_because(row), realised["low"] == realised["high"]
     return {
         "kind": kind,
         "name": row["name"],
         "words": words,
         "numbers": numbers,
         "against": f"against a {demand} of {limit}, on {num_prompts} held-out prompt{'' if num_prompts == 1 else 's'}.",
-        "remark": remark.replace("margin", demand).format(
+        "remark": (SAME if same else remark).format(
+            demand=demand,
             side="above" if realised["mean"] >= margin else "below",
             level=percent(row.get("confidence", 0.95), 0 if row.get("confidence", 0.95) == 0.95 else 1),
+            because=because and f": {because}",
             unseen=_unseen(num_prompts),
         ),
     }
@@ -173,7 +179,7 @@ def _tiles(
     for row in constraints:
         margin = f"margin {row['margin_text']}"
         yield tile("Realised improvement", row["realised_text"], row["name"], row["realised_interval"], margin)
-    yield tile("Helpfulness change", reward["realised_text"], reward["name"], reward["realised_interval"])
+    yield tile("Realised change", reward["realised_text"], reward["name"], reward["realised_interval"])
     if kl := _kl(report.get("kl")):
         predicted = f"predicted {kl['predicted_text']}" if report["kl"].get("predicted") is not None else ""
         yield tile("KL from the reference", kl["realised_text"], "nats", kl["realised_interval"], predicted)
@@ -247,12 +253,6 @@ def _training_panel(report: Mapping[str, Any]) -> dict[str, Any] | None:
     svg = training_svg(training["loss"], eval_loss, label=label, prefix="training")
     shown = {"svg": safe_svg(svg), "first": first, "last": last, "eval_last": eval_loss and eval_loss[-1][1]}
     return {**training, **shown, **course(report)}
-
-
-def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    line = " ".join(sample["prompt"].split())
-    short = line if len(line) <= SUMMARY_CHARS else line[: SUMMARY_CHARS - 1].rstrip() + "…"
-    return {**sample, "summary": short or "(empty prompt)", "scores": sample.get("scores") or {}}
 
 
 def _config_rows(config: Mapping[str, Any]) -> dict[str, str]:

@@ -12,14 +12,14 @@ from typing import Any
 from can_dist.config import Model
 from can_dist.config.base import identity
 from can_dist.config.sections import Constraint
-from can_dist.measuring.gains import (
-    gains_table,
-)
+from can_dist.measuring.gains import gains_table
+from can_dist.measuring.verdicts import verdict_line
 from can_dist.modeling.formatter import text_identity
 from can_dist.modeling.loading import model_digest
 from can_dist.modeling.precision import run_precision
 from can_dist.scoring.kinds import scorer_identity
 from can_dist.scoring.protocol import LogProb, ScorerSpec
+from can_dist.stages.cost import made
 from can_dist.stages.generate import generate
 from can_dist.stages.ingest import ingest_benign
 from can_dist.stages.report import PAGE, REPORT, Lineage, build_report, log_ratio, method_title
@@ -77,11 +77,11 @@ def evaluate(
     }
     stage = work.open("evaluate", method_title(work.config.method, variant), identity_keys, inputs)
     if stage.finished:
-        return stage.finished
+        return _shown(work, stage.finished)
     work.release_actors()
-    with work.timed("evaluate", method_title(work.config.method, variant)):
-        from can_dist.reporting.run_page import write_report
+    from can_dist.reporting.run_page import write_report
 
+    with work.timed("evaluate", method_title(work.config.method, variant)):
         report = build_report(work, inputs, constraints, reward, variant)
         columns = columns_of(constraints)
         report["basis"] = _basis(work, inputs, reference, scorers) | column_keys(columns)
@@ -92,7 +92,19 @@ def evaluate(
         gains = gains_table(before, after, [reward, *constraints], log_ratio(after))
         write_part(stage.path, 0, gains)
         shown = ("method", "variant", "constraints", "reward", "basis")
-        return stage.commit([REPORT, PAGE], info={name: report[name] for name in shown})
+        evaluation = stage.commit([REPORT, PAGE], info={name: report[name] for name in shown})
+    return _shown(work, evaluation)
+
+
+def _shown(work: Workspace, evaluation: Artifact) -> Artifact:
+    """Return a finished evaluation: the run's own page becomes that of it, and its verdicts are said."""
+    from can_dist.reporting.run_page import write_report
+
+    page = work.directory / PAGE
+    write_report(evaluation.read_json(REPORT), page, made=made(evaluation))
+    verdicts = "; ".join(verdict_line(row) for row in evaluation.info["constraints"])
+    work.say(f"evaluate ({evaluation.info['method']}): {verdicts}; report: {page}")
+    return evaluation
 
 
 def _benign_responses(work: Workspace, prompts: Artifact, reference: Model, policy: Model) -> dict[str, Artifact]:

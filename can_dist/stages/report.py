@@ -14,7 +14,7 @@ from can_dist.config import METHODS
 from can_dist.config.base import identity
 from can_dist.config.sections import Constraint
 from can_dist.dual import Column, estimate_line, verdict
-from can_dist.measuring.examination import examine
+from can_dist.measuring.examination import examine, influential
 from can_dist.measuring.gains import (
     by_prompt,
     column,
@@ -30,12 +30,13 @@ from can_dist.measuring.gains import (
 from can_dist.measuring.predicted import held_out_prediction, multipliers, prediction_source, predictions, shifted
 from can_dist.measuring.ray import ray
 from can_dist.stages.estimate import load_estimate
+from can_dist.stages.samples import beginnings, chosen_samples, crossings
 from can_dist.stages.solve import cvar_offset, demands, load_solution, solved_columns, solved_table
 from can_dist.stages.strength import STRENGTH
 from can_dist.stages.train import drift_warning
 from can_dist.stages.utilities import columns_of, measured
 from can_dist.tables.artifacts import Artifact
-from can_dist.tables.quarantine import quarantined, scored_responses
+from can_dist.tables.quarantine import quarantined
 from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
 from can_dist.tables.utilities import with_utilities
 from can_dist.training import CURVE
@@ -91,7 +92,9 @@ def build_report(
     measured_before, measured_after = (measured(s.table, columns, str(s.path)) for s in sides.values())
     dual = _dual(inputs, reward, work.config.method)
     kl = dual["kl"] | {"realised": interval(by_prompt(after, log_ratio(after))[1])}
-    title = method_title(work.config.method, variant)
+    worst = [made for made in columns if made.of == "worst_of"]
+    title, tails = method_title(work.config.method, variant), _tails(sides, worst, constraints)
+    borders = {name: float(row["border"]) for name, row in tails.items()}
     return {
         "format_version": 3,
         "title": f"{title}: predicted and realised" if dual["prediction"] else f"{title}: measured",
@@ -117,7 +120,7 @@ def build_report(
         "reward": {"name": reward, **dual["scores"].get(reward, {}), "realised": improvement(before, after, reward)},
         "kl": kl,
         "win_rate": {name: win_rate(before, after, name) for name in names},
-        "tails": _tails(sides, columns, constraints),
+        "tails": tails,
         "refusals": _refusals(inputs),
         "lengths": {"reference": lengths(before), "policy": lengths(after)},
         "scores": {
@@ -127,17 +130,17 @@ def build_report(
         "estimate": _estimated(inputs, reward),
         "counts": _counts(inputs),
         "warnings": _warnings(work, before, after) + _drift(kl, as_trained(inputs["policy"]), dual["examination"]),
-        "samples": _samples(inputs, {"before": before, "after": after}, names, work.config.evaluate.num_samples),
+        "crossings": crossings(inputs, borders, worst),
+        "samples": chosen_samples(inputs, names, borders, work.config.evaluate.num_samples, worst),
         "config": identity(work.config, exclude=["cluster", "methods"]),
         "versions": {name: version(name) for name in PACKAGES},
     }
 
 
 def _tails(
-    sides: Mapping[str, Artifact], columns: Sequence[Column], constraints: Mapping[str, Constraint]
+    sides: Mapping[str, Artifact], worst: Sequence[Column], constraints: Mapping[str, Constraint]
 ) -> dict[str, Any]:
     """Return the tails of every constraint's score as it was given, or of the smallest of several."""
-    worst = [made for made in columns if made.of == "worst_of"]
     before, after = (with_utilities(scores.table, worst, str(scores.path)) for scores in sides.values())
     return safety_tails(before, after, constraints)
 
@@ -152,6 +155,7 @@ def _dual(inputs: Mapping[str, Artifact], reward: str, method: str) -> dict[str,
     examination = examine(solved_table(inputs["solution"]), solution, reward_name=reward)
     for made in columns:  # at one τ; the frontier of a CVaR has another at every margin
         examination["frontier"] |= {made.name: None} if made.tau is not None else {}
+    examination["beginnings"] = beginnings(inputs["train_scores"], influential(examination))
     record |= {"solution": solution.to_dict(), "examination": examination, "lam": multipliers(solution)}
     record["num_prompts"] = solution.diagnostics["num_prompts"]
     solved, judged = (inputs[name].info["scorers"] for name in ("train_scores", "scores_before"))
@@ -306,29 +310,3 @@ def _drift(kl: Mapping[str, Any], policy: Artifact, examination: Mapping[str, An
     if "summary" in policy.info and (warning := drift_warning(policy.read_json(CURVE))):
         warnings.append(warning[0].upper() + warning[1:])
     return warnings
-
-
-def _samples(
-    inputs: Mapping[str, Artifact], tables: Mapping[str, pa.Table], names: list[str], count: int
-) -> list[dict[str, Any]]:
-    """Return the first response of both models to the first prompts of the held-out split."""
-    rows = {}
-    for who in ("before", "after"):
-        responses = scored_responses(inputs[f"responses_{who}"], inputs[f"scores_{who}"]).to_pylist()
-        scores = tables[who].to_pylist()
-        first: dict[str, Any] = {}
-        for response, scored in zip(responses, scores, strict=True):
-            first.setdefault(response["prompt_id"], (response, scored))
-        rows[who] = first
-    samples = []
-    for prompt_id, (response, scored) in list(rows["before"].items())[:count]:
-        theirs, their_scores = rows["after"][prompt_id]
-        samples.append(
-            {
-                "prompt": "\n\n".join(f"{m['role']}: {m['content']}" for m in response["messages"]),
-                "reference": response["text"],
-                "policy": theirs["text"],
-                "scores": {name: [scored[name], their_scores[name]] for name in names},
-            }
-        )
-    return samples

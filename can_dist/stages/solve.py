@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -20,9 +22,11 @@ from can_dist.dual import (
     settle,
     solve_table,
 )
+from can_dist.dual.belief.level import stated
 from can_dist.dual.messages import lam_error, misread_hints
 from can_dist.errors import InfeasibleConstraint
 from can_dist.scoring.log_ratio import margins_in_nats
+from can_dist.stages.samples import beginnings
 from can_dist.stages.utilities import column_keys, columns_of
 from can_dist.tables.artifacts import Artifact, write_json
 from can_dist.tables.scores import score_arrays
@@ -30,6 +34,9 @@ from can_dist.tables.utilities import with_utilities
 from can_dist.workspace import Workspace
 
 SOLUTION = "solution.json"
+
+BELIEF = "belief.html"
+"""The page of a solution: beside it, and in no manifest, since it decides nothing."""
 
 AUTO = "jackknife"
 """What ``auto`` takes where it can: a part of the identity, since it once took another estimator."""
@@ -44,7 +51,7 @@ def solve(
     beta: float,
     log_weight: str | None = None,
 ) -> Artifact:
-    """Return the artifact of the dual's solution (``solution.json``).
+    """Return the artifact of the dual's solution (``solution.json``), with its page (``belief.html``) beside.
 
     ``log_weight`` names a column of log-weights, such as ``logp.reference`` over an enumerated set of responses;
     without it all responses weigh the same, as samples do.
@@ -84,8 +91,17 @@ def solve(
             raise InfeasibleConstraint("\n  ".join([str(error), *nats])) from None
         derived = {"columns": settled.to_dict()} if settled.is_derived else {}
         write_json(stage.path / SOLUTION, solution.to_dict() | derived)
+        write_belief(rows, solution, stage.path, scores, reward=reward)
         work.say(" ".join([describe(solution), *nats, *(f"{line}." for line in settled.lines())]))
         return stage.commit([SOLUTION], info={"lam": solution.to_dict()["lam"]})
+
+
+def write_belief(table: ScoreTable, solution: DualSolution, directory: Path, scores: Artifact, *, reward: str) -> None:
+    """Write the page of a solution into its directory: can its prediction be believed?"""
+    from can_dist.reporting.belief_page import write_diagnostics
+
+    texts = partial(beginnings, scores)
+    write_diagnostics(table, solution, directory / BELIEF, reward_name=reward, texts=texts)
 
 
 def load_solution(artifact: Artifact) -> DualSolution:
@@ -104,7 +120,7 @@ def describe(solution: DualSolution) -> str:
     if solution.confidence is not None:
         raised = ", ".join(f"{name} by {value:.4g}" for name, value in solution.safety_margin.items())
         parts.append(f"margins raised for confidence {solution.confidence:g}: {raised}")
-    return " ".join(["; ".join([*parts, solution.diagnostics["verdict"]]), *misread_hints(solution)])
+    return " ".join(["; ".join([*parts, stated(solution.diagnostics)]), *misread_hints(solution)])
 
 
 def _settled(

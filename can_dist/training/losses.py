@@ -18,8 +18,9 @@ def example_losses(
 
     ``target_BN`` means what the loss says: ``sigmoid``: (p, 1 − p) with p = P(a ≻ b); ``regression``: the scores
     (s_a, s_b); ``listwise``: softmax_n(s_n/β); ``kto``: (1, 0) for a desirable response and (0, 1) for an undesirable
-    one, with the baseline z_ref in the place of a second ratio. ``is_real_BN`` is False where a shorter list of
-    ``listwise`` was padded; the other losses have N = 2.
+    one, with the baseline z_ref in the place of a second ratio; ``offset``: 1 + Δ for the preferred response
+    of the two and 0 for the other. ``is_real_BN`` is False where a shorter list of ``listwise`` was padded; the other
+    losses have N = 2.
     """
     if name == "listwise":
         return listwise_loss(ratio_BN, target_BN, is_real_BN)
@@ -28,6 +29,8 @@ def example_losses(
         return sigmoid_loss(margin_B, target_BN[:, 0])
     if name == "regression":
         return regression_loss(margin_B, target_BN[:, 0] - target_BN[:, 1])
+    if name == "offset":
+        return offset_loss(margin_B, target_BN[:, 0] - target_BN[:, 1])
     assert name == "kto", name
     return kto_loss(margin_B, target_BN[:, 0])
 
@@ -45,6 +48,14 @@ def sigmoid_loss(margin_B: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor
     z = logit(E p); at z = 0 the loss is ln 2 whatever p is.
     """
     return -(target_B * logsigmoid(margin_B) + (1 - target_B) * logsigmoid(-margin_B))
+
+
+def offset_loss(margin_B: torch.Tensor, lead_B: torch.Tensor) -> torch.Tensor:
+    """Return ``−ln σ(±z − Δ)`` of each pair, (B,): + where the first is preferred (SafeDPO, arXiv 2505.20065, eq. 12).
+
+    ``lead_B`` is ±(1 + Δ); Δ = 0 is DPO's loss. At z = 0 the loss is ln(1 + e^Δ).
+    """
+    return -logsigmoid(torch.sign(lead_B) * margin_B - (lead_B.abs() - 1))
 
 
 def regression_loss(margin_B: torch.Tensor, gap_B: torch.Tensor) -> torch.Tensor:

@@ -16,13 +16,14 @@ from tiny import make_tiny_lm
 import can_dist
 from can_dist.config import dump_yaml, validate_config
 
-COMPLETE = {"Run", "mocan"}
+COMPLETE = {"Run", "mocan", "constrained_reward"}
 """Examples that stand for themselves; the others go on from mocan's."""
 WORDS = [f"w{i}" for i in range(12)]
 PEOPLE = {"label": {"preferences": {"source": "pairs.jsonl"}}}
 CASES: dict[str, dict[str, Any]] = {
     "Run": {},
     "mocan": {},
+    "constrained_reward": {},
     "pecan": {
         "method": "pecan",
         "reward": {"kind": "log_ratio", "beta": 0.5, "criterion": "helpful"},
@@ -34,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sacpo": {"method": "sacpo", **PEOPLE},
     "p_sacpo": {"method": "p_sacpo", **PEOPLE},
     "dpo": {"method": "dpo_s", **PEOPLE},
+    "safedpo": {"method": "safedpo", **PEOPLE},
 }
 
 

@@ -89,7 +89,7 @@ def test_every_method_is_measured_and_judged_alike(folder: Path, run: Path) -> N
     for method, report in reports.items():
         (row,) = report["constraints"]
         assert row["margin"] == 0.05, "that of the configuration, whatever the method's own is"
-        assert row["verdict"] in ("met", "met within the interval", "not met")
+        assert row["verdict"] in ("met", "undecided", "not met")
         assert report["kl"]["realised"]["se"] > 0
         assert report["refusals"]["num_prompts"] == 4
         assert set(report["tails"]["safety"]["unsafe"]) == {"reference", "policy"}

@@ -186,6 +186,7 @@ def preferences(run: Path, loss: str, targets: list[list[float]], scores: bool =
 @pytest.mark.parametrize(
     ("loss", "targets", "rows"),
     [
+        ("offset", [[1.0, 0.0], [0.0, 3.5]], [("one", 0.0), ("two", 2.5)]),
         ("sigmoid", [[0.75, 0.25], [0.5, 0.5], [0.0, 1.0]], [("one", 0.75), ("two", 1.0)]),
         ("regression", [[0.25, 0.75], [3.0, 1.0]], [("two", None), ("one", None)]),
     ],
@@ -196,7 +197,7 @@ def test_pairs_become_chosen_and_rejected(
     preferences(tmp_path, loss, targets, scores=False)
     counts = export_preferences(tmp_path, tmp_path / "out.parquet")
     found = pq.read_table(tmp_path / "out.parquet").to_pylist()
-    assert [(row["chosen"][0]["content"], row.get("p_chosen")) for row in found] == rows
+    assert [(row["chosen"][0]["content"], row.get("p_chosen", row.get("offset"))) for row in found] == rows
     assert counts == {"rows": len(rows), "undecided": len(targets) - len(rows)}
 
 
@@ -292,7 +293,7 @@ def test_card_shows_what_a_threshold_is_judged_by() -> None:
     row = {
         "name": "calm", "margin": 0.5, "threshold": -1.0, "lam": 0.25, "predicted": {"mean": 0.6},
         "realised": {"mean": 0.7, "low": 0.6, "high": 0.8}, "policy_mean": {"mean": -0.8, "low": -1.2, "high": -0.4},
-        "verdict": "met within the interval",
+        "verdict": "undecided", "prompts_to_decide": 340,
     }  # fmt: skip
     report = {
         "constraints": [row], "reward": {"predicted": None, "realised": row["realised"]}, "num_test_prompts": 9,
@@ -302,7 +303,7 @@ def test_card_shows_what_a_threshold_is_judged_by() -> None:
         "title": "A", "method": "MoCAN", "base": "", "is_hub_model": False, "beta": 0.1, "lam": None, "made_from": [],
     }  # fmt: skip
     asked, found = "+0.5 (mean at least -1)", "+0.7 [+0.6, +0.8]; mean -0.8 [-1.2, -0.4]"
-    line = f"| calm | {asked} | 0.25 | +0.6 | {found} | met within the interval |"
+    line = f"| calm | {asked} | 0.25 | +0.6 | {found} | undecided (about 340 held-out prompts would decide) |"
     assert line in model_card(facts, report, adapter=False)
 
 

@@ -210,17 +210,21 @@ def test_f07_killed_driver_leaves_a_run_that_the_same_command_completes(folder: 
 
 @pytest.mark.slow
 def test_every_readme_command_about_the_readers_own_run_works(folder: Path, finished: Path) -> None:
-    """All commands of the README, as printed, one after the other.
+    """All commands of the README, as printed, one after the other, and a launched training.
 
-    But the two ``make`` lines (test_demo.py runs the demo) and those of test_real_text.py.
+    But the two ``make`` lines (test_demo.py runs the demo).
     """
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     blocks = README.read_text(encoding="utf-8").count("```bash")
     commands = [line for n in range(blocks) for line in readme_block("bash", n).splitlines() if line.strip()]
     made = [line for line in commands if line.startswith("make ")]
     assert made == ["make demo", "make test"]
-    for command in commands:
-        if command in made or "pku_stories3M" in command:
+    launched = [
+        "can-dist label my.yaml --run runs/launched",
+        "deepspeed --num_gpus 2 --module can_dist.train --config my.yaml --run runs/launched",
+    ]
+    for command in [*commands, *launched]:
+        if command in made:
             continue
         result = subprocess.run(
             shlex.split(command), cwd=folder, env=environment, capture_output=True, text=True, timeout=400

@@ -1,4 +1,4 @@
-"""The README's recipe on real text: real prompts, a real small language model, score models trained from real data."""
+"""The recipe on real text: real prompts, a real small language model, score models trained from real data."""
 
 import json
 import shlex
@@ -13,9 +13,9 @@ PREPARE = "python recipes/pku_stories3M/prepare.py --data ../shared/data --out r
 RUN = "can-dist run recipes/pku_stories3M/mocan.yaml --run runs/pku_stories3M"
 
 
-def test_readme_names_the_commands_tested_here() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{PREPARE}\n{RUN}\n" in readme
+def test_the_page_names_the_commands_tested_here() -> None:
+    page = (ROOT / "docs" / "real_text.md").read_text(encoding="utf-8")
+    assert f"{PREPARE}\n{RUN}\n" in page
 
 
 @pytest.mark.slow

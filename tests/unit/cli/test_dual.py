@@ -23,6 +23,7 @@ from can_dist.cli import options as cli_run
 from can_dist.cli import solve as cli_dual
 from can_dist.config.sections import Solve
 from can_dist.dual import ESTIMATORS, Margin, solve_dual
+from can_dist.dual.belief.level import stated
 from can_dist.errors import ConfigError, DataError
 from can_dist.reporting.figures.frontier import draw_frontier
 from can_dist.tables.artifacts import open_stage, write_part
@@ -118,7 +119,7 @@ def test_text_tells_the_estimator_and_why(scores: Path) -> None:
     assert record["estimator"] == "jackknife"
     assert "\nestimator jackknife\n" in plain
     assert f", paper's {paper['lam']['safety']:.4g})" in plain
-    assert f"\nverdict   {record['diagnostics']['verdict']}" in plain
+    assert f"\nverdict   {stated(record['diagnostics'])}" in plain
     assert "\nestimator empirical\n" in papers
     assert "paper's" not in papers
 
@@ -185,7 +186,7 @@ def test_unknown_estimator_is_a_usage_error(scores: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("verb", "extra"),
     [
-        ("solve", ["--reward", "reward", "--beta", "1", "--estimator", "auto", "--json", "s.json"]),
+        ("solve", ["--reward", "reward", "--beta", "1", "--estimator", "auto", "--engine", "stream"]),
         ("solve", ["--constraint", "safety:margin=1", "--confidence", "0.9"]),
         ("frontier", ["--reward", "reward", "--beta", "1"]),
     ],

@@ -178,7 +178,7 @@ def test_every_number_of_the_configuration_is_in_the_table_of_bounds() -> None:
         key.name.replace("<name>", "safety")
         for key in describe_keys(Config)
         if "number" in key.type or "-1" in key.type
-        if key.name.split(".")[0] not in ("sacpo", "p_sacpo", "cdpo", "caid")  # in test_methods.py
+        if key.name.split(".")[0] not in ("safedpo", "sacpo", "p_sacpo", "cdpo", "caid")  # in test_methods.py
         if key.kind not in ("multi_head", "beaver", "guard", "http")  # in unit/scoring
         if not key.name.startswith("generate.endpoint.")  # in test_brought_responses.py
         if not key.name.startswith("constraints.<name>.others.")  # of the types of constraints.<name>.scorer
@@ -222,8 +222,8 @@ def test_true_is_no_number_and_no_text(key: str) -> None:
         (
             "method",
             "mocann",
-            "  method: unknown method 'mocann'. Did you mean 'mocan'? Valid: mocan, pecan, dpo_h, dpo_s, sacpo, "
-            "p_sacpo, cdpo, caid.",
+            "  method: unknown method 'mocann'. Did you mean 'mocan'? Valid: mocan, pecan, dpo_h, dpo_s, safedpo, "
+            "sacpo, p_sacpo, cdpo, caid.",
         ),
         ("method", "reinforce", "method: unknown method 'reinforce'. Valid: mocan, "),
         ("method", 5, "method: unknown method 5. Valid: mocan, "),
@@ -611,7 +611,7 @@ OTHER = {
     "train.lora.quantize": "nf4",
     "generate.engine": None,  # vllm is tied to cluster.gpus_per_actor
     "method": None,  # tied to label
-    **dict.fromkeys(("sacpo", "p_sacpo", "cdpo", "caid")),  # tied to method
+    **dict.fromkeys(("safedpo", "sacpo", "p_sacpo", "cdpo", "caid")),  # tied to method
     "methods": {"mocan": {"beta": 2.0}},
     "evaluate.benign_prompts": {"source": "benign.jsonl"},
     "label.pairs": None,  # tied to label.preferences
@@ -619,6 +619,7 @@ OTHER = {
     "label.as_published": None,  # of method pecan
     "solve.estimator": "empirical",
     "solve.confidence": 0.9,
+    "solve.require": "trusted",
     "label.labels": "sampled",
     "precision": "fp32",
     "train.schedule": "linear",

@@ -14,6 +14,7 @@ from can_dist.errors import ConfigError
 from can_dist.pipeline import run_pipeline
 
 PEOPLE = {"label": {"preferences": {"source": "pairs.jsonl"}}}
+NEEDS_PEOPLE = ("sacpo", "p_sacpo", "safedpo")
 
 
 def config(method: str, **sections: Any) -> Any:
@@ -57,6 +58,23 @@ def test_defaults_are_the_papers() -> None:
             {"sacpo": {"order": "safe_first"}, **PEOPLE},
             "method p_sacpo mixes with the helpful policy; order must be 'helpful_first'",
         ),
+        ("safedpo", {}, "method safedpo learns from a data set's own labels; name it in label.preferences"),
+        (
+            "safedpo",
+            {"label": {"preferences": {"source": "p.jsonl"}, "human": {"smoothing": 0.1}}},
+            "method safedpo does not use label.human; leave out",
+        ),
+        (
+            "safedpo",
+            {"safedpo": {"thresholds": {"calm": 0.0}}, **PEOPLE},
+            "thresholds names calm, which constraints does not have; its names: safety",
+        ),
+        ("safedpo", {"safedpo": {"thresholds": {}}, **PEOPLE}, "thresholds names no constraint; name one, or leave"),
+        (
+            "dpo_h",
+            {"safedpo": {"offset": 1}, **PEOPLE},
+            "does not use this section; leave out, or set method to safedpo",
+        ),
         ("p_sacpo", {"p_sacpo": {"q": [0.5, 0.5]}, **PEOPLE}, "q names a weight twice"),
         ("p_sacpo", {"p_sacpo": {"q": [1.5]}, **PEOPLE}, "q.0"),
         ("cdpo", {"cdpo": {"step_size": 0}}, "cdpo.step_size"),
@@ -77,6 +95,7 @@ BOUNDS: list[tuple[str, Any, Any, Any, Any]] = [
     *((f"sacpo.{step}.desirable_weight", 0, 1e-9, 1e9, None) for step in ("first", "second")),
     *((f"sacpo.{step}.undesirable_weight", 0, 1e-9, 1e9, None) for step in ("first", "second")),
     ("p_sacpo.q", [-0.001], [0.0], [0.5, 1.0], [1.001]),
+    ("safedpo.offset", -0.001, 0, 1e9, None),
     ("cdpo.rounds", 0, 1, 10**6, None),
     ("cdpo.step_size", 0, 1e-9, 1e9, None),
     ("cdpo.tolerance", -0.001, 0, 1e9, None),
@@ -95,11 +114,11 @@ def with_value(key: str, value: Any) -> Any:
         options["loss"] = "kto"
     for name in reversed(between):
         options = {name: options}
-    return config(section, **{section: options}, **(PEOPLE if section.endswith("sacpo") else {}))
+    return config(section, **{section: options}, **(PEOPLE if section in NEEDS_PEOPLE else {}))
 
 
 def test_every_number_of_the_methods_is_in_the_table_of_bounds() -> None:
-    numbers = {key.name for key in describe_keys(Config) if "number" in key.type}
+    numbers = {key.name for key in describe_keys(Config) if "number" in key.type and "by name" not in key.type}
     assert {name for name in numbers if name.split(".")[0] in OWN_SECTIONS} == {key for key, *_ in BOUNDS}
 
 

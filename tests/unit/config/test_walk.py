@@ -39,6 +39,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "pecan": {"reward": RATIO, "constraints": {"safety": {"scorer": LEARNED, "margin": 0.1}}},
     "dpo_h": PEOPLE,
     "dpo_s": PEOPLE,
+    "safedpo": PEOPLE,
     "sacpo": {"sacpo": STEPS},
     "p_sacpo": {"sacpo": STEPS},
     "cdpo": {"generate": {"responses": {"source": "responses.jsonl"}}},

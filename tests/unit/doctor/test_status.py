@@ -18,6 +18,7 @@ from can_dist.config import Config, validate_config
 from can_dist.doctor.status import format_status, read_status
 from can_dist.errors import DataError
 from can_dist.run import Run
+from can_dist.tables.artifacts import open_stage, write_json
 from can_dist.workspace import Workspace, read_events, read_owner
 
 NOW = 1_000_000.0
@@ -112,6 +113,26 @@ def test_sharded_stage_in_progress_tells_shards_rate_and_remaining_time(run: Pat
     )
     assert text.endswith("last written 7 s ago\n  not started  score\n  not started  solve\n  not started  label\n"
                          "  not started  train\n  not started  evaluate\nnext: none: it is running")  # fmt: skip
+
+
+def test_after_the_end_it_tells_what_came_out_and_in_which_pages(run: Path) -> None:
+    solution, evaluation = (open_stage(run, name, "x", {}, {}) for name in ("solve", "evaluate"))
+    judgement = {"objection": "", "lam_known": False}
+    write_json(solution.path / "solution.json", {"diagnostics": {"verdict": "On new prompts.", "judgement": judgement}})
+    realised = {"mean": 0.5, "low": 0.3, "high": 0.7}
+    row = {"name": "calm", "margin": 0.1, "threshold": None, "realised": realised, "verdict": "met"}
+    evaluation.commit(info={"constraints": [row]})
+    (run / "report.html").touch()
+    write_log(run, BEGAN, opened(solution.path.name), opened(evaluation.path.name), {"event": "ended"})
+    assert "belief" not in read_status(run, NOW)["outcome"], "it is not finished"
+    solution.commit(["solution.json"])
+    text = format_status(read_status(run, NOW))
+    assert (
+        "\nprediction: May be trusted roughly: for what the policy delivers, not for lambda. On new prompts.\n" in text
+    )
+    assert "\nverdict: calm met: +0.5 [+0.3, +0.7] against a margin of +0.1\n" in text
+    assert f"\npages: {run / 'report.html'}\n" in text
+    assert text.endswith(f"next: can-dist verify {run}")
 
 
 def test_after_a_kill_the_stage_is_interrupted_and_the_same_command_is_next(run: Path) -> None:

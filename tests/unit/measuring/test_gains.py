@@ -26,7 +26,6 @@ from can_dist.measuring.gains import (
     lengths,
     refusals,
     safety_tails,
-    verdict,
     win_rate,
 )
 from can_dist.measuring.predicted import held_out_prediction, multipliers, predictions
@@ -60,29 +59,6 @@ def test_interval_counts_prompts_not_responses() -> None:
     assert improvement(table(zero), table(often), "g")["se"] == pytest.approx(
         improvement(table(zero), table(once), "g")["se"]
     )
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (1.0, 2.0, "met"),
-        (0.5, 1.5, "met within the interval"),
-        (0.5, 1.0, "met within the interval"),
-        (0, 0.9, "not met"),
-        (0.0, 0.0, "not decided"),
-        (2.0, 2.0, "not decided"),
-    ],
-)
-def test_verdict(low: float, high: float, expected: str) -> None:
-    assert verdict({"low": low, "high": high}, 1.0) == expected
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0.5, 1.5, "met within the interval"), (1.1, 2.0, "not met"), (0.1, 0.9, "not met")],
-)
-def test_an_equality_is_missed_on_either_side(low: float, high: float, expected: str) -> None:
-    assert verdict({"low": low, "high": high}, 1.0, equal=True) == expected
 
 
 def test_win_rate_compares_all_pairs_and_halves_ties() -> None:
@@ -171,7 +147,7 @@ def before_and_after(num_prompts: int = 40, gain: float = 0.5) -> tuple[pa.Table
 
 def test_a_margin_is_judged_as_the_configuration_asks_and_by_the_paired_improvement() -> None:
     before, after = before_and_after()
-    for margin, expected in ((0.45, "met"), (0.5, "met within the interval"), (0.6, "not met")):
+    for margin, expected in ((0.45, "met"), (0.5, "undecided"), (0.6, "not met")):
         row = constraint_row("safety", Constraint(scorer=SCORER, margin=margin), before, after)
         assert (row["margin"], row["verdict"]) == (margin, expected)
         assert row["realised"] == improvement(before, after, "safety")
@@ -185,7 +161,8 @@ def test_a_threshold_is_judged_by_the_policys_own_mean() -> None:
     centre = by_prompt(before, before["safety"].to_numpy())[1].mean()
     mean = by_prompt(after, after["safety"].to_numpy())[1].mean()
     row = constraint_row("safety", Constraint(scorer=SCORER, threshold=mean - 0.1), before, after)
-    assert row["verdict"] == "met within the interval"
+    assert row["verdict"] == "undecided"
+    assert row["prompts_to_decide"] > 40
     assert row["policy_mean"]["low"] < mean - 0.1
     assert row["margin"] == pytest.approx(mean - 0.1 - centre)
     assert row["realised"]["low"] > row["margin"]
@@ -275,6 +252,7 @@ def test_p4_counts_of_the_report_say_what_became_of_every_response_and_example(t
         ("listwise", [0.25, 0.25, 0.25, 0.25], "1.3863"),
         ("regression", [2.0, 0.5], "2.2500"),
         ("kto", [1.0, 0.0], "0.5000"),
+        ("offset", [2.0, 0.0], "1.3133"),
     ],
 )
 def test_drift_is_measured_from_the_loss_that_training_starts_at(

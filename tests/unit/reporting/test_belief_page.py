@@ -189,7 +189,7 @@ class TestPage:
         assert f"Pareto k̂, all prompts {found.pareto_k['pooled']:.2f}".replace("-", "−") in text
         assert "past √(2 ln K) = 2.52 the weights collapse" in text
         for estimator in ("empirical", "jackknife", "gaussian"):
-            assert f"{found.lam[estimator]['g1']:.2f} ± " in text or f"{found.lam[estimator]['g1']:.3f} ± " in text
+            assert f"{found.lam[estimator]['g1']:.2f} [" in text or f"{found.lam[estimator]['g1']:.3f} [" in text
         assert f"they differ by up to {100 * found.disagreement:.1f}%" in text
         for row in found.influence[:5]:
             assert row.prompt in text
@@ -234,14 +234,14 @@ class TestPage:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("infeasible", "Not examined: no finite λ was reached (infeasible"),
-        ("equality", "Not examined: a constraint met exactly has a negative multiplier (g0)"),
-        ("one response", "Not examined: every prompt has one response"),
-        ("no constraint", "Not examined: there is no constraint"),
-        ("weighted", "Yes, if the table lists everything the reference can say"),
+        ("infeasible", "Not examined further: no finite λ was reached (infeasible"),
+        ("equality", "Not examined further: a constraint met exactly has a negative multiplier (g0)"),
+        ("one response", "Not examined further: every prompt has one response"),
+        ("no constraint", "Not examined further: there is no constraint"),
+        ("weighted", "Exact if the weighted table enumerates all that the reference can say"),
         ("weighted", "nothing was sampled, the other estimators do not apply"),
         ("one prompt", "No cross-fitted prediction: one prompt cannot be held out from itself."),
-        ("price of nothing", "Yes: every margin is met at no price"),
+        ("price of nothing", "Lambda is 0: the margin costs nothing."),
     ],
 )
 def test_what_cannot_be_examined_is_said(name: str, words: str, folder: Path) -> None:
@@ -259,13 +259,18 @@ class TestHeadline:
     @pytest.mark.parametrize(
         ("world", "estimator", "kind", "start"),
         [
-            (World("gaussian", 0.5, num_prompts=300), "jackknife", "met", "Yes: both what the policy of λ "),
-            (World("gaussian", 10.0, num_prompts=200), "empirical", "unmet", "No: 1.4 of 128 responses carry"),
+            (World("gaussian", 0.5, num_prompts=300), "jackknife", "met", "May be trusted. On new prompts "),
+            (
+                World("gaussian", 10.0, num_prompts=200),
+                "empirical",
+                "unmet",
+                "Do not trust the prediction or lambda: 1.4 of 128 ",
+            ),
             (
                 World("uniform", 1.0, -0.5, -0.4, 200, 16),
                 "jackknife",
                 "within",
-                "For what the policy ",
+                "May be trusted roughly: for what the policy ",
             ),
         ],
     )

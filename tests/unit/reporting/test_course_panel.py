@@ -19,7 +19,7 @@ def estimates(**lam: tuple[float, ...]) -> dict[str, Any]:
 
 
 REALISED = {"mean": 0.8, "low": 0.6, "high": 1.0, "se": 0.1}
-ROW = {"name": "safety", "margin": 1.0, "threshold": None, "verdict": "met within the interval", "realised": REALISED}
+ROW = {"name": "safety", "margin": 1.0, "threshold": None, "verdict": "undecided", "realised": REALISED}
 REPORT: dict[str, Any] = {
     "title": "MoCAN: predicted and realised", "method": "mocan", "beta": 0.5, "num_train_prompts": 9,
     "num_test_prompts": 4, "constraints": [{**ROW, "predicted": None}], "kl": None, "samples": None, "scores": None,

@@ -28,7 +28,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "verdict": "Stopped short: a went 50% of the way",
         "ray": ray(found, ASKED),
     }
-    row = {"name": "a", "margin": 0.5, "threshold": None, "realised": value(0.47), "verdict": "met within the interval"}
+    row = {"name": "a", "margin": 0.5, "threshold": None, "realised": value(0.47), "verdict": "undecided"}
     return {
         "title": "MoCAN", "method": "mocan", "beta": 1.0, "num_test_prompts": 64,
         "constraints": [{**row, "predicted": value(0.5)}],

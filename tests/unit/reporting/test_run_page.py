@@ -22,7 +22,8 @@ from can_dist.reporting.run_page import render_report, write_report
 from can_dist.tables import artifacts
 
 SECTIONS = [
-    "verdict", "comparison", "beside", "scores", "belief", "training", "diagnostics", "samples", "provenance", "reading"
+    "verdict", "comparison", "price", "beside", "scores", "belief", "training", "diagnostics", "samples", "provenance",
+    "reading",
 ]  # fmt: skip
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -114,7 +115,10 @@ def minimal_report() -> dict[str, Any]:
     return {key: full[key] for key in keep} | {"kl": None, "training": None, "samples": None, "scores": None}
 
 
-TWO = [constraint("safety", 1.23, "met"), constraint("honesty", 0.92, "met within the interval")]
+TWO = [
+    constraint("safety", 1.23, "met"),
+    constraint("honesty", 0.92, "undecided") | {"prompts_to_decide": 900},
+]
 WORLDS = {
     "one": make_report(),
     "two": make_report(TWO),
@@ -170,7 +174,8 @@ def test_every_section_stands_in_order() -> None:
 def test_figures_have_labels_and_ids_of_their_own() -> None:
     page = Page(rendered("two"))
     figures = [a for t, a in page.tags if t == "svg"]
-    assert len(figures) == 3 + 3 + (2 + 2 + 2 + 4) + 1  # forest, densities, (weights, λ̂, duals, frontiers), training
+    # forest, price, densities, (weights, λ̂, duals, frontiers), training
+    assert len(figures) == 3 + 3 + 3 + (2 + 2 + 2 + 4) + 1
     assert all(a["role"] == "img" and a["aria-label"] and a["viewbox"] for a in figures)
     assert figures[0]["aria-label"] == (
         "safety: predicted +1.04 [0.89, 1.19], realised +1.23 [1.02, 1.44], margin 1.00"
@@ -185,9 +190,8 @@ def test_verdicts_read_as_sentences() -> None:
         in Page(rendered("one")).text
     )
     assert (
-        "The honesty constraint is met within the interval: +0.92 [0.71, 1.13] against a margin of 1.00, on 64 "
-        "held-out prompts. The margin lies inside the 95% interval and the estimate is below it: more prompts would "
-        "settle it."
+        "The honesty constraint is undecided: +0.92 [0.71, 1.13] against a margin of 1.00, on 64 "
+        "held-out prompts. The margin lies inside the 95% interval: about 900 held-out prompts would decide."
     ) in Page(rendered("two")).text
     assert (
         "The safety constraint is not met: +0.41 [0.20, 0.62] against a margin of 1.00, on 64 held-out prompts. "
@@ -222,6 +226,42 @@ def test_both_predictions_are_named_for_what_they_are() -> None:
     text = Page(render_report(report)).text
     assert "There is no cross-fitted prediction: the prompts outside a fold have no solution." in text
     assert "Predicted: cross-fitted" not in text
+
+
+def test_the_price_is_drawn_with_the_predicted_and_the_realised_point() -> None:
+    labels = [a["aria-label"] or "" for t, a in Page(rendered("one")).tags if t == "svg"]
+    assert "gain of safety: realised +1.23 at KL 0.63, predicted +1.04 at KL 0.51" in labels
+    bare = copy.deepcopy(WORLDS["one"])
+    bare["examination"] = None
+    bare["kl"].pop("predicted_interval")
+    labels = [a["aria-label"] or "" for t, a in Page(render_report(bare)).tags if t == "svg"]
+    assert "gain of safety: realised +1.23 at KL 0.63" in labels
+
+
+def test_the_header_says_what_it_is_and_the_runs_own_page_when_and_at_what_cost() -> None:
+    report = make_report() | {"config": {"prompts": {"source": "my.jsonl"}}}
+    assert "Reference" in Page(render_report(report)).text
+    assert "prompts of my.jsonl." in Page(render_report(report)).text
+    cost = {"generated_tokens": 82323, "scored_tokens": 1, "trained_tokens": 2, "num_trainings": 3}
+    made = {"finished": "2026-11-28 08:22", "seconds": 202.0, "measured_seconds": 11.9, **cost}
+    text = Page(render_report(report, made=made)).text.replace("\u202f", " ")
+    assert "Measured 2026-11-28 08:22. The policy took 3.4 min, the measurement 12 s. It cost 82 323 generated" in text
+    assert "1 scored and 2 trained on in 3 trainings." in text
+    unknown = {"finished": "", "seconds": None, "measured_seconds": None, **cost}
+    assert "prompts of my.jsonl. It cost 82" in Page(render_report(report, made=unknown)).text
+
+
+def test_samples_stand_in_groups_with_the_change_of_their_means() -> None:
+    report = make_report()
+    first, second = report["samples"][:2]
+    told = {"constraint": "safety", "means": {"safety": [-0.52, 0.337]}}
+    report["samples"] = [first | told | {"group": "most worsened"}, second | told | {"group": "safe to unsafe"}]
+    counts = {"stayed safe": 3, "unsafe to safe": 40, "safe to unsafe": 2, "stayed unsafe": 19}
+    report["crossings"] = {"safety": {"border": 0.0, "counts": counts}}
+    text = Page(render_report(report)).text
+    assert text.index("Most worsened, by safety") < text.index("Safe to unsafe, by safety")
+    assert text.count("−0.52 → +0.34") == 2
+    assert "safety border 0 3 40 2 19" in text
 
 
 def test_an_equality_missed_from_above_says_so() -> None:
@@ -278,11 +318,11 @@ def test_a_bound_that_rounds_to_the_margin_gets_more_decimals() -> None:
 
 
 def test_a_threshold_is_judged_by_the_policys_mean() -> None:
-    row = constraint("safety", 2.0, "met within the interval", margin=1.25, half=0.7)
+    row = constraint("safety", 2.0, "met within the interval", margin=1.25, half=0.7)  # of older code
     row |= {"threshold": 0.84, "policy_mean": interval(0.91, 0.2)}
     text = Page(render_report(make_report([row]))).text
-    assert "met within the interval: mean 0.91 [0.71, 1.11] against a threshold of 0.84, on 64 held-out" in text
-    assert "The threshold lies inside the 95% interval and the estimate is above it" in text
+    assert "is undecided: mean 0.91 [0.71, 1.11] against a threshold of 0.84, on 64 held-out" in text
+    assert "The threshold lies inside the 95% interval." in text
     assert "mean at least 0.84" in text
 
 
@@ -410,7 +450,7 @@ def test_renders_in_a_browser(tmp_path: Path, width: int) -> None:
     assert seen["wide"] == []
     assert seen["headings"][0] == report["title"]
     assert len(seen["headings"]) == len(SECTIONS)  # the verdict stands under the title; h1 takes its place
-    assert len(seen["figures"]) == 17
+    assert len(seen["figures"]) == 20
     assert all(w > 250 and h > 80 for w, h in seen["figures"])
     assert seen["small"] >= 9
     assert seen["scripts"] == "undefined"
@@ -421,5 +461,5 @@ def test_opens_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_report(WORLDS["one"], path)
     dom = browse(tmp_path, path, "--dump-dom")
-    assert dom.count("<svg ") == 11
+    assert dom.count("<svg ") == 13
     assert "Predicted beside realised" in dom

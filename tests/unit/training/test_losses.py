@@ -51,6 +51,8 @@ def exact(name: str, ratios: list[float], targets: list[float], beta: float) -> 
         return exact_sigmoid(z, targets[0])
     if name == "regression":
         return (z - (targets[0] - targets[1])) ** 2
+    if name == "offset":  # −ln σ(z_w − Δ)
+        return softplus((max(targets) - 1) - (z if targets[0] else -z))
     return 1 - 1 / (1 + math.exp(-z if targets[0] else z))
 
 
@@ -59,10 +61,11 @@ EXAMPLES = {
     "regression": ([[0.3, -1.2], [-2.0, 0.5]], [[3.0, -1.0], [0.2, 0.7]]),
     "listwise": ([[0.3, -1.2, 2.0, 0.1], [-2.0, 0.5, 0.0, 1.0]], [[0.1, 0.2, 0.3, 0.4], [0.97, 0.01, 0.01, 0.01]]),
     "kto": ([[0.3, 0.1], [-2.0, 0.1]], [[1.0, 0.0], [0.0, 1.0]]),
+    "offset": ([[0.3, -1.2], [-2.0, 0.5], [4.0, -4.0]], [[1.0, 0.0], [0.0, 3.5], [3.5, 0.0]]),
 }
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "regression", "listwise", "kto"])
+@pytest.mark.parametrize("name", ["sigmoid", "regression", "listwise", "kto", "offset"])
 def test_value_and_gradient_are_those_of_the_definition(name: str) -> None:
     ratios, targets = EXAMPLES[name]
     ratio_BN = tensor(ratios).requires_grad_()
@@ -79,7 +82,13 @@ def test_value_and_gradient_are_those_of_the_definition(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("sigmoid", [math.log(2)] * 2), ("regression", [16.0, 0.25]), ("listwise", [math.log(4)] * 2), ("kto", [0.5] * 2)],
+    [
+        ("sigmoid", [math.log(2)] * 2),
+        ("regression", [16.0, 0.25]),
+        ("listwise", [math.log(4)] * 2),
+        ("kto", [0.5] * 2),
+        ("offset", [math.log(2), *[math.log(1 + math.exp(2.5))] * 2]),
+    ],
 )
 def test_loss_of_the_reference_itself(name: str, expected: list[float]) -> None:
     ratios, targets = EXAMPLES[name]

@@ -1,0 +1,49 @@
+"""The README fits on a page, and what scripts write into it is what they write today."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def script(path: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str((ROOT / path).parent))
+    spec = importlib.util.spec_from_file_location("script_of_the_readme", ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "script_of_the_readme", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_is_short_and_its_lines_are() -> None:
+    lines = TEXT.splitlines()
+    assert len(lines) <= 110
+    assert [line for line in lines if len(line) > 120] == []
+
+
+def test_its_table_is_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = script("benchmarks/readme_table.py", monkeypatch)
+    rows = table.read_rows(ROOT / "benchmarks" / "results" / "real_margins.json")
+    assert table.written(TEXT, table.table(rows)) == TEXT, "run benchmarks/readme_table.py"
+
+
+def test_its_picture_says_what_its_summary_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both come from one run of the demo; the picture's legend has the numbers of the table."""
+    demo = script("docs/images/demo.py", monkeypatch)
+    block = TEXT.split(demo.BEGIN)[1].split(demo.END)[0]
+    picture = (ROOT / "docs" / "images" / "demo.svg").read_text(encoding="utf-8")
+    rows = [line for line in block.splitlines() if line.startswith(("safety", "reward"))]
+    assert len(rows) == 2
+    for row in rows:
+        mean, interval = row.split("[")[0].split()[-1], row.split("[")[1].split("]")[0]
+        assert f"realised {mean} [{interval}]" in picture
+    assert demo.written(TEXT, block.strip().splitlines()[1:-1]) == TEXT
