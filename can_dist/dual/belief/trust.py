@@ -25,8 +25,8 @@ from can_dist.dual.table import FloatArray
 
 CONFIDENCE = 0.95
 
-MIN_PROMPTS = 200
-"""Fewest prompts that can show a change: of 100, some tables look good because they lack what decides."""
+MIN_PROMPTS = 50
+"""Fewest prompts that can show a change: below, the interval of a mean misses too often."""
 
 MIN_ESS = 4.0
 """Effective responses per prompt, weighted by the prompts' variance of g, from which the correction bounds the bias."""

@@ -102,7 +102,7 @@ def test_a_minority_that_carries_everything_is_seen() -> None:
 @pytest.mark.parametrize(
     ("world", "words"),
     [
-        (World("gaussian", 1.0, num_prompts=30), "30 prompts that can show a change are too few, 200 are needed"),
+        (World("gaussian", 1.0, num_prompts=30), "30 prompts that can show a change are too few, 50 are needed"),
         (World("gaussian", 10.0, num_prompts=200), "1.4 of 128 responses carry a prompt's prediction"),
         (World("t3", 1.0, num_prompts=200), "of all 25600 responses decide it"),
         (World("rare", 1.0, num_prompts=300), "rare responses decide it (Pareto k = 1."),
