@@ -50,6 +50,7 @@ def training(record: dict[str, Any], gpu_name: str = "") -> dict[str, Any]:
         "work": record["job"]["work"],
         "model": Path(record["job"]["model"]).name,
         "lora": record["job"]["lora"],
+        "kernels": record["job"]["kernels"],
         "tokens_per_pack": record["job"]["tokens_per_pack"],
         "micro_batch": record["job"]["micro_batch"],
         "reference_seconds": reference,

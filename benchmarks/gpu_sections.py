@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +177,11 @@ def small_jobs(setup: Setup, work: Path) -> list[Job]:
 
 
 def pack_jobs(setup: Setup, work: Path) -> list[Job]:
-    """Ours with packs of several sizes; a step of the largest is profiled."""
+    """Ours with packs of several sizes; a step of the largest is profiled, and liger's kernels are tried beside it."""
     options: dict[str, Any] = {"activation_checkpointing": True}
     jobs = [job(setup, work, "ours", setup.large, "hh-like", tokens_per_pack=setup.packs[-1], profile=True, **options)]
+    if setup.device == "cuda" and find_spec("liger_kernel"):
+        jobs.append(replace(jobs[0], kernels="liger", profile=False))
     smaller = [
         job(setup, work, "ours", setup.large, "hh-like", tokens_per_pack=size, **options) for size in setup.packs[:-1]
     ]

@@ -75,8 +75,20 @@ def kernels(results: Results) -> str:
 
 def packs(results: Results) -> str:
     """Say the speed of every size of packs."""
-    runs = sorted(results["packs"]["runs"], key=lambda run: run["tokens_per_pack"])
+    plain = [run for run in results["packs"]["runs"] if run["kernels"] is None]
+    runs = sorted(plain, key=lambda run: run["tokens_per_pack"])
     return ", ".join(f"{run['tokens_per_pack'] // 1024}k: {run['shared_tokens_per_second']:,.0f}" for run in runs)
+
+
+def liger(results: Results) -> str:
+    """Say the ratio of the steps without liger's kernels and with them, and that of the memory."""
+    runs = results["packs"]["runs"]
+    tried = [run for run in runs if run["kernels"] == "liger"]
+    if not tried:
+        return "not yet measured"
+    (plain,) = (run for run in runs if (run["kernels"], run["tokens_per_pack"]) == (None, tried[0]["tokens_per_pack"]))
+    faster = plain["median_step_seconds"] / tried[0]["median_step_seconds"]
+    return f"{faster:.2f} × the speed, {tried[0]['peak_gb'] / plain['peak_gb']:.2f} of the memory"
 
 
 # by the cell of the table that names the sections, and the start of the row where two rows name the same
@@ -88,6 +100,7 @@ ROWS: dict[tuple[str, str], Callable[[Results], str]] = {
     ("`scoring`", "scoring"): scoring,
     ("`kernels-bench`, `heads`", "the Triton kernel"): kernels,
     ("`packs`", "where"): packs,
+    ("`packs`", "norm"): liger,
 }
 
 

@@ -13,7 +13,7 @@ python=${PYTHON:-python3}
 data=${CAN_DIST_DATA:-../shared/data}
 model=models/stories3M-qa-sft
 platform=$(uname -m)
-packages="annotated-types datasets dill hjson multiprocess pydantic pydantic-core ruamel.yaml tensorboardX trl
+packages="annotated-types datasets dill hjson liger-kernel multiprocess pydantic pydantic-core ruamel.yaml tensorboardX trl
     typing-inspection msgpack py-cpuinfo einops xxhash pandas python-dateutil six"
 rm -rf "$folder"
 mkdir -p "$folder/data/$model"

@@ -33,6 +33,7 @@ class Job:
         strategy: TRL's order of the pairs.
         activation_checkpointing: On both sides.
         lora: Adapters instead of all weights (ours).
+        kernels: 'liger', or None (ours).
         profile: Whether one of our steps is profiled, which makes it slower.
     """
 
@@ -50,6 +51,7 @@ class Job:
     strategy: str = "group_by_length"
     activation_checkpointing: bool = False
     lora: bool = False
+    kernels: str | None = None
     profile: bool = False
 
 

@@ -19,7 +19,8 @@ SHOWN_OPERATIONS = 20
 def train_ours(job: Job, pairs: list[Any], meter: Meter, directory: Path) -> dict[str, Any]:
     """Score the reference, train, and return what was measured."""
     from can_dist.config import Model
-    from can_dist.scoring.protocol import LogProb, Response, load_scorer
+    from can_dist.scoring.kinds import load_scorer
+    from can_dist.scoring.protocol import LogProb, Response
     from can_dist.training.metrics import METRICS, read_metrics
 
     scorer = load_scorer(LogProb(model=Model(model=job.model)), precision_of(job))
@@ -125,6 +126,7 @@ def train_options(job: Job) -> Any:
     return Train(
         learning_rate=LEARNING_RATE[job.device],
         lora=Lora() if job.lora else None,
+        kernels=job.kernels,
         schedule="constant",
         batch_size=job.batch_size,
         tokens_per_pack=job.tokens_per_pack,

@@ -90,7 +90,8 @@ def _kind_of(model: type[BaseModel]) -> str:
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
     """Return the models that a field's annotation names, alternatives in order."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    # list[int] is an instance of type for Python 3.10
+    if get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) in (Union, UnionType, dict, Annotated):
         return [model for argument in get_args(annotation) for model in models_in(argument)]

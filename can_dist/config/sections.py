@@ -240,6 +240,9 @@ class Train(Strict):
     activation_checkpointing: bool | Annotated[int, Field(ge=2)] = runtime(
         False, "Recompute activations in the backward pass: of every layer (true), or of every n-th (n)."
     )
+    kernels: Literal["liger"] | None = Field(
+        None, description="liger: norm, rotary embedding and SwiGLU by liger-kernel, on GPUs; extra [liger]."
+    )
     lora: Lora | None = Field(None, description="Train adapters; default: every weight.")
     ds_config: str | None = Field(
         None, description="DeepSpeed JSON, or a name such as zero3_bf16 (ds_configs/); default: plain ZeRO-3."

@@ -11,6 +11,7 @@ from can_dist.endpoints import open_client
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling import quantized
 from can_dist.modeling.adapters import check_adapters
+from can_dist.modeling.liger import check_kernels
 from can_dist.modeling.loading import check_causal_lm, check_trainable, check_vocabulary, model_digest
 from can_dist.modeling.precision import run_precision
 from can_dist.modeling.remote_code import COMMIT, refuse_floating_code
@@ -49,10 +50,10 @@ def preflight(config: Config, prompts: Artifact | None = None, *, trains: bool =
             - adapters are asked for where they cannot be merged;
             - the DeepSpeed file is not usable, or the reference is stored quantized;
             - λ is to be moved by validation prompts, and none are held out;
-            - the package of an engine, of 4-bit weights or of a tracker is not installed;
+            - the package of an engine, of 4-bit weights, of kernels or of a tracker is not installed;
             - code of a hub model that is not pinned is to be run.
         EnvironmentProblem: Something is missing around the run:
-            - the key of an endpoint, GPUs for vLLM, or a way to an endpoint that a proxy stands in;
+            - the key of an endpoint, GPUs for vLLM or for kernels, or a way to an endpoint that a proxy stands in;
             - a GPU by which ``precision: auto`` could be decided, or that computes in the precision given;
             - training would wait for the lock of a killed build, or load extensions that others can write.
     """
@@ -66,6 +67,8 @@ def preflight(config: Config, prompts: Artifact | None = None, *, trains: bool =
         refuse_floating_code(key, model)
     if config.train.lora is not None and config.train.lora.quantize is not None:
         _check_quantize(config)
+    if config.train.kernels is not None:
+        check_kernels(config.reference, on_gpu=config.cluster.gpus_per_worker > 0)
     model_digest(config.reference)
     check_vocabulary(config.reference)
     check_causal_lm(config.reference)

@@ -22,6 +22,7 @@ from can_dist.config.sections import Train
 from can_dist.console import progress
 from can_dist.errors import CanDistError, Interrupted, NumericalError
 from can_dist.modeling.formatter import open_formatter
+from can_dist.modeling.liger import check_kernels, use_kernels
 from can_dist.modeling.loading import context_length, load_causal_lm, load_tokenizer
 from can_dist.modeling.logprobs import ResponseModel, choose_layout
 from can_dist.modeling.policy_probe import write_probe
@@ -73,6 +74,8 @@ def _train(spec: TrainSpec, beats: Heartbeat) -> None:
     torch.manual_seed(spec.seed)
     with ranks.agreed():
         ds_config = build_ds_config(read_ds_config(train.ds_config), train, spec.precision)
+        if train.kernels is not None:
+            check_kernels(spec.start, on_gpu=torch.cuda.is_available())
         tokenizer = load_tokenizer(spec.reference)
         preferences = load_artifact(spec.preferences)
         formatter = open_formatter(spec.reference)
@@ -147,7 +150,10 @@ def _build_model(spec: TrainSpec, ds_config: dict[str, Any]) -> tuple[Any, Any]:
 
     partitioned = HfDeepSpeedConfig(ds_config)
     quantize = spec.train.lora.quantize if spec.train.lora is not None else None
-    return adapt(load_causal_lm(spec.start, spec.precision, quantize), spec.train), partitioned
+    model = load_causal_lm(spec.start, spec.precision, quantize)
+    if spec.train.kernels is not None:
+        ranks.say(use_kernels(model))
+    return adapt(model, spec.train), partitioned
 
 
 def _initialize(model: Any, ds_config: dict[str, Any], train: Train, total: int) -> Any:

@@ -609,6 +609,7 @@ OTHER = {
     "cluster.on_nonfinite": "quarantine",
     "generate.max_truncated": 0.5,
     "train.lora.quantize": "nf4",
+    "train.kernels": "liger",
     "generate.engine": None,  # vllm is tied to cluster.gpus_per_actor
     "method": None,  # tied to label
     **dict.fromkeys(("safedpo", "sacpo", "p_sacpo", "cdpo", "caid")),  # tied to method

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import pytest
 import train_vs_trl
 from gpu_sections import LARGE, MEDIUM, ON_CPU, Section
 from train_job import LEARNING_RATE, Job
+from train_ours import train_options
 
 
 def record(side: str = "ours", wall: float = 2.0, **changes: Any) -> dict[str, Any]:
     """What ``train_side.py`` writes on a GPU."""
     job = {"side": side, "work": "hh-like", "model": "", "lora": False, "tokens_per_pack": 16384, "micro_batch": 8}
+    job |= {"kernels": None}
     return {
         "job": {**job, "strategy": "sequential", "device": "cuda", **changes.pop("job", {})},
         "pairs": 4,
@@ -91,6 +94,18 @@ def test_every_device_is_asked_the_same_sections(setup: gpu.Setup, tmp_path: Pat
     assert {job.micro_batch for job in peers} >= set(setup.micro_batches)
     if setup.device == "cuda":
         assert max(job.micro_batch for job in peers) == 32, "TRL's best is among 8 to 32 there"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_liger_is_tried_beside_the_largest_packs_of_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    monkeypatch.setattr(gpu, "find_spec", lambda name: object() if installed else None)
+    plain, *others = gpu.pack_jobs(LARGE, tmp_path)
+    tried = [job for job in others if job.kernels == "liger"]
+    assert tried == ([replace(plain, kernels="liger", profile=False)] if installed else [])
+    assert train_options(tried[0] if tried else plain).kernels == ("liger" if installed else None)
+    assert all(job.kernels is None for job in gpu.pack_jobs(ON_CPU, tmp_path))
 
 
 @pytest.mark.parametrize("setup", [LARGE, MEDIUM], ids=lambda setup: setup.large)

@@ -40,7 +40,7 @@ ALIASES = {"num_samples": "samples", "method": "label"}
 # and what `align` makes of a scorer, whose weights, β and scale are held where it scores
 NOT_HELD = re.compile(r"score: .*\.batch_size|align: .*\.(model|preferences|calibrate)")
 # in an identity when it is given: runs made before it keep their names
-HELD_WHEN_GIVEN = [("template_options", {}), ("num_sealed", 0), ("feedback", None)]
+HELD_WHEN_GIVEN = [("template_options", {}), ("num_sealed", 0), ("feedback", None), ("kernels", None)]
 HELD_WHEN_GIVEN += [("of", "mean"), ("level", None), ("alpha", None), ("others", {})]
 RECORD = "report.build_report"  # its copy of the whole configuration tells how the run was made; no number is of it
 
