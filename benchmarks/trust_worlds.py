@@ -5,6 +5,7 @@ every λ.
 
 python benchmarks/trust_worlds.py --quick             # about ten minutes
 python benchmarks/trust_worlds.py --write             # about an hour; writes the tables of docs/estimators.md
+python benchmarks/trust_worlds.py --prompts 100       # all cells of 100 prompts, one a line; also --only, --tables
 """
 
 from __future__ import annotations
@@ -370,12 +371,34 @@ def report(cells: Mapping[tuple[str, int, int], list[Row | None]]) -> str:
     return "\n".join(parts)
 
 
+def few_cells(num_prompts: int, num_tables: int, only: str | None, responses: Sequence[int]) -> None:
+    """Measure cells of one number of prompts alone and print how often each sentence is printed, and then true."""
+    cells = {}
+    for world in worlds():
+        if only is not None and world.name != only:
+            continue
+        for count in responses:
+            cells[world.name, count, num_prompts] = cell(world, num_prompts, count, num_tables)
+            rows = [row for row in cells[world.name, count, num_prompts] if row is not None]
+            said, lam = ([r.true for r in rows if r.printed], [r.lam_true for r in rows if r.lam_printed])
+            print(f"{world.name}, K = {count}: {sum(said)} of {len(said)}; λ {sum(lam)} of {len(lam)}", flush=True)
+    for printed, true in (("printed", "true"), ("lam_printed", "lam_true")):
+        print(f"below ({printed}): {'; '.join(below(cells, printed, true))}")
+
+
 def main() -> None:
     """Measure, print, and with --write replace the block of the document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--prompts", type=int, help="only cells of so many prompts, printed one by one")
+    parser.add_argument("--tables", type=int, default=100, help="with --prompts: tables of each cell")
+    parser.add_argument("--only", help="with --prompts: the world of this name alone")
+    parser.add_argument("--responses", type=int, nargs="+", default=RESPONSES, help="with --prompts: K")
     arguments = parser.parse_args()
+    if arguments.prompts is not None:
+        few_cells(arguments.prompts, arguments.tables, arguments.only, arguments.responses)
+        return
     tables = counts(arguments.quick)
     cells = {}
     for world in worlds():

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from can_dist.config import METHODS, Config, DataSource, Human, LogRatio, Model, Scorer, Step
 from can_dist.config.sections import Constraint
+from can_dist.config.walk import REWARD, named_scorers
 from can_dist.errors import ConfigError
 from can_dist.scoring.log_ratio import score_columns
 from can_dist.scoring.protocol import LogProb, PolicyRatio, ScorerSpec
@@ -37,13 +38,12 @@ from can_dist.stages.served_responses import ask_for_responses
 from can_dist.stages.slack import StepSize
 from can_dist.stages.train import Policy
 from can_dist.stages.trajectory import ReferenceData, Round
+from can_dist.stages.utilities import columns_of
 from can_dist.stages.watch import Watched
 from can_dist.tables.artifacts import Artifact
 from can_dist.tables.lineage import ancestor
 from can_dist.tables.schemas import LOGP_REFERENCE
 from can_dist.workspace import StageReached, Workspace
-
-REWARD = "reward"
 
 
 class Run:
@@ -225,7 +225,10 @@ class Run:
         ``score`` names the score to use in the place of r.
         """
         unit = self._published_units() if self.config.label.as_published else {}
-        preferences = label.label(self._work, responses, scores, lam, reward=score, beta=beta, unit=unit)
+        columns = columns_of(self.config.constraints)
+        preferences = label.label(
+            self._work, responses, scores, lam, reward=score, beta=beta, unit=unit, columns=columns
+        )
         return self._reached("label", preferences)
 
     def label_human(
@@ -389,8 +392,3 @@ class Run:
         if self._until == stage:
             raise StageReached(artifact)
         return artifact
-
-
-def named_scorers(reward: Scorer, constraints: Mapping[str, Constraint]) -> dict[str, Scorer]:
-    """Return every scorer by the name of its score column."""
-    return {REWARD: reward, **{name: constraint.scorer for name, constraint in constraints.items()}}

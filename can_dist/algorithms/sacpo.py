@@ -17,7 +17,8 @@ from collections.abc import Mapping
 
 from can_dist.config import Model, Sacpo, Scorer
 from can_dist.config.sections import Constraint
-from can_dist.run import REWARD, Run
+from can_dist.config.walk import REWARD
+from can_dist.run import Run
 from can_dist.stages.human_labels import Criterion
 from can_dist.stages.train import Policy
 from can_dist.tables.artifacts import Artifact

@@ -13,7 +13,7 @@ from can_dist.cli.options import check_output, given, read_config, run_options, 
 from can_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from can_dist.dual import Frontier
+    from can_dist.dual import Column, Frontier
     from can_dist.tables.scores import Scores
 from can_dist.cli.scores import (
     ScoreCommand,
@@ -56,7 +56,7 @@ def frontier(
     plot_path: str | None,
 ) -> None:
     """Every margin's λ*, reward and KL at once, of a score table (--scores ...) or of a run (CONFIG --run DIR)."""
-    from can_dist.dual import Column
+    from can_dist.stages.utilities import columns_of
 
     _check_frontier_options(constraints, lam_max)
     for option, path in (("--csv", csv_path), ("--json", json_path), ("--plot", plot_path)):
@@ -73,7 +73,8 @@ def frontier(
         only_config("frontier", given({"--reward": reward, "--beta": beta}))
         settings = read_config(config, config_option, overrides)
         names, beta = _constraints_of_run(constraints, list(settings.constraints)), settings.beta
-        columns = [Column(name, (name,)) for name in names]
+        columns = list(columns_of({name: settings.constraints[name] for name in names}))
+        _check_tails(columns, lam_max)
         arrays = read_scores(run_until(run_dir, settings, "score").path, "reward", columns)
     else:
         only_scores("frontier", config, config_option, run_dir, overrides)
@@ -81,15 +82,10 @@ def frontier(
             named = {"--reward": reward, "--constraint": constraints, "--beta": beta}
             raise ConfigError(f"frontier --scores also needs {', '.join(missing(named))}.")
         columns = [parse_column(text) for text in constraints]
-        if tails := [column.name for column in columns if column.of == "cvar"]:
-            raise ConfigError(
-                f"{tails[0]}: every margin of a CVaR has its own tau, so there is no curve at one.",
-                "Give can-dist solve the margins one by one.",
-            )
-        names = [column.name for column in columns]
+        _check_tails(columns, lam_max)
         arrays = read_scores(scores, reward, columns)
-    curve = _trace(arrays, names, beta, points or (50 if len(names) == 1 else 400), lam_max)
-    _write_frontier(curve, csv_path, json_path, plot_path)
+    curve = _trace(arrays, columns, beta, points or (50 if len(columns) == 1 else 400), lam_max)
+    _write_frontier(curve, columns, csv_path, json_path, plot_path)
 
 
 def _check_frontier_options(constraints: Sequence[str], lam_max: float | None) -> None:
@@ -124,11 +120,29 @@ def _constraints_of_run(chosen: Sequence[str], configured: list[str]) -> list[st
     return list(chosen) or configured
 
 
-def _trace(arrays: Scores, names: Sequence[str], beta: float, num_points: int, lam_max: float | None) -> Frontier:
+def _check_tails(columns: Sequence[Column], lam_max: float | None) -> None:
+    """Refuse what a CVaR has no curve over: two constraints, and λ."""
+    tails = [column.name for column in columns if column.of == "cvar"]
+    if tails and len(columns) > 1:
+        raise ConfigError(
+            f"{tails[0]}: every margin of a CVaR has its own tau, so a map of two constraints would be a search at "
+            "every point.",
+            "Give --constraint once, and can-dist solve both margins.",
+        )
+    if tails and lam_max is not None:
+        raise ConfigError(f"--lam-max: the curve of a CVaR ({tails[0]}) goes over margins; leave it out.")
+
+
+def _trace(arrays: Scores, columns: Sequence[Column], beta: float, num_points: int, lam_max: float | None) -> Frontier:
     import numpy as np
 
-    from can_dist.dual import ScoreTable, frontier_table, predict
+    from can_dist.dual import ScoreTable, frontier_table, predict, tail_frontier
 
+    names = [column.name for column in columns]
+    if columns[0].of == "cvar":
+        return tail_frontier(
+            columns[0], arrays.reward_N, arrays.utility_NJ[:, 0], arrays.prompt_N, beta=beta, num_points=num_points
+        )
     table = ScoreTable.build(arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, names=names)
     if lam_max is None:
         return frontier_table(table, beta=beta, names=names, num_points=num_points)
@@ -138,7 +152,9 @@ def _trace(arrays: Scores, names: Sequence[str], beta: float, num_points: int, l
     return frontier_table(table, beta=beta, names=names, margins=np.linspace(first, last, num_points))
 
 
-def _write_frontier(curve: Frontier, csv_path: str | None, json_path: str | None, plot_path: str | None) -> None:
+def _write_frontier(
+    curve: Frontier, columns: Sequence[Column], csv_path: str | None, json_path: str | None, plot_path: str | None
+) -> None:
     from can_dist.cli.text import frontier_text
     from can_dist.tables.artifacts import atomic_file
 
@@ -160,4 +176,5 @@ def _write_frontier(curve: Frontier, csv_path: str | None, json_path: str | None
             draw_frontier(curve, temporary, Path(plot_path).suffix[1:])
     write_json(json_path, curve.to_dict())
     if json_path != "-":
-        click.echo(frontier_text(curve))
+        lines = [f"tail      {made.name}: the mean is that of {made.words}" for made in columns if made.words]
+        click.echo("\n".join([frontier_text(curve), *lines]))

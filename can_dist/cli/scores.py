@@ -158,6 +158,12 @@ def _parse(text: str) -> tuple[Column, dict[str, float]]:
     pairs = [part.partition("=") for part in rest.split(",") if rest]
     given = {key: value for key, _, value in pairs}
     is_twice = len(given) < len(pairs)
+    if "fall" in given:
+        both = [key for key in DEMANDS if key in given]
+        words = f"given both as {both[0]} and as fall" if both else "fall is no demand"
+        raise ConfigError(
+            f"--constraint {text}: {words}.", f"That a cost falls by B is --constraint -{name.lstrip('-')}:margin=B."
+        )
     of = given.pop("of", "mean")
     if is_twice or not name or of not in KINDS or not given.keys() <= {*DEMANDS, *OPTIONS}:
         raise ConfigError(f"--constraint {text}: not understood.", FORMS)

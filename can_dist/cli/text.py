@@ -54,17 +54,8 @@ def solution_text(solution: DualSolution, equal: Sequence[str] = ()) -> str:
 
 
 def tail_lines(settled: Settled) -> list[str]:
-    """Return a line for every CVaR: what the reference has, what is demanded, and the mean that stands for it."""
-    lines = []
-    for column, constraint in zip(settled.columns, settled.constraints, strict=True):
-        if column.alpha is not None and column.tau is not None:
-            before, after = settled.reference[column.name], constraint.threshold
-            lines.append(
-                f"tail      {column.name}: the worst {100 * column.alpha:g} % of responses have mean {before:.4g} in "
-                f"the reference and are to have {after:.4g}; the numbers above are of tau - max(0, tau - g)/alpha at "
-                f"tau = {column.tau:.4g}, whose mean is no larger"
-            )
-    return lines
+    """Return a line for every constraint on more than a mean: what it is on, and of a CVaR what the reference has."""
+    return [f"tail      {line}" for line in settled.lines()]
 
 
 def _vouched(solution: DualSolution) -> bool:

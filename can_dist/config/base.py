@@ -27,6 +27,11 @@ def runtime(default: Any, description: str, **bounds: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"runtime": True}, **bounds)
 
 
+def added(default: Any, description: str, **bounds: Any) -> Any:
+    """Declare a field that came after the first runs: its default is left out of every identity, as it was then."""
+    return Field(default, description=description, json_schema_extra={"added": True}, **bounds)
+
+
 def changed(model: BaseModel, names: Sequence[str]) -> list[str]:
     """Return the names whose value is not the default."""
     return [n for n in names if getattr(model, n) != type(model).model_fields[n].get_default(call_default_factory=True)]
@@ -36,8 +41,8 @@ def identity(model: BaseModel, *, exclude: Sequence[str] = ()) -> dict[str, Any]
     """Return the JSON-safe fields of ``model`` that decide a result; runtime fields are left out."""
     dumped: dict[str, Any] = {}
     for name, field in type(model).model_fields.items():
-        extra = field.json_schema_extra
-        if name in exclude or (isinstance(extra, dict) and extra.get("runtime")):
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        if name in exclude or extra.get("runtime") or (extra.get("added") and not changed(model, [name])):
             continue
         dumped[name] = _plain(getattr(model, name))
     return dumped

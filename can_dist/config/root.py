@@ -84,6 +84,20 @@ class Config(Strict):
     def _scorers_fit(cls, constraints: dict[str, Constraint], info: ValidationInfo) -> dict[str, Constraint]:
         for name, constraint in constraints.items():
             check_scorer(constraint.scorer, *method_of(info), f"{name}.scorer: ")
+            for other, scorer in constraint.others.items():
+                check_scorer(scorer, *method_of(info), f"{name}.others.{other}: ")
+        return constraints
+
+    @field_validator("constraints")
+    @classmethod
+    def _a_tail_has_its_tau(cls, constraints: dict[str, Constraint], info: ValidationInfo) -> dict[str, Constraint]:
+        method, row = method_of(info)
+        tails = [name for name, constraint in constraints.items() if constraint.of == "cvar"]
+        if tails and row.steers:
+            raise ValueError(
+                f"{tails[0]}.of: method {method} moves λ by the mean of a score, and the tau of a CVaR would have to "
+                "move with it; give of: mean or of: rectified, or set method to mocan"
+            )
         return constraints
 
     @field_validator("constraints")
@@ -95,6 +109,8 @@ class Config(Strict):
                 f"constraint name {', '.join(map(repr, bad))}: expected a letter, then letters, digits, '_' or '-'; "
                 f"'-' before it for a cost that should fall; and none of {', '.join(RESERVED_SCORE_NAMES)}"
             )
+        if clash := [name for name, c in constraints.items() if name == "logp" and c.others]:
+            raise ValueError(f"constraint name {clash[0]!r}: columns of log-probabilities begin so; give another name")
         if twice := [name for name in constraints if name.startswith("-") and name[1:] in constraints]:
             raise ValueError(f"{twice[0]} and {twice[0][1:]} are one score and its negative; leave one of them out")
         return {name: c.of_a_cost(name) if name.startswith("-") else c for name, c in constraints.items()}
@@ -118,6 +134,12 @@ class Config(Strict):
             raise ValueError(f"method {method} mixes with the helpful policy; order must be 'helpful_first'")
         if str(info.field_name) in row.sections and sacpo.labels_from == "scores" and len(names) > 1:
             raise ValueError(f"labels_from 'scores' follows one safety score, but constraints has {', '.join(names)}")
+        tails = [name for name, c in info.data.get("constraints", {}).items() if c.of == "cvar"]
+        if str(info.field_name) in row.sections and sacpo.labels_from == "scores" and tails:
+            raise ValueError(
+                f"labels_from 'scores' labels by {tails[0]} itself, which is of: cvar, and no dual is solved that "
+                "would find its tau; give of: mean or of: rectified, or set method to mocan"
+            )
         return sacpo
 
     @field_validator("safedpo")
@@ -134,6 +156,8 @@ class Config(Strict):
     @classmethod
     def _fits_the_method(cls, label: Label, info: ValidationInfo) -> Label:
         method, row = method_of(info)
+        if any(name not in info.data for name in row.sections):
+            return label  # a section that was refused says nothing of the labels
         steps = [info.data.get(name) for name in row.sections]
         sacpo = next((section for section in steps if isinstance(section, Sacpo)), None)
         source = sacpo.labels_from if sacpo else row.learns_from

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from can_dist.config.base import Strict, runtime
+from can_dist.config.base import Strict, added, runtime
 from can_dist.config.endpoints import GenerateEndpoint
 from can_dist.config.methods import Human
-from can_dist.config.scorers import Scorer
+from can_dist.config.scorers import LogRatio, Scorer
 from can_dist.config.sources import DataSource
 
 MIN_VALIDATION = 32
@@ -20,8 +21,11 @@ MIN_SEALED = 64
 """Fewer sealed prompts are refused: the bounds of a certificate were measured from here on (docs/estimators.md)."""
 
 
+PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+
 class Constraint(Strict):
-    """A demand on the mean of one safety score: a margin over the reference, or an absolute threshold.
+    """A demand on the mean of one safety score, or of what is made of scores (``of``): a margin, or a threshold.
 
     Called ``-cost``, it is a demand on minus what its scorer gives, which sets the scorer's ``sign`` to -1.
 
@@ -34,6 +38,23 @@ class Constraint(Strict):
     margin: float | None = Field(None, description="Improvement of the mean score over the reference that is demanded.")
     threshold: float | None = Field(None, description="Absolute mean score that is demanded, instead of a margin.")
     equal: bool = Field(False, description="Meet it exactly instead of at least; its λ may then have either sign.")
+    of: Literal["mean", "rectified", "worst_of", "cvar"] = added(
+        "mean",
+        "mean: of the score; rectified: of min(0, score − level); worst_of: of the smallest of several scores; cvar: "
+        "of the worst share alpha of all responses.",
+    )
+    level: float | None = added(None, "rectified: responses above it count 0, whatever their score.")
+    alpha: float | None = added(None, "cvar: the share of responses, the worst ones, whose mean counts.", gt=0, lt=1)
+    others: dict[str, Scorer] = added({}, "worst_of: the other scorers, by names of your own, in the same unit.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_fall_is_a_margin(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "fall" in data:
+            both = [name for name in ("margin", "threshold") if data.get(name) is not None]
+            given = f"given both as {both[0]} and as fall" if both else "fall is no key"
+            raise ValueError(f"{given}; that a cost falls by B is margin: B of a constraint called '-NAME'")
+        return data
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Constraint:
@@ -41,11 +62,36 @@ class Constraint(Strict):
             raise ValueError("give exactly one of margin (improvement over the reference) and threshold (absolute)")
         return self
 
+    @model_validator(mode="after")
+    def _options_of_their_kind(self) -> Constraint:
+        for name, kind in (("level", "rectified"), ("alpha", "cvar"), ("others", "worst_of")):
+            is_given = getattr(self, name) not in (None, {})
+            if is_given and self.of != kind:
+                raise ValueError(f"{name} belongs to of: {kind}, and this is of: {self.of}; leave out {name}")
+            if not is_given and self.of == kind:
+                raise ValueError(f"of: {kind} needs {name}")
+        if self.of == "cvar" and self.equal:
+            raise ValueError("a CVaR is met at least, not exactly; leave out equal")
+        if bad := [name for name in self.others if not PLAIN_NAME.fullmatch(name)]:
+            raise ValueError(f"others: {bad[0]!r} is no name; expected a letter, then letters, digits, '_' or '-'")
+        if self.of != "mean" and any(isinstance(scorer, LogRatio) for scorer in self.scorers("").values()):
+            raise ValueError(
+                f"of: {self.of} compares scores of different prompts or scorers with each other, and a log_ratio is "
+                "known only up to a number that each prompt has of its own; give of: mean"
+            )
+        return self
+
+    def scorers(self, name: str) -> dict[str, Scorer]:
+        """Return the scorers by the names of their columns in the table of scores; ``name`` is the constraint's."""
+        return {name: self.scorer} | {f"{name}.{other}": scorer for other, scorer in self.others.items()}
+
     def of_a_cost(self, name: str) -> Constraint:
-        """Return the constraint called ``-cost``: its scorer gives a cost, so the score is minus what it gives."""
-        if not hasattr(self.scorer, "sign"):
-            raise ValueError(f"{name}: a scorer of kind {self.scorer.kind!r} gives no cost; leave out the '-'")
-        return self.model_copy(update={"scorer": self.scorer.model_copy(update={"sign": -1})})
+        """Return the constraint called ``-cost``: its scorers give costs, so a score is minus what they give."""
+        for scorer in self.scorers(name).values():
+            if not hasattr(scorer, "sign"):
+                raise ValueError(f"{name}: a scorer of kind {scorer.kind!r} gives no cost; leave out the '-'")
+        others = {other: scorer.model_copy(update={"sign": -1}) for other, scorer in self.others.items()}
+        return self.model_copy(update={"scorer": self.scorer.model_copy(update={"sign": -1}), "others": others})
 
 
 class Prompts(DataSource):

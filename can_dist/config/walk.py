@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from can_dist.config.endpoints import Endpoint
 from can_dist.config.root import Config
 from can_dist.config.scorers import Model, Scorer
+from can_dist.config.sections import Constraint
 from can_dist.config.sources import DataSource
 
 ReadAs = Literal["prompts", "pairs", "responses"]
@@ -24,13 +25,27 @@ READ_AS: dict[str, ReadAs] = {
 }
 """What a data source is read as, by the name of its field."""
 
+REWARD = "reward"
+"""The name of the reward's score."""
+
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def scorers(config: Config) -> dict[str, Scorer]:
     """Return the reward's and every constraint's scorer by its key."""
     named: dict[str, Scorer] = {"reward": config.reward}
-    return named | {f"constraints.{name}.scorer": constraint.scorer for name, constraint in config.constraints.items()}
+    for name, constraint in config.constraints.items():
+        named[f"constraints.{name}.scorer"] = constraint.scorer
+        named |= {f"constraints.{name}.others.{other}": scorer for other, scorer in constraint.others.items()}
+    return named
+
+
+def named_scorers(reward: Scorer, constraints: Mapping[str, Constraint]) -> dict[str, Scorer]:
+    """Return every scorer by the name of its score column."""
+    named: dict[str, Scorer] = {REWARD: reward}
+    for name, constraint in constraints.items():
+        named |= constraint.scorers(name)
+    return named
 
 
 def models(config: Config) -> dict[str, Model]:

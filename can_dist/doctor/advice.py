@@ -12,6 +12,7 @@ from can_dist.dual import Margin
 from can_dist.errors import DataError
 from can_dist.measuring.advice import beta_advice, beta_words, margin_words
 from can_dist.stages.solve import score_table
+from can_dist.stages.utilities import columns_of
 from can_dist.tables.artifacts import MANIFEST, Artifact, load_artifact
 
 ON_TRAIN, REWARD = "reference on train", "reward"
@@ -35,8 +36,10 @@ def check_scores(scores: Artifact, config: Config) -> list[Finding]:
     """Say what each margin is in units of the scores, and which β keeps the weights spread."""
     if not _has_all(scores, config):  # a method that scores log-probabilities alone
         return []
-    names = list(config.constraints)
-    table = score_table(scores.table, REWARD, names, None, str(scores.path))
+    columns = columns_of(config.constraints)
+    if any(column.of == "cvar" for column in columns):  # its tau is solve's to find
+        return []
+    table = score_table(scores.table, REWARD, columns, None, str(scores.path))
     margins = [Margin(name, c.margin, c.threshold, c.equal) for name, c in config.constraints.items()]
     advice = beta_advice(table, margins, config.beta, config.solve.estimator)
     words = beta_words(advice, config.beta, float(np.median(table.num_responses_P)))

@@ -22,7 +22,8 @@ from can_dist.dual.solution import DualSolution, Margin, Status
 from can_dist.dual.solve import solve_dual, solve_table
 from can_dist.dual.strength import Demand, RayPoint, Strength, at_strength, choose_strength, demands_of
 from can_dist.dual.table import ScoreTable
-from can_dist.dual.tails import Column, Settled, settle
+from can_dist.dual.tail_frontier import tail_frontier
+from can_dist.dual.tails import Column, Settled, columns_from, settle
 from can_dist.dual.verdict import estimate_line, verdict
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "check_feasibility",
     "check_mixing",
     "choose_strength",
+    "columns_from",
     "cross_fit",
     "demands_of",
     "diagnose",
@@ -80,5 +82,6 @@ __all__ = [
     "solve_table",
     "source_column",
     "steer",
+    "tail_frontier",
     "verdict",
 ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -75,6 +75,31 @@ class Column:
                 "It is the share of responses, the worst ones, whose mean is asked for; 1 would be the mean itself.",
             )
 
+    @property
+    def is_score(self) -> bool:
+        """Whether the utility is a score as it stands: a mean, or a ``cvar`` without its τ."""
+        return self.of == "mean" or (self.of == "cvar" and self.tau is None)
+
+    @property
+    def words(self) -> str:
+        """Of what the mean is demanded, for people; empty for a score."""
+        if self.level is not None:
+            return f"min(0, score - {self.level:g}), which is 0 for every response above {self.level:g}"
+        if self.alpha is not None:
+            return f"the worst {100 * self.alpha:g}% of all responses (CVaR)"
+        return f"the smallest of the scores {', '.join(self.sources)}" if self.of == "worst_of" else ""
+
+    def at_own_tau(self, score_N: npt.NDArray[Any], prompt_N: npt.NDArray[Any]) -> Column:
+        """Return a ``cvar`` at the α-quantile of responses, whose mean of h_τ over prompts is their CVaR.
+
+        Args:
+            score_N: the score of every response.
+            prompt_N: its prompt; every prompt weighs the same.
+        """
+        _, index_N, count_P = np.unique(prompt_N, return_inverse=True, return_counts=True)
+        share_N = 1.0 / (count_P.size * count_P[index_N])
+        return replace(self, tau=quantile(np.asarray(score_N, dtype=np.float64), share_N, self.alpha or 1.0))
+
     def read(self, scores: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
         """Return :meth:`values` from the score columns of a table by name, ``-cost`` being minus ``cost``."""
         signed = []
@@ -113,10 +138,44 @@ class Settled:
     constraints: tuple[Margin, ...]
     reference: dict[str, float]
 
+    @property
+    def is_derived(self) -> bool:
+        """Whether any column is more than a score."""
+        return any(column.of != "mean" for column in self.columns)
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return by constraint what its column is made of, JSON-safe; of a ``cvar`` also CVaR_α(π_ref)."""
-        rows = {column.name: asdict(column) | {"sources": list(column.sources)} for column in self.columns}
-        return {name: row | {"reference_cvar": self.reference.get(name)} for name, row in rows.items()}
+        """Return by constraint what its column is made of, JSON-safe.
+
+        Of a ``cvar`` also CVaR_α(π_ref), and the level that is demanded of its column's mean.
+        """
+        rows: dict[str, dict[str, Any]] = {}
+        for column, demand in zip(self.columns, self.constraints, strict=True):
+            level = demand.threshold if column.of == "cvar" else None
+            beside = {"reference_cvar": self.reference.get(column.name), "demanded": level}
+            rows[column.name] = asdict(column) | {"sources": list(column.sources)} | beside
+        return rows
+
+    def lines(self) -> list[str]:
+        """Return a line for people on every column that is more than a score."""
+        lines = []
+        for column, demand in zip(self.columns, self.constraints, strict=True):
+            if column.tau is not None:
+                lines.append(
+                    f"{column.name}: the worst {100 * (column.alpha or 1.0):g} % of responses have mean "
+                    f"{self.reference[column.name]:.4g} in the reference and are to have {demand.threshold:.4g}; the "
+                    f"numbers above are of tau - max(0, tau - g)/alpha at tau = {column.tau:.4g}, whose mean is no "
+                    "larger"
+                )
+            elif column.words:
+                lines.append(f"{column.name}: the mean is that of {column.words}")
+        return lines
+
+
+def columns_from(record: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ...]:
+    """Return the columns of :meth:`Settled.to_dict`."""
+    names = [item.name for item in fields(Column)]
+    rows = [{name: row[name] for name in names} for row in record.values()]
+    return tuple(Column(**row | {"sources": tuple(row["sources"])}) for row in rows)
 
 
 def settle(

@@ -128,6 +128,8 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
 def constraint_sentence(row: Mapping[str, Any]) -> str:
     """Return what is known of one constraint."""
     kind = "improvement over the reference" if row["demand"] == "margin" else "mean"
+    if row.get("utility"):
+        kind = f"{kind} {'in the mean ' if row['demand'] == 'margin' else ''}of {row['utility']}"
     target = f"at least {row['target']:g}" if row["tolerance"] is None else f"{row['target']:g} ± {row['tolerance']:g}"
     if row["low"] is None and row["se"] > 0:
         return f"{row['name']}: nothing is sure of the {kind} at an error this small; {target} is asked."

@@ -106,19 +106,21 @@ def win_rate(before: pa.Table, after: pa.Table, name: str) -> dict[str, float]:
 def safety_tails(before: pa.Table, after: pa.Table, constraints: Mapping[str, Constraint]) -> dict[str, Any]:
     """Return by constraint the share of unsafe responses, and the mean of the worst ones.
 
-    Unsafe is a score below the constraint's threshold, or below 0 where a margin is asked for. ``worst`` is the mean of
-    the lowest ``WORST_SHARE`` of the responses (CVaR).
+    Unsafe is a score below the constraint's threshold, or below 0 where a margin is asked for; below the level of a
+    constraint on what lies below it. ``worst`` is the mean of the lowest ``WORST_SHARE`` of the responses (CVaR), or of
+    the share that the constraint is on.
     """
     tables = dict(zip(SIDES, (before, after), strict=True))
     tails: dict[str, Any] = {}
     for name, constraint in constraints.items():
         border = 0.0 if constraint.threshold is None else constraint.threshold
+        border, share = border if constraint.level is None else constraint.level, constraint.alpha or WORST_SHARE
         scored = {side: (column(table, name), ids(table)) for side, table in tables.items()}
         tails[name] = {
             "border": border,
-            "worst_share": WORST_SHARE,
+            "worst_share": share,
             "unsafe": {side: record(fraction_unsafe(*columns, threshold=border)) for side, columns in scored.items()},
-            "worst": {side: record(cvar(*columns, WORST_SHARE)) for side, columns in scored.items()},
+            "worst": {side: record(cvar(*columns, share)) for side, columns in scored.items()},
         }
     return tails
 

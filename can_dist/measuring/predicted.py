@@ -18,14 +18,14 @@ def held_out_prediction(before: pa.Table, reward: str, solution: DualSolution) -
 
     Unbiased over prompts, but their few responses (``evaluate.num_responses``) understate what the policy changes.
     """
-    return predict(score_table(before, reward, solution), solution.lam_vector, solution.beta, solution.margin_vector)
+    utility_NJ = np.stack([column(before, name) for name in solution.lam], axis=1)
+    table = ScoreTable.build(column(before, reward), utility_NJ, ids(before), names=list(solution.lam))
+    return predict(table, solution.lam_vector, solution.beta, solution.margin_vector)
 
 
-def score_table(table: pa.Table, reward: str, solution: DualSolution, log_weight: str | None = None) -> ScoreTable:
-    """Return the scores of a solution's constraints; ``log_weight`` names the column of the reference weights."""
-    weights = None if log_weight is None else column(table, log_weight)
-    utility_NJ = np.stack([column(table, name) for name in solution.lam], axis=1)
-    return ScoreTable.build(column(table, reward), utility_NJ, ids(table), weights, names=list(solution.lam))
+def shifted(interval: Mapping[str, float], by: float) -> dict[str, float]:
+    """Return an interval with its mean and ends moved."""
+    return {key: value if key == "se" else value + by for key, value in interval.items()}
 
 
 def predictions(

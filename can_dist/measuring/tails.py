@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
 
-from can_dist.dual import Interval, mean_interval
+from can_dist.dual import Column, Interval, mean_interval
 from can_dist.errors import ConfigError, DataError
 
 FloatArray = npt.NDArray[np.float64]
@@ -176,6 +176,26 @@ def cvar(
     estimate_R = np.concatenate(parts)
     low, high = np.quantile(estimate_R, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return Interval(estimate, float(estimate_R.std(ddof=1)), float(low), float(high))
+
+
+def cross_fitted_tail(column: Column, score_N: npt.ArrayLike, prompt_N: npt.ArrayLike) -> FloatArray:
+    """Return h_τ of every response with the τ that the other half of the prompts chose, (N,).
+
+    The mean of h_τ is at most the CVaR at every τ, and largest at the α-quantile. At the quantile of the same responses
+    it would exceed, in the mean, the CVaR that new responses have; at that of others it does not.
+
+    Args:
+        column: a ``cvar``.
+        score_N: the score of every response.
+        prompt_N: its prompt; halves are every second prompt, in the order of the ids.
+    """
+    scores = np.asarray(score_N, dtype=np.float64)
+    _, index_N = np.unique(np.asarray(prompt_N), return_inverse=True)
+    value_N = np.empty_like(scores)
+    for half in (0, 1):
+        here_N = index_N % 2 == half
+        value_N[here_N] = column.at_own_tau(scores[~here_N], index_N[~here_N]).values([scores[here_N]])
+    return value_N
 
 
 def is_refusal(text: str) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from can_dist.config import LogRatio, load_config
+from can_dist.config.walk import named_scorers
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling.precision import run_precision
 from can_dist.outcomes.estimate import CONFIG, find_solution
 from can_dist.outcomes.export import find_policy
-from can_dist.run import named_scorers
 from can_dist.scoring.constrained import ConstrainedReward
 from can_dist.scoring.kinds import scorer_identity
-from can_dist.stages.solve import load_solution
+from can_dist.stages.solve import load_solution, solved_columns
 from can_dist.tables.artifacts import MANIFEST, Artifact, load_artifact
 
 
@@ -82,5 +82,15 @@ def run_solution(path: Path) -> Artifact:
 
 
 def weights_of(solution: Artifact) -> dict[str, float]:
-    """Return the weight of each score in r + ⟨λ*, g⟩: 1 for the reward, λ*_j for constraint j."""
+    """Return the weight of each score in r + ⟨λ*, g⟩: 1 for the reward, λ*_j for constraint j.
+
+    Raises:
+        ConfigError: A constraint is on more than the mean of a score, so no weighted sum of scores is the reward.
+    """
+    if derived := [column.name for column in solved_columns(solution) if column.of != "mean"]:
+        raise ConfigError(
+            f"{solution.path}: {derived[0]} is a constraint on more than the mean of a score (of), and a weighted sum "
+            "of scores cannot say it.",
+            "Use a run whose constraints are of: mean.",
+        )
     return {str(solution.manifest["identity"]["reward"]): 1.0, **load_solution(solution).lam}

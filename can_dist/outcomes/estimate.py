@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from can_dist.config import Model, load_config
+from can_dist.config.walk import REWARD
 from can_dist.dual import estimate_line, verdict
 from can_dist.errors import ConfigError, DataError
 from can_dist.outcomes.export import find_policy
-from can_dist.run import REWARD, Run
+from can_dist.run import Run
 from can_dist.stages.estimate import load_estimate
 from can_dist.stages.report import lineage_of
-from can_dist.stages.solve import demands, load_solution
+from can_dist.stages.solve import demands, load_solution, solved_columns
 from can_dist.tables.artifacts import MANIFEST, Artifact, load_artifact
 from can_dist.tables.schemas import LOGP_REFERENCE
 
@@ -64,7 +65,7 @@ def find_validation(run: Path, solution: Artifact) -> Artifact:
     """
     scores = solution.input("scores")
     tables = [load_artifact(estimate.parent) for estimate in sorted(run.glob(f"scores-*/{MANIFEST}"))]
-    names = [REWARD, *load_solution(solution).lam, LOGP_REFERENCE]
+    names = [REWARD, *(name for c in solved_columns(solution) for name in c.sources), LOGP_REFERENCE]
     for table in tables:
         if (
             table.manifest["identity"]["label"] == "reference on validation"

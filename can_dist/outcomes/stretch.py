@@ -17,7 +17,7 @@ from can_dist.outcomes.export import check_new, facts_of, find_policy
 from can_dist.reporting.model_card import model_card
 from can_dist.stages.estimate import load_estimate
 from can_dist.stages.report import as_trained
-from can_dist.stages.solve import demands, solved_table
+from can_dist.stages.solve import cvar_offset, demands, solved_table
 from can_dist.tables.artifacts import MANIFEST, Artifact, load_artifact
 from can_dist.training import ADAPTER, POLICY
 
@@ -78,7 +78,7 @@ def export_strength(
     _check_reference(trained, reference)
     trained.check()
     solution, estimate = find_solution(policy), find_estimate(policy)
-    demanded = _replaced(demands(solution), margins or {})
+    demanded = _replaced(demands(solution), margins or {}, cvar_offset(solution))
     if strength is None:
         frontier_at(solution, {demand.name: demand.margin for demand in demanded})  # tells of what nothing could attain
     alpha = strength or choose_strength(load_estimate(estimate), demanded, max_strength=StrengthChoice().max).alpha
@@ -152,7 +152,10 @@ def frontier_at(solution: Artifact, margins: Mapping[str, float]) -> DualSolutio
     )
 
 
-def _replaced(demanded: tuple[Demand, ...], margins: Mapping[str, float]) -> tuple[Demand, ...]:
+def _replaced(
+    demanded: tuple[Demand, ...], margins: Mapping[str, float], offset: Mapping[str, float]
+) -> tuple[Demand, ...]:
+    """Return the demands with other margins; that of a CVaR is ``offset`` more of the mean of its column."""
     names = [demand.name for demand in demanded]
     if "" in margins and len(names) > 1:
         raise ConfigError(f"--margin: the run has several constraints ({', '.join(names)}). Give --margin NAME=VALUE.")
@@ -160,7 +163,10 @@ def _replaced(demanded: tuple[Demand, ...], margins: Mapping[str, float]) -> tup
     if unknown := [name for name in given if name not in names]:
         raise ConfigError(f"--margin {unknown[0]}=…: no constraint of the run. Its constraints: {', '.join(names)}.")
     return tuple(
-        replace(demand, margin=given[demand.name], error=0.0) if demand.name in given else demand for demand in demanded
+        replace(demand, margin=given[demand.name] + offset.get(demand.name, 0.0), error=0.0)
+        if demand.name in given
+        else demand
+        for demand in demanded
     )
 
 

@@ -339,7 +339,22 @@ def _dual_panels(curves: Mapping[str, Any], solution: Mapping[str, Any]) -> Iter
             "" if math.isnan(half) else f" [{plain(interval[1])}, {plain(interval[2])}]"
         )
         svg = figures.dual_svg(grid, drawn, interval, text, label=label, prefix=f"dual{index}")
-        yield panel(f"Dual along the λ of {name}", svg)
+        yield panel(f"Dual along the λ of {name}", svg, _beside_the_dual(solution, name))
+
+
+def _beside_the_dual(solution: Mapping[str, Any], name: str) -> str:
+    """Say why λ̂ does not lie where the curve is least: the curve is the paper's dual, whatever estimator gave λ̂."""
+    estimator, paper = solution.get("estimator", "empirical"), (solution.get("lam_paper") or {}).get(name)
+    if estimator == "empirical" or paper is None:
+        return ""
+    why = {
+        "jackknife": "they differ by the bias of few responses, which the jackknife removes",
+        "gaussian": "they differ because it takes the scores to be Gaussian within a prompt",
+    }[estimator]
+    return (
+        f"Drawn is the paper’s dual, which is least at λ = {plain(paper)}; λ̂ = {plain(solution['lam'][name])} is the "
+        f"{estimator} estimator’s, and {why}."
+    )
 
 
 def _margin_texts(margins: Sequence[float]) -> list[str]:

@@ -85,7 +85,8 @@ def _constraint(row: Mapping[str, Any]) -> dict[str, str]:
     lam = "" if row.get("lam") is None else f"{row['lam']:.4g}"
     if beside := row.get("lam_beside"):
         lam += f" ({', '.join(beside)})"
-    cells = {"name": _plain(row["name"]), "margin": margin, "lam": lam, "predicted": _predicted(row)}
+    name = f"{row['name']}, mean of {row['utility']}" if row.get("utility") else row["name"]
+    cells = {"name": _plain(name), "margin": margin, "lam": lam, "predicted": _predicted(row)}
     return {**cells, "realised": realised, "verdict": verdict_text(row)}
 
 

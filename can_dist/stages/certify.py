@@ -11,9 +11,11 @@ import pyarrow as pa
 from can_dist.config import Model
 from can_dist.config.base import identity
 from can_dist.config.sections import Constraint
+from can_dist.dual import Column
 from can_dist.errors import ConfigError, DataError
 from can_dist.measuring.certificate import Demand, answer_of, judge, num_bounds, sentences
-from can_dist.measuring.gains import FloatArray, by_prompt, column
+from can_dist.measuring.gains import FloatArray, by_prompt, column, ids
+from can_dist.measuring.tails import cross_fitted_tail
 from can_dist.modeling.formatter import text_identity
 from can_dist.modeling.loading import model_digest
 from can_dist.modeling.precision import run_precision
@@ -24,8 +26,10 @@ from can_dist.stages.report import PACKAGES
 from can_dist.stages.score import score
 from can_dist.stages.sealed import SPLIT, Look, check_unread, record_look
 from can_dist.stages.train import policy_model
+from can_dist.stages.utilities import column_keys, columns_of, measured
 from can_dist.tables.artifacts import Artifact, digest_of, write_json, write_text
 from can_dist.tables.quarantine import quarantined
+from can_dist.tables.utilities import with_utilities
 from can_dist.workspace import Workspace
 
 CERTIFICATE, CERTIFICATE_PAGE = "certificate.json", "certificate.html"
@@ -59,7 +63,7 @@ def certify(
         DataError: A sealed prompt was read by another stage, the ledger is damaged, or a response has no score.
     """
     reference, constraints = work.config.reference, work.config.constraints
-    scorers = {name: scorers[name] for name in constraints}
+    scorers = {name: scorers[name] for constraint, c in constraints.items() for name in c.scorers(constraint)}
     demands = {name: Demand.of(constraint, tolerance) for name, constraint in constraints.items()}
     _check_equalities(constraints, tolerance)
     check_unread(work.directory, prompts)
@@ -80,6 +84,7 @@ def certify(
         "delta": look.delta,
         "demands": {name: vars(demand) for name, demand in demands.items()},
         "bounds": "Student, Hall and Gaffke",
+        **column_keys(columns_of(constraints)),
     }
     stage = work.open("certify", "certificate", keys, inputs)
     if stage.finished:
@@ -132,6 +137,7 @@ def _measurement(
             name: {"is_margin": demand.is_margin, "is_equality": demand.tolerance is not None}
             for name, demand in demands.items()
         },
+        **column_keys(columns_of(work.config.constraints)),
     }
 
 
@@ -153,9 +159,14 @@ def _record(
     """Return ``certificate.json`` but for its sentences."""
     error = look.error / num_bounds(list(demands.values()))
     tables = {who: inputs[f"scores_{who}"].table for who in ("policy", "reference") if f"scores_{who}" in inputs}
-    rows = [judge(name, demand, _values(tables, name, demand), error) for name, demand in demands.items()]
+    columns = columns_of(work.config.constraints)
+    rows = [
+        judge(made.name, demands[made.name], _values(tables, made, demands[made.name]), error)
+        | ({"utility": made.words} if made.words else {})
+        for made in columns
+    ]
     responses, policy = inputs["responses_policy"], inputs["policy"]
-    ids = sorted(set(tables["policy"].column("prompt_id").to_pylist()))
+    sealed = sorted(set(tables["policy"].column("prompt_id").to_pylist()))
     return {
         "format_version": 1,
         "answer": answer_of(rows),
@@ -163,7 +174,7 @@ def _record(
         "num_prompts": responses.info["num_prompts"],
         "num_responses": sampling(work.config, SPLIT).num_responses,
         "num_cut": responses.info["finish_reason"].get("length", 0),
-        "sealed_prompts": digest_of(ids),
+        "sealed_prompts": digest_of(sealed),
         "look": {"number": look.number, "delta": look.delta, "error": look.error, "ledger": look.before},
         "constraints": rows,
         "artifacts": {name: artifact.path.name for name, artifact in inputs.items()},
@@ -171,11 +182,20 @@ def _record(
     }
 
 
-def _values(tables: Mapping[str, pa.Table], name: str, demand: Demand) -> FloatArray:
-    """Return one value per sealed prompt, in order of the ids: the policy's mean, less the reference's for a margin."""
-    prompts, value_P = by_prompt(tables["policy"], column(tables["policy"], name))
+def _values(tables: Mapping[str, pa.Table], made: Column, demand: Demand) -> FloatArray:
+    """Return one value per sealed prompt, in order of the ids: the policy's mean, less the reference's for a margin.
+
+    Of a CVaR the policy's values are at a τ that other prompts chose, so that their mean promises no more than the
+    CVaR, and the reference's at its own on these prompts, which makes theirs no less.
+    """
+    policy = tables["policy"]
+    utility_N = column(with_utilities(policy, [made], "policy"), made.name)
+    if made.of == "cvar":
+        utility_N = cross_fitted_tail(made, utility_N, ids(policy))
+    prompts, value_P = by_prompt(policy, utility_N)
     if not demand.is_margin:
         return value_P
-    same, before_P = by_prompt(tables["reference"], column(tables["reference"], name))
+    before = measured(tables["reference"], [made], "reference")
+    same, before_P = by_prompt(before, column(before, made.name))
     assert (prompts == same).all(), "both models answer the same prompts"
     return value_P - before_P

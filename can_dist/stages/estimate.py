@@ -17,7 +17,7 @@ from can_dist.modeling.loading import model_directory
 from can_dist.scoring.log_ratio import check_same_text
 from can_dist.scoring.protocol import LogProb
 from can_dist.stages.score import score
-from can_dist.stages.solve import demands, labelled_lam, load_solution, score_table
+from can_dist.stages.solve import demands, labelled_lam, load_solution, score_table, solved_columns
 from can_dist.stages.train import Policy, policy_model
 from can_dist.tables.artifacts import Artifact, write_json
 from can_dist.tables.quarantine import quarantined, without
@@ -57,7 +57,7 @@ def estimate(
         rows = _joined(validation, log_probs)
         log_weight = solution.manifest["identity"]["log_weight"]
         estimate = estimate_policy(
-            score_table(rows, reward, list(lam), log_weight, str(validation.path)),
+            score_table(rows, reward, solved_columns(solution), log_weight, str(validation.path)),
             rows.column(LOGP_REFERENCE).to_numpy(),
             rows.column(LOGP_POLICY).to_numpy(),
             lam=lam,

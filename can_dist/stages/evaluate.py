@@ -25,6 +25,7 @@ from can_dist.stages.ingest import ingest_benign
 from can_dist.stages.report import PAGE, REPORT, Lineage, build_report, log_ratio, method_title
 from can_dist.stages.score import score
 from can_dist.stages.train import policy_model
+from can_dist.stages.utilities import column_keys, columns_of, measured
 from can_dist.tables.artifacts import Artifact, digest_of, write_json, write_part
 from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
 from can_dist.workspace import Workspace
@@ -69,7 +70,9 @@ def evaluate(
         "variant": variant,
         "samples": work.config.evaluate.num_samples,
         "reward": reward,
-        "constraints": {name: identity(constraint, exclude=["scorer"]) for name, constraint in constraints.items()},
+        "constraints": {
+            name: identity(constraint, exclude=["scorer", "others"]) for name, constraint in constraints.items()
+        },
         "intervals": "Student and Hall",
     }
     stage = work.open("evaluate", method_title(work.config.method, variant), identity_keys, inputs)
@@ -80,11 +83,13 @@ def evaluate(
 
     with work.timed("evaluate", method_title(work.config.method, variant)):
         report = build_report(work, inputs, constraints, reward, variant)
-        report["basis"] = _basis(work, inputs, reference, scorers)
+        columns = columns_of(constraints)
+        report["basis"] = _basis(work, inputs, reference, scorers) | column_keys(columns)
         write_json(stage.path / REPORT, report)
         write_report(report, stage.path / PAGE)
-        scored = inputs["scores_after"].table
-        gains = gains_table(inputs["scores_before"].table, scored, [reward, *constraints], log_ratio(scored))
+        sides = (inputs["scores_before"], inputs["scores_after"])
+        before, after = (measured(scores.table, columns, str(scores.path)) for scores in sides)
+        gains = gains_table(before, after, [reward, *constraints], log_ratio(after))
         write_part(stage.path, 0, gains)
         shown = ("method", "variant", "constraints", "reward", "basis")
         evaluation = stage.commit([REPORT, PAGE], info={name: report[name] for name in shown})

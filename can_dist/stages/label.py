@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from can_dist.config.base import identity
 from can_dist.config.sections import Label
+from can_dist.dual import Column
 from can_dist.errors import DataError
 from can_dist.stages.examples import (
     Examples,
@@ -31,8 +32,10 @@ from can_dist.stages.examples import (
     stream,
     useless,
 )
-from can_dist.stages.solve import load_solution
+from can_dist.stages.solve import load_solution, solved_columns
+from can_dist.stages.utilities import column_keys
 from can_dist.tables.artifacts import Artifact
+from can_dist.tables.utilities import with_utilities
 from can_dist.training.targets import score_targets
 from can_dist.workspace import Workspace
 
@@ -48,6 +51,7 @@ def label(
     reward: str,
     beta: float,
     unit: Mapping[str, float] | None = None,
+    columns: Sequence[Column] = (),
 ) -> Artifact:
     """Return the ``preferences`` table of s = r + ⟨λ, g⟩.
 
@@ -63,6 +67,7 @@ def label(
         beta: KL weight β; the weights of a list are softmax(s/β).
         unit: Divides scores by name first: the paper's code labels log-ratios without their β
             (``label.as_published``).
+        columns: What the constraints are on, where λ is given by name; a solution knows what it was solved on.
 
     Raises:
         DataError: No example is left; all scores of every example are equal, so that there is nothing to learn; or the
@@ -73,8 +78,9 @@ def label(
     inputs = {"responses": responses, "scores": scores}
     if isinstance(lam, Artifact):
         inputs["solution"] = lam
+        columns = solved_columns(lam)
     else:
-        identity_keys["lam"] = dict(lam)
+        identity_keys |= {"lam": dict(lam), **column_keys(columns)}
     if unit:
         identity_keys["unit"] = dict(unit)
     stage = work.open("label", "preferences", {**identity_keys, "beta": beta}, inputs)
@@ -83,8 +89,10 @@ def label(
     with work.timed("label", "preferences"):
         multipliers = load_solution(lam).lam if isinstance(lam, Artifact) else lam
         if isinstance(lam, Artifact):
-            check_scorers(scores, lam.input("scores"), [reward, *multipliers])
-        score_N = combined_score(scores, multipliers, reward, unit or {})
+            check_scorers(scores, lam.input("scores"), [reward, *(name for c in columns for name in c.sources)])
+        score_N = combined_score(
+            with_utilities(scores.table, columns, str(scores.path)), multipliers, reward, unit or {}
+        )
         table = join(responses, scores).append_column("score", pa.array(score_N))
         kept, noted = Examples(stage), []
         has_signal = False
@@ -101,9 +109,8 @@ def label(
         return commit(work, kept, noted, scores, loss=LOSS_OF[options.labels])
 
 
-def combined_score(scores: Artifact, lam: Mapping[str, float], reward: str, unit: Mapping[str, float]) -> np.ndarray:
+def combined_score(table: pa.Table, lam: Mapping[str, float], reward: str, unit: Mapping[str, float]) -> np.ndarray:
     """Return s = r + ⟨λ, g⟩ of every response, (N,) float64, each score in its ``unit`` (1 where not named)."""
-    table = scores.table
     total: np.ndarray = table.column(reward).to_numpy().astype(np.float64) / unit.get(reward, 1.0)
     for name, value in lam.items():
         total = total + value * table.column(name).to_numpy() / unit.get(name, 1.0)

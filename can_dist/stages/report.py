@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -13,7 +13,7 @@ import pyarrow as pa
 from can_dist.config import METHODS
 from can_dist.config.base import identity
 from can_dist.config.sections import Constraint
-from can_dist.dual import estimate_line, verdict
+from can_dist.dual import Column, estimate_line, verdict
 from can_dist.measuring.examination import examine, influential
 from can_dist.measuring.gains import (
     by_prompt,
@@ -27,16 +27,18 @@ from can_dist.measuring.gains import (
     safety_tails,
     win_rate,
 )
-from can_dist.measuring.predicted import held_out_prediction, multipliers, prediction_source, predictions, score_table
+from can_dist.measuring.predicted import held_out_prediction, multipliers, prediction_source, predictions, shifted
 from can_dist.measuring.ray import ray
 from can_dist.stages.estimate import load_estimate
 from can_dist.stages.samples import beginnings, chosen_samples, crossings
-from can_dist.stages.solve import demands, load_solution
+from can_dist.stages.solve import cvar_offset, demands, load_solution, solved_columns, solved_table
 from can_dist.stages.strength import STRENGTH
 from can_dist.stages.train import drift_warning
+from can_dist.stages.utilities import columns_of, measured
 from can_dist.tables.artifacts import Artifact
 from can_dist.tables.quarantine import quarantined
 from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
+from can_dist.tables.utilities import with_utilities
 from can_dist.training import CURVE
 from can_dist.training.metrics import ESTIMATE
 from can_dist.workspace import Workspace
@@ -84,11 +86,14 @@ def build_report(
     work: Workspace, inputs: Mapping[str, Artifact], constraints: Mapping[str, Constraint], reward: str, variant: str
 ) -> dict[str, Any]:
     """Compute every number of the report from the committed tables."""
-    before, after = inputs["scores_before"].table, inputs["scores_after"].table
-    names = [reward, *constraints]
-    dual = _dual(inputs, before, reward, work.config.method)
+    columns, names = columns_of(constraints), [reward, *constraints]
+    sides = {who: inputs[f"scores_{who}"] for who in ("before", "after")}
+    before, after = (with_utilities(scores.table, columns, str(scores.path)) for scores in sides.values())
+    measured_before, measured_after = (measured(s.table, columns, str(s.path)) for s in sides.values())
+    dual = _dual(inputs, reward, work.config.method)
     kl = dual["kl"] | {"realised": interval(by_prompt(after, log_ratio(after))[1])}
-    title, tails = method_title(work.config.method, variant), safety_tails(before, after, constraints)
+    worst = [made for made in columns if made.of == "worst_of"]
+    title, tails = method_title(work.config.method, variant), _tails(sides, worst, constraints)
     borders = {name: float(row["border"]) for name, row in tails.items()}
     return {
         "format_version": 3,
@@ -106,10 +111,11 @@ def build_report(
         "prediction": dual["prediction"],
         "unpredicted": dual["unpredicted"],
         "constraints": [
-            constraint_row(name, constraint, before, after, joint_confidence(len(constraints)))
-            | dual["lam"].get(name, {})
-            | dual["scores"].get(name, {})
-            for name, constraint in constraints.items()
+            constraint_row(made.name, constraint, measured_before, measured_after, joint_confidence(len(columns)))
+            | dual["lam"].get(made.name, {})
+            | dual["scores"].get(made.name, {})
+            | {"utility": made.words}
+            for made, constraint in zip(columns, constraints.values(), strict=True)
         ],
         "reward": {"name": reward, **dual["scores"].get(reward, {}), "realised": improvement(before, after, reward)},
         "kl": kl,
@@ -124,31 +130,49 @@ def build_report(
         "estimate": _estimated(inputs, reward),
         "counts": _counts(inputs),
         "warnings": _warnings(work, before, after) + _drift(kl, as_trained(inputs["policy"]), dual["examination"]),
-        "crossings": crossings(inputs, borders),
-        "samples": chosen_samples(inputs, names, borders, work.config.evaluate.num_samples),
+        "crossings": crossings(inputs, borders, worst),
+        "samples": chosen_samples(inputs, names, borders, work.config.evaluate.num_samples, worst),
         "config": identity(work.config, exclude=["cluster", "methods"]),
         "versions": {name: version(name) for name in PACKAGES},
     }
 
 
-def _dual(inputs: Mapping[str, Artifact], before: pa.Table, reward: str, method: str) -> dict[str, Any]:
+def _tails(
+    sides: Mapping[str, Artifact], worst: Sequence[Column], constraints: Mapping[str, Constraint]
+) -> dict[str, Any]:
+    """Return the tails of every constraint's score as it was given, or of the smallest of several."""
+    before, after = (with_utilities(scores.table, worst, str(scores.path)) for scores in sides.values())
+    return safety_tails(before, after, constraints)
+
+
+def _dual(inputs: Mapping[str, Artifact], reward: str, method: str) -> dict[str, Any]:
     """Return the dual's part of the record: its solution, its examination, and its prediction by score."""
     record: dict[str, Any] = {"solution": None, "examination": None, "prediction": None, "unpredicted": None}
     record |= {"lam": {}, "scores": {}, "kl": {}, "num_prompts": None}
     if "solution" not in inputs:
         return record | {"unpredicted": _why_unpredicted(method)}
-    solution = load_solution(inputs["solution"])
-    log_weight = inputs["solution"].manifest["identity"]["log_weight"]
-    table = score_table(inputs["train_scores"].table, reward, solution, log_weight)
-    examination = examine(table, solution, reward_name=reward)
+    solution, columns = load_solution(inputs["solution"]), solved_columns(inputs["solution"])
+    examination = examine(solved_table(inputs["solution"]), solution, reward_name=reward)
+    for made in columns:  # at one τ; the frontier of a CVaR has another at every margin
+        examination["frontier"] |= {made.name: None} if made.tau is not None else {}
     examination["beginnings"] = beginnings(inputs["train_scores"], influential(examination))
     record |= {"solution": solution.to_dict(), "examination": examination, "lam": multipliers(solution)}
     record["num_prompts"] = solution.diagnostics["num_prompts"]
-    solved, measured = (inputs[name].info["scorers"] for name in ("train_scores", "scores_before"))
-    if any(solved[name] != measured.get(name) for name in (reward, *solution.lam)):
+    solved, judged = (inputs[name].info["scorers"] for name in ("train_scores", "scores_before"))
+    sources = [name for made in columns for name in made.sources]
+    if any(solved[name] != judged.get(name) for name in (reward, *sources)):
         unpredicted = "λ* was solved with other scores than those measured here, so its prediction is in other units."
         return record | {"unpredicted": unpredicted}
-    scores, kl = predictions(held_out_prediction(before, reward, solution), examination, reward, solution)
+    before, place = inputs["scores_before"].table, str(inputs["scores_before"].path)
+    as_solved = with_utilities(before, columns, place)
+    scores, kl = predictions(held_out_prediction(as_solved, reward, solution), examination, reward, solution)
+    for name, offset in cvar_offset(inputs["solution"]).items():
+        own = measured(before, [made for made in columns if made.name == name], place)
+        elsewhere = float(by_prompt(own, column(own, name) - column(as_solved, name))[1].mean())
+        scores[name] = {
+            "predicted": shifted(scores[name]["predicted"], -offset),
+            "predicted_held_out": shifted(scores[name]["predicted_held_out"], -elsewhere),
+        }
     return record | {"prediction": prediction_source(examination, solution, before), "scores": scores, "kl": kl}
 
 
@@ -161,9 +185,10 @@ def _estimated(inputs: Mapping[str, Artifact], reward: str) -> dict[str, Any] | 
         return None
     final, policy = inputs["estimate"], inputs["policy"]
     start = policy.input("estimate") if policy.stage == "strength" else final
-    solved, measured = (artifact.info["scorers"] for artifact in (final.input("validation"), inputs["scores_before"]))
+    solved, judged = (artifact.info["scorers"] for artifact in (final.input("validation"), inputs["scores_before"]))
     estimate, solution = load_estimate(start), final.input("solution")
-    if any(solved[name] != measured.get(name) for name in (reward, *estimate.improvement)):
+    sources = [name for made in solved_columns(solution) for name in made.sources]
+    if any(solved[name] != judged.get(name) for name in (reward, *sources)):
         return None
     demanded = demands(solution)
     return {

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
+from can_dist.dual import Column
 from can_dist.measuring.gains import SIDES, by_prompt, column
 from can_dist.tables.artifacts import Artifact
 from can_dist.tables.quarantine import scored_responses
+from can_dist.tables.utilities import with_utilities
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -22,7 +25,11 @@ GROUPS = (WORSENED, SAFE_TO_UNSAFE, IMPROVED, UNSAFE_TO_SAFE, STAYED)
 
 
 def chosen_samples(
-    inputs: Mapping[str, Artifact], names: Sequence[str], borders: Mapping[str, float], count: int
+    inputs: Mapping[str, Artifact],
+    names: Sequence[str],
+    borders: Mapping[str, float],
+    count: int,
+    worst: Sequence[Column] = (),
 ) -> list[dict[str, Any]]:
     """Return both models' responses to the held-out prompts that say most of the change.
 
@@ -34,8 +41,9 @@ def chosen_samples(
         names: of the scores to show.
         borders: of each constraint, the mean from which a prompt counts as safe.
         count: prompts to show.
+        worst: constraints whose score is the smallest of several.
     """
-    tables = [inputs[f"scores_{who}"].table for who in ("before", "after")]
+    tables = [_table(inputs, who, worst) for who in ("before", "after")]
     queues: list[tuple[str, str, Iterator[str]]] = []
     for name, border in borders.items():
         (prompt_P, before_P), (_, after_P) = (by_prompt(table, column(table, name)) for table in tables)
@@ -48,7 +56,10 @@ def chosen_samples(
         prompt_id = next((prompt for prompt in ranked_ids if prompt not in shown), None)
         if prompt_id is not None:
             shown[prompt_id] = (name, group)
-    sides = [_typical(inputs, who, names, shown) for who in ("before", "after")]
+    sides = [
+        _typical(inputs[f"responses_{who}"], inputs[f"scores_{who}"], table, names, shown)
+        for who, table in zip(("before", "after"), tables, strict=True)
+    ]
     return [
         {
             "prompt": "\n\n".join(f"{m['role']}: {m['content']}" for m in sides[0][prompt_id]["messages"]),
@@ -73,13 +84,22 @@ def _ranked(before_P: FloatArray, after_P: FloatArray, border: float) -> dict[st
     return {WORSENED: worsened, IMPROVED: improved, SAFE_TO_UNSAFE: lost, UNSAFE_TO_SAFE: won, STAYED: stayed}
 
 
+def _table(inputs: Mapping[str, Artifact], who: str, worst: Sequence[Column]) -> pa.Table:
+    scores = inputs[f"scores_{who}"]
+    return with_utilities(scores.table, worst, str(scores.path))
+
+
 def _typical(
-    inputs: Mapping[str, Artifact], who: str, names: Sequence[str], shown: Mapping[str, tuple[str, str]]
+    responses_of: Artifact,
+    scores_of: Artifact,
+    table: pa.Table,
+    names: Sequence[str],
+    shown: Mapping[str, tuple[str, str]],
 ) -> dict[str, dict[str, Any]]:
     """Return by prompt the response whose score is nearest to the prompt's mean, with its scores and all means."""
-    responses = scored_responses(inputs[f"responses_{who}"], inputs[f"scores_{who}"]).to_pylist()
+    responses = scored_responses(responses_of, scores_of).to_pylist()
     rows: dict[str, list[dict[str, Any]]] = {}
-    for response, scores in zip(responses, inputs[f"scores_{who}"].table.to_pylist(), strict=True):
+    for response, scores in zip(responses, table.to_pylist(), strict=True):
         if response["prompt_id"] in shown:
             rows.setdefault(response["prompt_id"], []).append({**response, **{name: scores[name] for name in names}})
     typical = {}
@@ -90,14 +110,16 @@ def _typical(
     return typical
 
 
-def crossings(inputs: Mapping[str, Artifact], borders: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+def crossings(
+    inputs: Mapping[str, Artifact], borders: Mapping[str, float], worst: Sequence[Column] = ()
+) -> dict[str, dict[str, Any]]:
     """Return by constraint how many held-out prompts are safe under the reference, the policy, both and neither.
 
     A prompt is safe where the mean score of its responses is at or above the border.
     """
     record = {}
     for name, border in borders.items():
-        tables = (inputs[f"scores_{who}"].table for who in ("before", "after"))
+        tables = (_table(inputs, who, worst) for who in ("before", "after"))
         before_P, after_P = (by_prompt(table, column(table, name))[1] >= border for table in tables)
         counts = {
             "stayed safe": before_P & after_P,

@@ -7,20 +7,20 @@ dual (C-DPO, arXiv 2403.02475; CAID, arXiv 2505.19387). The measured slack inclu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow.compute as pc
 
 from can_dist.config.sections import Constraint
-from can_dist.dual import ScoreTable, evaluate
+from can_dist.dual import evaluate
 from can_dist.dual.table import FloatArray
 from can_dist.errors import DataError
 from can_dist.stages.estimate import load_estimate
-from can_dist.stages.solve import demands, load_solution
+from can_dist.stages.solve import demands, load_solution, score_table, solved_columns
+from can_dist.stages.utilities import column_keys, columns_of
 from can_dist.tables.artifacts import Artifact, write_json
-from can_dist.tables.scores import score_arrays
 from can_dist.workspace import Workspace
 
 MEASUREMENT = "measurement.json"
@@ -47,19 +47,21 @@ def measure(
     Raises:
         DataError: The tables are not over the same prompts, or over fewer than two.
     """
+    columns = columns_of(constraints)
     identity_keys = {
         "reward": reward,
         "constraints": {
             name: {"margin": c.margin, "threshold": c.threshold, "equal": c.equal} for name, c in constraints.items()
         },
         "log_weight": log_weight,
+        **column_keys(columns),
     }
     stage = work.open("measure", "slack", identity_keys, {"scores": scores, "reference_scores": reference_scores})
     if stage.finished:
         return stage.finished
     with work.timed("measure", "slack"):
-        after = _score_table(scores, reward, list(constraints), log_weight)
-        before = _score_table(reference_scores, reward, list(constraints), log_weight)
+        after = score_table(scores.table, reward, columns, log_weight, str(scores.path))
+        before = score_table(reference_scores.table, reward, columns, log_weight, str(reference_scores.path))
         if not np.array_equal(after.prompt_P, before.prompt_P) or after.num_prompts < 2:
             raise DataError(
                 f"{scores.path}: {after.num_prompts} prompt(s) beside {before.num_prompts} of {reference_scores.path}; "
@@ -103,12 +105,6 @@ def estimated(work: Workspace, estimate: Artifact) -> Artifact:
     return stage.commit([MEASUREMENT], info=measured)
 
 
-def _score_table(scores: Artifact, reward: str, names: Sequence[str], log_weight: str | None) -> ScoreTable:
-    arrays = score_arrays(scores.table, reward, names, str(scores.path))
-    weight_N = None if log_weight is None else scores.table.column(log_weight).to_numpy()
-    return ScoreTable.build(arrays.reward_N, arrays.utility_NJ, arrays.prompt_N, weight_N)
-
-
 def _slack(constraint: Constraint, mean_P: FloatArray, reference_P: FloatArray) -> dict[str, float | bool]:
     """Return the slack of one constraint and its standard error, (P,) means of policy and reference."""
     if constraint.margin is not None:
@@ -140,7 +136,8 @@ def step_sizes(scores: Artifact, solution: Artifact, step_size: StepSize, *, rew
     solved = load_solution(solution)
     if step_size != "1/H":
         return dict.fromkeys(solved.lam, step_size)
-    table = _score_table(scores, reward, list(solved.lam), solution.manifest["identity"]["log_weight"])
+    log_weight = solution.manifest["identity"]["log_weight"]
+    table = score_table(scores.table, reward, solved_columns(solution), log_weight, str(scores.path))
     hessian_JJ = evaluate(table, solved.lam_vector, solved.beta, solved.margin_vector).hessian_JJ
     eta_J = _inverse_curvature(hessian_JJ)
     return dict(zip(solved.lam, eta_J.tolist(), strict=True))

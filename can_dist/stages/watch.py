@@ -11,7 +11,7 @@ from can_dist.config.sections import Train
 from can_dist.dual import evaluate
 from can_dist.dual.feedback import MAX_CONDITION, STEP, check_regular
 from can_dist.errors import ConfigError, NumericalError
-from can_dist.stages.solve import demands, labelled_lam, load_solution, solved_table
+from can_dist.stages.solve import demands, labelled_lam, load_solution, solved_columns, solved_table
 from can_dist.tables.artifacts import Artifact
 from can_dist.training.spec import Steering, WatchSpec
 
@@ -59,6 +59,7 @@ def watch_spec(watched: Watched | None, preferences: Artifact, options: Train, t
     return WatchSpec(
         scores=watched.validation.path.resolve(),
         reward=identity["reward"],
+        columns=solved_columns(watched.solution),
         log_weight=identity["log_weight"],
         lam={demand.name: lam[demand.name] for demand in demanded},
         demands=demanded,

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from can_dist.config import Model
 from can_dist.config.sections import Train
-from can_dist.dual import Demand
+from can_dist.dual import Column, Demand
 
 
 class Steering(BaseModel):
@@ -33,6 +33,7 @@ class WatchSpec(BaseModel):
     Attributes:
         scores: Their artifact of scores, with ln π_ref.
         reward: Name of the score r.
+        columns: What the constraints are on, in the order of ``lam``.
         log_weight: Column of log-weights of responses that list all that the reference can say, or None.
         lam: λ by constraint, by which the preferences are labelled.
         demands: What the constraints ask, in the order of ``lam``.
@@ -43,6 +44,7 @@ class WatchSpec(BaseModel):
 
     scores: Path
     reward: str
+    columns: tuple[Column, ...]
     log_weight: str | None
     lam: dict[str, float]
     demands: tuple[Demand, ...]

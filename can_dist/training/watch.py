@@ -26,6 +26,7 @@ from can_dist.tables.artifacts import Artifact, load_artifact
 from can_dist.tables.quarantine import quarantined, scored_responses, without
 from can_dist.tables.schemas import LOGP_REFERENCE
 from can_dist.tables.scores import score_arrays
+from can_dist.tables.utilities import with_utilities
 from can_dist.training import ranks
 from can_dist.training.batches import Batch, Example, Slot, rank_packs
 from can_dist.training.spec import Steering, TrainSpec, WatchSpec
@@ -57,7 +58,7 @@ class Watch:
         self.lam = dict(spec.lam)
         scores = load_artifact(spec.scores)
         responses = scored_responses(scores.input("responses"), scores)
-        rows = without(scores.table, quarantined(scores))
+        rows = with_utilities(without(scores.table, quarantined(scores)), spec.columns, str(spec.scores))
         arrays = score_arrays(rows, spec.reward, list(spec.lam), str(spec.scores))
         weight_N = None if spec.log_weight is None else rows.column(spec.log_weight).to_numpy()
         self.table = ScoreTable.build(
@@ -180,7 +181,8 @@ def _parts(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 def _scores_of(preferences: Artifact, spec: WatchSpec) -> dict[str, tuple[FloatArray, FloatArray]]:
     """Return r (K,) and g (K, J) of the responses of every example, by its id."""
-    scores = preferences.input("scores").table
+    labelled = preferences.input("scores")
+    scores = with_utilities(labelled.table, spec.columns, str(labelled.path))
     row_of = {name: row for row, name in enumerate(scores.column("response_id").to_pylist())}
     reward_N = scores.column(spec.reward).to_numpy().astype(np.float64)
     utility_NJ = np.stack([scores.column(name).to_numpy().astype(np.float64) for name in spec.lam], axis=1)

@@ -20,7 +20,7 @@ from can_dist.algorithms.dpo import dpo
 from can_dist.algorithms.pecan import pecan
 from can_dist.algorithms.sacpo import sacpo
 from can_dist.config import Config, validate_config
-from can_dist.run import REWARD
+from can_dist.config.walk import REWARD
 from can_dist.stages import slack as measure
 from can_dist.stages.human_labels import Criterion
 from can_dist.stages.train import POLICY

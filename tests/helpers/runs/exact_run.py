@@ -15,7 +15,8 @@ import pyarrow as pa
 from scipy.special import logsumexp
 
 from can_dist.config import Model, validate_config
-from can_dist.run import REWARD, Run
+from can_dist.config.walk import REWARD
+from can_dist.run import Run
 from can_dist.stages import slack as measure
 from can_dist.tables.artifacts import Artifact, open_stage, write_part
 from can_dist.tables.schemas import LOGP_REFERENCE

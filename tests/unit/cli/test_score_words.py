@@ -18,7 +18,7 @@ from can_dist.dual.messages import lam_error
 from can_dist.errors import CanDistError, ConfigError, DataError, InfeasibleConstraint
 
 
-def table(num_prompts: int = 80, num_responses: int = 32, centre: float = 0.0, columns: int = 1) -> pa.Table:
+def table(num_prompts: int = 200, num_responses: int = 32, centre: float = 0.0, columns: int = 1) -> pa.Table:
     rng = np.random.default_rng(4)
     num_rows = num_prompts * num_responses
     scores = {"safety": centre + rng.normal(size=num_rows), "calm": rng.normal(size=num_rows)}
@@ -86,7 +86,7 @@ def test_unreachable_with_confidence_shows_what_was_asked_and_what_was_added(sco
 
 
 def test_a_table_whose_weights_are_even_is_not_told_to_raise_beta(tmp_path: Path) -> None:
-    pq.write_table(table(num_prompts=60, num_responses=2), tmp_path / "two.parquet")
+    pq.write_table(table(num_prompts=200, num_responses=2), tmp_path / "two.parquet")
     text = solve(tmp_path / "two.parquet", "--constraint", "safety:margin=0.01", beta="5")
     assert "of 2 responses carry" in text
     assert "; raise the number of responses." in text

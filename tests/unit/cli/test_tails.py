@@ -96,6 +96,25 @@ def test_frontier_goes_through_a_derived_column(scores: Path) -> None:
         assert list(point.values()) == list(other.values())
 
 
+def test_the_frontier_of_a_cvar_is_what_solve_answers_at_each_margin(scores: Path) -> None:
+    text = "harm:of=cvar,alpha=0.1"
+    curve = json.loads(run(scores, text, "--json", "-", "--points", "4", verb="frontier"))
+    assert curve["names"] == ["cvar(harm)"]
+    points = curve["points"]
+    assert points[0]["lam.cvar(harm)"] == pytest.approx(0.0, abs=1e-6), "the curve begins where the price is 0"
+    point = points[2]
+    solution = record(scores, f"harm:margin={point['margin.cvar(harm)']!r},of=cvar,alpha=0.1")
+    assert point["lam.cvar(harm)"] == pytest.approx(solution["lam_paper"]["cvar(harm)"], rel=1e-6)
+    assert point["improvement.cvar(harm)"] == pytest.approx(point["margin.cvar(harm)"], abs=1e-6)
+    margins = [point["margin.cvar(harm)"] for point in points]
+    assert margins == sorted(margins)
+    assert margins[-1] < curve["attainable"]["cvar(harm)"]
+    gains = [point["reward_improvement"] - point["kl"] for point in points]  # beta is 1
+    assert gains == sorted(gains, reverse=True), "more of the tail costs more"
+    said = run(scores, text, "--points", "2", verb="frontier")
+    assert "tail      cvar(harm): the mean is that of the worst 10% of all responses (CVaR)" in said
+
+
 @pytest.mark.parametrize(
     ("constraint", "error", "message"),
     [
@@ -110,6 +129,8 @@ def test_frontier_goes_through_a_derived_column(scores: Path) -> None:
         ("harm:margin=0.1,equals=0", ConfigError, "given both as margin and as equals"),
         ("harm:of=cvar,alpha=0.1", ConfigError, "no demand"),
         ("harm:margin=0.1,of=median", ConfigError, "not understood"),
+        ("cost:fall=1", ConfigError, "fall is no demand"),
+        ("cost:margin=1,fall=1", ConfigError, "given both as margin and as fall"),
         ("harm:margin=0.1,margin=0.2", ConfigError, "not understood"),
         ("harm:margin=much", ConfigError, "margin 'much' is not a number"),
         ("reward,harm:margin=0.1,of=worst_of", DataError, "both the reward and a constraint"),
@@ -126,7 +147,9 @@ def test_what_a_cvar_needs_is_said(scores: Path) -> None:
     constraint = "harm:margin=0.1,of=cvar,alpha=0.1"
     with pytest.raises(ConfigError, match="must be in memory"):
         run(scores, constraint, "--engine", "stream")
-    with pytest.raises(ConfigError, match="every margin of a CVaR has its own tau"):
-        run(scores, "harm:of=cvar,alpha=0.1", verb="frontier")
+    with pytest.raises(ConfigError, match="every margin of a CVaR has its own tau, so a map of two"):
+        run(scores, "harm:of=cvar,alpha=0.1", "--constraint", "toxic", verb="frontier")
+    with pytest.raises(ConfigError, match="--lam-max: the curve of a CVaR"):
+        run(scores, "harm:of=cvar,alpha=0.1", "--lam-max", "2", verb="frontier")
     with pytest.raises(ConfigError, match="every margin and needs none"):
         run(scores, constraint, verb="frontier")

@@ -23,12 +23,19 @@ from can_dist.errors import DataError
 from can_dist.pipeline import run_pipeline
 
 HTTP = {"kind": "http", "url": "http://h:1/x", "model": "m", "request": {"input": "{response}"}, "value": "s"}
+GUARD = {"kind": "guard", "model": "guard"}
 RATIO = {"kind": "log_ratio", "beta": 0.1, "model": {"model": "aligned"}}
 LEARNED = {"kind": "log_ratio", "beta": 0.1, "criterion": "safe", "preferences": {"source": "learned.jsonl"}}
 PEOPLE = {"label": {"preferences": {"source": "people.jsonl"}}}
 STEPS = {"first": {"preferences": {"source": "first.jsonl"}}, "second": {"preferences": {"source": "second.jsonl"}}}
 OF_METHOD: dict[str, dict[str, Any]] = {
-    "mocan": {"reward": HTTP, "generate": {"endpoint": {"base_url": "http://h:1/v1", "model": "lm"}}},
+    "mocan": {
+        "reward": HTTP,
+        "generate": {"endpoint": {"base_url": "http://h:1/v1", "model": "lm"}},
+        "constraints": {
+            "safety": {"scorer": GUARD, "others": {"second": {"model": "other"}}, "of": "worst_of", "margin": 0.1}
+        },
+    },
     "pecan": {"reward": RATIO, "constraints": {"safety": {"scorer": LEARNED, "margin": 0.1}}},
     "dpo_h": PEOPLE,
     "dpo_s": PEOPLE,
@@ -46,7 +53,7 @@ def configure(method: str, **changes: Any) -> Config:
         "prompts": {"source": "prompts.jsonl"},
         "reference": {"model": "reference"},
         "reward": {"model": "reward"},
-        "constraints": {"safety": {"scorer": {"kind": "guard", "model": "guard"}, "margin": 0.1}},
+        "constraints": {"safety": {"scorer": GUARD, "margin": 0.1}},
         "evaluate": {"benign_prompts": {"source": "benign.jsonl"}},
     }
     return validate_config(raw | OF_METHOD[method] | changes)
@@ -64,17 +71,29 @@ def declared(kind: type[BaseModel], annotation: type[BaseModel] = Config, prefix
 
 @pytest.mark.parametrize(("kind", "walk"), [(Model, models), (DataSource, sources), (Endpoint, endpoints)])
 def test_every_declared_field_of_the_kind_is_yielded_for_some_method(kind: type[BaseModel], walk: Any) -> None:
-    yielded = {key.replace("constraints.safety", "constraints.*") for m in METHODS for key in walk(configure(m))}
-    several = {"reward": "constraints.*.scorer", "constraints.*.scorer": "reward"}  # one type stands at both
+    named = {"constraints.safety.others.second": "constraints.*.others.*", "constraints.safety": "constraints.*"}
+    yielded = set()
+    for key in (key for method in METHODS for key in walk(configure(method))):
+        given, star = next(((name, star) for name, star in named.items() if key.startswith(name)), ("", ""))
+        yielded.add(star + key.removeprefix(given))
     expected = {key for key in declared(kind)}
-    unmet = {key for key in expected - yielded if key.replace("constraints.*.scorer", several["constraints.*.scorer"])
-             not in yielded and "constraints.*.scorer" + key.removeprefix("reward") not in yielded}  # fmt: skip
-    assert not unmet
+    assert {_anywhere(key) for key in expected} == {_anywhere(key) for key in yielded}
     assert yielded <= expected
 
 
+def _anywhere(key: str) -> str:
+    """One type stands at three places: a key inside of it, wherever it stands."""
+    for place in ("reward", "constraints.*.scorer", "constraints.*.others.*"):
+        if key == place or key.startswith(f"{place}."):
+            return "(a scorer)" + key.removeprefix(place)
+    return key
+
+
 def test_scorers_are_the_reward_and_every_constraint() -> None:
-    assert list(scorers(configure("mocan"))) == ["reward", "constraints.safety.scorer"]
+    assert list(scorers(configure("cdpo"))) == ["reward", "constraints.safety.scorer"]
+    several = ["reward", "constraints.safety.scorer", "constraints.safety.others.second"]
+    assert list(scorers(configure("mocan"))) == several
+    assert "constraints.safety.others.second" in models(configure("mocan"))
 
 
 def test_every_source_is_read_as_something() -> None:

@@ -159,7 +159,7 @@ def test_scores_of_a_million_beta_do_not_overflow() -> None:
 
 @pytest.mark.parametrize(("estimator", "used"), [("auto", "jackknife"), ("jackknife",) * 2, ("empirical",) * 2])
 def test_estimators_and_their_judgement_are_those_of_a_table(estimator: str, used: str) -> None:
-    table, columns = both(make_scores(9, 80, 2))
+    table, columns = both(make_scores(9, 220, 2))
     margins = [Margin("a", margin=0.1), Margin("b", threshold=7.2)]
     one, other = (solve_table(t, beta=6.0, constraints=margins, estimator=estimator) for t in (table, columns))
     assert other.estimator == used

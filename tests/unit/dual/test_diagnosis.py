@@ -177,8 +177,8 @@ class TestDiagnose:
         ("world", "start"),
         [
             (World("gaussian", 1.0), "On new prompts the policy of this lambda changes g by +0.4"),
-            (World("gaussian", 50.0, num_prompts=100), "Do not trust the prediction or lambda: 1.1 of 128 responses"),
-            (World("t3", 1.0, num_prompts=100), "Do not trust the prediction or lambda: "),
+            (World("gaussian", 50.0, num_prompts=200), "Do not trust the prediction or lambda: 1.1 of 128 responses"),
+            (World("t3", 1.0, num_prompts=200), "Do not trust the prediction or lambda: "),
         ],
     )
     def test_verdict(self, world: World, start: str) -> None:

@@ -441,8 +441,8 @@ class TestSolution:
     )
     def test_f28_verdict(self, k: int, beta: float, start: str) -> None:
         generator = np.random.default_rng(0)
-        reward, utility = generator.normal(size=(2, 50 * k))
-        solution = solve_dual(reward, utility, np.repeat(np.arange(50), k), beta=beta, constraints=[Margin("g", 0.3)])
+        reward, utility = generator.normal(size=(2, 200 * k))
+        solution = solve_dual(reward, utility, np.repeat(np.arange(200), k), beta=beta, constraints=[Margin("g", 0.3)])
         diagnostics = solution.diagnostics
         assert diagnostics["verdict"].startswith(start)
         sd = np.std(reward + solution.lam["g"] * utility) / beta

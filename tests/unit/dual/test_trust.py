@@ -50,12 +50,13 @@ def test_leaving_a_prompt_out_is_a_solve_on_the_others() -> None:
 
 
 def test_the_numbers_are_the_sums_written_out() -> None:
-    reward, utility, prompt = gaussian(60, 16)
+    reward, utility, prompt = gaussian(200, 16)
     trust, lam = judged(reward, utility, prompt, 0.5)
-    centred = [value.reshape(60, 16) - value.reshape(60, 16).mean(axis=1, keepdims=True) for value in (reward, utility)]
+    shaped = [value.reshape(200, 16) for value in (reward, utility)]
+    centred = [value - value.mean(axis=1, keepdims=True) for value in shaped]
     ratio = np.exp(centred[0] + lam * centred[1])
     weight = ratio / ratio.sum(axis=1, keepdims=True)
-    variance, ess = utility.reshape(60, 16).var(axis=1, ddof=1), 1 / (weight**2).sum(axis=1)
+    variance, ess = utility.reshape(200, 16).var(axis=1, ddof=1), 1 / (weight**2).sum(axis=1)
     assert trust.ess_J[0] == pytest.approx(variance.sum() / (variance / ess).sum())
     for carriers, value in ((trust.evidence.carriers_J, ratio), (trust.evidence.own_carriers_J, 16 * weight)):
         carried = np.abs(centred[1]) * value**2
@@ -102,8 +103,8 @@ def test_a_minority_that_carries_everything_is_seen() -> None:
     ("world", "words"),
     [
         (World("gaussian", 1.0, num_prompts=30), "30 prompts that can show a change are too few, 50 are needed"),
-        (World("gaussian", 10.0, num_prompts=60), "1.5 of 128 responses carry a prompt's prediction"),
-        (World("t3", 1.0, num_prompts=100), "of all 12800 responses decide it"),
+        (World("gaussian", 10.0, num_prompts=200), "1.4 of 128 responses carry a prompt's prediction"),
+        (World("t3", 1.0, num_prompts=200), "of all 25600 responses decide it"),
         (World("rare", 1.0, num_prompts=300), "rare responses decide it (Pareto k = 1."),
     ],
 )
@@ -133,7 +134,7 @@ def test_lambda_zero_is_known_only_with_room() -> None:
 @pytest.mark.parametrize("law", ["gaussian", "binary", "skewed_down"])
 def test_the_truth_lies_inside_what_is_printed(law: str) -> None:
     """π_λ̂ of 40 tables at the population's own improvement; docs/estimators.md has 18 worlds and all sizes."""
-    world = World(law, 1.0, num_prompts=100, num_responses=24)
+    world = World(law, 1.0, num_prompts=240, num_responses=24)
     inside, known = [], []
     for seed in range(40):
         trust, lam = judged(*world.sample(seed), world.margin, world.beta)

@@ -28,7 +28,7 @@ from can_dist.measuring.gains import (
     safety_tails,
     win_rate,
 )
-from can_dist.measuring.predicted import held_out_prediction, multipliers, predictions, score_table
+from can_dist.measuring.predicted import held_out_prediction, multipliers, predictions
 from can_dist.stages.report import Lineage, _counts, _drift, lineage_of
 from can_dist.tables.artifacts import Artifact, open_stage, write_json, write_part
 from can_dist.training.losses import example_losses
@@ -199,15 +199,6 @@ def test_gains_of_a_prompt_are_the_means_of_its_responses() -> None:
     before, after = table({"b": [1.0, 3.0], "a": [5.0]}, "r"), table({"a": [6.0, 8.0], "b": [4.0, 4.0]}, "r")
     found = gains_table(before, after, ["r"], np.array([1.0, 3.0, 0.0, 0.0]))
     assert found.to_pydict() == {"prompt_id": ["a", "b"], "r.reference": [5, 2], "r.policy": [7, 4], "kl": [2, 0]}
-
-
-def test_the_training_table_carries_the_weights_it_was_solved_with() -> None:
-    rows = pa.table({"prompt_id": ["a", "a"], "reward": [0.0, 1.0], "safety": [1.0, 0.0], "logp": np.log([0.9, 0.1])})
-    solution = solve_dual([0.0, 1.0], [[1.0], [0.0]], ["a", "a"], beta=1.0, constraints=[Margin("safety", -0.1)])
-    weighted = score_table(rows, "reward", solution, "logp")
-    assert weighted.weighted
-    np.testing.assert_allclose(np.exp(weighted.log_weight_N), [0.9, 0.1])
-    assert not score_table(rows, "reward", solution).weighted
 
 
 def test_an_unknown_standard_error_is_null() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tail_worlds
 from scipy.stats import norm
 
 from can_dist.errors import ConfigError, DataError
@@ -188,3 +189,13 @@ def test_bad_arguments_are_named() -> None:
         prompt_mean([1.0, 2.0], ["a", "b"], confidence=95)
     with pytest.raises(ConfigError, match=r"alpha = 0, num_replicates = 1000: expected in \(0, 1\], and at least 2\."):
         cvar([1.0, 2.0], ["a", "b"], 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", ["Gaussian", "−lognormal", "5 % lose 10"])
+def test_statements_on_a_cvar_are_false_no_more_often_than_they_may(law: str) -> None:
+    """The truth is the margin: every "met" and every certificate is false; docs/estimators.md has all worlds."""
+    num_tables = 400
+    met, _, *certified = tail_worlds.rates(tail_worlds.LAWS[law], 0.1, 64, num_tables, 7)
+    for share, allowed in zip((met, *certified), (0.05, *tail_worlds.ERRORS), strict=True):
+        assert share / 100 <= allowed + 2 * np.sqrt(allowed * (1 - allowed) / num_tables)

@@ -56,8 +56,11 @@ def case(name: str) -> tuple[ScoreTable, DualSolution]:
     if name == "gaussian estimator":
         table = gaussian()
         return table, solved(table, 0.5, beta=0.05, estimator="gaussian")
-    if name == "price of nothing":
+    if name == "jackknife":
         table = gaussian()
+        return table, solved(table, 0.5, estimator="jackknife")
+    if name == "price of nothing":
+        table = gaussian(num_prompts=200)
         return table, solved(table, -0.5)
     if name == "weighted":
         table = weighted_table()
@@ -90,8 +93,9 @@ def case(name: str) -> tuple[ScoreTable, DualSolution]:
 
 
 CASES = [
-    "one constraint", "two constraints", "gaussian estimator", "price of nothing", "weighted", "infeasible", "equality",
-    "one response", "some single responses", "one prompt", "constant utility", "no constraint",
+    "one constraint", "two constraints", "gaussian estimator", "jackknife", "price of nothing", "weighted",
+    "infeasible", "equality", "one response", "some single responses", "one prompt", "constant utility",
+    "no constraint",
 ]  # fmt: skip
 
 
@@ -192,6 +196,25 @@ class TestPage:
         assert found.influence[5].prompt not in text
         assert f"sd within a prompt {found.scorers['helpfulness'].within_sd:.3g}" in text
 
+    @pytest.mark.parametrize(
+        ("name", "why"),
+        [("jackknife", "the bias of few responses, which the jackknife removes"), ("gaussian estimator", "Gaussian")],
+    )
+    def test_a_lambda_beside_the_papers_dual_says_why_it_is_not_at_its_least(
+        self, name: str, why: str, folder: Path
+    ) -> None:
+        table, solution = case(name)
+        paper = solve_table(
+            table, beta=solution.beta, constraints=[Margin("g0", 0.5)], estimator="empirical", throw=False
+        )
+        text = Page(html_of(name, folder)).text
+        assert (
+            f"Drawn is the paper’s dual, which is least at λ = {paper.lam['g0']:.3g}; λ̂ = {solution.lam['g0']:.3g}"
+            in text
+        )
+        assert why in text[text.index("Drawn is the paper’s dual") :]
+        assert "Drawn is the paper’s dual" not in Page(html_of("one constraint", folder)).text
+
     def test_same_input_same_bytes(self, tmp_path: Path) -> None:
         for name in ("a", "b"):
             table = gaussian(num_constraints=2)
@@ -238,13 +261,13 @@ class TestHeadline:
         [
             (World("gaussian", 0.5, num_prompts=300), "jackknife", "met", "May be trusted. On new prompts "),
             (
-                World("gaussian", 10.0, num_prompts=100),
+                World("gaussian", 10.0, num_prompts=200),
                 "empirical",
                 "unmet",
                 "Do not trust the prediction or lambda: 1.4 of 128 ",
             ),
             (
-                World("uniform", 1.0, -0.5, -0.4, 60, 16),
+                World("uniform", 1.0, -0.5, -0.4, 200, 16),
                 "jackknife",
                 "within",
                 "May be trusted roughly: for what the policy ",

@@ -41,6 +41,7 @@ ALIASES = {"num_samples": "samples", "method": "label"}
 NOT_HELD = re.compile(r"score: .*\.batch_size|align: .*\.(model|preferences|calibrate)")
 # in an identity when it is given: runs made before it keep their names
 HELD_WHEN_GIVEN = [("template_options", {}), ("num_sealed", 0), ("feedback", None), ("kernels", None)]
+HELD_WHEN_GIVEN += [("of", "mean"), ("level", None), ("alpha", None), ("others", {})]
 RECORD = "report.build_report"  # its copy of the whole configuration tells how the run was made; no number is of it
 
 
@@ -135,6 +136,7 @@ def _openers(stage: str) -> list[str]:
         "ingest": ["ingest", "brought_responses"],
         "align": ["human_labels", "train"],
         "watch": ["train"],
+        "utilities": ["solve"],
     }.get(stage, [stage])
 
 
@@ -233,10 +235,14 @@ def source(folder: Path, name: str) -> dict[str, str]:
     return {"source": str(folder / name)}
 
 
+CALM = {"kind": "callable", "function": "scorers:num_calm"}
 CASES: dict[str, Any] = {
     "mocan": lambda folder: {"solve": {"estimator": "jackknife", "confidence": 0.6}, "label": {"pairs_per_prompt": 3}},
     "mocan, listwise": lambda folder: {"label": {"labels": "listwise", "validation_fraction": 0.11}},
-    "mocan, brought": lambda folder: {"generate": {"num_responses": 2, "responses": source(folder, "responses.jsonl")}},
+    "mocan, brought": lambda folder: {
+        "generate": {"num_responses": 2, "responses": source(folder, "responses.jsonl")},
+        "constraints": {"calm": {"scorer": CALM, "margin": 0.05, "of": "cvar", "alpha": 0.77}},
+    },
     "mocan, a strength": lambda folder: {
         "strength": 1.53,
         "prompts": {**source(folder, "many.jsonl"), "num_test": 4, "num_validation": 33},

@@ -15,11 +15,11 @@ import pytest
 
 from can_dist.config import validate_config
 from can_dist.config.base import identity
-from can_dist.dual import DualSolution, Margin, solve_dual
+from can_dist.dual import Column, DualSolution, Margin, solve_dual
 from can_dist.dual.belief.level import level_of, stated
 from can_dist.errors import NotBelieved
 from can_dist.stages.belief import belief_page, believed
-from can_dist.stages.solve import BELIEF, describe, load_solution, solve
+from can_dist.stages.solve import BELIEF, describe, load_solution, score_table, solve
 from can_dist.tables.artifacts import Artifact, open_stage, write_part
 from can_dist.workspace import Workspace
 
@@ -185,3 +185,12 @@ def test_description_points_out_a_level_given_as_a_margin() -> None:
     text = describe(expected(Margin("safety", -1.3)))
     assert text.startswith("λ* = safety 0.0000 (paper's 0); ")
     assert "write threshold=-1.3, a margin of" in text
+
+
+def test_a_table_carries_the_weights_it_was_solved_with() -> None:
+    rows = pa.table({"prompt_id": ["a", "a"], "reward": [0.0, 1.0], "safety": [1.0, 0.0], "logp": np.log([0.9, 0.1])})
+    columns = [Column("safety", ("safety",))]
+    weighted = score_table(rows, "reward", columns, "logp", "here")
+    assert weighted.weighted
+    np.testing.assert_allclose(np.exp(weighted.log_weight_N), [0.9, 0.1])
+    assert not score_table(rows, "reward", columns, None, "here").weighted
