@@ -207,8 +207,7 @@ def _active_set(factor_JJ: FloatArray, linear_J: FloatArray, signed_J: npt.NDArr
         free: FloatArray = -linear_J / factor_JJ[0] ** 2
         return free if signed_J[0] else np.maximum(free, 0.0)
     both_signs = np.hstack([factor_JJ.T, -factor_JJ.T[:, signed_J]])
-    right_J = np.asarray(-np.linalg.solve(factor_JJ, linear_J), dtype=np.float64)
-    parts = nonnegative_least_squares(both_signs, right_J)
+    parts = nonnegative_least_squares(both_signs, -np.linalg.solve(factor_JJ, linear_J))
     target: FloatArray = parts[: linear_J.size]
     target[signed_J] -= parts[linear_J.size :]
     return target

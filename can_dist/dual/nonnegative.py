@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from can_dist.dual.table import FloatArray
 
 _TOLERANCE = 1e-9
 
 
-def nonnegative_least_squares(matrix_MJ: FloatArray, right_M: FloatArray) -> FloatArray:
+def nonnegative_least_squares(matrix_MJ: FloatArray, right_M: npt.NDArray[np.floating[Any]]) -> FloatArray:
     """Return argmin over x ≥ 0 of ‖Ax − b‖².
 
     Lawson and Hanson's method, and Stark and Parker's where the answer of the first is not optimal: that of SciPy 1.15
@@ -27,7 +30,7 @@ def nonnegative_least_squares(matrix_MJ: FloatArray, right_M: FloatArray) -> Flo
     return np.asarray(lsq_linear(matrix_MJ, right_M, (0.0, np.inf), method="bvls", tol=1e-15).x, dtype=np.float64)
 
 
-def _is_optimal(matrix_MJ: FloatArray, right_M: FloatArray, solution_J: FloatArray) -> bool:
+def _is_optimal(matrix_MJ: FloatArray, right_M: npt.NDArray[np.floating[Any]], solution_J: FloatArray) -> bool:
     """Whether the gradient vanishes where x > 0 and does not point inwards where x = 0, to rounding."""
     gradient_J = matrix_MJ.T @ (matrix_MJ @ solution_J - right_M)
     scale_J = np.linalg.norm(matrix_MJ, axis=0) * np.linalg.norm(right_M)
