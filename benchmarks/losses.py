@@ -144,8 +144,9 @@ def real(run_dir: Path) -> None:
 
 def measured(evaluation: Any) -> dict[str, Any]:
     """Return one evaluation's trained tokens, slack and estimate of KL(π_θ‖π*)."""
-    from can_dist.stages.report import REPORT, as_trained
+    from can_dist.stages.report import as_trained
     from can_dist.stages.solve import load_solution
+    from can_dist.workspace import REPORT
 
     read = evaluation.read_json(REPORT)
     solution, beta = load_solution(evaluation.input("solution")), read["beta"]

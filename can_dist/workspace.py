@@ -31,6 +31,10 @@ TEXTS = {"stage", "label", "work", "message", "error"}
 """Fields of an event that hold a text, where it has them."""
 SINCE = "%Y-%m-%d %H:%M:%S"
 LOG = "log.jsonl"
+SOLUTION, BELIEF = "solution.json", "belief.html"
+"""Of a stage ``solve``; the page is in no manifest, since it decides nothing."""
+REPORT, PAGE = "report.json", "report.html"
+"""Of a stage ``evaluate``. A copy of either page is in the run directory, of the last."""
 FIELDS: dict[str, dict[str, Any]] = {
     "failed": {"error": str, "message": str},
     "shards": {"done": int, "waiting": int, "work": str},

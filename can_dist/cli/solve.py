@@ -116,8 +116,8 @@ def _solve_run(run_dir: Path, settings: Config, report_path: str | None, json_pa
     check_output("--json", json_path)
     check_output("--report", report_path)
     from can_dist.stages.belief import belief_page
-    from can_dist.stages.solve import BELIEF, SOLUTION
     from can_dist.tables.artifacts import write_text
+    from can_dist.workspace import BELIEF, SOLUTION
 
     try:
         artifact = run_until(run_dir, settings, "solve")

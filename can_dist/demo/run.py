@@ -13,8 +13,8 @@ from typing import Any
 from can_dist.config import load_config
 from can_dist.dual.belief.level import stated
 from can_dist.measuring.verdicts import verdict_text
-from can_dist.stages.report import PAGE, REPORT
 from can_dist.tables.artifacts import Artifact, write_text
+from can_dist.workspace import PAGE, REPORT
 
 
 def run_demo(run_dir: Path, overrides: tuple[str, ...]) -> None:

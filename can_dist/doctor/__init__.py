@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from can_dist.config import Cluster, Config
-from can_dist.doctor.advice import check_scores, scores_of
 from can_dist.doctor.environment import check_environment
 from can_dist.doctor.filesystem import check_filesystem
 from can_dist.doctor.finding import Finding, Severity
@@ -17,6 +16,8 @@ __all__ = ["Finding", "Severity", "examine"]
 
 def examine(run: Path | None, config: Config | None, *, clean: bool = False) -> list[Finding]:
     """Return the findings about this machine, and about the run directory and the configuration if given."""
+    from can_dist.doctor.advice import check_scores, scores_of  # torch, which `status` needs not
+
     findings = check_environment(config)
     findings += check_ray(config.cluster if config else Cluster())
     if run is not None:

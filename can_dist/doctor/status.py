@@ -12,7 +12,7 @@ from can_dist.errors import DataError
 from can_dist.tables.artifacts import MANIFEST, STAGE, load_artifact
 from can_dist.tables.quarantine import quarantined
 from can_dist.training.metrics import METRICS, RESUMED, read_metrics
-from can_dist.workspace import LOG, Owner, read_events, read_owner
+from can_dist.workspace import BELIEF, LOG, PAGE, SOLUTION, Owner, read_events, read_owner
 
 CONFIG = "config.yaml"
 SILENT_S = 1800.0
@@ -59,8 +59,6 @@ def _outcome(run: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     from can_dist.dual.belief.level import stated
     from can_dist.measuring.verdicts import verdict_line
-    from can_dist.stages.report import PAGE
-    from can_dist.stages.solve import BELIEF, SOLUTION
 
     outcome: dict[str, Any] = {}
     for stage in stages:

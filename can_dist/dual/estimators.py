@@ -193,8 +193,9 @@ def orthant_minimum(
     signed = equal_J[curved]
     target = _active_set(factor, linear_J[curved] / scale, signed)
     free = signed | (target > 0)
-    if free.any():
-        refined = -np.linalg.solve(correlation[np.ix_(free, free)], (linear_J[curved] / scale)[free])
+    curvature = correlation[np.ix_(free, free)]
+    if free.any() and np.linalg.matrix_rank(curvature) == free.sum():  # two that say the same have no single answer
+        refined = -np.linalg.solve(curvature, (linear_J[curved] / scale)[free])
         if np.all(signed[free] | (refined > 0)):
             target[free] = refined
     lam[curved] = target / scale

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from scipy.stats import norm
+from scipy.special import ndtri
 
 Verdict = Literal["met", "not met", "undecided"]
 
@@ -56,8 +56,8 @@ def prompts_to_decide(
     arm = realised["mean"] - realised["low"] if distance > 0 else realised["high"] - realised["mean"]
     if equal or distance == 0 or not 0 < arm < math.inf:
         return None
-    level = float(norm.ppf(0.5 + confidence / 2))
-    needed = num_prompts * (arm / level * (level + float(norm.ppf(POWER))) / distance) ** 2
+    level = float(ndtri(0.5 + confidence / 2))
+    needed = num_prompts * (arm / level * (level + float(ndtri(POWER))) / distance) ** 2
     if needed > MOST_PROMPTS:
         return None
     digit = 10 ** max(math.floor(math.log10(needed)) - 1, 0)

@@ -22,9 +22,9 @@ from can_dist.measuring.gains import column
 from can_dist.measuring.ranking import Ranking, rank_methods
 from can_dist.measuring.verdicts import current
 from can_dist.stages.cost import cost_of, trajectories
-from can_dist.stages.report import REPORT
 from can_dist.stages.trajectory import TRAJECTORY
 from can_dist.tables.artifacts import MANIFEST, Artifact, flatten, load_artifact, write_json, write_text
+from can_dist.workspace import REPORT
 
 PAGE, RECORD, PICTURE = "compare.html", "compare.json", "compare.svg"
 

@@ -17,10 +17,11 @@ from can_dist.outcomes.certificates import find_certificate, require_certificate
 from can_dist.reporting.model_card import model_card
 from can_dist.stages.certify import CERTIFICATE
 from can_dist.stages.estimate import trained_policy
-from can_dist.stages.report import REPORT, lineage_of, method_title
+from can_dist.stages.report import lineage_of, method_title
 from can_dist.stages.solve import load_solution
 from can_dist.tables.artifacts import MANIFEST, Artifact, atomic_directory, atomic_file, load_artifact
 from can_dist.training import ADAPTER, POLICY
+from can_dist.workspace import REPORT
 
 PAIRED = ("sigmoid", "regression", "offset")  # losses whose examples are pairs
 STAGES = ("train", "merge", "strength", "evaluate")  # whose artifacts are policies, or lead to one

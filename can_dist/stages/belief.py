@@ -6,9 +6,9 @@ from pathlib import Path
 
 from can_dist.dual.belief.level import LEVELS, level_of, stated
 from can_dist.errors import NotBelieved
-from can_dist.stages.solve import BELIEF, load_solution, solved_table, write_belief
+from can_dist.stages.solve import load_solution, solved_table, write_belief
 from can_dist.tables.artifacts import Artifact, write_text
-from can_dist.workspace import Workspace
+from can_dist.workspace import BELIEF, Workspace
 
 
 def belief_page(solution: Artifact) -> Path:

@@ -22,13 +22,13 @@ from can_dist.scoring.protocol import LogProb, ScorerSpec
 from can_dist.stages.cost import made
 from can_dist.stages.generate import generate
 from can_dist.stages.ingest import ingest_benign
-from can_dist.stages.report import PAGE, REPORT, Lineage, build_report, log_ratio, method_title
+from can_dist.stages.report import Lineage, build_report, log_ratio, method_title
 from can_dist.stages.score import score
 from can_dist.stages.train import policy_model
 from can_dist.stages.utilities import column_keys, columns_of, measured
 from can_dist.tables.artifacts import Artifact, digest_of, write_json, write_part
 from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
-from can_dist.workspace import Workspace
+from can_dist.workspace import PAGE, REPORT, Workspace
 
 
 def evaluate(

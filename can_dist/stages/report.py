@@ -43,7 +43,6 @@ from can_dist.training import CURVE
 from can_dist.training.metrics import ESTIMATE
 from can_dist.workspace import Workspace
 
-REPORT, PAGE = "report.json", "report.html"
 ESTIMATED = f"{ESTIMATE}."
 PACKAGES = ("can-dist", "torch", "transformers", "deepspeed", "ray", "numpy", "pyarrow")
 

@@ -31,12 +31,7 @@ from can_dist.stages.utilities import column_keys, columns_of
 from can_dist.tables.artifacts import Artifact, write_json
 from can_dist.tables.scores import score_arrays
 from can_dist.tables.utilities import with_utilities
-from can_dist.workspace import Workspace
-
-SOLUTION = "solution.json"
-
-BELIEF = "belief.html"
-"""The page of a solution: beside it, and in no manifest, since it decides nothing."""
+from can_dist.workspace import BELIEF, SOLUTION, Workspace
 
 AUTO = "jackknife"
 """What ``auto`` takes where it can: a part of the identity, since it once took another estimator."""

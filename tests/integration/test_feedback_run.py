@@ -16,10 +16,11 @@ from can_dist.outcomes.estimate import find_solution
 from can_dist.outcomes.export import facts_of
 from can_dist.pipeline import run_pipeline
 from can_dist.stages.estimate import load_estimate
-from can_dist.stages.report import PAGE, REPORT, as_trained
+from can_dist.stages.report import as_trained
 from can_dist.stages.solve import load_solution
 from can_dist.tables.artifacts import Artifact
 from can_dist.tables.verify import verify_run
+from can_dist.workspace import PAGE, REPORT
 
 pytestmark = pytest.mark.slow
 

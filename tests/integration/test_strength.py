@@ -16,11 +16,11 @@ from can_dist.outcomes.estimate import estimate_text, run_estimate
 from can_dist.outcomes.stretch import export_strength
 from can_dist.pipeline import run_pipeline
 from can_dist.stages.estimate import load_estimate
-from can_dist.stages.report import PAGE, REPORT
 from can_dist.stages.solve import demands
 from can_dist.stages.strength import STRENGTH
 from can_dist.tables.artifacts import Artifact, load_artifact
 from can_dist.tables.verify import verify_run
+from can_dist.workspace import PAGE, REPORT
 
 MARGIN = 0.1
 LAW = 0.25

@@ -14,11 +14,11 @@ from small_run import WORDS, small_run, write_config
 from transformers import AutoModelForCausalLM
 
 from can_dist.stages.estimate import load_estimate
-from can_dist.stages.report import REPORT
 from can_dist.stages.solve import demands
 from can_dist.stages.strength import STRENGTH
 from can_dist.tables.artifacts import Artifact, load_artifact
 from can_dist.training import ADAPTER, POLICY
+from can_dist.workspace import REPORT
 
 pytestmark = pytest.mark.slow
 NUM_VALIDATION = 48

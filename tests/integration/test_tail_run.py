@@ -15,10 +15,10 @@ from can_dist.cli import cli
 from can_dist.config import load_config
 from can_dist.pipeline import run_pipeline
 from can_dist.stages.certify import CERTIFICATE
-from can_dist.stages.report import PAGE, REPORT
 from can_dist.stages.solve import load_solution, solved_columns
 from can_dist.tables.artifacts import MANIFEST, load_artifact
 from can_dist.tables.verify import verify_run
+from can_dist.workspace import PAGE, REPORT
 
 ALPHA = 0.3
 

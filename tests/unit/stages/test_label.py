@@ -18,11 +18,10 @@ from can_dist.errors import ConfigError, DataError
 from can_dist.stages import examples
 from can_dist.stages.examples import NOTED
 from can_dist.stages.label import label
-from can_dist.stages.solve import SOLUTION
 from can_dist.tables.artifacts import file_digest, open_stage, write_json, write_part
 from can_dist.tables.quarantine import without
 from can_dist.tables.schemas import RESPONSES
-from can_dist.workspace import Workspace
+from can_dist.workspace import SOLUTION, Workspace
 
 NUM_PROMPTS, NUM_RESPONSES, BETA = 40, 5, 1.0
 

@@ -19,9 +19,9 @@ from can_dist.dual import Column, DualSolution, Margin, solve_dual
 from can_dist.dual.belief.level import level_of, stated
 from can_dist.errors import NotBelieved
 from can_dist.stages.belief import belief_page, believed
-from can_dist.stages.solve import BELIEF, describe, load_solution, score_table, solve
+from can_dist.stages.solve import describe, load_solution, score_table, solve
 from can_dist.tables.artifacts import Artifact, open_stage, write_part
-from can_dist.workspace import Workspace
+from can_dist.workspace import BELIEF, Workspace
 
 BETA = 0.8
 SCORER = {"kind": "callable", "function": "builtins:len"}
