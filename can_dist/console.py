@@ -73,6 +73,12 @@ def progress(label: str, total: int, unit: str, *, delay: float = 0.0) -> Iterat
         yield bar
 
 
+def tick(bar: Any) -> None:
+    """Redraw a bar, so that its clock moves while no work ends; a log that is no terminal keeps its line a minute."""
+    if sys.stderr.isatty():
+        bar.refresh()
+
+
 MACHINE = {
     errno.ENOSPC: "Free space, or give a place on another disk",
     errno.EDQUOT: "Free space, or ask for a larger quota",

@@ -22,7 +22,7 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 from can_dist.cluster.actors import ActorPool, ShardJob, cause_of
 from can_dist.cluster.metrics import Ledger
 from can_dist.cluster.places import QUIET_S, gave_up, wanted
-from can_dist.console import progress
+from can_dist.console import progress, tick
 from can_dist.errors import EnvironmentProblem
 
 TICK_S = 5.0
@@ -116,7 +116,7 @@ class _Run:
             self.calls[ref] = _Call(slot, shard, time.monotonic())
         soonest = min(call.since + self.deadline_s(call) for call in self.calls.values()) - time.monotonic()
         ended, _ = ray.wait(list(self.calls), timeout=min(max(soonest, 0.1), TICK_S))
-        self.bar.refresh()
+        tick(self.bar)
         self.ledger.waiting(self.num_left())
         for ref in ended:
             self.collect(ref, self.calls.pop(ref))

@@ -73,7 +73,7 @@ def _evaluated(report: Mapping[str, Any]) -> dict[str, Any]:
         "num_test_prompts": report["num_test_prompts"],
         "warnings": [_plain(warning) for warning in report["warnings"]],
         "unpredicted": report["unpredicted"] and _plain(report["unpredicted"]),
-        "believed": _plain(stated(report["solution"]["diagnostics"])) if report["solution"] else "",
+        "believed": _plain(stated(report["solution"]["diagnostics"])) if report.get("solution") else "",
     }
 
 

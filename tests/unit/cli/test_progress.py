@@ -1,0 +1,33 @@
+"""A bar on a terminal moves; a log gets a line a minute, however often the work looks at its clock."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from can_dist.console import progress, tick
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def drawn(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return how often a bar of 50 steps is drawn when the clock is looked at after each."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress("score", 50, "row") as bar:
+        for _ in range(50):
+            tick(bar)
+            bar.update(1)
+    return stream.getvalue().count("score:")
+
+
+def test_a_log_is_told_the_beginning_and_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drawn(io.StringIO(), monkeypatch) == 2
+
+
+def test_a_terminal_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drawn(Terminal(), monkeypatch) >= 50
