@@ -240,8 +240,8 @@ class Train(Strict):
     activation_checkpointing: bool | Annotated[int, Field(ge=2)] = runtime(
         False, "Recompute activations in the backward pass: of every layer (true), or of every n-th (n)."
     )
-    kernels: Literal["liger"] | None = Field(
-        None, description="liger: norm, rotary embedding and SwiGLU by liger-kernel, on GPUs; extra [liger]."
+    kernels: Literal["liger"] | None = added(
+        None, "liger: norm, rotary embedding and SwiGLU by liger-kernel, on GPUs; extra [liger]."
     )
     lora: Lora | None = Field(None, description="Train adapters; default: every weight.")
     ds_config: str | None = Field(

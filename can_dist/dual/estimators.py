@@ -204,7 +204,7 @@ def orthant_minimum(
 
 def _active_set(factor_JJ: FloatArray, linear_J: FloatArray, signed_J: npt.NDArray[np.bool_]) -> FloatArray:
     """Return argmin of ½ λᵀLLᵀλ + ⟨c,λ⟩ with λ ≥ 0 where it is not signed."""
-    if linear_J.size == 1:  # needs no search
+    if linear_J.size == 1:  # needs no search, and so no scipy.optimize
         free: FloatArray = -linear_J / factor_JJ[0] ** 2
         return free if signed_J[0] else np.maximum(free, 0.0)
     both_signs = np.hstack([factor_JJ.T, -factor_JJ.T[:, signed_J]])

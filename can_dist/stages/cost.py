@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from can_dist.measuring.comparison import Cost
+from can_dist.stages.report import as_trained
 from can_dist.tables.artifacts import MANIFEST, Artifact, load_artifact
+from can_dist.tables.lineage import ancestors
 from can_dist.workspace import LOG, read_events
 
 
@@ -19,9 +21,7 @@ def cost_of(evaluation: Artifact) -> Cost:
     Every round of a loop counts: its trajectory was made from them.
     """
     policy = evaluation.input("policy")
-    made = {
-        artifact.path.name: artifact for root in (policy, *trajectories(evaluation)) for artifact in _ancestors(root)
-    }
+    made = {a.path.name: a for root in (policy, *trajectories(evaluation)) for a in ancestors(root)}
     total = Counter[str]()
     for artifact in made.values():
         total["generated"] += artifact.info["num_tokens"] if artifact.stage == "generate" else 0
@@ -45,8 +45,8 @@ def made(evaluation: Artifact) -> dict[str, Any]:
     cost, log = cost_of(evaluation), evaluation.path.parent / LOG
     done = [event for event in read_events(log) if event["event"] == "done"] if log.is_file() else []
     ends = [event["time"] for event in done if event.get("artifact") == evaluation.path.name]
-    before = {artifact.path.name for artifact in _ancestors(evaluation.input("policy"))}
-    measured = {artifact.path.name for artifact in _ancestors(evaluation)} - before
+    before = {artifact.path.name for artifact in ancestors(evaluation.input("policy"))}
+    measured = {artifact.path.name for artifact in ancestors(evaluation)} - before
     return {
         "finished": time.strftime("%Y-%m-%d %H:%M", time.localtime(ends[-1])) if ends else "",
         "seconds": cost.wall_s,
@@ -60,8 +60,7 @@ def made(evaluation: Artifact) -> dict[str, Any]:
 
 def trajectories(evaluation: Artifact) -> list[Artifact]:
     """Return the records of loops of this evaluation's method that ended with its policy."""
-    policy = evaluation.input("policy")
-    policy = policy.input("policy") if policy.stage == "strength" else policy
+    policy = as_trained(evaluation.input("policy"))
     records = [load_artifact(path.parent) for path in sorted(evaluation.path.parent.glob(f"trajectory-*/{MANIFEST}"))]
     return [
         record
@@ -69,13 +68,6 @@ def trajectories(evaluation: Artifact) -> list[Artifact]:
         if record.manifest["identity"]["label"] == evaluation.info["method"]
         and record.manifest["inputs"][f"policy-{record.info['rounds'] - 1}"]["artifact"] == policy.path.name
     ]
-
-
-def _ancestors(artifact: Artifact) -> Iterator[Artifact]:
-    """Yield an artifact and its ancestors; the same ancestor may come more than once."""
-    yield artifact
-    for name in artifact.manifest["inputs"]:
-        yield from _ancestors(artifact.input(name))
 
 
 def _seconds(run: Path, names: Collection[str]) -> float | None:

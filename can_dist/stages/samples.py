@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from can_dist.dual import Column
 from can_dist.measuring.gains import SIDES, by_prompt, column
@@ -135,9 +136,9 @@ def beginnings(scores: Artifact, prompt_ids: Sequence[str], length: int = 70) ->
     """Return the beginning of the last turn of prompts, by id; empty where the scores were made from no responses."""
     if "responses" not in scores.manifest["inputs"]:
         return {}
-    wanted, texts = set(prompt_ids), {}
-    for row in scores.input("responses").table.select(["prompt_id", "messages"]).to_pylist():
-        if row["prompt_id"] in wanted:
-            line = " ".join(row["messages"][-1]["content"].split())
-            texts[row["prompt_id"]] = line if len(line) <= length else line[: length - 1].rstrip() + "…"
+    table, texts = scores.input("responses").table.select(["prompt_id", "messages"]), {}
+    is_wanted = pc.is_in(table.column("prompt_id"), value_set=pa.array(prompt_ids, pa.string()))
+    for row in table.filter(is_wanted).to_pylist():
+        line = " ".join(row["messages"][-1]["content"].split())
+        texts[row["prompt_id"]] = line if len(line) <= length else line[: length - 1].rstrip() + "…"
     return texts

@@ -177,7 +177,7 @@ def _open(
     identity_keys = {
         **{name: model_digest(model) for name, model in models.items()},
         **text_identity(models["reference"]),
-        "train": identity(config.train, exclude=["ds_config", "feedback", "kernels"]),
+        "train": identity(config.train, exclude=["ds_config", "feedback"]),
         "ds_config": ds_config,
         **accumulation(ds_config, precision),
         "beta": beta,
@@ -185,8 +185,6 @@ def _open(
         "precision": precision,
         "record": 3,  # the files beside the weights; 2: the curve, and the adapter; 3: the probe
     }
-    if config.train.kernels is not None:
-        identity_keys["kernels"] = config.train.kernels
     if ascent is not None:
         identity_keys["ascent"] = asdict(ascent)
     elif "validation" in inputs:

@@ -303,7 +303,8 @@ def test_card_shows_what_a_threshold_is_judged_by() -> None:
         "title": "A", "method": "MoCAN", "base": "", "is_hub_model": False, "beta": 0.1, "lam": None, "made_from": [],
     }  # fmt: skip
     asked, found = "+0.5 (mean at least -1)", "+0.7 [+0.6, +0.8]; mean -0.8 [-1.2, -0.4]"
-    line = f"| calm | {asked} | 0.25 | +0.6 | {found} | undecided (about 340 held-out prompts would decide) |"
+    verdict = "undecided (about 340 held-out prompts would decide 4 times in 5, were this the true mean)"
+    line = f"| calm | {asked} | 0.25 | +0.6 | {found} | {verdict} |"
     assert line in model_card(facts, report, adapter=False)
 
 

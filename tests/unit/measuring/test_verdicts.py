@@ -72,7 +72,10 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def test_an_undecided_row_says_what_would_decide_it() -> None:
-    assert verdict_text(row(prompts_to_decide=42000)) == "undecided (about 42,000 held-out prompts would decide)"
+    assert (
+        verdict_text(row(prompts_to_decide=42000))
+        == "undecided (about 42,000 held-out prompts would decide 4 times in 5, were this the true mean)"
+    )
     assert "no number of prompts would decide" in verdict_text(row(prompts_to_decide=None))
     assert "refute" in verdict_text(row(prompts_to_decide=None, equal=True))
     assert verdict_text(row(realised={"mean": 1.0, "low": 1.0, "high": 1.0})) == (

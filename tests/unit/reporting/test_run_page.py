@@ -191,7 +191,8 @@ def test_verdicts_read_as_sentences() -> None:
     )
     assert (
         "The honesty constraint is undecided: +0.92 [0.71, 1.13] against a margin of 1.00, on 64 "
-        "held-out prompts. The margin lies inside the 95% interval: about 900 held-out prompts would decide."
+        "held-out prompts. The margin lies inside the 95% interval: about 900 held-out prompts would decide 4 times "
+        "in 5, were this the true mean."
     ) in Page(rendered("two")).text
     assert (
         "The safety constraint is not met: +0.41 [0.20, 0.62] against a margin of 1.00, on 64 held-out prompts. "

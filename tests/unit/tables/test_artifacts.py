@@ -38,6 +38,7 @@ from can_dist.tables.artifacts import (
     write_json,
     write_part,
 )
+from can_dist.tables.lineage import ancestor, ancestors
 from can_dist.tables.verify import files_outside, verify_run
 
 
@@ -530,6 +531,22 @@ def lineage(tmp_path: Path) -> dict[str, Artifact]:
     prompts = make(tmp_path, "prompts")
     responses = make(tmp_path, "generate", inputs={"prompts": prompts})
     return {"prompts": prompts, "generate": responses, "score": make(tmp_path, inputs={"responses": responses})}
+
+
+def test_each_ancestor_is_read_once_in_a_loop_of_many_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of 40 rounds is made from the two before: 10⁸ ways back to the prompts."""
+    first, second = make(tmp_path, "prompts"), make(tmp_path, "generate")
+    rounds = [first, second]
+    for number in range(40):
+        rounds.append(make(tmp_path, identity={"number": number}, inputs={"a": rounds[-1], "b": rounds[-2]}))
+    opened: list[str] = []
+    read = Artifact.input
+    monkeypatch.setattr(Artifact, "input", lambda self, name: opened.append(name) or read(self, name))
+    assert {made.path.name for made in ancestors(rounds[-1])} == {made.path.name for made in rounds}
+    assert len(opened) == 41
+    assert ancestor(rounds[-1], "prompts").path == first.path
+    with pytest.raises(DataError, match="not made from a 'train' artifact"):
+        ancestor(rounds[-1], "train")
 
 
 def test_verify_accepts_a_whole_run(tmp_path: Path, lineage: dict[str, Artifact]) -> None:
