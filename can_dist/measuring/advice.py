@@ -10,6 +10,7 @@ import numpy as np
 
 from can_dist.dual import Margin, ScoreTable, solve_table
 from can_dist.dual.belief.level import Level, level_of
+from can_dist.dual.weights import percent
 from can_dist.errors import CanDistError
 
 STEPS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
@@ -58,7 +59,7 @@ def margin_words(table: ScoreTable, column: int, margin: Margin) -> str:
         return f"{given} of a score that never differs between the responses to a prompt"
     over = "" if margin.threshold is None else f", {demand:+.3g} over the reference's mean"
     units = f"{demand / sd:.2g} standard deviations of the scores within a prompt"
-    return f"{given} is {units}{over}; {100 * share:.2g}% of the responses {far}"
+    return f"{given} is {units}{over}; {percent(share)} of the responses {far}"
 
 
 def beta_advice(table: ScoreTable, margins: Sequence[Margin], beta: float, estimator: str = "auto") -> BetaAdvice:

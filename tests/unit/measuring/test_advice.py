@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from can_dist.dual import Margin, ScoreTable, solve_table
 from can_dist.dual.belief.level import level_of
 from can_dist.measuring.advice import beta_advice, beta_words, margin_words
 
-P, K = 150, 16
+P, K = 220, 16
 
 
 def table(scale: float = 1.0, spread: float = 1.0) -> ScoreTable:
@@ -42,6 +43,13 @@ def test_a_threshold_is_told_over_the_references_mean() -> None:
     assert margin_words(flat, 0, Margin("g", margin=0.5)) == (
         "a margin of 0.5 of a score that never differs between the responses to a prompt"
     )
+
+
+@pytest.mark.parametrize(("threshold", "share"), [(-1e3, "100%"), (1e3, "0%"), (-0.2 + 1e-9, None)])
+def test_a_share_is_never_written_with_an_exponent(threshold: float, share: str | None) -> None:
+    words = margin_words(table(), 0, Margin("safety", threshold=threshold))
+    assert re.search(r"; (less than )?\d+(\.\d+)?% of the responses are at or above it$", words)
+    assert share is None or f"; {share} of" in words
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 300.0])
