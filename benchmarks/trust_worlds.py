@@ -3,8 +3,8 @@
 A world is a law of prompts and responses whose true improvement E_{π_λ} g − E_{π_ref} g over new prompts is known at
 every λ.
 
-python benchmarks/trust_worlds.py --quick             # about two minutes
-python benchmarks/trust_worlds.py --write             # about ten; writes the tables of docs/estimators.md
+python benchmarks/trust_worlds.py --quick             # about a minute
+python benchmarks/trust_worlds.py --write             # about four; writes the tables of docs/estimators.md
 python benchmarks/trust_worlds.py --prompts 100       # all cells of 100 prompts, one a line; also --only, --tables
 """
 
@@ -337,7 +337,7 @@ def below(
         elif np.mean(said) < 0.95 - 2 * np.sqrt(0.95 * 0.05 / len(said)):
             named.append(f"{name}, K = {count}, P = {size}: {np.mean(said):.1%} of {len(said)}")
     rest = f"{np.mean(few):.1%} of {len(few)} in cells with fewer than {least}" if few else "no cell with few"
-    return [*named, rest]
+    return [*(named or ["none"]), rest]
 
 
 def kl_lines(cells: Mapping[tuple[str, int, int], list[Row | None]]) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from can_dist.dual import Margin, ScoreTable, solve_table
 from can_dist.dual.belief.level import Level, level_of
+from can_dist.dual.belief.trust import MIN_PROMPTS
 from can_dist.dual.weights import percent
 from can_dist.errors import CanDistError
 
@@ -28,12 +29,19 @@ class BetaAdvice:
         ess: median of the effective responses of a prompt there; NaN where there is no finite λ.
         spread: least β tried from which on the prediction may be trusted; None where there is none.
         spread_ess: median of the effective responses of a prompt at ``spread``; NaN without.
+        num_prompts: of the table.
     """
 
     level: Level
     ess: float
     spread: float | None
     spread_ess: float
+    num_prompts: int
+
+    @property
+    def too_few(self) -> bool:
+        """Whether there are too few prompts to trust any prediction."""
+        return self.num_prompts < MIN_PROMPTS
 
 
 def margin_words(table: ScoreTable, column: int, margin: Margin) -> str:
@@ -75,7 +83,7 @@ def beta_advice(table: ScoreTable, margins: Sequence[Margin], beta: float, estim
         if trial_level != "trusted":
             break
         spread = trial, trial_ess
-    return BetaAdvice(level, ess, *(spread or (None, math.nan)))
+    return BetaAdvice(level, ess, *(spread or (None, math.nan)), table.num_prompts)
 
 
 def beta_words(advice: BetaAdvice, beta: float, num_responses: float) -> str:
@@ -83,6 +91,8 @@ def beta_words(advice: BetaAdvice, beta: float, num_responses: float) -> str:
     now = f"at beta = {beta:g} the prediction for these margins is {SAID[advice.level]}"
     if math.isfinite(advice.ess):
         now += f" (a median of {advice.ess:.1f} of {num_responses:g} responses carry a prompt)"
+    if advice.too_few:
+        return f"{now}; {advice.num_prompts} prompts are too few for any beta, {MIN_PROMPTS} are needed"
     if advice.spread is None:
         return f"{now}; no beta that was tried makes it one to trust"
     carried = f"(a median of {advice.spread_ess:.1f} of {num_responses:g})"

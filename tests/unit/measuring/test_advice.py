@@ -77,4 +77,6 @@ def test_where_no_beta_helps_it_says_so() -> None:
     words = beta_words(advice, 1.0, K)
     assert words.startswith("at beta = 1 the prediction for these margins is not to be trusted; no beta that was tried")
     flat = ScoreTable.build(np.zeros(8), np.arange(8.0)[:, None], np.repeat([0, 1], 4), names=["g"])
-    assert beta_advice(flat, [Margin("g", margin=0.1)], 1.0).spread is None
+    few = beta_advice(flat, [Margin("g", margin=0.1)], 1.0)
+    assert few.spread is None
+    assert beta_words(few, 1.0, 4).endswith("; 2 prompts are too few for any beta, 200 are needed")
