@@ -172,7 +172,7 @@ try:
     with interruptible():
         waiting = wait.remote()
         print("waits", flush=True)
-        while not ray.wait([waiting], timeout=1)[0]:  # as the ledger of shards does: ray.get loses what a handler raises
+        while not ray.wait([waiting], timeout=1)[0]:  # as the ledger does: ray.get loses what a handler raises
             pass
 except Interrupted as stopped:
     raise SystemExit(stopped.exit_code)
