@@ -83,7 +83,8 @@ def beta_advice(table: ScoreTable, margins: Sequence[Margin], beta: float, estim
         if trial_level != "trusted":
             break
         spread = trial, trial_ess
-    return BetaAdvice(level, ess, *(spread or (None, math.nan)), table.num_prompts)
+    least, least_ess = spread or (None, math.nan)
+    return BetaAdvice(level, ess, least, least_ess, table.num_prompts)
 
 
 def beta_words(advice: BetaAdvice, beta: float, num_responses: float) -> str:
