@@ -9,22 +9,25 @@ from pathlib import Path
 import click
 
 from can_dist.cli.certify import certify
+from can_dist.cli.chat import chat
 from can_dist.cli.compare import compare, judge, run_and_compare
 from can_dist.cli.estimate import estimate
 from can_dist.cli.export import export
 from can_dist.cli.files import files
 from can_dist.cli.frontier import frontier
+from can_dist.cli.init import init
 from can_dist.cli.look import doctor, status
 from can_dist.cli.options import overrides_option, read_config, run_options, run_until
 from can_dist.cli.plan import plan
 from can_dist.cli.solve import solve
+from can_dist.cli.sweep import sweep
 from can_dist.console import MACHINE, interruptible, of_machine, printable
 from can_dist.errors import CanDistError, ConfigError, DataError, EnvironmentProblem, Interrupted
 
 EXIT_CODES = (
     "Exit codes: 0 done, 2 usage or configuration, 3 bad data, 4 infeasible or not certified, 5 numerical, "
     "6 environment, 7 not enough prompts to certify, 8 not believed as solve.require asks, "
-    "75 interrupted (run again)."
+    "9 some margins of a sweep have no policy, 75 interrupted (run again)."
 )
 
 
@@ -81,7 +84,22 @@ def _stage_command(stage: str, text: str) -> None:
 
 for name, text in STAGES.items():
     _stage_command(name, text)
-for added in (solve, frontier, compare, estimate, certify, export, plan, judge, doctor, status, files):
+for added in (
+    init,
+    sweep,
+    chat,
+    solve,
+    frontier,
+    compare,
+    estimate,
+    certify,
+    export,
+    plan,
+    judge,
+    doctor,
+    status,
+    files,
+):
     cli.add_command(added)
 
 
