@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from can_dist.config import DataSource
 from can_dist.config.scorers import Model, SequenceClassifier
-from can_dist.doctor.inputs import check_model
+from can_dist.doctor.inputs import check_function, check_model
 from can_dist.errors import ConfigError, DataError
 from can_dist.tables.artifacts import MANIFEST
 from can_dist.tables.foreign.known_formats import find_format
@@ -134,17 +134,15 @@ def score_model(name: str, template: str | None, *, is_cost: bool) -> dict[str, 
         ConfigError: a model has no chat template and none is given, or a cost model has no sign to turn.
         EnvironmentProblem: it is of the hub, which cannot be reached.
     """
-    from can_dist.config import Beaver, Guard, PythonCallable
+    from can_dist.config import Beaver, Guard
     from can_dist.modeling.beaver import ARCHITECTURES
     from can_dist.modeling.loading import has_own_marks, load_model_config, load_tokenizer
-    from can_dist.scoring.kinds import check_scorer_opens
 
     sign = {"sign": -1} if is_cost else {}
     is_function = ":" in name and "/" not in name and not Path(name).exists()
     if is_function:
-        function = {"kind": "callable", "function": name, **sign}
-        check_scorer_opens(PythonCallable.model_validate(function))
-        return function
+        check_function(name)
+        return {"kind": "callable", "function": name, **sign}
     config = load_model_config(Model(model=name), "score model")
     architectures = config.architectures or []
     if set(architectures) & set(ARCHITECTURES):

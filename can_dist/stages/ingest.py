@@ -72,7 +72,7 @@ def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
         return _finished(stage)
     table = read.table
     ids: list[str] = table.column("prompt_id").to_pylist()
-    num_validation = _num_validation(len(ids), prompts)
+    num_validation = held_out_validation(len(ids), prompts)
     split_of = _splits(ids, prompts, num_validation, work.config.seed)
     splits = [split_of.get(prompt_id) for prompt_id in ids]
     table = table.append_column("split", pa.array(splits, pa.string()))
@@ -83,11 +83,26 @@ def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
     return stage.commit(info=_info(read) | {"counts": counts})
 
 
-def _num_validation(num_prompts: int, prompts: Prompts) -> int:
-    """Return how many prompts choose the strength: as given, or the default where as many are left to train on."""
-    if prompts.num_validation is not None:
-        return prompts.num_validation
-    return NUM_VALIDATION if num_prompts >= prompts.num_test + prompts.num_sealed + 2 * NUM_VALIDATION else 0
+def held_out_validation(num_prompts: int, prompts: Prompts) -> int:
+    """Return how many prompts choose the strength: as given, or the default where as many are left to train on.
+
+    Raises:
+        DataError: of ``num_prompts`` distinct prompts none would be left to train on.
+    """
+    num_validation = prompts.num_validation
+    if num_validation is None:
+        is_enough = num_prompts >= prompts.num_test + prompts.num_sealed + 2 * NUM_VALIDATION
+        num_validation = NUM_VALIDATION if is_enough else 0
+    if num_prompts <= prompts.num_test + num_validation + prompts.num_sealed:
+        others = {"num_validation": num_validation, "num_sealed": prompts.num_sealed}
+        also = "".join(f" and prompts.{name} = {number}" for name, number in others.items() if number)
+        lower = "".join(f" or prompts.{name}" for name, number in others.items() if number)
+        raise DataError(
+            f"{prompts.source}: {num_prompts} distinct prompts, of which prompts.num_test = {prompts.num_test}{also} "
+            "are to be held out; none would be left to train on.",
+            f"Lower prompts.num_test{lower} or bring more prompts.",
+        )
+    return num_validation
 
 
 def _splits(ids: list[str], prompts: Prompts, num_validation: int, seed: int) -> dict[str, str]:
@@ -96,17 +111,9 @@ def _splits(ids: list[str], prompts: Prompts, num_validation: int, seed: int) ->
     Sealed prompts are the last ones, so that neither another ``num_test`` nor ``num_train`` unseals any.
     """
     order = sorted(ids, key=lambda prompt_id: hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest())
-    num_open = max(len(order) - prompts.num_sealed, 0)
+    num_open = len(order) - prompts.num_sealed
     order, sealed = order[:num_open], order[num_open:]
     num_held_out = prompts.num_test + num_validation
-    if len(order) <= num_held_out:
-        others = {"num_validation": num_validation, "num_sealed": prompts.num_sealed}
-        also = "".join(f" and prompts.{name} = {number}" for name, number in others.items() if number)
-        lower = "".join(f" or prompts.{name}" for name, number in others.items() if number)
-        raise DataError(
-            f"{prompts.source}: {len(ids)} distinct prompts, of which prompts.num_test = {prompts.num_test}{also} "
-            f"are to be held out; none would be left to train on. Lower prompts.num_test{lower} or bring more prompts."
-        )
     last = None if prompts.num_train is None else num_held_out + prompts.num_train
     roles = {
         "sealed": sealed,

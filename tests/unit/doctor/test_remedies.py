@@ -69,6 +69,13 @@ def bad_line(world: Path, _: pytest.MonkeyPatch) -> tuple[Finding, str, str]:
     return finding, f"{path}, line 2: malformed JSON", "Correct the line or write the file again."
 
 
+def none_left_to_train_on(world: Path, _: pytest.MonkeyPatch) -> tuple[Finding, str, str]:
+    source = str(world / "prompts.jsonl")
+    finding = error_of(inputs.check_inputs(configure(world, prompts={"source": source, "num_test": 1000})), "prompts")
+    state = f"{source}: 9 distinct prompts, of which prompts.num_test = 1000 are to be held out; none would be left to"
+    return finding, f"{state} train on", "Lower prompts.num_test or bring more prompts."
+
+
 def missing_model(world: Path, _: pytest.MonkeyPatch) -> tuple[Finding, str, str]:
     config = configure(world, reference={"model": str(world / "none")})
     finding = error_of(inputs.check_inputs(config), "reference")
@@ -127,6 +134,7 @@ KINDS = [
     missing_file,
     bad_row,
     bad_line,
+    none_left_to_train_on,
     missing_model,
     adapter_for_a_model,
     bad_conversation,
