@@ -20,7 +20,9 @@ from can_dist.stages.held_out import HeldOut, refuse_sealed
 from can_dist.tables.artifacts import Artifact, StageDirectory, file_digest, write_part
 from can_dist.tables.foreign.formats import PreferencesRead, PromptsRead, read_preferences, read_prompts
 from can_dist.tables.foreign.messages import prompt_id
+from can_dist.tables.remote import local_copy
 from can_dist.tables.schemas import GIVEN_RESPONSES, PROMPTS
+from can_dist.tables.urls import is_remote
 from can_dist.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -386,7 +388,8 @@ def _pairs_of_other_prompts(pairs: list[dict[str, Any]], source: str) -> list[di
 
 def source_identity(source: DataSource) -> dict[str, Any]:
     """Return what decides a source's content: its files' digests, or the hub id with its revision."""
-    path = Path(source.source).expanduser()
+    name = source.source
+    path = local_copy(name) if is_remote(name) else Path(name).expanduser()
     if path.is_file():
         return {"file": file_digest(path)}
     if path.is_dir():
