@@ -110,7 +110,7 @@ def test_an_error_on_a_real_terminal_is_folded_and_red_unless_refused(tmp_path: 
     missing = str(tmp_path / "scores.jsonl")
     command = ("solve", "--scores", missing, "--reward", "r", "--constraint", "s:margin=1", "--beta", "1")
     shown = on_a_terminal(*command)
-    assert shown.startswith(f"{RED}DataError\x1b[0m: ")
+    assert shown.startswith(f"{RED}DataError\x1b[0m:")
     lines = shown.replace("\r", "").removeprefix(RED).replace("\x1b[0m", "").splitlines()
     assert all(len(line) <= 80 or missing in line for line in lines)
     assert "\x1b" not in on_a_terminal(*command, NO_COLOR="1")

@@ -90,9 +90,10 @@ def adapter_for_a_model(world: Path, _: pytest.MonkeyPatch) -> tuple[Finding, st
 
 
 def bad_conversation(world: Path, _: pytest.MonkeyPatch) -> tuple[Finding, str, str]:
-    rows = [{"role": role, "content": "w1"} for role in ("user", "assistant", "user")]
+    turns = [[{"role": role, "content": f"w1 {n}"} for role in ("user", "assistant", "user")] for n in range(9)]
     path = world / "turns.jsonl"
-    path.write_text(json.dumps({"prompt_id": DOTS, "prompt": rows}) + "\n")
+    rows = [{"prompt_id": DOTS if n == 0 else f"p{n}", "prompt": prompt} for n, prompt in enumerate(turns)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     reference = {"model": str(world / "lm"), "template": "Q: {prompt} A:"}
     config = configure(world, prompts={"source": str(path), "num_test": 3}, reference=reference)
     finding = error_of(inputs.check_inputs(config), "conversations")

@@ -35,6 +35,10 @@ class Failing(MemoryFileSystem):
     fails: dict[str, int] = {}  # noqa: RUF012
     error: Exception = ConnectionResetError("gone")
 
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("failing://"))
+
     def _count(self, name: str) -> None:
         left = Failing.fails.get(name)
         if left is not None:
