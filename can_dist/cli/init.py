@@ -138,10 +138,12 @@ def settings(seen: Data, source: dict[str, Any], *, by_people: bool) -> tuple[di
             f"{source['source']}: {seen.num_prompts} distinct prompts, of which some are held out.",
             f"Bring {LEAST_PROMPTS} or more; hundreds are usual.",
         )
+    from can_dist.config import METHODS
+
     held_out, more = held_out_prompts(seen.num_prompts)
     ratio = {"kind": "log_ratio", "beta": 0.1}
     raw: dict[str, Any] = {
-        "method": "pecan" if by_people else "mocan",
+        "method": next(name for name, row in METHODS.items() if row.needs_ratios == by_people),
         "seed": 0,
         "beta": 0.1 if by_people else 1.0,
         "prompts": {**source, **held_out},
@@ -180,7 +182,7 @@ def seen_from(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     """Return the keys with paths that lead to the same from wherever the file is used: absolute, unless beside it."""
     if file.absolute().parent == Path.cwd():
         return raw
-    led = {}
+    led: dict[str, Any] = {}
     for key, value in raw.items():
         if isinstance(value, dict):
             led[key] = seen_from(value, file)

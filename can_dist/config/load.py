@@ -98,7 +98,7 @@ def with_margins(config: Config, margins: Mapping[str, float]) -> Config:
     given = config.model_dump(mode="json", exclude_unset=True)
     for name, margin in margins.items():
         if name not in config.constraints:
-            raise ConfigError(f"margin {name}: no such constraint. Constraints: {', '.join(config.constraints)}.")
+            raise ConfigError(f"margin {name}: no such constraint.", f"Name one of {', '.join(config.constraints)}.")
         given["constraints"][name] |= {"margin": margin, "threshold": None}
     return validate_config(given, "configuration with other margins")
 

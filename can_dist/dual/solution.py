@@ -204,7 +204,7 @@ class DualSolution:
         """Return what a notebook shows: λ*, margin, predicted improvement, verdict."""
         from can_dist.dual.face import solution_html
 
-        return solution_html(self)
+        return solution_html(self.to_dict())
 
     @property
     def lam_vector(self) -> FloatArray:

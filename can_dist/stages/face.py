@@ -8,8 +8,8 @@ from can_dist.dual.belief.level import stated
 from can_dist.dual.face import HEADER, html_table, solution_rows
 from can_dist.errors import DataError
 from can_dist.measuring.verdicts import verdict_line
-from can_dist.stages.solve import load_solution
 from can_dist.tables.artifacts import MANIFEST, Artifact, load_artifact
+from can_dist.workspace import SOLUTION
 
 
 def run_html(directory: Path) -> str:
@@ -17,9 +17,9 @@ def run_html(directory: Path) -> str:
     solved, evaluated = last_artifact(directory, "solve"), last_artifact(directory, "evaluate")
     if solved is None and evaluated is None:
         return html_table([str(directory)], [], ["Nothing is solved or measured yet."])
-    solution = None if solved is None else load_solution(solved)
+    solution = None if solved is None else solved.read_json(SOLUTION)
     rows = [] if solution is None else solution_rows(solution)
-    sentences = [str(directory)] if solution is None else [str(directory), stated(solution.diagnostics)]
+    sentences = [str(directory)] if solution is None else [str(directory), stated(solution["diagnostics"])]
     if evaluated is not None:
         sentences += [f"{verdict_line(row)}." for row in evaluated.info["constraints"]]
     return html_table(HEADER, rows, sentences)

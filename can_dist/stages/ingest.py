@@ -20,9 +20,8 @@ from can_dist.stages.held_out import HeldOut, refuse_sealed
 from can_dist.tables.artifacts import Artifact, StageDirectory, file_digest, write_part
 from can_dist.tables.foreign.formats import PreferencesRead, PromptsRead, read_preferences, read_prompts
 from can_dist.tables.foreign.messages import prompt_id
-from can_dist.tables.remote import local_copy
+from can_dist.tables.remote import local_path
 from can_dist.tables.schemas import GIVEN_RESPONSES, PROMPTS
-from can_dist.tables.urls import is_remote
 from can_dist.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -72,14 +71,12 @@ def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
     )
     if read is None:
         return _finished(stage)
-    table = read.table
-    ids: list[str] = table.column("prompt_id").to_pylist()
+    ids: list[str] = read.table.column("prompt_id").to_pylist()
     num_validation = held_out_validation(len(ids), prompts)
     split_of = _splits(ids, prompts, num_validation, work.config.seed)
     splits = [split_of.get(prompt_id) for prompt_id in ids]
-    table = table.append_column("split", pa.array(splits, pa.string()))
-    kept = table.filter(pc.is_valid(table.column("split"))).cast(PROMPTS)
-    write_part(stage.path, 0, kept.combine_chunks())
+    table = read.table.append_column("split", pa.array(splits, pa.string()))
+    write_part(stage.path, 0, table.filter(pc.is_valid(table.column("split"))).cast(PROMPTS).combine_chunks())
     names = ("train", "test", *(["validation"] if num_validation else []), *(["sealed"] if prompts.num_sealed else []))
     counts = {**read.counts, **{name: splits.count(name) for name in names}}
     return stage.commit(info=_info(read) | {"counts": counts})
@@ -388,8 +385,7 @@ def _pairs_of_other_prompts(pairs: list[dict[str, Any]], source: str) -> list[di
 
 def source_identity(source: DataSource) -> dict[str, Any]:
     """Return what decides a source's content: its files' digests, or the hub id with its revision."""
-    name = source.source
-    path = local_copy(name) if is_remote(name) else Path(name).expanduser()
+    path = local_path(source.source)
     if path.is_file():
         return {"file": file_digest(path)}
     if path.is_dir():

@@ -14,9 +14,15 @@ from typing import Any
 from can_dist.errors import ConfigError, DataError, EnvironmentProblem
 from can_dist.tables.artifacts import atomic_directory, digest_of
 from can_dist.tables.cache import cache_directory
+from can_dist.tables.urls import is_remote
 
 LAST = "config.json"
 """Without it no directory is a model, so it is put there when all else is."""
+
+
+def local_path(name: str) -> Path:
+    """Return the path that a name means, of a URL that of its copy, with the errors of :func:`local_copy`."""
+    return local_copy(name) if is_remote(name) else Path(name).expanduser()
 
 
 def local_copy(url: str) -> Path:

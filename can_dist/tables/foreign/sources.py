@@ -28,8 +28,7 @@ from can_dist.errors import ConfigError, DataError, EnvironmentProblem
 from can_dist.tables.foreign.json_type import row_decoder
 from can_dist.tables.json_rows import JSON_ENDINGS, Row, json_rows
 from can_dist.tables.misfits import UNREADABLE, named, sound
-from can_dist.tables.remote import local_copy
-from can_dist.tables.urls import is_remote
+from can_dist.tables.remote import local_path
 
 _KINDS = {
     **dict.fromkeys(JSON_ENDINGS, "json"),
@@ -70,8 +69,7 @@ def open_shards(source: str | Path, *, split: str, subset: str | None, revision:
         ConfigError: split, subset or revision is given for a source that has none.
         EnvironmentProblem: the hub cannot be reached.
     """
-    text = str(source)
-    path = local_copy(text) if is_remote(text) else Path(source).expanduser()
+    text, path = str(source), local_path(str(source))
     if path.exists():
         if subset is not None or revision is not None:
             raise ConfigError(f"{text} is local: 'subset' and 'revision' select on the hub only.", "Leave them out.")

@@ -73,5 +73,5 @@ def test_other_margins_replace_a_threshold_and_change_nothing_else() -> None:
     assert (other.constraints["safety"].margin, other.constraints["safety"].threshold) == (0.5, None)
     assert other.constraints["-cost"] == config.constraints["-cost"]
     assert with_margins(other, {"safety": 0.5}) == other
-    with pytest.raises(ConfigError, match=r"margin safe: no such constraint. Constraints: safety, -cost"):
+    with pytest.raises(ConfigError, match=r"margin safe: no such constraint. Name one of safety, -cost"):
         with_margins(config, {"safe": 0.5})
