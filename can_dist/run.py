@@ -19,6 +19,7 @@ from can_dist.stages import (
     certify,
     estimate,
     evaluate,
+    face,
     generate,
     human_labels,
     ingest,
@@ -81,6 +82,9 @@ class Run:
             self._work.ended(None if isinstance(error, StageReached) else error)
         finally:
             self._work.close()
+
+    def _repr_html_(self) -> str:
+        return face.run_html(self._work.directory)
 
     def prompts(self) -> Artifact:
         """Read the configured prompts; some are held out for the evaluation."""
