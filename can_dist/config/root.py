@@ -16,6 +16,7 @@ from can_dist.config.methods import (
     Caid,
     Cdpo,
     MethodName,
+    PrimalDual,
     PSacpo,
     Sacpo,
     SafeDpo,
@@ -60,6 +61,7 @@ class Config(Strict):
     p_sacpo: PSacpo = Field(default_factory=lambda: PSacpo(), description="P-SACPO's mixtures.")
     cdpo: Cdpo = Field(default_factory=lambda: Cdpo(), description="C-DPO's loop.")
     caid: Caid = Field(default_factory=lambda: Caid(), description="CAID's feedback.")
+    primal_dual: PrimalDual = Field(default_factory=lambda: PrimalDual(), description="The online loop.")
     label: Label = Field(default_factory=lambda: Label(), validate_default=True, description="Preferences.")
     train: Train = Field(default_factory=lambda: Train(), validate_default=True, description="Fine-tuning.")
     strength: Strength = Field(
@@ -142,6 +144,29 @@ class Config(Strict):
             )
         return sacpo
 
+    @field_validator("primal_dual")
+    @classmethod
+    def _samples_are_the_policys(cls, primal_dual: PrimalDual, info: ValidationInfo) -> PrimalDual:
+        (method, row), generate = method_of(info), info.data.get("generate")
+        if str(info.field_name) not in row.sections or generate is None:
+            return primal_dual
+        if generate.temperature != 1 or generate.top_p != 1:
+            raise ValueError(
+                f"method {method} learns from samples of the policy itself; generate.temperature and generate.top_p "
+                "must be 1"
+            )
+        if generate.num_responses == 1:
+            raise ValueError(
+                f"method {method} compares a response with the others to its prompt, and generate.num_responses is 1; "
+                "give at least 2"
+            )
+        equal = [name for name, constraint in info.data.get("constraints", {}).items() if constraint.equal]
+        if primal_dual.form == "log" and equal:
+            raise ValueError(
+                f"form 'log' keeps λ above 0, and that of {equal[0]}, an equality, may be below; use linear"
+            )
+        return primal_dual
+
     @field_validator("safedpo")
     @classmethod
     def _thresholds_of_constraints(cls, safedpo: SafeDpo, info: ValidationInfo) -> SafeDpo:
@@ -174,7 +199,8 @@ class Config(Strict):
             raise ValueError(f"method {method} learns from a data set's own labels; name it in label.preferences")
         if (own or not people) and (label.pairs == "preferences") != (label.preferences is not None):
             raise ValueError("label.preferences names the data set when label.pairs is 'preferences', and only then")
-        unused = [] if source == "scores" else ["labels", "pairs", "pairs_per_prompt"]
+        labelled = source == "scores" and not any(isinstance(section, PrimalDual) for section in steps)
+        unused = [] if labelled else ["labels", "pairs", "pairs_per_prompt"]
         unused += [key for other in METHODS.values() for key in other.label_keys if key not in row.label_keys]
         own_labels = any(isinstance(section, Sacpo | SafeDpo) for section in steps)
         unused += [] if people and not own_labels else ["human"]

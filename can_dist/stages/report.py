@@ -306,6 +306,7 @@ def _drift(kl: Mapping[str, Any], policy: Artifact, examination: Mapping[str, An
             f"{judgement['kl']['high']:.2f} that the solve allows: training drifted. Lower train.learning_rate or add "
             "train.warmup_steps."
         )
-    if "summary" in policy.info and (warning := drift_warning(policy.read_json(CURVE))):
-        warnings.append(warning[0].upper() + warning[1:])
+    if "summary" in policy.info:
+        warning = drift_warning(policy.read_json(CURVE), policy.input("preferences").info["loss"])
+        warnings += [warning[0].upper() + warning[1:]] if warning else []
     return warnings

@@ -43,6 +43,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "sacpo": {"sacpo": STEPS},
     "p_sacpo": {"sacpo": STEPS},
     "cdpo": {"generate": {"responses": {"source": "responses.jsonl"}}},
+    "primal_dual": {},
     "caid": {"label": {"pairs": "preferences", "preferences": {"source": "people.jsonl"}}},
 }
 

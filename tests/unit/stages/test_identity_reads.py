@@ -260,6 +260,10 @@ CASES: dict[str, Any] = {
         "sacpo": {"first": {"smoothing": 0.07}, "second": {"on_conflict": "drop"}, "beta_over_lambda": 0.041},
     },
     "caid": lambda folder: {"caid": {"rounds": 1, "epochs": 2}},
+    "primal_dual": lambda folder: {
+        "primal_dual": {"rounds": 2, "step_size": 0.31},
+        "label": {"validation_fraction": 0.21},
+    },
     "pecan": lambda folder: {
         "label": {"preferences": source(folder, "pairs.jsonl"), "validation_fraction": 0.43},
         "reward": {"kind": "log_ratio", "beta": 0.19, "criterion": "helpful", "calibrate": True},
@@ -275,6 +279,7 @@ READERS = {
     "dpo_s": {"human_labels"},
     "p_sacpo": {"human_labels", "merge"},
     "caid": {"slack", "trajectory"},
+    "primal_dual": {"advantages", "slack", "trajectory"},
     "pecan": {"align", "calibrate"},
 }
 """The stages that a case is there for: they must have read something."""
