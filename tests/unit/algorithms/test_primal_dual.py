@@ -39,12 +39,16 @@ class TabularRun(Run):
     A training is one step of the natural gradient: with ``rate`` 1 it ends at π_λ, but for the draw; with less it lags.
     """
 
-    rate = 0.5
+    rate, solves = 0.5, False  # nothing of the dual is needed where η is given
 
     def reference_data(self, prompts: Any, reference: Any, reward: Any, constraints: Any, beta: float) -> ReferenceData:
         responses = self.generate(reference, prompts)
         scores = self.score(responses, reward, constraints, reference)
-        return ReferenceData(scores, self.solve(scores, constraints, beta), responses, scores, None)
+        solution: Any = self.solve(scores, constraints, beta) if self.solves else None
+        return ReferenceData(scores, solution, responses, scores, None)
+
+    def step_sizes(self, data: ReferenceData, step_size: Any) -> dict[str, float]:
+        return super().step_sizes(data, step_size) if self.solves else {"harmless": step_size}
 
     def logp(self, policy: Any) -> np.ndarray:
         """ln π of the reference, or of a trained policy, (P, K)."""
@@ -137,7 +141,7 @@ def rounds_of(directory: Path) -> list[Any]:
 @pytest.mark.slow  # 24 rounds of artifacts
 @pytest.mark.parametrize("options", [{}, {"form": "log", "start": 0.5}], ids=["linear", "log"])
 def test_the_loop_ends_at_the_policy_of_mocan(tmp_path: Path, options: dict[str, Any]) -> None:
-    policy_PK, rounds = loop(tmp_path, rounds=24, **options)
+    policy_PK, rounds = loop(tmp_path, rounds=24, step_size=0.8 / curvature_of(LAM), **options)
     distance, moved_by = world.kl(policy_PK, OPTIMUM_PK), world.kl(OPTIMUM_PK, REF_PK)
     print(f"{options}: KL(π‖π*) = {distance:.4f} nats of {moved_by:.3f}, λ {rounds[-1]['lam']}, λ* {LAM:.4f}")
     assert moved_by > 0.3  # the reference itself must not pass
@@ -152,7 +156,7 @@ def test_the_loop_ends_at_the_policy_of_mocan(tmp_path: Path, options: dict[str,
 class PromptRun(TabularRun):
     """A policy that follows λ at once, so that the loop is the dual's own gradient descent."""
 
-    rate = 1.0
+    rate, solves = 1.0, True
 
 
 @pytest.mark.slow  # a dozen rounds of artifacts
@@ -319,9 +323,10 @@ def test_prompts_with_one_response_each_are_refused(work: Workspace) -> None:
         label_advantages(work, responses, scores, {"harmless": 1.0}, reward="reward", beta=BETA)
 
 
+@pytest.mark.slow  # numba compiles the dual
 def test_the_largest_step_is_two_over_the_largest_eigenvalue(tmp_path: Path) -> None:
     config = make_config(BETA, {"harmless": MARGIN}, "primal_dual")
-    with TabularRun(tmp_path, config) as run:
+    with PromptRun(tmp_path, config) as run:
         data = run.reference_data(None, config.reference, config.reward, config.constraints, BETA)
         bound = largest_step(data.scores, data.solution, reward="reward")
         assert bound == pytest.approx(2 * run.step_sizes(data, "1/H")["harmless"], rel=1e-9)
