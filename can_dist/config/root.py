@@ -61,7 +61,9 @@ class Config(Strict):
     p_sacpo: PSacpo = Field(default_factory=lambda: PSacpo(), description="P-SACPO's mixtures.")
     cdpo: Cdpo = Field(default_factory=lambda: Cdpo(), description="C-DPO's loop.")
     caid: Caid = Field(default_factory=lambda: Caid(), description="CAID's feedback.")
-    primal_dual: PrimalDual = Field(default_factory=lambda: PrimalDual(), description="The online loop.")
+    primal_dual: PrimalDual = Field(
+        default_factory=lambda: PrimalDual(), validate_default=True, description="The online loop."
+    )
     label: Label = Field(default_factory=lambda: Label(), validate_default=True, description="Preferences.")
     train: Train = Field(default_factory=lambda: Train(), validate_default=True, description="Fine-tuning.")
     strength: Strength = Field(
