@@ -24,11 +24,11 @@ def moved(
 ) -> dict[str, float]:
     """Return λ after a step on the measured slack: [λ − η·slack]_+, or in the form 'log' λ·exp(−η·λ·slack).
 
-    The logarithmic one is the gradient's step on ln λ (Safe-RLHF, arXiv 2310.12773); e^{±50} bounds its factor.
+    The logarithmic one is the gradient's step on ln λ (Safe-RLHF, arXiv 2310.12773), by a factor of e at most.
     """
     steps = {name: step_size[name] * row["slack"] for name, row in constraints.items()}
     if form == "log":
-        return {name: lam[name] * math.exp(-min(50.0, max(-50.0, lam[name] * step))) for name, step in steps.items()}
+        return {name: lam[name] * math.exp(-min(1.0, max(-1.0, lam[name] * step))) for name, step in steps.items()}
     stepped = {name: lam[name] - step for name, step in steps.items()}
     return {name: value if constraints[name]["equal"] else max(0.0, value) for name, value in stepped.items()}
 

@@ -53,6 +53,8 @@ def primal_dual(
     """
     data = run.reference_data(prompts, reference, reward, constraints, beta)
     step_size = run.step_sizes(data, options.step_size)
+    if options.form == "log" and options.step_size == "1/H":  # the curvature along ln λ is λ*² times that along λ
+        step_size = {name: eta / (data.lam[name] ** 2 or 1.0) for name, eta in step_size.items()}
 
     def measured(scores: Artifact) -> Artifact:
         return run.stage("measure", measure, scores, data.scores, constraints, reward=REWARD)
@@ -81,8 +83,10 @@ def primal_dual(
 def _diverged(
     data: ReferenceData, name: str, rounds: list[Round], step_size: Mapping[str, float], options: PrimalDual
 ) -> NumericalError:
-    bound, course = largest_step(data.scores, data.solution, reward=REWARD), ", ".join(_shown(rounds, name))
-    limit = f"a policy that follows λ at once allows less than 2/L = {bound:.3g}, L the dual's curvature at its λ*"
+    of_logarithm, course = options.form == "log", ", ".join(_shown(rounds, name))
+    bound = largest_step(data.scores, data.solution, reward=REWARD, of_logarithm=of_logarithm)
+    curvature = f"the dual's curvature along {'ln λ' if of_logarithm else 'λ'} at its λ*"
+    limit = f"a policy that follows λ at once allows less than 2/L = {bound:.3g}, L {curvature}"
     if step_size[name] >= bound:
         remedy = f"Set primal_dual.step_size below {bound:.3g}; '1/H' is half of it for one constraint."
     else:

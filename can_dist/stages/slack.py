@@ -153,12 +153,15 @@ def step_sizes(scores: Artifact, solution: Artifact, step_size: StepSize, *, rew
     return dict(zip(solved.lam, eta_J.tolist(), strict=True))
 
 
-def largest_step(scores: Artifact, solution: Artifact, *, reward: str) -> float:
+def largest_step(scores: Artifact, solution: Artifact, *, reward: str, of_logarithm: bool = False) -> float:
     """Return 2/L, L the largest eigenvalue of the table's dual at its λ*: from there on gradient steps swing for ever.
 
-    Infinite where no score varies within a prompt. Units as η's: reward units per squared score unit.
+    With ``of_logarithm`` the steps are on ln λ, whose Hessian of the dual at λ* is diag(λ*) H diag(λ*). Infinite where
+    no score varies within a prompt. Units as η's: reward units per squared score unit, divided by λ's squared.
     """
-    largest = float(np.linalg.eigvalsh(_hessian(scores, solution, reward))[-1])
+    hessian_JJ, lam_J = _hessian(scores, solution, reward), load_solution(solution).lam_vector
+    scaled_JJ = hessian_JJ * np.outer(lam_J, lam_J) if of_logarithm else hessian_JJ
+    largest = float(np.linalg.eigvalsh(scaled_JJ)[-1])
     return 2 / largest if largest > 0 else math.inf
 
 

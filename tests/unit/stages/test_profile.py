@@ -105,7 +105,7 @@ def test_the_panel_has_a_row_for_every_category_and_both_sides(tmp_path: Path) -
     assert panel is not None
     assert panel["heads"] == ["refused", "safety below 0"]
     assert (panel["rows"][0]["name"], len(panel["rows"][0]["cells"])) == ("prompts that should be answered", 4)
-    assert panel["rows"][1]["cells"][1][0] == "100%"
+    assert panel["rows"][1]["cells"][1][0] == "100.0%"
     assert profile_panel({"tails": {}}) is None
 
 
