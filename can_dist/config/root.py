@@ -128,6 +128,8 @@ class Config(Strict):
             raise ValueError(f"method {method} does not use this section; leave out, or set method to {users}")
         if isinstance(section, Caid) and section.slack == "estimate":
             _check_validation("slack 'estimate'", info)
+        if isinstance(section, PrimalDual) and name in row.sections:
+            _check_own_samples(method, section, info)
         return section
 
     @field_validator("sacpo")
@@ -145,29 +147,6 @@ class Config(Strict):
                 "would find its tau; give of: mean or of: rectified, or set method to mocan"
             )
         return sacpo
-
-    @field_validator("primal_dual")
-    @classmethod
-    def _samples_are_the_policys(cls, primal_dual: PrimalDual, info: ValidationInfo) -> PrimalDual:
-        (method, row), generate = method_of(info), info.data.get("generate")
-        if str(info.field_name) not in row.sections or generate is None:
-            return primal_dual
-        if generate.temperature != 1 or generate.top_p != 1:
-            raise ValueError(
-                f"method {method} learns from samples of the policy itself; generate.temperature and generate.top_p "
-                "must be 1"
-            )
-        if generate.num_responses == 1:
-            raise ValueError(
-                f"method {method} compares a response with the others to its prompt, and generate.num_responses is 1; "
-                "give at least 2"
-            )
-        equal = [name for name, constraint in info.data.get("constraints", {}).items() if constraint.equal]
-        if primal_dual.form == "log" and equal:
-            raise ValueError(
-                f"form 'log' keeps λ above 0, and that of {equal[0]}, an equality, may be below; use linear"
-            )
-        return primal_dual
 
     @field_validator("safedpo")
     @classmethod
@@ -297,6 +276,24 @@ def _check_validation(key: str, info: ValidationInfo) -> None:
         raise ValueError(
             f"{key} is by which of a prompt's responses are preferred, and generate.num_responses is 1; give at least 2"
         )
+
+
+def _check_own_samples(method: str, section: PrimalDual, info: ValidationInfo) -> None:
+    """Raise ``ValueError`` where the samples of a loop would not be its policy's, or be alone, or λ be below 0."""
+    generate = info.data.get("generate")
+    if generate is not None and (generate.temperature != 1 or generate.top_p != 1):
+        raise ValueError(
+            f"method {method} learns from samples of the policy itself; generate.temperature and generate.top_p must "
+            "be 1"
+        )
+    if generate is not None and generate.num_responses == 1:
+        raise ValueError(
+            f"method {method} compares a response with the others to its prompt, and generate.num_responses is 1; give "
+            "at least 2"
+        )
+    equal = [name for name, constraint in info.data.get("constraints", {}).items() if constraint.equal]
+    if section.form == "log" and equal:
+        raise ValueError(f"form 'log' keeps λ above 0, and that of {equal[0]}, an equality, may be below; use linear")
 
 
 RESERVED_SCORE_NAMES = ("reward", "prompt_id", "response_id", "num_tokens", "finish_reason")
