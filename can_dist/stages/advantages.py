@@ -67,7 +67,8 @@ def label_advantages(
             raise DataError(
                 f"{scores.path}: the responses to every prompt have one and the same return, so no policy gradient is "
                 "left.",
-                "Check the scorers: a constant score cannot say which response is better.",
+                "Check the scorers: a constant score cannot say which response is better. In a later round the policy "
+                "may have collapsed to one response: lower primal_dual.step_size or train.learning_rate.",
             )
         return commit(work, kept, noted, scores, loss="clipped")
 

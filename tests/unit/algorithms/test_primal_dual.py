@@ -155,9 +155,15 @@ def test_the_loop_ends_at_the_policy_of_mocan(tmp_path: Path, power: int, option
 
 
 class PromptRun(TabularRun):
-    """A policy that follows λ at once, so that the loop is the dual's own gradient descent."""
+    """A policy that is π_λ as soon as λ moves, so that the loop is the dual's own gradient descent."""
 
-    rate, solves = 1.0, True
+    solves = True
+
+    def train(self, reference: Any, preferences: Artifact, beta: float, **unused: Any) -> Artifact:
+        lam = preferences.manifest["identity"]["lam"]["harmless"]
+        stage = open_stage(self._work.directory, "train", "exact", {}, {"preferences": preferences})
+        write_part(stage.path, 0, pa.table({"logp": np.log(tilted(lam)).ravel()}))
+        return stage.commit()
 
 
 @pytest.mark.slow  # a dozen rounds of artifacts
