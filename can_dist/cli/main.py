@@ -13,6 +13,7 @@ from can_dist.cli.compare import compare, judge, run_and_compare
 from can_dist.cli.estimate import estimate
 from can_dist.cli.export import export
 from can_dist.cli.files import files
+from can_dist.cli.fit_scorer import fit_scorer
 from can_dist.cli.frontier import frontier
 from can_dist.cli.look import doctor, status
 from can_dist.cli.options import overrides_option, read_config, run_options, run_until
@@ -81,7 +82,7 @@ def _stage_command(stage: str, text: str) -> None:
 
 for name, text in STAGES.items():
     _stage_command(name, text)
-for added in (solve, frontier, compare, estimate, certify, export, plan, judge, doctor, status, files):
+for added in (solve, frontier, compare, estimate, certify, export, fit_scorer, plan, judge, doctor, status, files):
     cli.add_command(added)
 
 
