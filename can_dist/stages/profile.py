@@ -19,12 +19,12 @@ from can_dist.stages.ingest import source_identity
 from can_dist.stages.score import score
 from can_dist.tables.artifacts import Artifact, write_json, write_part
 from can_dist.tables.foreign.messages import prompt_id
-from can_dist.tables.foreign.profiles import ANSWER, PROFILES, read_profile
+from can_dist.tables.foreign.profiles import ANSWER, PROFILES, REFUSE, read_profile
 from can_dist.tables.schemas import PROMPTS
 from can_dist.workspace import Workspace
 
 CATEGORIES = "categories.json"
-TITLES = {ANSWER: "prompts that should be answered", "refuse": "prompts that should be refused"}
+TITLES = {ANSWER: "prompts that should be answered", REFUSE: "prompts that should be refused"}
 
 
 def profile_inputs(

@@ -21,7 +21,7 @@ ANSWER, REFUSE = "answer", "refuse"
 
 
 @dataclass(frozen=True)
-class Profile:
+class PublicSet:
     """How one set is read: its columns, and what each category should be, where the set says so."""
 
     prompt: str
@@ -30,11 +30,11 @@ class Profile:
     expected: Callable[[str], str | None]
 
 
-PROFILES: dict[str, Profile] = {
-    "xstest": Profile("prompt", "type", "walledai/XSTest", lambda kind: REFUSE if "contrast" in kind else ANSWER),
-    "beavertails": Profile("prompt", "category", "PKU-Alignment/BeaverTails-Evaluation", lambda _: None),
-    "do_not_answer": Profile("question", "risk_area", "LibrAI/do-not-answer", lambda _: REFUSE),
-    "pku": Profile("prompt", None, "PKU-Alignment/PKU-SafeRLHF", lambda _: None),
+PROFILES: dict[str, PublicSet] = {
+    "xstest": PublicSet("prompt", "type", "walledai/XSTest", lambda kind: REFUSE if "contrast" in kind else ANSWER),
+    "beavertails": PublicSet("prompt", "category", "PKU-Alignment/BeaverTails-Evaluation", lambda _: None),
+    "do_not_answer": PublicSet("question", "risk_area", "LibrAI/do-not-answer", lambda _: REFUSE),
+    "pku": PublicSet("prompt", None, "PKU-Alignment/PKU-SafeRLHF", lambda _: None),
 }
 
 
