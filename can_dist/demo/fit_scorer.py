@@ -115,6 +115,8 @@ def told(record: Mapping[str, Any]) -> list[str]:
                 f"  says {entry['confidence']:.2f}: right {entry['right']:.2f} of {entry['number']}"
                 for entry in row["bins"]
             ]
+    if record["num_truncated"]:
+        lines.append(f"{record['num_truncated']} texts were longer than the model's context, and lost their end")
     if problem := above(record, record["least_accuracy"]):
         lines.append(f"A run refuses it: {problem}")
     return lines
