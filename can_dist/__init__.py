@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from can_dist.algorithms.mocan import mocan as mocan
     from can_dist.algorithms.p_sacpo import p_sacpo as p_sacpo
     from can_dist.algorithms.pecan import pecan as pecan
+    from can_dist.algorithms.primal_dual import primal_dual as primal_dual
     from can_dist.algorithms.sacpo import sacpo as sacpo
     from can_dist.algorithms.safedpo import safedpo as safedpo
     from can_dist.config import Beaver as Beaver
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from can_dist.run import Run as Run
     from can_dist.scoring.protocol import Scorer as Scorer
 
-_ALGORITHMS = ("caid", "cdpo", "dpo", "mocan", "p_sacpo", "pecan", "sacpo", "safedpo")
+_ALGORITHMS = ("caid", "cdpo", "dpo", "mocan", "p_sacpo", "pecan", "primal_dual", "sacpo", "safedpo")
 _CONFIG = ("Beaver", "Constraint", "Guard", "HttpScorer", "LogRatio", "MultiHead", "PythonCallable")
 _HOMES = {
     **{name: f"can_dist.algorithms.{name}" for name in _ALGORITHMS},

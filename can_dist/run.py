@@ -43,7 +43,7 @@ from can_dist.stages.utilities import columns_of
 from can_dist.stages.watch import Watched
 from can_dist.tables.artifacts import Artifact
 from can_dist.tables.lineage import ancestor
-from can_dist.tables.schemas import LOGP_REFERENCE
+from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
 from can_dist.workspace import StageReached, Workspace
 
 
@@ -91,11 +91,16 @@ class Run:
         return ingest.ingest_prompts(self._work, self.config.prompts)
 
     def generate(
-        self, policy: Policy, prompts: Artifact, *, split: Literal["train", "validation"] = "train"
+        self,
+        policy: Policy,
+        prompts: Artifact,
+        *,
+        split: Literal["train", "validation"] = "train",
+        seed: int | None = None,
     ) -> Artifact:
         """Sample K responses of the reference, or of a trained policy, per training or validation prompt.
 
-        The reference's responses may come from a data set (``generate.responses``) or from an endpoint.
+        The reference's may come from a data set (``generate.responses``) or from an endpoint. ``seed``: the draw's.
         """
         options = self.config.generate
         if isinstance(policy, Model) and options.responses is not None:
@@ -104,7 +109,7 @@ class Run:
             return self._sampled(ask_for_responses(self._work, policy, prompts, options.endpoint, split=split))
         role = "reference" if isinstance(policy, Model) else "policy"
         model = train.policy_model(policy, self.config.reference)
-        return self._sampled(generate.generate(self._work, model, prompts, split=split, role=role))
+        return self._sampled(generate.generate(self._work, model, prompts, split=split, role=role, seed=seed))
 
     def aligned(
         self, reference: Model, prompts: Artifact, reward: Scorer, constraints: Mapping[str, Constraint]
@@ -128,11 +133,12 @@ class Run:
         constraints: Mapping[str, Constraint],
         reference: Policy,
         aligned: Mapping[str, PolicyRatio] | None = None,
+        policy: Artifact | None = None,
     ) -> Artifact:
-        """Score responses with the reward, every constraint, and ln π_ref; ``aligned`` holds log-ratios by name."""
-        return self._score(
-            responses, {**self._specs(reward, constraints, aligned), LOGP_REFERENCE: self._log_prob(reference)}
-        )
+        """Score responses with the reward, every constraint, ln π_ref, ln π of ``policy``; ``aligned``: log-ratios."""
+        own = {} if policy is None else {LOGP_POLICY: self._log_prob(policy)}
+        specs = self._specs(reward, constraints, aligned)
+        return self._score(responses, {**specs, LOGP_REFERENCE: self._log_prob(reference), **own})
 
     def validation(
         self,

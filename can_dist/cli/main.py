@@ -14,6 +14,7 @@ from can_dist.cli.compare import compare, judge, run_and_compare
 from can_dist.cli.estimate import estimate
 from can_dist.cli.export import export
 from can_dist.cli.files import files
+from can_dist.cli.fit_scorer import fit_scorer
 from can_dist.cli.frontier import frontier
 from can_dist.cli.init import init
 from can_dist.cli.look import doctor, status
@@ -119,6 +120,7 @@ for added in (
     estimate,
     certify,
     export,
+    fit_scorer,
     plan,
     judge,
     doctor,

@@ -15,6 +15,7 @@ from can_dist.config.methods import METHODS as METHODS
 from can_dist.config.methods import Caid as Caid
 from can_dist.config.methods import Cdpo as Cdpo
 from can_dist.config.methods import Human as Human
+from can_dist.config.methods import PrimalDual as PrimalDual
 from can_dist.config.methods import PSacpo as PSacpo
 from can_dist.config.methods import Sacpo as Sacpo
 from can_dist.config.methods import SafeDpo as SafeDpo

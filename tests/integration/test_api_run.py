@@ -33,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "cdpo": {"method": "cdpo", "cdpo": {"rounds": 1}},
     "caid": {"method": "caid"},
+    "primal_dual": {"method": "primal_dual", "primal_dual": {"rounds": 1}},
     "sacpo": {"method": "sacpo", **PEOPLE},
     "p_sacpo": {"method": "p_sacpo", **PEOPLE},
     "dpo": {"method": "dpo_s", **PEOPLE},
