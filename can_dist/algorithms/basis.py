@@ -33,6 +33,7 @@ def mixed(
     if not run.config.basis:
         return policy
     held_out = check_validation(validation, policy)
+    run.estimate(policy, reference, solution, held_out)  # what its strength alone would reach
     policies = {"": policy}
     for name in run.config.constraints:
         # s = c·g_j, in the spread of r

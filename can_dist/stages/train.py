@@ -91,8 +91,8 @@ def train(
     if stage.finished:
         return stage.finished
     require_convention(models["reference"], preferences.info.get("text"), str(preferences.path))
-    for name in (FAILURE, STOP, f"{RANKS}/{HANG}"):  # left by an earlier attempt
-        (stage.path / name).unlink(missing_ok=True)
+    for left in (FAILURE, STOP, f"{RANKS}/{HANG}"):  # by an earlier attempt
+        (stage.path / left).unlink(missing_ok=True)
     steps = _total_steps(config, preferences)
     watch = watch_spec(watched, preferences, config.train, steps)
     spec = _spec(config, stage.path, models, preferences, beta, watch)
