@@ -110,11 +110,9 @@ def reach_text(record: Mapping[str, Any]) -> str:
         ways = {way: points for way, points in ways.items() if points is not None}
         rows = [[f"margin {name}", *(f"{way} {text}" for way in ways for text in ("reward", "KL"))]]
         for index in range(0, len(curve["margin"]), MARGIN_STEP):
-            row = [_number(curve["margin"][index])]
-            for points in ways.values():
-                for values in (points["reward_improvement"], points["kl"]):
-                    row.append(_number(values[index]) if index < len(values) else "–")
-            rows.append(row)
+            columns = [points[key] for points in ways.values() for key in ("reward_improvement", "kl")]
+            cells = [_number(values[index]) if index < len(values) else "–" for values in columns]
+            rows.append([_number(curve["margin"][index]), *cells])
         lines += _columns(rows)
         within = (record["within"] or {}).get(name)
         lines += [] if within is None else [f"mixed weights mix log-ratios as far as about {name} {within:+.2g}"]
