@@ -286,7 +286,7 @@ class Run:
         """Mix the policy '' with those of single constraints to meet the margins; not for ``Run(until="train")``."""
         if self._until == "train":
             return policies[""]
-        return mixture.mixture(self._work, policies, reference, solution, validation, reward=REWARD)
+        return mixture.mixture(self._work, policies, reference, solution, validation)
 
     def merge(self, policy_a: Artifact, policy_b: Artifact, q: float) -> Artifact:
         """Return the policy q·θ_a + (1 − q)·θ_b."""

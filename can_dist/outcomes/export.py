@@ -17,7 +17,7 @@ from can_dist.outcomes.certificates import find_certificate, require_certificate
 from can_dist.reporting.model_card import model_card
 from can_dist.stages.certify import CERTIFICATE
 from can_dist.stages.estimate import trained_policy, without_strength
-from can_dist.stages.mixture import for_other_margins, weights_text
+from can_dist.stages.mixture import ALONE, for_other_margins, weights_text
 from can_dist.stages.report import lineage_of, method_title
 from can_dist.stages.solve import load_solution
 from can_dist.tables.artifacts import MANIFEST, Artifact, atomic_directory, atomic_file, load_artifact
@@ -92,7 +92,12 @@ def find_policy(path: Path) -> tuple[Artifact, Artifact | None]:
     made = {name: [load_artifact(p.parent) for p in sorted(run.glob(f"{name}-*/{MANIFEST}"))] for name in STAGES}
     if run == path:
         evaluated = {artifact.input("policy").path for artifact in made["evaluate"]}
-        whole = [artifact for stage in STAGES[:-1] for artifact in made[stage] if not for_other_margins(artifact)]
+        whole = [
+            artifact
+            for stage in STAGES[:-1]
+            for artifact in made[stage]
+            if not (for_other_margins(artifact) or artifact.manifest["identity"]["label"].startswith(ALONE))
+        ]
         parts = {
             artifact.path.parent / entry["artifact"]
             for artifact in (*made["mixture"], *made["strength"])

@@ -17,11 +17,10 @@ from can_dist.measuring.reach import basis_reach, ray_reach
 from can_dist.outcomes.estimate import find_solution
 from can_dist.outcomes.export import find_policy
 from can_dist.outcomes.stretch import find_estimate, frontier_at
-from can_dist.stages.estimate import MIXTURE, load_estimate, trained_policy, with_log_probs, without_strength
-from can_dist.stages.mixture import MAIN
-from can_dist.stages.solve import cvar_offset, demands, load_solution, score_table, solved_columns
+from can_dist.stages.estimate import MIXTURE, load_estimate, trained_policy, without_strength
+from can_dist.stages.mixture import MAIN, told_by
+from can_dist.stages.solve import cvar_offset, demands, load_solution
 from can_dist.tables.artifacts import Artifact
-from can_dist.tables.schemas import LOGP_REFERENCE
 
 NUM_MARGINS = 31
 REACH = 1.5
@@ -75,15 +74,8 @@ def _basis(
         for key in inputs
         if key.startswith("log_probs")
     }
-    validation = mixed.input("validation")
-    rows = with_log_probs(validation, log_probs)
-    identity = solution.manifest["identity"]
-    table = score_table(
-        rows, identity["reward"], solved_columns(solution), identity["log_weight"], str(validation.path)
-    )
-    columns = {key: rows.column(key).to_numpy() for key in log_probs}
-    beta = load_solution(solution).beta
-    return basis_reach(table, rows.column(LOGP_REFERENCE).to_numpy(), columns, demanded, name, margins, beta=beta)
+    told, beta = told_by(mixed.input("validation"), log_probs, solution), load_solution(solution).beta
+    return basis_reach(told.table, told.ref_N, told.policy_N, demanded, name, margins, beta=beta)
 
 
 def _dual(solution: Artifact, demanded: Sequence[Demand], name: str, margins: Sequence[float]) -> Mapping[str, Any]:

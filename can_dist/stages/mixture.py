@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from can_dist.config import Model
-from can_dist.dual import Mixture
+from can_dist.dual import Mixture, ScoreTable
 from can_dist.dual.basis import basis_of, mixing_correlation, mixture_of, reachable, refuse_outside
 from can_dist.dual.strength import ADVISED_PROMPTS, MIN_PROMPTS, plus_minus
+from can_dist.dual.table import FloatArray
 from can_dist.errors import DataError, InfeasibleConstraint, NumericalError
 from can_dist.modeling.loading import model_digest, model_directory
 from can_dist.stages.estimate import MIXTURE, validation_log_probs, with_log_probs, without_strength
@@ -26,6 +28,10 @@ from can_dist.workspace import Workspace
 MAIN = "r + ⟨λ, g⟩"
 """What the policy of all scores is called beside those of a constraint; no constraint can have this name."""
 
+MIXED = "the mixture"
+ALONE = "policy of "
+"""Before the name of the constraint that a policy was trained for alone."""
+
 
 def mixture(
     work: Workspace,
@@ -33,8 +39,6 @@ def mixture(
     reference: Model,
     solution: Artifact,
     validation: Artifact,
-    *,
-    reward: str,
 ) -> Artifact:
     """Return the artifact whose ``policy/`` is the mixture that meets a solution's margins, laid out like ``train``'s.
 
@@ -44,7 +48,6 @@ def mixture(
         reference: What all of them were trained from.
         solution: Of which the margins are; not necessarily those that '' was trained for.
         validation: Scores, with ln π_ref, of the reference's responses to prompts that nothing was trained on.
-        reward: Name of the score r.
 
     Raises:
         DataError: Too few validation prompts, or policies of other references, tensors or tokenizers.
@@ -60,27 +63,21 @@ def mixture(
     inputs |= {f"policy-{name}" if name else "policy": policy for name, policy in policies.items()}
     inputs |= {f"log_probs-{name}" if name else "log_probs": scores for name, scores in log_probs.items()}
     beta = load_solution(solution).beta
-    stage = work.open("mixture", "policy", {"reward": reward, "beta": beta}, inputs)
+    stage = work.open("mixture", "policy", {"beta": beta}, inputs)
     if stage.finished:
         return stage.finished
     with work.timed("mixture", "policy"):
         shown = {name or MAIN: scores for name, scores in log_probs.items()}
-        rows = with_log_probs(validation, shown)
-        log_weight = solution.manifest["identity"]["log_weight"]
-        table = score_table(rows, reward, solved_columns(solution), log_weight, str(validation.path))
-        ref_N = rows.column(LOGP_REFERENCE).to_numpy()
-        policy_N = {name: rows.column(name).to_numpy() for name in shown}
         demanded = demands(solution)
         try:
-            basis = basis_of(table, ref_N, policy_N, beta=beta)
+            told = told_by(validation, shown, solution)
+            basis = basis_of(told.table, told.ref_N, told.policy_N, beta=beta)
             mixed = mixture_of(basis, demanded)
             model = _write(work, stage, policies, reference, mixed)
-            written = with_log_probs(
-                validation, shown | {"mixture": validation_log_probs(work, model, validation, "mixture")}
-            )
-            assert written.num_rows == rows.num_rows, "what has a log-probability has it under every policy"
-            mixed_N = written.column("mixture").to_numpy()
-            correlation = mixing_correlation(table, ref_N, policy_N, mixed_N, mixed.coefficient)
+            written = shown | {MIXED: validation_log_probs(work, model, validation, "mixture")}
+            told = told_by(validation, written, solution)
+            mixed_N = told.policy_N.pop(MIXED)
+            correlation = mixing_correlation(told.table, told.ref_N, told.policy_N, mixed_N, mixed.coefficient)
             offset = cvar_offset(solution)
             reach = {
                 name: margin - offset.get(name, 0.0)
@@ -93,9 +90,30 @@ def mixture(
         return _commit(work, stage, mixed, correlation, reach)
 
 
+@dataclass(frozen=True)
+class Told:
+    """What validation responses tell of policies: scores as the dual reads them, ln π_ref, and ln π_i by policy."""
+
+    table: ScoreTable
+    ref_N: FloatArray
+    policy_N: dict[str, FloatArray]
+
+
+def told_by(validation: Artifact, log_probs: Mapping[str, Artifact], solution: Artifact) -> Told:
+    """Read the validation scores and the log-probabilities of policies by name, of the responses that have all."""
+    columns = {name: f"ln π of {name}" for name in log_probs}  # a constraint's score has its plain name
+    rows = with_log_probs(validation, {columns[name]: scores for name, scores in log_probs.items()})
+    identity = solution.manifest["identity"]
+    table = score_table(
+        rows, identity["reward"], solved_columns(solution), identity["log_weight"], str(validation.path)
+    )
+    policy_N = {name: rows.column(column).to_numpy() for name, column in columns.items()}
+    return Told(table, rows.column(LOGP_REFERENCE).to_numpy(), policy_N)
+
+
 def policy_name(name: str) -> str:
     """Return what messages call a policy of the basis."""
-    return f"policy of {name}" if name else "policy"
+    return f"{ALONE}{name}" if name else "policy"
 
 
 def check_validation(validation: Artifact | None, policy: Artifact) -> Artifact:

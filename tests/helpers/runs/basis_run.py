@@ -56,7 +56,6 @@ class BasisRun:
             self.world.config.reference,
             self.solution(**margins),
             self.world.validation,
-            reward="reward",
         )
 
     def log_ratio(self, policy: Path) -> np.ndarray:
