@@ -33,6 +33,10 @@ MAX_CONDITION = 3e3
 MIXING = 0.99
 """Least correlation, within prompts, of a mixture's log-ratio with the mixture of log-ratios."""
 
+NONE_WITHIN = (
+    "Train longer or at a higher learning rate, so that smaller coefficients are needed; raise beta; or ask for a "
+    "margin nearer to those trained for."
+)
 NUM_MARGINS = 65
 """Margins that are tried, from the demanded one down, before a root is searched between two of them."""
 
@@ -250,8 +254,8 @@ def refuse_outside(coefficient: Mapping[str, float], correlation: float, reach: 
     largest = " or ".join(f"{name} {margin:+.2g}" for name, margin in reach.items())
     raise InfeasibleConstraint(
         f"basis: the mixture ({weights}) lies outside the range where mixing weights mixes log-ratios: their "
-        f"correlation is {correlation:.3f}, expected at least {MIXING:g}. Ask for a margin nearer to those trained for"
-        + (f": at most about {largest}." if largest else ".")
+        f"correlation is {correlation:.3f}, expected at least {MIXING:g}. "
+        + (f"Ask for a margin nearer to those trained for: at most about {largest}." if largest else NONE_WITHIN)
     )
 
 

@@ -17,7 +17,7 @@ import torch
 import train_world as tw
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from watched_world import Watching, make_watching
+from watched_world import MARGINS, Watching, make_watching
 
 from can_dist.config import dump_yaml, validate_config
 from can_dist.modeling.loading import model_digest
@@ -98,16 +98,15 @@ def make_basis_run(
 ) -> BasisRun:
     """Write a run of ``num_prompts`` validation prompts with its policies into ``root``; one margin for all."""
     in_this_process(monkeypatch)
+    for name in MARGINS:
+        monkeypatch.setitem(MARGINS, name, margin)
     world = make_watching(root, constraints=tuple(constraints), num_prompts=num_prompts)
     given = world.config.model_dump(mode="json", exclude_unset=True)
-    for constraint in given["constraints"].values():
-        constraint["margin"] = margin
     world.config = validate_config({**given, "basis": True, "cluster": {"score_cache": False}, **sections})
     work = Workspace(root / "run", world.config)
     work.close()
     (root / "run" / "config.yaml").write_text(dump_yaml(world.config))
     responses = world.scores.input("responses")
-    world.solution = solve(work, world.scores, reward="reward", constraints=world.config.constraints, beta=tw.BETA)
     lam = load_solution(world.solution).lam
     labels = {"": label(work, responses, world.scores, world.solution, reward="reward", beta=tw.BETA)}
     scores = {"": {"reward": 1.0, **lam}}
