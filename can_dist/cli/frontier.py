@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -68,7 +68,7 @@ def frontier(
     from can_dist.stages.utilities import columns_of
 
     if realised or report_path is not None:
-        others = {
+        others: dict[str, Any] = {
             "--run": run_dir,
             "--config": config_option,
             "--set": overrides,

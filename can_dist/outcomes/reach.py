@@ -87,6 +87,6 @@ def _dual(solution: Artifact, demanded: Sequence[Demand], name: str, margins: Se
             solved = frontier_at(solution, {demand.name: demand.margin for demand in at})
         except InfeasibleConstraint:
             break
-        for column, values in columns.items():
-            values.append(float(solved.predicted[column]))
+        columns["reward_improvement"].append(float(solved.predicted["reward_improvement"]))
+        columns["kl"].append(float(solved.predicted["kl"]))
     return columns
