@@ -81,5 +81,5 @@ def rows(name: str, curve: Mapping[str, Any], run: str) -> list[dict[str, Any]]:
     return made
 
 
-def _nearest(margins: list[float], asked: float) -> int:
-    return min(range(len(margins)), key=lambda index: abs(margins[index] - asked), default=0)
+def _nearest(margins: list[float], margin: float) -> int:
+    return min(range(len(margins)), key=lambda index: abs(margins[index] - margin), default=0)
