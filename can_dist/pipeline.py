@@ -109,10 +109,10 @@ def run_method(
     """
     stages, measured = METHODS[config.method].stages, measured_by or config
     check_stage(config.method, until)
-    if only_stage == "train" and METHODS[config.method].trains_again:
+    if only_stage == "train" and (METHODS[config.method].trains_again or config.basis):
+        cause = "basis: true" if config.basis else f"method {config.method}"
         raise ConfigError(
-            f"method {config.method} trains several times, with other stages in between, and a launcher can only run "
-            "one training.",
+            f"{cause} trains several times, with other stages in between, and a launcher can only run one training.",
             "Start it with 'can-dist run', which starts the ranks by Ray.",
         )
     with Run(directory, config, until=until, only_stage=only_stage) as run:

@@ -34,7 +34,9 @@ def export() -> None:
 @RUN
 @OUT_OR_URL
 @click.option("--max-shard-size-mb", type=click.IntRange(min=1), help="Largest file of weights; default: as trained.")
-@click.option("--margin", "margins", multiple=True, metavar="[NAME=]B", help="The strength that meets this margin.")
+@click.option(
+    "--margin", "margins", multiple=True, metavar="[NAME=]B", help="Meet this margin instead, without training."
+)
 @STRENGTH
 @click.option("--require-certificate", is_flag=True, help="Write nothing unless 'can-dist certify' certified it.")
 @PUSH
@@ -139,12 +141,17 @@ def _export(
     """Write a policy or an adapter; print its path, unless it is on its way to ``shown``."""
     sentences: tuple[str, ...] = ()
     with contextlib.redirect_stdout(sys.stderr):  # libraries announce themselves on standard output
-        from can_dist.outcomes import export, stretch
+        from can_dist.outcomes import export, mixture, stretch
 
         if strength is None and not margins:
             written = export.export_policy(
                 run_dir, out, adapter=adapter, max_shard_mb=max_shard_mb, certified=certified
             )
+        elif margins and mixture.has_basis(run_dir):
+            exported = mixture.export_mixture(
+                run_dir, out, margins=dict(map(_margin, margins)), max_shard_mb=max_shard_mb
+            )
+            written, sentences = exported.path, exported.sentences
         else:
             demanded = dict(map(_margin, margins))
             largest = max_shard_mb or stretch.SHARD_MB

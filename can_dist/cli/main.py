@@ -33,7 +33,7 @@ EXIT_CODES = (
 
 
 GROUPS = {
-    "Begin": ("init", "demo", "config", "doctor", "plan", "files"),
+    "Begin": ("init", "demo", "fit-scorer", "config", "doctor", "plan", "files"),
     "Run": ("run", "generate", "score", "solve", "label", "train", "strength", "evaluate", "sweep"),
     "Look": ("status", "chat", "frontier", "compare", "judge", "estimate", "verify"),
     "Hand on": ("export", "certify"),

@@ -85,6 +85,8 @@ def for_method(config: Config, method: str, source: str = "configuration") -> Co
     others = set(OWN_SECTIONS) - set(row.sections if row else ())
     if row and "strength" not in row.stages:
         others.add("strength")
+    if row and not row.basis:
+        others.add("basis")
     base = {name: value for name, value in given.items() if name not in others}
     return validate_config(merge(base, {**overrides, "method": method}), source)
 
