@@ -172,7 +172,7 @@ def free_port() -> int:
 
 
 def launch(
-    spec: str, num_ranks: int = 2, hook: str = "", timeout: float = 120, last_spec: str = "", port: int = 0
+    spec: str, num_ranks: int = 2, hook: str = "", timeout: float = 300, last_spec: str = "", port: int = 0
 ) -> Outcome:
     """Train on ``num_ranks`` forked processes, the last of them by ``last_spec`` if given.
 
