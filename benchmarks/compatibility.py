@@ -3,10 +3,12 @@
     python benchmarks/compatibility.py try lowest --python 3.10
     python benchmarks/compatibility.py try newest --python 3.13 --rooms dual tables
     python benchmarks/compatibility.py try pinned --python 3.12
+    python benchmarks/compatibility.py ask --environment DIRECTORY
     python benchmarks/compatibility.py page
 
 uv resolves the versions and makes an environment in ``build/compatibility``; the tests run there, room by room, and
 what they say is in ``benchmarks/results/compatibility`` after each. A room that is run again replaces what it said.
+``ask`` needs no more of an environment than torch, and keeps which attention a GPU would get there.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "compatibility"
+ATTENTION = ROOT / "benchmarks" / "results" / "attention_of_torch.json"
 ENVIRONMENTS = ROOT / "build" / "compatibility"
 PAGE = ROOT / "docs" / "compatibility.md"
 RESOLUTIONS = {
@@ -121,17 +124,30 @@ def read_report(report: Path, code: int) -> dict[str, Any]:
     return {"passed": len(cases) - len(failed) - len(skipped), "skipped": len(skipped), "failed": names}
 
 
-def record_runs(name: str, python: Path, rooms: Iterable[str], *, only_failed: bool) -> Path:
-    """Run rooms in an environment, or what failed of them before; its record is written after each."""
+def ask(python: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Return an environment's Python, the versions of packages, and the sentence on attention that a GPU would get."""
     told = subprocess.run(
-        [python, "-c", ASK_THE_ENVIRONMENT, *requirements()],
+        [python, "-c", ASK_THE_ENVIRONMENT, *names],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=True,
         stdout=subprocess.PIPE,
         text=True,
     )
-    about = json.loads(told.stdout)
+    return dict(json.loads(told.stdout))
+
+
+def record_attention(python: Path, path: Path) -> None:
+    """Keep the sentence on attention of an environment's torch beside those of others, by version."""
+    about = ask(python, ["torch"])
+    sentences = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    sentences[about["packages"]["torch"]] = about["attention"]
+    path.write_text(json.dumps(dict(sorted(sentences.items(), key=lambda item: order(item[0]))), indent=1) + "\n")
+
+
+def record_runs(name: str, python: Path, rooms: Iterable[str], *, only_failed: bool) -> Path:
+    """Run rooms in an environment, or what failed of them before; its record is written after each."""
+    about = ask(python, requirements())
     path = RESULTS / f"{name}-{'.'.join(about['python'].split('.')[:2])}.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     runs = earlier.get("runs", {}) if earlier.get("packages") == about["packages"] else {}
@@ -156,12 +172,13 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: (record["versions"], [int(n) for n in record["python"].split(".")]))
 
 
-def page(records: Sequence[Mapping[str, Any]], bounds: Mapping[str, str]) -> str:
+def page(records: Sequence[Mapping[str, Any]], bounds: Mapping[str, str], attention: Mapping[str, str]) -> str:
     """Return docs/compatibility.md.
 
     Args:
         records: What ``record_runs`` wrote.
         bounds: Bounds of the packages by name, as pyproject.toml has them.
+        attention: What ``record_attention`` wrote, beside the sentences of the records.
     """
     lines = [
         "# Compatibility",
@@ -197,17 +214,20 @@ def page(records: Sequence[Mapping[str, Any]], bounds: Mapping[str, str]) -> str
         "of adapters on two CPU ranks merged them into the base weights of a neighbouring matrix. Opening such a",
         "policy ends with an error, since its log-probabilities are compared with those of the training.",
         "",
+        "peft before 0.20 does not know experts that are one parameter: asked for `all-linear` layers of such a model,",
+        "0.18 leaves the experts untrained without a word, and 0.19 ends with an error that names no remedy.",
+        "",
         "Under Python 3.10 the documentation cannot be built: `mkdocs-material` needs 3.11.",
         "",
         "## Attention on a GPU",
         "",
-        "What an H100 would be told under each of these versions of torch, from its real signature; nothing here ran",
-        "on a GPU.",
+        "What an H100 would be told under each of these versions of torch, asked under that very version; nothing here",
+        "ran on a GPU.",
         "",
         "| torch | packs in bf16, without flash-attn |",
         "|---|---|",
     ]
-    sentences = {record["packages"]["torch"]: record["attention"] for record in records}
+    sentences = dict(attention) | {record["packages"]["torch"]: record["attention"] for record in records}
     lines += [f"| {version} | {sentences[version]} |" for version in sorted(sentences, key=order)]
     return "\n".join([*lines, ""])
 
@@ -246,10 +266,16 @@ def main() -> None:
     attempt.add_argument("--rooms", nargs="+", choices=[TRAINING, *ROOMS], default=[TRAINING, *ROOMS], metavar="ROOM")
     attempt.add_argument("--failed", action="store_true", help="only the tests that failed before")
     attempt.add_argument("--environment", type=Path, help="an environment that is there and is taken as it is")
+    question = commands.add_parser("ask", help="which attention a GPU would get under an environment's torch")
+    question.add_argument("--environment", type=Path, required=True)
     commands.add_parser("page", help="write docs/compatibility.md from the records")
     arguments = parser.parse_args()
     if arguments.command == "page":
-        PAGE.write_text(page(read_records(RESULTS), requirements()), encoding="utf-8")
+        sentences = json.loads(ATTENTION.read_text(encoding="utf-8"))
+        PAGE.write_text(page(read_records(RESULTS), requirements(), sentences), encoding="utf-8")
+        return
+    if arguments.command == "ask":
+        record_attention(arguments.environment.absolute() / "bin" / "python", ATTENTION)
         return
     name, version = arguments.versions, arguments.python
     if arguments.environment is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import compatibility as c
 import pytest
+import torch
 from packaging.specifiers import SpecifierSet
 
 RECORDS = c.read_records(c.RESULTS)
@@ -21,7 +24,8 @@ def record(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_page_is_that_of_the_records() -> None:
-    assert c.PAGE.read_text(encoding="utf-8") == c.page(RECORDS, c.requirements()), (
+    sentences = json.loads(c.ATTENTION.read_text(encoding="utf-8"))
+    assert c.PAGE.read_text(encoding="utf-8") == c.page(RECORDS, c.requirements(), sentences), (
         "run: python benchmarks/compatibility.py page"
     )
 
@@ -49,7 +53,12 @@ def test_a_page_names_what_failed_and_what_was_not_run() -> None:
     newer = {**record()["packages"], "torch": "2.9.0+cpu"}
     partial = {"dual": {"passed": 3, "skipped": 0, "failed": ["tests.a", "tests.b"]}}
     text = c.page(
-        [record(), record(versions="newest", python="3.13.0", packages=newer, runs=partial)], c.requirements()
+        [record(), record(versions="newest", python="3.13.0", packages=newer, runs=partial)],
+        c.requirements(),
+        {"2.11.0": "attention by varlen_attn"},
+    )
+    assert text.endswith(
+        "| 1.10 | attention by sdpa |\n| 2.9.0+cpu | attention by sdpa |\n| 2.11.0 | attention by varlen_attn |\n"
     )
     assert f"| {2 * len(c.ROOMS):,} passed, {len(c.ROOMS)} skipped | 2 passed, 1 skipped | 2026-11-28 |" in text
     assert "| 3 passed, 0 skipped, **2 failed** (dual) | not run | 2026-11-28 |" in text
@@ -83,3 +92,13 @@ def test_what_failed_is_run_again_alone(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(c, "run_tests", run_tests)
     earlier = {"passed": 5, "skipped": 2, "failed": ["a.py::x", "a.py::y"]}
     assert c.run_failed(Path("python"), earlier) == {"passed": 6, "skipped": 2, "failed": ["a.py::y"]}
+
+
+def test_the_sentence_on_attention_is_that_of_the_environment(tmp_path: Path) -> None:
+    path = tmp_path / "attention.json"
+    path.write_text('{"99.1": "of the future", "2.9.1": "of the past"}')
+    c.record_attention(Path(sys.executable), path)
+    kept = json.loads(path.read_text())
+    version = torch.__version__.split("+")[0]
+    assert list(kept) == ["2.9.1", version, "99.1"]
+    assert f"of torch {torch.__version__} (" in kept[version]
