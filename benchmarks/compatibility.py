@@ -6,8 +6,9 @@
     python benchmarks/compatibility.py ask --environment DIRECTORY
     python benchmarks/compatibility.py page
 
-uv resolves the versions and makes an environment in ``build/compatibility``; the tests run there, room by room, and
-what they say is in ``benchmarks/results/compatibility`` after each. A room that is run again replaces what it said.
+uv resolves the versions and makes an environment in ``build/compatibility``; the tests run there, the unit tests of all
+rooms at once, and what they say of each is in ``benchmarks/results/compatibility``. A room that is run again replaces
+what it said.
 ``ask`` needs no more of an environment than torch, and keeps which attention a GPU would get there.
 """
 
@@ -89,8 +90,8 @@ def uv(*arguments: str | Path) -> None:
         sys.exit("compatibility.py: uv is not on PATH; pip install uv")
 
 
-def run_tests(python: Path, tests: Sequence[str | Path]) -> dict[str, Any]:
-    """Run tests in an environment; return how many passed, and which failed."""
+def run_tests(python: Path, tests: Sequence[str | Path], rooms: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Run tests in an environment; return how many passed of each room, and which failed."""
     report = python.parents[1] / "report.xml"
     report.unlink(missing_ok=True)
     done = subprocess.run(
@@ -99,29 +100,39 @@ def run_tests(python: Path, tests: Sequence[str | Path]) -> dict[str, Any]:
         env={**os.environ, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
         check=False,
     )
-    return read_report(report, done.returncode)
+    return read_report(report, done.returncode, rooms)
 
 
-def tests_of(room: str) -> list[str]:
-    """Return what pytest is told to run: the tests of a room, or the training."""
-    return TRAININGS if room == TRAINING else ["-n", "2", f"tests/unit/{room}"]
+def tests_of(rooms: Sequence[str]) -> list[str]:
+    """Return what pytest is told to run: the tests of rooms, or the training."""
+    return TRAININGS if rooms == [TRAINING] else ["-n", "2", *(f"tests/unit/{room}" for room in rooms)]
 
 
-def run_failed(python: Path, earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """Run again what failed, and nothing else."""
-    again = run_tests(python, earlier["failed"])
+def run_failed(python: Path, room: str, earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Run again what failed in a room, and nothing else."""
+    again = run_tests(python, earlier["failed"], [room])[room]
     return {name: earlier[name] + again[name] for name in ("passed", "skipped")} | {"failed": again["failed"]}
 
 
-def read_report(report: Path, code: int) -> dict[str, Any]:
-    """Read the JUnit report of a pytest that ended with a code; a run that did not come to its end failed."""
-    cases = list(ElementTree.parse(report).getroot().iter("testcase")) if report.exists() else []
-    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = [case for case in cases if case.find("skipped") is not None]
-    names = sorted({f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}" for case in failed})
-    if code not in (0, 1):
-        names.append(f"pytest ended with exit code {code}")
-    return {"passed": len(cases) - len(failed) - len(skipped), "skipped": len(skipped), "failed": names}
+def read_report(report: Path, code: int, rooms: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Read the JUnit report of a pytest that ended with a code; no room passed a run that did not come to its end."""
+    every = list(ElementTree.parse(report).getroot().iter("testcase")) if report.exists() else []
+    ended = [] if code in (0, 1) else [f"pytest ended with exit code {code}"]
+    results = {}
+    for room in rooms:
+        cases = [case for case in every if room_of(case) == room]
+        failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+        skipped = [case for case in cases if case.find("skipped") is not None]
+        names = sorted({f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}" for case in failed})
+        passed = len(cases) - len(failed) - len(skipped)
+        results[room] = {"passed": passed, "skipped": len(skipped), "failed": [*names, *ended]}
+    return results
+
+
+def room_of(case: ElementTree.Element) -> str:
+    """Return the room of a test: the folder of a unit test, or the training."""
+    module = case.get("classname", "").split(".")
+    return module[2] if module[:2] == ["tests", "unit"] else TRAINING
 
 
 def ask(python: Path, names: Iterable[str]) -> dict[str, Any]:
@@ -145,17 +156,21 @@ def record_attention(python: Path, path: Path) -> None:
     path.write_text(json.dumps(dict(sorted(sentences.items(), key=lambda item: order(item[0]))), indent=1) + "\n")
 
 
-def record_runs(name: str, python: Path, rooms: Iterable[str], *, only_failed: bool) -> Path:
-    """Run rooms in an environment, or what failed of them before; its record is written after each."""
+def record_runs(name: str, python: Path, rooms: Sequence[str], *, only_failed: bool) -> Path:
+    """Run rooms in an environment, or what failed of them before; return the record."""
     about = ask(python, requirements())
     path = RESULTS / f"{name}-{'.'.join(about['python'].split('.')[:2])}.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     runs = earlier.get("runs", {}) if earlier.get("packages") == about["packages"] else {}
-    for room in rooms:
-        if only_failed and not runs.get(room, {}).get("failed"):
-            continue
-        runs[room] = run_failed(python, runs[room]) if only_failed else run_tests(python, tests_of(room))
-        print(f"{path.stem}, {room}: {runs[room]}", flush=True)
+    groups = [[room for room in rooms if room == TRAINING], [room for room in rooms if room != TRAINING]]
+    for group in filter(None, groups):
+        if only_failed:
+            ran = {room: run_failed(python, room, runs[room]) for room in group if runs.get(room, {}).get("failed")}
+        else:
+            ran = run_tests(python, tests_of(group), group)
+        runs |= ran
+        for room, result in ran.items():
+            print(f"{path.stem}, {room}: {result}", flush=True)
         date = datetime.now(timezone.utc).date().isoformat()
         record = {"versions": name, "date": date, **about, "runs": dict(sorted(runs.items()))}
         path.parent.mkdir(parents=True, exist_ok=True)
