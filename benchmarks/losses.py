@@ -24,13 +24,14 @@ import click
 import numpy as np
 import torch
 from machine import machine
-from scipy.special import expit, logsumexp, softmax
+from scipy.special import expit, logsumexp
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from can_dist.modeling.logprobs import ResponseModel
-from can_dist.stages.label import LOSS_OF
+from can_dist.stages.label import LOSS_OF, PAIR_LOSS_OF
 from can_dist.training.batches import Example, Slot, collate, global_batch
 from can_dist.training.objective import pack_losses
+from can_dist.training.targets import score_targets
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -74,7 +75,7 @@ def train(reference: Path, labels: str, budget: int, seed: int) -> dict[str, Any
     ref_PK = world.probabilities(reference)
     lam, optimum_PK = world.optimal_policy(ref_PK, [world.HARMLESS_PK], [MARGIN], BETA)
     examples = label(labels, world.REWARD_PK + lam[0] * world.HARMLESS_PK, ref_PK, seed)
-    loss, batch_size = LOSS_OF[labels], 3 if labels == "listwise" else 192
+    loss, batch_size = (PAIR_LOSS_OF[labels], 192) if labels == "sampled" else (LOSS_OF[labels], 3)
     steps = max(1, budget // sum(example.num_tokens for example in examples[:batch_size]))
     model = ResponseModel(AutoModelForCausalLM.from_pretrained(reference))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
@@ -112,15 +113,13 @@ def label(labels: str, score_PK: np.ndarray, ref_PK: np.ndarray, seed: int) -> l
     examples = []
     for row, prompt in enumerate(world.PROMPTS):
         prompt_ids, s_K = [world.WORDS.index(word) for word in prompt.split()], score_PK[row]
-        if labels == "listwise":
-            members, targets = [list(range(len(ids_K)))], [softmax(s_K / BETA).tolist()]
-        else:
+        if labels == "sampled":
             members = [list(pair) for pair in combinations(range(len(ids_K)), 2)]
             p_V = expit(np.array([s_K[a] - s_K[b] for a, b in members]))
-            p_V = (random.random(len(p_V)) < p_V).astype(float) if labels == "sampled" else p_V
-            targets = [[p, 1 - p] for p in p_V]
-            if labels == "regression":
-                targets = [[s_K[a], s_K[b]] for a, b in members]
+            drawn_V = (random.random(len(p_V)) < p_V).astype(float)
+            targets = [[p, 1 - p] for p in drawn_V]
+        else:
+            members, targets = [list(range(len(ids_K)))], [score_targets(LOSS_OF[labels], s_K, BETA)]
         for number, (member, target) in enumerate(zip(members, targets, strict=True)):
             logp_ref = [float(np.log(ref_PK[row, k])) for k in member]
             responses = [ids_K[k] for k in member]

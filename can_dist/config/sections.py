@@ -181,7 +181,7 @@ class Label(Strict):
     labels: Literal["soft", "sampled", "regression", "listwise"] = Field(
         "soft",
         description="soft: p = σ(s_a − s_b); sampled: one draw of it; regression: s_a − s_b itself; "
-        "listwise: softmax(s/β) over all K.",
+        "listwise: softmax(s/β) over all K. All but sampled take K passes for all pairs of a prompt.",
     )
     as_published: bool = Field(
         False,
@@ -194,7 +194,9 @@ class Label(Strict):
         None, description="The data set, when pairs is 'preferences' or the method learns from people's labels."
     )
     human: Human = Field(default_factory=lambda: Human(), description="The data set's own labels.")
-    pairs_per_prompt: int | Literal["all"] = Field("all", description="Pairs drawn per prompt, or all K(K−1)/2.")
+    pairs_per_prompt: int | Literal["all"] = Field(
+        "all", description="all: the K(K−1)/2 pairs of a prompt, one example. A number: so many, each its own."
+    )
     validation_fraction: float = Field(0.05, ge=0, lt=1, description="Share of prompts whose pairs only measure loss.")
 
     @model_validator(mode="after")
@@ -204,6 +206,12 @@ class Label(Strict):
         if self.pairs_per_prompt != "all" and self.labels == "listwise":
             raise ValueError("labels 'listwise' compares all responses of a prompt; leave out pairs_per_prompt")
         return self
+
+    @property
+    def lists(self) -> bool:
+        """Whether an example holds all responses of a prompt, instead of a pair."""
+        whole = self.pairs == "responses" and self.pairs_per_prompt == "all"
+        return self.labels == "listwise" or (self.labels != "sampled" and whole)
 
 
 class Lora(Strict):

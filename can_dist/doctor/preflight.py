@@ -25,6 +25,9 @@ from can_dist.training.deepspeed_config import build_ds_config, read_ds_config
 from can_dist.training.extensions import check_build_directories
 from can_dist.training.trackers import check_trackers
 
+MANY = 2
+"""Times that a response is trained in an epoch before it is said."""
+
 
 def preflight(config: Config, prompts: Artifact | None = None, *, trains: bool = True) -> list[str]:
     """Raise the error that a later stage would meet after hours, now. Data sources are ``check_sources``'s.
@@ -88,7 +91,25 @@ def preflight(config: Config, prompts: Artifact | None = None, *, trains: bool =
         check_scorer_opens(scorer)
     if prompts is not None and not prompts.info["counts"].get("validation"):
         _check_without_validation(config, prompts)
-    return check_conversations(config, prompts)
+    return [*check_conversations(config, prompts), *many_pairs(config, prompts)]
+
+
+def many_pairs(config: Config, prompts: Artifact | None) -> list[str]:
+    """Return how often each response will be trained, where every pair of a prompt's responses is an example."""
+    label, num_responses = config.label, config.generate.num_responses
+    from_scores = METHODS[config.method].learns_from == "scores" and config.generate.responses is None
+    if prompts is None or not from_scores or label.lists or label.pairs != "responses":
+        return []
+    num_pairs = num_responses * (num_responses - 1) // 2
+    if label.pairs_per_prompt != "all":
+        num_pairs = min(num_pairs, label.pairs_per_prompt)
+    num_prompts, times = prompts.info["counts"]["train"], 2 * num_pairs / num_responses
+    if times <= MANY:
+        return []
+    return [
+        f"label: {num_prompts:,} prompts × {num_responses} responses make {num_prompts * num_pairs:,} pairs, and each "
+        f"response is trained {times:.3g} times per epoch. label.labels: soft learns all pairs from one pass of each."
+    ]
 
 
 def _check_without_validation(config: Config, prompts: Artifact) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from can_dist.outcomes.certificates import find_certificate, require_certificate
 from can_dist.reporting.model_card import model_card
 from can_dist.stages.certify import CERTIFICATE
 from can_dist.stages.estimate import trained_policy
+from can_dist.stages.examples import pair_id
 from can_dist.stages.report import lineage_of, method_title
 from can_dist.stages.solve import load_solution
 from can_dist.tables.artifacts import MANIFEST, Artifact, atomic_directory, atomic_file, load_artifact
 from can_dist.training import ADAPTER, POLICY
+from can_dist.training.targets import score_targets
 from can_dist.workspace import REPORT
 
-PAIRED = ("sigmoid", "regression", "offset")  # losses whose examples are pairs
 STAGES = ("train", "merge", "strength", "evaluate")  # whose artifacts are policies, or lead to one
 
 
@@ -204,27 +206,22 @@ def export_preferences(path: Path, out: Path, *, split: str = "train") -> dict[s
 
     Pairs become TRL's conversational preference format (``prompt``, ``chosen``, ``rejected``) with the probability
     that the chosen one is better, ``p_chosen``, or SafeDPO's ``offset``, and ``score_chosen``, ``score_rejected``
-    where scores made the labels.
+    where scores made the labels. An example that holds all responses of a prompt becomes its K(K−1)/2 pairs.
     TRL reads a preference as certain: a pair with p = ½ says nothing there and is left out. KTO's examples become the
     unpaired format (``prompt``, ``completion``, ``label``), with the ``weight`` of each.
 
     Raises:
-        DataError: there is no table of preferences, there are several, or it holds lists, which TRL has no format for.
+        DataError: there is no table of preferences, or there are several.
     """
     preferences = _find_preferences(path)
     loss = preferences.info["loss"]
-    if loss not in (*PAIRED, "kto"):
-        raise DataError(
-            f"{preferences.path}: its examples are lists of responses (label.labels: listwise), for which TRL has no "
-            "format. Label with soft, sampled or regression."
-        )
     rows, counts = [], Counter({"rows": 0, "undecided": 0})
     for example in preferences.table.to_pylist():
         if example["split"] != split:
             continue
-        row = _unpaired(example) if loss == "kto" else _paired(example, loss)
-        counts["rows" if row else "undecided"] += 1
-        rows += [row] if row else []
+        for row in [_unpaired(example)] if loss == "kto" else [_paired(pair, loss) for pair in _pairs(example)]:
+            counts["rows" if row else "undecided"] += 1
+            rows += [row] if row else []
     if not rows:
         raise DataError(f"{preferences.path}: nothing to export of the split {split!r}.")
     with atomic_file(out) as temporary:
@@ -243,8 +240,20 @@ def _find_preferences(path: Path) -> Artifact:
     return tables[0]
 
 
+def _pairs(example: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return an example as pairs: itself, or the pairs of a list, whose targets are its scores."""
+    if len(example["texts"]) == 2:
+        return [example]
+    pairs = []
+    for a, b in combinations(range(len(example["texts"])), 2):
+        of_pair = {name: [example[name][a], example[name][b]] for name in ("texts", "scores", "response_ids")}
+        name = pair_id(*({"response_id": response_id} for response_id in of_pair["response_ids"]))
+        pairs.append({**example, **of_pair, "target": of_pair["scores"], "example_id": name})
+    return pairs
+
+
 def _paired(example: dict[str, Any], loss: str) -> dict[str, Any] | None:
-    """Return the pair with the better response as chosen; None for a tie. A target is p, or a score for regression."""
+    """Return the pair with the better response as chosen; None for a tie. A target is p, an offset or a score."""
     a, b = example["target"]
     if a == b:
         return None
@@ -256,10 +265,12 @@ def _paired(example: dict[str, Any], loss: str) -> dict[str, Any] | None:
         "rejected": _said(texts[1 - better]),
         "example_id": example["example_id"],
     }
-    if loss == "sigmoid":
-        row["p_chosen"] = max(a, b)
     if loss == "offset":
         row["offset"] = abs(a - b) - 1
+    elif loss == "sigmoid":
+        row["p_chosen"] = max(a, b)
+    elif loss == "pairwise":
+        row["p_chosen"] = max(score_targets("sigmoid", scores))
     return row | ({"score_chosen": scores[better], "score_rejected": scores[1 - better]} if scores else {})
 
 

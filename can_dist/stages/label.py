@@ -39,7 +39,11 @@ from can_dist.tables.utilities import with_utilities
 from can_dist.training.targets import score_targets
 from can_dist.workspace import Workspace
 
-LOSS_OF = {"soft": "sigmoid", "sampled": "sigmoid", "regression": "regression", "listwise": "listwise"}
+LOSS_OF = {"soft": "pairwise", "regression": "regression", "listwise": "listwise"}
+"""The loss of an example that holds all responses of a prompt; all its pairs for a pass of each response."""
+
+PAIR_LOSS_OF = {"soft": "sigmoid", "sampled": "sigmoid", "regression": "regression"}
+"""The loss of an example that is a pair."""
 
 
 def label(
@@ -83,6 +87,9 @@ def label(
         identity_keys |= {"lam": dict(lam), **column_keys(columns)}
     if unit:
         identity_keys["unit"] = dict(unit)
+    loss = LOSS_OF[options.labels] if options.lists else PAIR_LOSS_OF[options.labels]
+    if options.lists and loss != "listwise":
+        identity_keys["examples"] = "lists"  # as a pair each, all pairs were other examples under the same keys
     stage = work.open("label", "preferences", {**identity_keys, "beta": beta}, inputs)
     if stage.finished:
         return stage.finished
@@ -96,7 +103,7 @@ def label(
         table = join(responses, scores).append_column("score", pa.array(score_N))
         kept, noted = Examples(stage), []
         has_signal = False
-        for row, reasons in _labelled(table, options, work.config.seed, beta):
+        for row, reasons in _labelled(table, options, work.config.seed, beta, loss):
             noted += reasons
             if row is not None:
                 kept.add(row)
@@ -106,7 +113,7 @@ def label(
                 f"{scores.path}: no preference signal: the scores of every example are equal ({listed(noted)}). "
                 "Check the scorers: a constant score cannot say which response is better."
             )
-        return commit(work, kept, noted, scores, loss=LOSS_OF[options.labels])
+        return commit(work, kept, noted, scores, loss=loss)
 
 
 def combined_score(table: pa.Table, lam: Mapping[str, float], reward: str, unit: Mapping[str, float]) -> np.ndarray:
@@ -145,20 +152,20 @@ Labelled = tuple[Row | None, list[Row]]
 """An example, or None where none is kept, and the notes about it."""
 
 
-def _labelled(table: pa.Table, options: Label, seed: int, beta: float) -> Iterator[Labelled]:
-    if options.labels == "listwise":
+def _labelled(table: pa.Table, options: Label, seed: int, beta: float, loss: str) -> Iterator[Labelled]:
+    if options.lists:
         for members in by_neighbour(table) if options.pairs == "preferences" else by_prompt(table):
             name = pair_id(*members) if options.pairs == "preferences" else members[0]["prompt_id"]
-            yield _label_list(name, members, options, seed, beta)
+            yield _label_list(name, members, options, seed, beta, loss)
     elif options.pairs == "preferences":
         for a, b in by_neighbour(table):
-            yield _label_pair(a, b, options, seed)
+            yield _label_pair(a, b, options, seed, loss)
     else:
         # first, as they were when all rows were in memory
         yield None, [note(name, "less than two responses", kept=False) for name in _alone(table)]
         for members in by_prompt(table):
             for a, b in _pairs(members, options, seed):
-                yield _label_pair(a, b, options, seed)
+                yield _label_pair(a, b, options, seed, loss)
 
 
 def _alone(table: pa.Table) -> list[str]:
@@ -167,24 +174,24 @@ def _alone(table: pa.Table) -> list[str]:
     return [entry["values"] for entry in counts if entry["counts"] == 1]
 
 
-def _label_pair(a: Row, b: Row, options: Label, seed: int) -> Labelled:
+def _label_pair(a: Row, b: Row, options: Label, seed: int, loss: str) -> Labelled:
     name = pair_id(a, b)
     if reason := useless(a, b):
         return None, [note(name, reason, kept=False)]
-    row = example(name, [a, b], _pair_target(name, a, b, options, seed), options.validation_fraction, seed)
+    row = example(name, [a, b], _pair_target(name, a, b, options, seed, loss), options.validation_fraction, seed)
     return row, [note(name, "tie", kept=True)] if a["score"] == b["score"] else []
 
 
-def _pair_target(name: str, a: Row, b: Row, options: Label, seed: int) -> tuple[float, float]:
-    first, second = score_targets(LOSS_OF[options.labels], [a["score"], b["score"]])
+def _pair_target(name: str, a: Row, b: Row, options: Label, seed: int, loss: str) -> tuple[float, float]:
+    first, second = score_targets(loss, [a["score"], b["score"]])
     if options.labels == "sampled":
         first = float(draw(seed, f"label:{name}") < first)
         return first, 1.0 - first
     return first, second
 
 
-def _label_list(name: str, members: list[Row], options: Label, seed: int, beta: float) -> Labelled:
-    """Label the distinct responses of a list with softmax(s/β)."""
+def _label_list(name: str, members: list[Row], options: Label, seed: int, beta: float, loss: str) -> Labelled:
+    """Label the distinct responses of a list together."""
     distinct: dict[tuple[int, ...], Row] = {}
     noted = []
     for row in members:
@@ -198,7 +205,7 @@ def _label_list(name: str, members: list[Row], options: Label, seed: int, beta: 
     compared = list(distinct.values())
     if len(compared) < 2:
         return None, [*noted, note(name, "less than two responses", kept=False)]
-    target = score_targets("listwise", [row["score"] for row in compared], beta)
+    target = score_targets(loss, [row["score"] for row in compared], beta)
     return example(name, compared, target, options.validation_fraction, seed), noted
 
 

@@ -1,8 +1,8 @@
 """Losses of the policy's log-ratios: plain functions, each with its own minimiser.
 
 An example is a prompt with N responses; ``ratio_BN`` is ln π_θ(y_n|x) − ln π_ref(y_n|x), sums over response tokens, in
-nats. With s the scores that labelled the example, the losses ``sigmoid``, ``regression`` and ``listwise`` all have the
-minimiser ln π_θ/π_ref = s/β + a constant of the prompt: π_θ ∝ π_ref exp(s/β).
+nats. With s the scores that labelled the example, the losses ``sigmoid``, ``pairwise``, ``regression`` and ``listwise``
+all have the minimiser ln π_θ/π_ref = s/β + a constant of the prompt: π_θ ∝ π_ref exp(s/β).
 """
 
 from __future__ import annotations
@@ -16,23 +16,47 @@ def example_losses(
 ) -> torch.Tensor:
     """Return the loss ``name`` of each example, (B,).
 
-    ``target_BN`` means what the loss says: ``sigmoid``: (p, 1 − p) with p = P(a ≻ b); ``regression``: the scores
-    (s_a, s_b); ``listwise``: softmax_n(s_n/β); ``kto``: (1, 0) for a desirable response and (0, 1) for an undesirable
-    one, with the baseline z_ref in the place of a second ratio; ``offset``: 1 + Δ for the preferred response
-    of the two and 0 for the other. ``is_real_BN`` is False where a shorter list of ``listwise`` was padded; the other
-    losses have N = 2.
+    ``target_BN`` means what the loss says: ``sigmoid``: (p, 1 − p) with p = P(a ≻ b); ``pairwise`` and ``regression``:
+    the scores s_n; ``listwise``: softmax_n(s_n/β); ``kto``: (1, 0) for a desirable response and (0, 1) for an
+    undesirable one, with the baseline z_ref in the place of a second ratio; ``offset``: 1 + Δ for the preferred
+    response of the two and 0 for the other. ``is_real_BN`` is False where a shorter list was padded; ``sigmoid``,
+    ``kto`` and ``offset`` have N = 2.
     """
     if name == "listwise":
         return listwise_loss(ratio_BN, target_BN, is_real_BN)
+    if name in ("pairwise", "regression"):
+        return over_pairs(name, beta * differences(ratio_BN), differences(target_BN), is_real_BN)
     margin_B = implicit_margin(ratio_BN, beta)
     if name == "sigmoid":
         return sigmoid_loss(margin_B, target_BN[:, 0])
-    if name == "regression":
-        return regression_loss(margin_B, target_BN[:, 0] - target_BN[:, 1])
     if name == "offset":
         return offset_loss(margin_B, target_BN[:, 0] - target_BN[:, 1])
     assert name == "kto", name
     return kto_loss(margin_B, target_BN[:, 0])
+
+
+def differences(value_BN: torch.Tensor) -> torch.Tensor:
+    """Return value_a − value_b of every two responses of each example, (B, N, N)."""
+    return value_BN[:, :, None] - value_BN[:, None, :]
+
+
+def over_pairs(name: str, margin_BNN: torch.Tensor, gap_BNN: torch.Tensor, is_real_BN: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss of all N(N−1)/2 pairs of each example, (B,), for N forward passes.
+
+    ``margin_BNN`` are z of the pairs and ``gap_BNN`` their s_a − s_b: :func:`sigmoid_loss` with p = σ(s_a − s_b) for
+    ``pairwise``, :func:`regression_loss` for ``regression``. Neither changes when a pair is turned round.
+    """
+    loss_BNN = (
+        sigmoid_loss(margin_BNN, torch.sigmoid(gap_BNN)) if name == "pairwise" else regression_loss(margin_BNN, gap_BNN)
+    )
+    is_pair_BNN = pairs_of(is_real_BN)
+    return loss_BNN.masked_fill(~is_pair_BNN, 0.0).sum(dim=(1, 2)) / is_pair_BNN.sum(dim=(1, 2))
+
+
+def pairs_of(is_real_BN: torch.Tensor) -> torch.Tensor:
+    """Return which two responses of each example are a pair, in either order, (B, N, N) bool."""
+    same_NN = torch.eye(is_real_BN.shape[1], dtype=torch.bool, device=is_real_BN.device)
+    return is_real_BN[:, :, None] & is_real_BN[:, None, :] & ~same_NN
 
 
 def implicit_margin(ratio_B2: torch.Tensor, beta: float) -> torch.Tensor:
@@ -92,10 +116,9 @@ def agreement(
     A pair is right when the response with the larger target has the larger ratio, ties count half; its margin is
     β times the difference of the ratios in the direction of the target.
     """
-    same_NN = torch.eye(ratio_BN.shape[1], dtype=torch.bool, device=ratio_BN.device)
-    is_pair_BNN = is_real_BN[:, :, None] & is_real_BN[:, None, :] & ~same_NN
-    margin_BNN = beta * (ratio_BN[:, :, None] - ratio_BN[:, None, :])
-    direction_BNN = torch.sign(target_BN[:, :, None] - target_BN[:, None, :])
+    is_pair_BNN = pairs_of(is_real_BN)
+    margin_BNN = beta * differences(ratio_BN)
+    direction_BNN = torch.sign(differences(target_BN))
     right_BNN = 0.5 + 0.5 * torch.sign(margin_BNN) * direction_BNN
     num_pairs_B = is_pair_BNN.sum(dim=(1, 2))
     accuracy_B = (right_BNN * is_pair_BNN).sum(dim=(1, 2)) / num_pairs_B

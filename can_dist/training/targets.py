@@ -22,13 +22,14 @@ def score_targets(loss: str, score_N: Sequence[float] | FloatArray, beta: float 
     """Return one target per response of an example; with them the loss has the minimiser π ∝ π_ref exp(s/β).
 
     Args:
-        loss: ``sigmoid``: (p, 1 − p) with p = σ(s_a − s_b); ``regression``: the scores; ``listwise``: softmax(s/β).
-        score_N: s of each response, two but for ``listwise``.
+        loss: ``sigmoid``: (p, 1 − p) with p = σ(s_a − s_b); ``regression``: the scores; ``pairwise``: the scores less
+            the best, since only differences count and float32 holds small numbers better; ``listwise``: softmax(s/β).
+        score_N: s of each response, two for ``sigmoid``.
         beta: KL weight β, of ``listwise`` alone: the other losses have it in their log-ratios.
     """
     score = np.asarray(score_N, dtype=np.float64)
-    if loss == "regression":
-        return [float(value) for value in score]
+    if loss in ("regression", "pairwise"):
+        return [float(value) for value in (score if loss == "regression" else score - score.max())]
     if loss == "sigmoid":
         p = float(0.5 * (1.0 + np.tanh(0.5 * (score[0] - score[1]))))  # never overflows
         return [p, 1.0 - p]

@@ -5,7 +5,7 @@ from pathlib import Path
 import enumerable_world as world
 import numpy as np
 import pytest
-from enumerated_run import BETA, LISTS, PAIRS, ValidatedRun, align, configure
+from enumerated_run import BETA, LISTS, ValidatedRun, align, configure
 
 from can_dist.algorithms.mocan import mocan
 from can_dist.config import StrengthChoice
@@ -16,9 +16,9 @@ from can_dist.tables.artifacts import load_artifact
 @pytest.mark.parametrize(
     ("labels", "margins", "train"),
     [
-        pytest.param("soft", {"harmless": 0.6}, PAIRS, marks=pytest.mark.slow),
-        ("soft", {"harmless": 0.45, "honest": 0.45}, PAIRS),
-        pytest.param("regression", {"harmless": 0.6}, PAIRS, marks=pytest.mark.slow),
+        pytest.param("soft", {"harmless": 0.6}, LISTS, marks=pytest.mark.slow),
+        ("soft", {"harmless": 0.45, "honest": 0.45}, LISTS),
+        pytest.param("regression", {"harmless": 0.6}, LISTS, marks=pytest.mark.slow),
         pytest.param("listwise", {"harmless": 0.6}, LISTS, marks=pytest.mark.slow),
     ],
     ids=["one constraint", "two constraints", "regression", "listwise"],
@@ -46,7 +46,7 @@ def test_a_training_that_arrives_needs_no_strength(tmp_path: Path) -> None:
     """Length and direction are 1 and so is the strength: nothing that is right already is stretched."""
     reference = world.make_reference(tmp_path / "reference")
     margins = {"harmless": 0.45, "honest": 0.45}
-    config = configure(reference, margins, {"learning_rate": 5e-3, "max_steps": 400, **PAIRS})
+    config = configure(reference, margins, {"learning_rate": 5e-3, "max_steps": 400, **LISTS})
     config = config.model_copy(update={"strength": StrengthChoice()})
     trained_PK, _ = align(tmp_path / "run", config, mocan, ValidatedRun)
     ref_PK = world.probabilities(reference)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from click.testing import CliRunner, Result
 from hub_server import serving_hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from scipy.special import expit
 from tiny import make_tiny_lm
 
 from can_dist.cli import cli
@@ -209,12 +211,32 @@ def test_kto_examples_become_unpaired(tmp_path: Path) -> None:
     assert found[0]["completion"] == [{"role": "assistant", "content": "one"}]
 
 
-def test_lists_have_no_format_in_trl(tmp_path: Path) -> None:
-    preferences(tmp_path, "listwise", [[0.75, 0.25]])
-    with pytest.raises(
-        DataError, match=r"lists of responses.*TRL has no format. Label with soft, sampled or regression"
-    ):
-        export_preferences(tmp_path, tmp_path / "out.parquet")
+@pytest.mark.parametrize(
+    ("loss", "targets", "p"),
+    [
+        ("pairwise", [0.0, -1.0, -3.0], expit),
+        ("regression", [5.0, 4.0, 2.0], None),
+        ("listwise", [0.7, 0.25, 0.05], None),
+    ],
+)
+def test_lists_become_all_their_pairs(tmp_path: Path, loss: str, targets: list[float], p: Any) -> None:
+    stage = open_stage(tmp_path, "label", "preferences", {"loss": loss}, {})
+    row = {
+        "example_id": "p0", "prompt_id": "p0", "split": "train", "messages": [{"role": "user", "content": "question"}],
+        "response_ids": ["p0/0", "p0/1", "p0/2"], "texts": ["best", "good", "bad"], "token_ids": [[1], [2], [3]],
+        "logp_ref": [0.0] * 3, "scores": [5.0, 4.0, 2.0], "target": targets, "weight": 1.0,
+    }  # fmt: skip
+    write_part(stage.path, 0, pa.Table.from_pylist([row], schema=PREFERENCES))
+    stage.commit([], info={"loss": loss, "splits": {"train": 1}})
+    assert export_preferences(tmp_path, tmp_path / "out.parquet") == {"rows": 3, "undecided": 0}
+    written = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in written] == [
+        ("best", "good"), ("best", "bad"), ("good", "bad"),
+    ]  # fmt: skip
+    assert [pair["example_id"] for pair in written] == ["p0/0|1", "p0/0|2", "p0/1|2"]
+    assert [(pair["score_chosen"], pair["score_rejected"]) for pair in written] == [(5.0, 4.0), (5.0, 2.0), (4.0, 2.0)]
+    if p is not None:
+        assert [pair["p_chosen"] for pair in written] == pytest.approx([p(1.0), p(3.0), p(2.0)])
 
 
 def test_two_tables_are_told_apart_by_their_path(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from enumerated_run import BETA, PAIRS, EnumeratedRun, align, configure, enumerate_responses
+from enumerated_run import BETA, LISTS, EnumeratedRun, align, configure, enumerate_responses
 from scipy.special import expit
 
 from can_dist.algorithms.caid import caid
@@ -64,7 +64,7 @@ def test_methods_agree_on_one_policy(tmp_path: Path, method: str, labels: str, o
     lam, optimum_PK = world.optimal_policy(ref_PK, [world.HARMLESS_PK], [MARGIN], BETA)
     if method == "sacpo":
         options = options | {"labels_from": "scores", "beta_over_lambda": BETA / float(lam[0])}
-    plain = configure(reference, {"harmless": MARGIN}, {"learning_rate": 5e-3, "max_steps": 400, **PAIRS}, labels)
+    plain = configure(reference, {"harmless": MARGIN}, {"learning_rate": 5e-3, "max_steps": 400, **LISTS}, labels)
     config = with_method(plain, method, options)
     run_dir = tmp_path / "run"
     trained_PK, _ = align(run_dir, config, METHODS[method], MeasuredRun, options=getattr(config, method))
@@ -231,7 +231,7 @@ def test_pecan_from_exact_policies_is_the_optimum(tmp_path: Path) -> None:
     }
     raw |= {"method": "pecan", "reward": scorers["reward"]}
     raw["constraints"] = {"harmless": {"scorer": scorers["harmless"], "margin": MARGIN}}
-    raw["train"] |= {"learning_rate": 5e-3, "max_steps": 400, **PAIRS}
+    raw["train"] |= {"learning_rate": 5e-3, "max_steps": 400, **LISTS}
     config = validate_config(raw)
     trained_PK, found = align(tmp_path / "run", config, pecan)
     lam, optimum_PK = world.optimal_policy(ref_PK, [world.HARMLESS_PK], [MARGIN], BETA)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -201,17 +202,17 @@ def test_watching_changes_no_byte_of_the_policy(world: ww.Watching) -> None:
 # --------------------------------------------------------------------------------------- other losses and constraints
 
 
-def soft(ratio: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
-    p, z = torch.sigmoid(score[0] - score[1]), tw.BETA * (ratio[0] - ratio[1])
+def soft(z: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
+    p = torch.sigmoid(gap)
     return -(p * logsigmoid(z) + (1 - p) * logsigmoid(-z))
 
 
-def regression(ratio: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
-    return (tw.BETA * (ratio[0] - ratio[1]) - (score[0] - score[1])) ** 2
+def regression(z: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
+    return (z - gap) ** 2
 
 
 @pytest.mark.parametrize(("labels", "loss_of"), [("soft", soft), ("regression", regression)])
-def test_pairs_are_labelled_anew_with_two_constraints(tmp_path: Path, labels: str, loss_of: Any) -> None:
+def test_all_pairs_are_labelled_anew_with_two_constraints(tmp_path: Path, labels: str, loss_of: Any) -> None:
     """The last line of losses is that of the last λ, on the policy of the step before: here, of no learning at all."""
     world = ww.make_watching(tmp_path, labels=labels, constraints=("calm", "short"))
     spec = world.spec("steered", 4, feedback="validation", learning_rate=1e-12)
@@ -245,7 +246,8 @@ def test_pairs_are_labelled_anew_with_two_constraints(tmp_path: Path, labels: st
     for step_done, its_lam in ((2, world.lam), (3, lam)):
         losses = []
         for index in global_batch(len(examples), 6, 3, step_done - 1):
-            pair = [by_id[name] for name in examples[index]["response_ids"]]
-            score = [row["reward"] + sum(value * row[name] for name, value in its_lam.items()) for row in pair]
-            losses.append(loss_of(torch.zeros(2), torch.tensor(score)).item())
+            responses = [by_id[name] for name in examples[index]["response_ids"]]
+            score = [row["reward"] + sum(value * row[name] for name, value in its_lam.items()) for row in responses]
+            gaps = torch.tensor([a - b for a, b in combinations(score, 2)])
+            losses.append(loss_of(torch.zeros_like(gaps), gaps).mean().item())
         assert tw.read_metrics(spec)[step_done] == pytest.approx(np.mean(losses), rel=1e-4), step_done

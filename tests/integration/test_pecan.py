@@ -11,7 +11,7 @@ from typing import Any
 import enumerable_world as world
 import numpy as np
 import pytest
-from enumerated_run import BETA, PAIRS, EnumeratedRun, align, configure, enumerate_responses
+from enumerated_run import BETA, LISTS, EnumeratedRun, align, configure, enumerate_responses
 from people_run import WORDS, can_dist, user_folder
 from ruamel.yaml import YAML
 from tiny import make_tiny_lm
@@ -45,7 +45,7 @@ def test_pecan_from_trained_policies_is_the_closed_form(tmp_path: Path) -> None:
     """Three trainings by the real trainer; the last one, on log-ratios alone, reaches π*."""
     reference = world.make_reference(tmp_path / "reference")
     scored = configure(
-        reference, {"harmless": MARGIN}, {"learning_rate": 5e-3, "max_steps": 200, **PAIRS}, "regression"
+        reference, {"harmless": MARGIN}, {"learning_rate": 5e-3, "max_steps": 200, **LISTS}, "regression"
     )
     policies = aligned_policies(tmp_path / "aligning", scored, reference)
 

@@ -122,5 +122,4 @@ def align(
     return world.probabilities(policy.path / POLICY), lam
 
 
-PAIRS = {"batch_size": 192, "tokens_per_pack": 1024, "num_epochs": 20}
 LISTS = {"batch_size": 3, "tokens_per_pack": 600, "num_epochs": 400}  # three prompts with 64 responses each

@@ -172,7 +172,8 @@ try:
     with interruptible():
         waiting = wait.remote()
         print("waits", flush=True)
-        ray.get(waiting)
+        while not ray.wait([waiting], timeout=1)[0]:  # as the ledger does: ray.get loses what a handler raises
+            pass
 except Interrupted as stopped:
     raise SystemExit(stopped.exit_code)
 """

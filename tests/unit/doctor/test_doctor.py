@@ -24,7 +24,7 @@ from can_dist.config import Cluster, Config, Model, validate_config
 from can_dist.doctor import Finding, Severity, examine, filesystem, inputs
 from can_dist.doctor import environment as machine
 from can_dist.doctor.finding import error, note, ok
-from can_dist.doctor.preflight import preflight
+from can_dist.doctor.preflight import many_pairs, preflight
 from can_dist.doctor.ray_cluster import check_ray, resources
 from can_dist.errors import ConfigError, DataError, EnvironmentProblem
 from can_dist.modeling.attention import Machine, choose_attention
@@ -213,6 +213,22 @@ def test_f41_preflight_names_a_stale_lock_instead_of_waiting(world: Path, builds
     assert time.monotonic() - started < 5
     lock.unlink()
     preflight(configure(world))
+
+
+@pytest.mark.parametrize(
+    ("label", "told"),
+    [
+        ({"labels": "sampled"}, "17,920 pairs, and each response is trained 7 times per epoch"),
+        ({"pairs_per_prompt": 16}, "10,240 pairs, and each response is trained 4 times per epoch"),
+        ({"pairs_per_prompt": 8}, None),
+        ({}, None),
+        ({"labels": "listwise"}, None),
+    ],
+)
+def test_an_explosion_of_pairs_is_said_before_it_is_paid(world: Path, label: dict[str, Any], told: str | None) -> None:
+    prompts: Any = SimpleNamespace(info={"counts": {"train": 640}})
+    notes = many_pairs(configure(world, label=label, generate={"num_responses": 8}), prompts)
+    assert notes == [] if told is None else told in notes[0]
 
 
 def test_s11_extensions_that_every_user_may_write_are_refused(world: Path, builds: Path) -> None:

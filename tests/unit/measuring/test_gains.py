@@ -251,6 +251,7 @@ def test_p4_counts_of_the_report_say_what_became_of_every_response_and_example(t
         ("sigmoid", [0.8, 0.2], "0.6931"),
         ("listwise", [0.25, 0.25, 0.25, 0.25], "1.3863"),
         ("regression", [2.0, 0.5], "2.2500"),
+        ("pairwise", [3.0, 1.5, 0.0], "0.6931"),
         ("kto", [1.0, 0.0], "0.5000"),
         ("offset", [2.0, 0.0], "1.3133"),
     ],

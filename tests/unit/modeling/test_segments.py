@@ -162,14 +162,14 @@ def test_no_matrix_of_all_rows_by_the_vocabulary_exists() -> None:
     assert seen == {num_rows: num_rows * 5000, 8: weights}
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "regression", "listwise", "kto"])
+@pytest.mark.parametrize("loss", ["sigmoid", "pairwise", "regression", "listwise", "kto"])
 @pytest.mark.parametrize("rows_in_chunk", [7, 10**6])
 def test_a_pass_never_waits_for_the_device(loss: str, rows_in_chunk: int) -> None:
     """On a GPU, a value that Python asks for, or a shape that depends on values, stops the queue."""
     model = ResponseModel(make_model(LLAMA))
     model.head_bytes = rows_in_chunk * 4 * VOCAB
     sizes, baseline = ((1, 1, 1), torch.tensor(0.1)) if loss == "kto" else ((2, 2, 2), None)
-    if loss == "listwise":
+    if loss in ("pairwise", "listwise"):
         sizes = (3, 2, 4)
     examples = [
         Example("e", prompt, responses, [-1.0] * len(responses), [0.5] * max(2, len(responses)), 1.0)

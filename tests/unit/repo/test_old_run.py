@@ -24,7 +24,7 @@ from tiny import make_tiny_lm
 
 from can_dist.algorithms import ascent
 from can_dist.config import Config, for_method, validate_config
-from can_dist.config.sections import Solve
+from can_dist.config.sections import Label, Solve
 from can_dist.doctor import preflight
 from can_dist.errors import DataError
 from can_dist.modeling import loading
@@ -121,6 +121,7 @@ def world(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.setattr(artifacts, "check_file", lambda directory, entry: None)
     monkeypatch.setattr(preflight, "check_conversations", lambda config, prompts: [])  # the table is not there
     monkeypatch.setattr(sys.modules["can_dist.algorithms.caid"], "next_lam", lam_of_then)
+    monkeypatch.setattr(Label, "lists", False)  # all pairs of soft labels were an example each
     return folder
 
 
@@ -188,6 +189,15 @@ def test_a_run_without_a_named_estimator_is_solved_anew(world: Path, named: dict
     config = configure(world).model_copy(update={"solve": Solve(**named)})
     with pytest.raises(pytest.fail.Exception, match=r": solve \(.*not finished for this configuration"):
         continue_run(world, config)
+
+
+def test_all_pairs_of_soft_labels_are_labelled_anew(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are one example per prompt now; a training on the old ones is another training."""
+    monkeypatch.undo()
+    monkeypatch.setattr(artifacts, "check_file", lambda directory, entry: None)
+    assert configure(world).label.lists
+    identity = MANIFESTS["label-aa593468bc32edbe"]["identity"]
+    assert "examples" not in identity, "labels of today have the key"
 
 
 def test_another_format_version_would_be_noticed(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,7 +248,7 @@ CASES: dict[str, Any] = {
         "prompts": {**source(folder, "many.jsonl"), "num_test": 4, "num_validation": 33},
     },
     "mocan, feedback": lambda folder: {
-        "train": {"feedback": "validation", "eval_every": 2, "max_steps": 5, "ds_config": DS_CONFIG},
+        "train": {"feedback": "validation", "eval_every": 2, "max_steps": 5, "num_epochs": 5, "ds_config": DS_CONFIG},
         "prompts": {**source(folder, "many.jsonl"), "num_test": 4, "num_validation": 34},
     },
     "dpo_s": lambda folder: {

@@ -84,13 +84,30 @@ def random_scores() -> tuple[np.ndarray, np.ndarray]:
     return tuple(generator.normal(size=(2, NUM_PROMPTS * NUM_RESPONSES)))
 
 
-def test_soft_labels_are_the_sigmoid_of_the_combined_gap(tmp_path, random_scores) -> None:
+ALL = comb(NUM_RESPONSES, 2)
+"""Drawn pairs, as many as there are: each is an example of its own."""
+
+
+def test_soft_labels_are_the_combined_scores_of_a_prompt(tmp_path, random_scores) -> None:
     reward_N, safety_N = random_scores
     *inputs, solution = tables(tmp_path, reward_N, safety_N)
-    table = labelled(tmp_path, inputs).table
-    combined = reward_N + solution.lam["safety"] * safety_N
+    artifact = labelled(tmp_path, inputs)
+    assert artifact.info["loss"] == "pairwise"
     assert solution.lam["safety"] > 0
-    assert table.num_rows == NUM_PROMPTS * comb(NUM_RESPONSES, 2)
+    combined_PK = (reward_N + solution.lam["safety"] * safety_N).reshape(NUM_PROMPTS, NUM_RESPONSES)
+    rows = artifact.table.to_pylist()
+    assert [row["example_id"] for row in rows] == [f"p{i}" for i in range(NUM_PROMPTS)]
+    for row, combined_K in zip(rows, combined_PK, strict=True):
+        np.testing.assert_allclose(row["scores"], combined_K, rtol=1e-12)
+        np.testing.assert_allclose(row["target"], combined_K - combined_K.max(), atol=1e-6)
+
+
+def test_soft_labels_of_pairs_are_the_sigmoid_of_the_combined_gap(tmp_path, random_scores) -> None:
+    reward_N, safety_N = random_scores
+    *inputs, solution = tables(tmp_path, reward_N, safety_N)
+    table = labelled(tmp_path, inputs, pairs_per_prompt=ALL).table
+    combined = reward_N + solution.lam["safety"] * safety_N
+    assert table.num_rows == NUM_PROMPTS * ALL
     for row in table.to_pylist():
         left, right = row["example_id"].split("|")
         prompt, k = left.split("/")
@@ -106,7 +123,7 @@ def test_soft_labels_are_the_sigmoid_of_the_combined_gap(tmp_path, random_scores
 
 def test_sampled_labels_are_draws_of_the_soft_ones(tmp_path, random_scores) -> None:
     *inputs, _ = tables(tmp_path, *random_scores)
-    soft, hard = labelled(tmp_path, inputs), labelled(tmp_path, inputs, labels="sampled")
+    soft, hard = (labelled(tmp_path, inputs, pairs_per_prompt=ALL), labelled(tmp_path, inputs, labels="sampled"))
     assert soft.info["loss"] == hard.info["loss"] == "sigmoid"
     p, draw = (np.array(artifact.table.column("target").to_pylist())[:, 0] for artifact in (soft, hard))
     assert set(draw) == {0.0, 1.0}
@@ -126,7 +143,7 @@ def test_some_pairs_per_prompt_are_distinct_and_repeatable(tmp_path, random_scor
 
 def test_validation_pairs_are_split_by_prompt(tmp_path, random_scores) -> None:
     *inputs, _ = tables(tmp_path, *random_scores)
-    rows = labelled(tmp_path, inputs, validation_fraction=0.3).table.to_pylist()
+    rows = labelled(tmp_path, inputs, validation_fraction=0.3, pairs_per_prompt=ALL).table.to_pylist()
     splits: dict[str, set] = {}
     for row in rows:
         splits.setdefault(row["prompt_id"], set()).add(row["split"])
@@ -141,10 +158,10 @@ def test_f18_empty_and_equal_responses_are_set_aside_and_listed_and_ties_counted
     texts[0], texts[6], texts[7] = "  ", "twin", "twin"
     reward_N[11], safety_N[11] = reward_N[10], safety_N[10]
     *inputs, _ = tables(tmp_path, reward_N, safety_N, texts)
-    artifact = labelled(tmp_path, inputs)
+    artifact = labelled(tmp_path, inputs, pairs_per_prompt=ALL)
     counts = artifact.info["counts"]
     assert (counts["empty response"], counts["equal responses"], counts["tie"]) == (4, 1, 1)
-    assert counts["examples"] == NUM_PROMPTS * comb(NUM_RESPONSES, 2) - 5
+    assert counts["examples"] == NUM_PROMPTS * ALL - 5
     listed = json.loads((artifact.path / NOTED).read_text())
     assert {entry["example_id"] for entry in listed if entry["reason"] == "equal responses"} == {"p1/1|2"}
     assert [(entry["example_id"], entry["kept"]) for entry in listed if entry["reason"] == "tie"] == [("p2/0|1", True)]
@@ -160,10 +177,11 @@ def test_f20_prompt_with_one_response_has_no_pair_and_is_counted(tmp_path, rando
     stage = open_stage(tmp_path, "scores", "fewer", {}, {"responses": responses})
     write_part(stage.path, 0, without(scores.table, left_out))
     fewer = stage.commit(info={"scorers": scores.info["scorers"], "quarantined": left_out})
-    artifact = labelled(tmp_path, (responses, fewer, solution))
-    assert artifact.info["counts"]["less than two responses"] == 1
-    assert artifact.info["counts"]["examples"] == (NUM_PROMPTS - 1) * comb(NUM_RESPONSES, 2)
-    assert {"example_id": "p1", "reason": "less than two responses", "kept": False} in artifact.read_json(NOTED)
+    for options, per_prompt in (({}, 1), ({"pairs_per_prompt": ALL}, ALL)):
+        artifact = labelled(tmp_path, (responses, fewer, solution), **options)
+        assert artifact.info["counts"]["less than two responses"] == 1
+        assert artifact.info["counts"]["examples"] == (NUM_PROMPTS - 1) * per_prompt
+        assert {"example_id": "p1", "reason": "less than two responses", "kept": False} in artifact.read_json(NOTED)
 
 
 def test_f19_constant_scores_are_no_preference_signal(tmp_path) -> None:
@@ -176,7 +194,8 @@ def test_f19_constant_scores_are_no_preference_signal(tmp_path) -> None:
 
 def test_no_pair_left_is_an_error(tmp_path, random_scores) -> None:
     *inputs, _ = tables(tmp_path, *random_scores, texts=["" for _ in random_scores[0]])
-    with pytest.raises(DataError, match=r"no example is left to train on \(400 empty response\). Bring more data"):
+    reasons = r"\(200 empty response, 40 less than two responses\)"
+    with pytest.raises(DataError, match=rf"no example is left to train on {reasons}. Bring more data"):
         labelled(tmp_path, inputs)
 
 
@@ -221,7 +240,7 @@ def test_lambda_may_be_given_by_name(tmp_path, random_scores) -> None:
     responses, scores, _, _ = tables(tmp_path, reward_N, safety_N)
     rows = labelled(tmp_path, (responses, scores, {"safety": 2.0})).table.to_pylist()
     combined = reward_N + 2 * safety_N
-    assert rows[0]["scores"] == pytest.approx([combined[0], combined[1]])
+    assert rows[0]["scores"] == pytest.approx(combined[:NUM_RESPONSES].tolist())
     other = labelled(tmp_path, (responses, scores, {"safety": 3.0})).table.to_pylist()
     assert other[0]["scores"] != rows[0]["scores"]
 
@@ -233,12 +252,12 @@ def test_published_labels_leave_beta_out(tmp_path: Path) -> None:
     inputs = tables(tmp_path, reward_N, safety_N)
     lam = inputs[3].lam["safety"]
     assert lam > 0
-    rows = labelled(tmp_path, inputs, unit={"reward": 0.1, "safety": 0.5}).table.to_pylist()
+    rows = labelled(tmp_path, inputs, unit={"reward": 0.1, "safety": 0.5}, pairs_per_prompt=ALL).table.to_pylist()
     score_N = reward_N / 0.1 + lam * safety_N / 0.5
     for row in rows[:50]:
         a, b = (int(i.split("/")[0][1:]) * NUM_RESPONSES + int(i.split("/")[1]) for i in row["response_ids"])
         assert row["target"][0] == pytest.approx(1 / (1 + np.exp(score_N[b] - score_N[a])), rel=1e-12)
-    usual = labelled(tmp_path, inputs)
+    usual = labelled(tmp_path, inputs, pairs_per_prompt=ALL)
     assert usual.table.column("target").to_pylist() != [row["target"] for row in rows]
 
 
@@ -301,12 +320,12 @@ def test_few_rows_at_a_time_give_the_same_bytes(
 def test_many_examples_are_written_in_parts_that_are_one_table(tmp_path, random_scores, monkeypatch) -> None:
     """A part is written as soon as it is full; rows, their order, splits and counts are those of one part."""
     inputs = tables(tmp_path / "run", *random_scores)
-    whole = labelled(tmp_path / "run", inputs)
+    whole = labelled(tmp_path / "run", inputs, pairs_per_prompt=ALL)
     table, info = whole.table.combine_chunks(), whole.info
     shutil.rmtree(whole.path)
     monkeypatch.setattr(examples, "ROWS_AT_A_TIME", 7)
     monkeypatch.setattr(examples, "PART_ROWS", 70)
-    parts = labelled(tmp_path / "run", inputs)
+    parts = labelled(tmp_path / "run", inputs, pairs_per_prompt=ALL)
     assert parts.path == whole.path, "the identity is of what the examples are, not of how many a file holds"
     assert [entry["rows"] for entry in parts.manifest["files"] if "rows" in entry] == [70] * 5 + [50]
     assert parts.table.combine_chunks().equals(table)

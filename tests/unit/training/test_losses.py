@@ -46,11 +46,16 @@ def exact(name: str, ratios: list[float], targets: list[float], beta: float) -> 
     if name == "listwise":
         total = sum(math.exp(ratio) for ratio in ratios)
         return -sum(t * math.log(math.exp(ratio) / total) for t, ratio in zip(targets, ratios, strict=True))
+    if name in ("pairwise", "regression"):
+        pairs = [
+            (beta * (ratios[a] - ratios[b]), targets[a] - targets[b]) for a, b in combinations(range(len(ratios)), 2)
+        ]
+        if name == "regression":
+            return sum((z - gap) ** 2 for z, gap in pairs) / len(pairs)
+        return sum(exact_sigmoid(z, 1 / (1 + math.exp(-gap))) for z, gap in pairs) / len(pairs)
     z = beta * (ratios[0] - ratios[1])
     if name == "sigmoid":
         return exact_sigmoid(z, targets[0])
-    if name == "regression":
-        return (z - (targets[0] - targets[1])) ** 2
     if name == "offset":  # −ln σ(z_w − Δ)
         return softplus((max(targets) - 1) - (z if targets[0] else -z))
     return 1 - 1 / (1 + math.exp(-z if targets[0] else z))
@@ -58,14 +63,15 @@ def exact(name: str, ratios: list[float], targets: list[float], beta: float) -> 
 
 EXAMPLES = {
     "sigmoid": ([[0.3, -1.2], [-2.0, 0.5]], [[0.8, 0.2], [0.0, 1.0]]),
-    "regression": ([[0.3, -1.2], [-2.0, 0.5]], [[3.0, -1.0], [0.2, 0.7]]),
+    "pairwise": ([[0.3, -1.2, 2.0, 0.1], [-2.0, 0.5, 0.0, 1.0]], [[3.0, -1.0, 0.5, 40.0], [0.2, 0.7, -3.0, 0.0]]),
+    "regression": ([[0.3, -1.2, 2.0], [-2.0, 0.5, 1.0]], [[3.0, -1.0, 0.0], [0.2, 0.7, 0.2]]),
     "listwise": ([[0.3, -1.2, 2.0, 0.1], [-2.0, 0.5, 0.0, 1.0]], [[0.1, 0.2, 0.3, 0.4], [0.97, 0.01, 0.01, 0.01]]),
     "kto": ([[0.3, 0.1], [-2.0, 0.1]], [[1.0, 0.0], [0.0, 1.0]]),
     "offset": ([[0.3, -1.2], [-2.0, 0.5], [4.0, -4.0]], [[1.0, 0.0], [0.0, 3.5], [3.5, 0.0]]),
 }
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "regression", "listwise", "kto", "offset"])
+@pytest.mark.parametrize("name", ["sigmoid", "pairwise", "regression", "listwise", "kto", "offset"])
 def test_value_and_gradient_are_those_of_the_definition(name: str) -> None:
     ratios, targets = EXAMPLES[name]
     ratio_BN = tensor(ratios).requires_grad_()
@@ -84,7 +90,8 @@ def test_value_and_gradient_are_those_of_the_definition(name: str) -> None:
     ("name", "expected"),
     [
         ("sigmoid", [math.log(2)] * 2),
-        ("regression", [16.0, 0.25]),
+        ("pairwise", [math.log(2)] * 2),
+        ("regression", [26 / 3, 0.5 / 3]),
         ("listwise", [math.log(4)] * 2),
         ("kto", [0.5] * 2),
         ("offset", [math.log(2), *[math.log(1 + math.exp(2.5))] * 2]),
@@ -136,15 +143,16 @@ def test_margin_is_beta_times_the_difference_of_log_ratios() -> None:
 # ----------------------------------------------------------------------------------------- lists, and what is shown
 
 
+@pytest.mark.parametrize("name", ["pairwise", "regression", "listwise"])
 @given(st.lists(st.tuples(st.floats(-30, 30), st.floats(0.01, 1)), min_size=2, max_size=6), st.integers(0, 4))
-def test_padding_of_a_list_changes_nothing(responses: list[tuple[float, float]], num_padding: int) -> None:
+def test_padding_of_a_list_changes_nothing(name: str, responses: list[tuple[float, float]], num_padding: int) -> None:
     ratios, weights = (list(column) for column in zip(*responses, strict=True))
     target = [weight / sum(weights) for weight in weights]
     padding = [0.0] * num_padding
     ratio_BN = tensor([ratios + padding]).requires_grad_()
     is_real_BN = torch.tensor([[True] * len(ratios) + [False] * num_padding])
-    loss = example_losses("listwise", ratio_BN, tensor([target + padding]), is_real_BN, BETA)
-    assert loss.item() == pytest.approx(exact("listwise", ratios, target, BETA), rel=1e-9)
+    loss = example_losses(name, ratio_BN, tensor([target + padding]), is_real_BN, BETA)
+    assert loss.item() == pytest.approx(exact(name, ratios, target, BETA), rel=1e-9, abs=1e-12)
     loss.sum().backward()
     assert not ratio_BN.grad[0, len(ratios) :].any()
     shown = agreement(ratio_BN, tensor([target + padding]), is_real_BN, BETA)
@@ -184,7 +192,7 @@ def minimise(loss_of: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
     return logit_PK.detach().softmax(dim=1).numpy()
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "regression", "listwise"])
+@pytest.mark.parametrize("name", ["sigmoid", "pairwise", "regression", "listwise"])
 def test_minimiser_is_the_optimum_of_the_constrained_problem(name: str) -> None:
     lam, optimum_PK = world.optimal_policy(REF_PK, [world.HARMLESS_PK], [0.6], BETA)
     score_PK = tensor(world.REWARD_PK + lam[0] * world.HARMLESS_PK)
@@ -193,12 +201,13 @@ def test_minimiser_is_the_optimum_of_the_constrained_problem(name: str) -> None:
     def pairs(table_PK: torch.Tensor) -> torch.Tensor:
         return torch.stack([table_PK[:, first].flatten(), table_PK[:, second].flatten()], dim=1)
 
-    if name == "listwise":
-        target_BN, form = (score_PK / BETA).softmax(dim=1), lambda ratio_PK: ratio_PK
-    else:
-        gap_B = implicit_margin(pairs(score_PK), 1.0)
-        target_BN = torch.stack([gap_B.sigmoid(), 1 - gap_B.sigmoid()], 1) if name == "sigmoid" else pairs(score_PK)
-        form = pairs
+    gap_B = implicit_margin(pairs(score_PK), 1.0)
+    target_BN, form = {
+        "sigmoid": (torch.stack([gap_B.sigmoid(), 1 - gap_B.sigmoid()], 1), pairs),
+        "pairwise": (score_PK, lambda ratio_PK: ratio_PK),
+        "regression": (score_PK, lambda ratio_PK: ratio_PK),
+        "listwise": ((score_PK / BETA).softmax(dim=1), lambda ratio_PK: ratio_PK),
+    }[name]
     policy_PK = minimise(
         lambda ratio_PK: example_losses(name, form(ratio_PK), target_BN, all_real(target_BN), BETA).mean()
     )

@@ -39,6 +39,7 @@ def test_targets_against_scipy() -> None:
     np.testing.assert_allclose(score_targets("sigmoid", score[:2]), [p, 1 - p], rtol=1e-14)
     assert score_targets("sigmoid", [800.0, -800.0]) == [1.0, 0.0]
     assert score_targets("regression", score[:2]) == [0.3, -1.2]
+    assert score_targets("pairwise", score + 1e9) == pytest.approx([-1.7, -3.2, 0.0], abs=1e-6)
     utility = np.array([[1.0, 0.5], [2.0, 0.0], [-1.0, 3.0]])
     np.testing.assert_allclose(combined_score(score, utility, [2.0, 10.0]), score + utility @ [2.0, 10.0])
 
@@ -56,7 +57,7 @@ def test_labels_of_the_first_lambda_are_those_of_the_table_and_of_another_follow
         score = np.array([row["reward"] + 0.2 * row["calm"] + 7.0 * row["short"] for row in of_example])
         expected = {
             "listwise": softmax(score / ww.tw.BETA),
-            "sigmoid": np.array([expit(score[0] - score[1]), expit(score[1] - score[0])]),
+            "pairwise": score - score.max(),
             "regression": score,
         }[watch.loss]
         np.testing.assert_allclose(target_N[: len(expected)], expected, rtol=1e-6)
