@@ -63,6 +63,12 @@ def requirements() -> dict[str, str]:
     return dict(re.findall(r'^ *"([\w.-]+)(?:\[[\w,]+\])?([^"]*)"', block, re.MULTILINE))
 
 
+def pins() -> dict[str, str]:
+    """Return the versions of constraints.txt by name; of a package with two, that of the newer Pythons."""
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    return {name.lower(): version for name, version in re.findall(r"^([\w.-]+)==([^;\s]+)", text, re.MULTILINE)}
+
+
 # ------------------------------------------------------------------------------------------------------------ the runs
 
 
@@ -187,12 +193,18 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: (record["versions"], [int(n) for n in record["python"].split(".")]))
 
 
-def page(records: Sequence[Mapping[str, Any]], bounds: Mapping[str, str], attention: Mapping[str, str]) -> str:
+def page(
+    records: Sequence[Mapping[str, Any]],
+    bounds: Mapping[str, str],
+    pinned: Mapping[str, str],
+    attention: Mapping[str, str],
+) -> str:
     """Return docs/compatibility.md.
 
     Args:
         records: What ``record_runs`` wrote.
         bounds: Bounds of the packages by name, as pyproject.toml has them.
+        pinned: Versions by name in small letters, as constraints.txt has them.
         attention: What ``record_attention`` wrote, beside the sentences of the records.
     """
     lines = [
@@ -217,13 +229,17 @@ def page(records: Sequence[Mapping[str, Any]], bounds: Mapping[str, str], attent
         "",
         "## Bounds",
         "",
-        "| package | bounds | lowest run | newest run |",
-        "|---|---|---|---|",
+        "| package | bounds | lowest run | newest run | pinned |",
+        "|---|---|---|---|---|",
     ]
     for name, bound in bounds.items():
         versions = sorted({record["packages"][name] for record in records}, key=order)
-        lines.append(f"| {name} | `{bound}` | {versions[0]} | {versions[-1]} |")
+        lines.append(f"| {name} | `{bound}` | {versions[0]} | {versions[-1]} | {pinned[name.lower()]} |")
     lines += [
+        "",
+        "When the newest were run, on 2026-11-28, PyPI had no version beyond these bounds. Pinned is what was tested",
+        "as a whole: torch 2.13 is the newest of which a build without CUDA was at hand, and the others are small",
+        "releases behind. vLLM 0.33 is within the bounds of its extra and was not run: the newest for CPUs is 0.32.",
         "",
         "DeepSpeed before 0.19.8 does not wait for every part of a gather by gloo. Under 0.19.0, one of two trainings",
         "of adapters on two CPU ranks merged them into the base weights of a neighbouring matrix. Opening such a",
@@ -287,7 +303,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "page":
         sentences = json.loads(ATTENTION.read_text(encoding="utf-8"))
-        PAGE.write_text(page(read_records(RESULTS), requirements(), sentences), encoding="utf-8")
+        PAGE.write_text(page(read_records(RESULTS), requirements(), pins(), sentences), encoding="utf-8")
         return
     if arguments.command == "ask":
         record_attention(arguments.environment.absolute() / "bin" / "python", ATTENTION)

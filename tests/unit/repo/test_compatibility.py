@@ -23,7 +23,7 @@ def record(**changes: Any) -> dict[str, Any]:
 
 def test_the_page_is_that_of_the_records() -> None:
     sentences = json.loads(c.ATTENTION.read_text(encoding="utf-8"))
-    assert c.PAGE.read_text(encoding="utf-8") == c.page(RECORDS, c.requirements(), sentences), (
+    assert c.PAGE.read_text(encoding="utf-8") == c.page(RECORDS, c.requirements(), c.pins(), sentences), (
         "run: python benchmarks/compatibility.py page"
     )
 
@@ -53,6 +53,7 @@ def test_a_page_names_what_failed_and_what_was_not_run() -> None:
     text = c.page(
         [record(), record(versions="newest", python="3.13.0", packages=newer, runs=partial)],
         c.requirements(),
+        c.pins() | {"torch": "2.8.0"},
         {"2.11.0": "attention by varlen_attn"},
     )
     assert text.endswith(
@@ -60,7 +61,7 @@ def test_a_page_names_what_failed_and_what_was_not_run() -> None:
     )
     assert f"| {2 * len(c.ROOMS):,} passed, {len(c.ROOMS)} skipped | 2 passed, 1 skipped | 2026-11-28 |" in text
     assert "| 3 passed, 0 skipped, **2 failed** (dual) | not run | 2026-11-28 |" in text
-    assert f"| torch | `{c.requirements()['torch']}` | 1.10 | 2.9.0+cpu |" in text
+    assert f"| torch | `{c.requirements()['torch']}` | 1.10 | 2.9.0+cpu | 2.8.0 |" in text
 
 
 def test_the_bounds_are_read_from_the_project() -> None:
