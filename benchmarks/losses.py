@@ -51,7 +51,7 @@ def main() -> None:
 @click.option("--seeds", default=2, show_default=True, help="Runs of each, with other batches and draws.")
 def enumerable(tokens: tuple[int, ...], seeds: int) -> None:
     """Train on the enumerable world and compare with the closed form."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers" / "worlds"))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         reference = make_reference(Path(scratch) / "reference")

@@ -135,7 +135,8 @@ def test_two_ranks_one_rank_and_plain_torch_steer_alike(world: ww.Watching, undi
         assert tw.read_metrics(spec, "estimate.gain.calm") == pytest.approx(estimates, rel=1e-3, abs=1e-6)
         model = tw.load_whole(tw.policy_dir(spec))
         for name, expected in weights.items():
-            torch.testing.assert_close(model.state_dict()[name], expected, atol=2e-5, rtol=1e-3)
+            # Adam makes steps of rounding where a gradient is nearly nothing
+            torch.testing.assert_close(model.state_dict()[name], expected, atol=5e-5, rtol=1e-3)
         summary = json.loads((folder_of(spec) / "summary.json").read_text())
         assert summary["lam"] == {"calm": pytest.approx(lams[TOTAL], rel=1e-4)}
     assert lines_of(undisturbed)[0]["estimate"].startswith(f"calm {estimates[2]:+.2f} ± ")
