@@ -294,9 +294,8 @@ class Run:
         self, policies: Mapping[str, Artifact], reference: Model, solution: Artifact, validation: Artifact
     ) -> Artifact:
         """Mix the policy '' with those of single constraints to meet the margins; not for ``Run(until="train")``."""
-        if self._until == "train":
-            return policies[""]
-        return mixture.mixture(self._work, policies, reference, solution, validation)
+        trained = self._until == "train"
+        return policies[""] if trained else mixture.mixture(self._work, policies, reference, solution, validation)
 
     def merge(self, policy_a: Artifact, policy_b: Artifact, q: float) -> Artifact:
         """Return the policy q·θ_a + (1 − q)·θ_b."""
@@ -311,8 +310,7 @@ class Run:
         constraints: Mapping[str, Constraint],
     ) -> Artifact:
         """Measure the slack of a trained policy on fresh responses to the training prompts."""
-        responses = self.generate(policy, prompts)
-        scores = self._score(responses, self._specs(reward, constraints))
+        scores = self._score(self.generate(policy, prompts), self._specs(reward, constraints))
         return slack.measure(self._work, scores, reference_scores, constraints, reward=REWARD)
 
     def estimated_slack(self, policy: Artifact, reference: Model, data: ReferenceData) -> Artifact:
