@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from can_dist.config.base import Strict, changed, runtime
+from can_dist.config.base import Strict, added, changed, runtime
 from can_dist.config.cluster import Cluster
 from can_dist.config.methods import (
     DEFAULT_METHOD,
@@ -16,6 +16,7 @@ from can_dist.config.methods import (
     Caid,
     Cdpo,
     MethodName,
+    PrimalDual,
     PSacpo,
     Sacpo,
     SafeDpo,
@@ -60,12 +61,19 @@ class Config(Strict):
     p_sacpo: PSacpo = Field(default_factory=lambda: PSacpo(), description="P-SACPO's mixtures.")
     cdpo: Cdpo = Field(default_factory=lambda: Cdpo(), description="C-DPO's loop.")
     caid: Caid = Field(default_factory=lambda: Caid(), description="CAID's feedback.")
+    primal_dual: PrimalDual = Field(
+        default_factory=lambda: PrimalDual(), validate_default=True, description="The online loop."
+    )
     label: Label = Field(default_factory=lambda: Label(), validate_default=True, description="Preferences.")
     train: Train = Field(default_factory=lambda: Train(), validate_default=True, description="Fine-tuning.")
     strength: Strength = Field(
         default_factory=lambda: StrengthChoice(),
         validate_default=True,
         description="α of θ_ref + α(θ − θ_ref): chosen so that the margins are met, or a number; 1: as trained.",
+    )
+    basis: bool = added(
+        False,
+        "Train a policy of each constraint's score alone as well, and mix: every margin without another training.",
     )
     evaluate: Evaluate = Field(default_factory=lambda: Evaluate(), description="Evaluation.")
     cluster: Cluster = Field(default_factory=lambda: Cluster(), description="Resources.")
@@ -124,6 +132,8 @@ class Config(Strict):
             raise ValueError(f"method {method} does not use this section; leave out, or set method to {users}")
         if isinstance(section, Caid) and section.slack == "estimate":
             _check_validation("slack 'estimate'", info)
+        if isinstance(section, PrimalDual) and name in row.sections:
+            _check_own_samples(method, section, info)
         return section
 
     @field_validator("sacpo")
@@ -174,7 +184,8 @@ class Config(Strict):
             raise ValueError(f"method {method} learns from a data set's own labels; name it in label.preferences")
         if (own or not people) and (label.pairs == "preferences") != (label.preferences is not None):
             raise ValueError("label.preferences names the data set when label.pairs is 'preferences', and only then")
-        unused = [] if source == "scores" else ["labels", "pairs", "pairs_per_prompt"]
+        labelled = source == "scores" and not any(isinstance(section, PrimalDual) for section in steps)
+        unused = [] if labelled else ["labels", "pairs", "pairs_per_prompt"]
         unused += [key for other in METHODS.values() for key in other.label_keys if key not in row.label_keys]
         own_labels = any(isinstance(section, Sacpo | SafeDpo) for section in steps)
         unused += [] if people and not own_labels else ["human"]
@@ -249,6 +260,27 @@ class Config(Strict):
             )
         return strength
 
+    @field_validator("basis")
+    @classmethod
+    def _policies_can_be_mixed(cls, basis: bool, info: ValidationInfo) -> bool:
+        if not basis:
+            return basis
+        method, row = method_of(info)
+        if not row.basis:
+            users = " or ".join(name for name, other in METHODS.items() if other.basis)
+            raise ValueError(
+                f"method {method} trains no policy of one score alone that could be mixed; leave out, or set method to "
+                f"{users}"
+            )
+        _check_validation("basis", info)
+        train = info.data.get("train")
+        if train is not None and train.lora is not None and train.lora.quantize is not None:
+            raise ValueError(
+                "basis mixes what policies differ from the reference by, and with train.lora.quantize the adapters are "
+                "merged into the base as 4 bits hold it; leave one of both out"
+            )
+        return basis
+
     @field_validator("cluster")
     @classmethod
     def _whole_gpus_for_vllm(cls, cluster: Cluster, info: ValidationInfo) -> Cluster:
@@ -269,6 +301,24 @@ def _check_validation(key: str, info: ValidationInfo) -> None:
         raise ValueError(
             f"{key} is by which of a prompt's responses are preferred, and generate.num_responses is 1; give at least 2"
         )
+
+
+def _check_own_samples(method: str, section: PrimalDual, info: ValidationInfo) -> None:
+    """Raise ``ValueError`` where the samples of a loop would not be its policy's, or be alone, or λ be below 0."""
+    generate = info.data.get("generate")
+    if generate is not None and (generate.temperature != 1 or generate.top_p != 1):
+        raise ValueError(
+            f"method {method} learns from samples of the policy itself; generate.temperature and generate.top_p must "
+            "be 1"
+        )
+    if generate is not None and generate.num_responses == 1:
+        raise ValueError(
+            f"method {method} compares a response with the others to its prompt, and generate.num_responses is 1; give "
+            "at least 2"
+        )
+    equal = [name for name, constraint in info.data.get("constraints", {}).items() if constraint.equal]
+    if section.form == "log" and equal:
+        raise ValueError(f"form 'log' keeps λ above 0, and that of {equal[0]}, an equality, may be below; use linear")
 
 
 RESERVED_SCORE_NAMES = ("reward", "prompt_id", "response_id", "num_tokens", "finish_reason")

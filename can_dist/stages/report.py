@@ -16,6 +16,7 @@ from can_dist.config.sections import Constraint
 from can_dist.dual import Column, estimate_line, verdict
 from can_dist.measuring.examination import examine, influential
 from can_dist.measuring.gains import (
+    SIDES,
     by_prompt,
     column,
     constraint_row,
@@ -29,7 +30,8 @@ from can_dist.measuring.gains import (
 )
 from can_dist.measuring.predicted import held_out_prediction, multipliers, prediction_source, predictions, shifted
 from can_dist.measuring.ray import ray
-from can_dist.stages.estimate import load_estimate
+from can_dist.stages.estimate import MIXTURE, load_estimate, without_strength
+from can_dist.stages.profile import profile_record
 from can_dist.stages.samples import beginnings, chosen_samples, crossings
 from can_dist.stages.solve import cvar_offset, demands, load_solution, solved_columns, solved_table
 from can_dist.stages.strength import STRENGTH
@@ -61,8 +63,11 @@ class Lineage:
 
 
 def lineage_of(policy: Artifact, prompts: Artifact) -> Lineage:
-    """Find the dual's solution that labelled a policy's preferences, and the scores it was solved on, if any."""
-    ancestor = as_trained(policy)
+    """Find the dual's solution that labelled a policy's preferences, or a mixture is for, and its scores, if any."""
+    ancestor = without_strength(policy)
+    if ancestor.stage == "mixture":
+        solution = ancestor.input("solution")
+        return Lineage(policy, prompts, solution=solution, train_scores=solution.input("scores"))
     for name in ("preferences", "solution"):
         if name not in ancestor.manifest["inputs"]:
             return Lineage(policy, prompts)
@@ -71,8 +76,9 @@ def lineage_of(policy: Artifact, prompts: Artifact) -> Lineage:
 
 
 def as_trained(policy: Artifact) -> Artifact:
-    """Return the policy that a strength was given to; any other as it is."""
-    return policy.input("policy") if policy.stage == "strength" else policy
+    """Return the training of all scores that a strength, or a mixture, was made of; any other policy as it is."""
+    policy = without_strength(policy)
+    return policy.input("policy") if policy.stage == "mixture" else policy
 
 
 def method_title(method: str, variant: str = "") -> str:
@@ -94,6 +100,7 @@ def build_report(
     worst = [made for made in columns if made.of == "worst_of"]
     title, tails = method_title(work.config.method, variant), _tails(sides, worst, constraints)
     borders = {name: float(row["border"]) for name, row in tails.items()}
+    profile = _profile(inputs, worst, borders)
     return {
         "format_version": 3,
         "title": f"{title}: predicted and realised" if dual["prediction"] else f"{title}: measured",
@@ -120,7 +127,8 @@ def build_report(
         "kl": kl,
         "win_rate": {name: win_rate(before, after, name) for name in names},
         "tails": tails,
-        "refusals": _refusals(inputs),
+        "refusals": _refusals(inputs, profile),
+        "profile": profile,
         "lengths": {"reference": lengths(before), "policy": lengths(after)},
         "scores": {
             name: {"reference": column(before, name).tolist(), "policy": column(after, name).tolist()} for name in names
@@ -189,8 +197,9 @@ def _estimated(inputs: Mapping[str, Artifact], reward: str) -> dict[str, Any] | 
     sources = [name for made in solved_columns(solution) for name in made.sources]
     if any(solved[name] != judged.get(name) for name in (reward, *sources)):
         return None
-    demanded = demands(solution)
+    demanded, mixed = demands(solution), without_strength(policy)
     return {
+        "mixture": mixed.read_json(MIXTURE) if mixed.stage == "mixture" else None,
         "strength": policy.read_json(STRENGTH) if policy.stage == "strength" else None,
         "policy": load_estimate(final).to_dict(),
         "line": estimate_line(load_estimate(final), demanded),
@@ -215,9 +224,21 @@ def log_ratio(after: pa.Table) -> np.ndarray:
     return column(after, LOGP_POLICY) - column(after, LOGP_REFERENCE)
 
 
-def _refusals(inputs: Mapping[str, Artifact]) -> dict[str, Any] | None:
+def _profile(
+    inputs: Mapping[str, Artifact], worst: Sequence[Column], borders: Mapping[str, float]
+) -> dict[str, Any] | None:
+    sides = {side: inputs[f"profile_scores_{side}"] for side in SIDES if f"profile_scores_{side}" in inputs}
+    tables = {side: with_utilities(scores.table, worst, str(scores.path)) for side, scores in sides.items()}
+    return profile_record(inputs, tables, borders)
+
+
+def _refusals(inputs: Mapping[str, Artifact], profile: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return how often benign prompts are refused: those of the configuration, or the safe ones of a set."""
     if "benign_before" not in inputs:
-        return None
+        if profile is None or profile["over_refusal"] is None:
+            return None
+        safe = next(row for row in profile["rows"] if row["refused"] == profile["over_refusal"])
+        return {"num_prompts": safe["num_prompts"], **profile["over_refusal"]}
     before, after = inputs["benign_before"], inputs["benign_after"]
     rates = {"reference": refusals(before.table), "policy": refusals(after.table)}
     return {"num_prompts": before.info["num_prompts"], **rates}
@@ -306,6 +327,7 @@ def _drift(kl: Mapping[str, Any], policy: Artifact, examination: Mapping[str, An
             f"{judgement['kl']['high']:.2f} that the solve allows: training drifted. Lower train.learning_rate or add "
             "train.warmup_steps."
         )
-    if "summary" in policy.info and (warning := drift_warning(policy.read_json(CURVE))):
-        warnings.append(warning[0].upper() + warning[1:])
+    if "summary" in policy.info:
+        warning = drift_warning(policy.read_json(CURVE), policy.input("preferences").info["loss"])
+        warnings += [warning[0].upper() + warning[1:]] if warning else []
     return warnings
