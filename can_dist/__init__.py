@@ -1,6 +1,6 @@
 """CAN-Dist: make a language model safer by a stated amount in one fine-tuning run.
 
-    from can_dist import Run, load_config, mocan, solve_dual
+    from can_dist import Run, load_config, mocan, run_pipeline, solve_dual
 
 The names load on first use, so that ``import can_dist`` is quick and the solver alone needs neither torch nor Ray.
 """
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from can_dist.dual import Margin as Margin
     from can_dist.dual import solve_dual as solve_dual
     from can_dist.outcomes.constrained_reward import constrained_reward as constrained_reward
+    from can_dist.pipeline import run_pipeline as run_pipeline
     from can_dist.reporting.frontier import frontier as frontier
     from can_dist.run import Run as Run
     from can_dist.scoring.protocol import Scorer as Scorer
@@ -44,6 +45,7 @@ _HOMES = {
     **dict.fromkeys((*_CONFIG, "SequenceClassifier", "load_config"), "can_dist.config"),
     **dict.fromkeys(("DualSolution", "Margin", "solve_dual"), "can_dist.dual"),
     "Run": "can_dist.run",
+    "run_pipeline": "can_dist.pipeline",
     "constrained_reward": "can_dist.outcomes.constrained_reward",
     "Scorer": "can_dist.scoring.protocol",
     "frontier": "can_dist.reporting.frontier",

@@ -19,11 +19,13 @@ from can_dist.stages import (
     certify,
     estimate,
     evaluate,
+    face,
     generate,
     human_labels,
     ingest,
     label,
     merge,
+    mixture,
     report,
     score,
     slack,
@@ -81,6 +83,9 @@ class Run:
             self._work.ended(None if isinstance(error, StageReached) else error)
         finally:
             self._work.close()
+
+    def _repr_html_(self) -> str:
+        return face.run_html(self._work.directory)
 
     def prompts(self) -> Artifact:
         """Read the configured prompts; some are held out for the evaluation."""
@@ -230,12 +235,9 @@ class Run:
 
         ``score`` names the score to use in the place of r.
         """
-        unit = self._published_units() if self.config.label.as_published else {}
-        columns = columns_of(self.config.constraints)
-        preferences = label.label(
-            self._work, responses, scores, lam, reward=score, beta=beta, unit=unit, columns=columns
-        )
-        return self._reached("label", preferences)
+        unit, columns = label.published_units(self.config), columns_of(self.config.constraints)
+        made = label.label(self._work, responses, scores, lam, reward=score, beta=beta, unit=unit, columns=columns)
+        return self._reached("label", made)
 
     def label_human(
         self, pairs: Artifact, logps: Artifact, criterion: Criterion, human: Human | None = None
@@ -256,14 +258,17 @@ class Run:
         watched: Watched | None = None,
         start: Policy | None = None,
         epochs: int | None = None,
+        name: str = "policy",
     ) -> Artifact:
         """Fine-tune on the preferences, relative to ``reference``, from its weights or from those of ``start``.
 
         Each evaluation estimates by the validation responses of ``watched`` how far the policy is from its margins, and
-        with ``train.feedback`` λ is steered by it. ``epochs`` replaces ``train.num_epochs``. ``Run(until="train")``
-        continues to the method's last training.
+        with ``train.feedback`` λ is steered by it. ``epochs`` replaces ``train.num_epochs``; ``name`` is what messages
+        call the policy. ``Run(until="train")`` continues to the method's last training.
         """
-        return train.train(self._work, reference, preferences, beta=beta, start=start, epochs=epochs, watched=watched)
+        return train.train(
+            self._work, reference, preferences, beta=beta, start=start, epochs=epochs, watched=watched, name=name
+        )
 
     def estimate(self, policy: Policy, reference: Model, solution: Artifact, validation: Artifact) -> Artifact:
         """Estimate what a policy does from the validation responses and its log-probabilities, without generating."""
@@ -285,6 +290,13 @@ class Run:
             strength.check(self._work, stretched, solution, self.estimate(stretched, reference, solution, validation))
         return self._reached("strength", stretched)
 
+    def mixture(
+        self, policies: Mapping[str, Artifact], reference: Model, solution: Artifact, validation: Artifact
+    ) -> Artifact:
+        """Mix the policy '' with those of single constraints to meet the margins; not for ``Run(until="train")``."""
+        trained = self._until == "train"
+        return policies[""] if trained else mixture.mixture(self._work, policies, reference, solution, validation)
+
     def merge(self, policy_a: Artifact, policy_b: Artifact, q: float) -> Artifact:
         """Return the policy q·θ_a + (1 − q)·θ_b."""
         return merge.merge(self._work, policy_a, policy_b, q=q)
@@ -298,8 +310,7 @@ class Run:
         constraints: Mapping[str, Constraint],
     ) -> Artifact:
         """Measure the slack of a trained policy on fresh responses to the training prompts."""
-        responses = self.generate(policy, prompts)
-        scores = self._score(responses, self._specs(reward, constraints))
+        scores = self._score(self.generate(policy, prompts), self._specs(reward, constraints))
         return slack.measure(self._work, scores, reference_scores, constraints, reward=REWARD)
 
     def estimated_slack(self, policy: Artifact, reference: Model, data: ReferenceData) -> Artifact:
@@ -344,9 +355,9 @@ class Run:
     def _estimated(self, lineage: report.Lineage, reference: Model) -> Artifact | None:
         """Return the estimate of a policy on its run's validation responses; None where λ or they are missing."""
         policy, scorers = lineage.policy, (self.config.reward, self.config.constraints)
-        if policy.stage == "strength":
-            solution, validation = policy.input("solution"), policy.input("estimate").input("validation")
-            return self.estimate(policy, reference, solution, validation)
+        if policy.stage in ("strength", "mixture"):
+            made = policy.input("estimate") if policy.stage == "strength" else policy
+            return self.estimate(policy, reference, policy.input("solution"), made.input("validation"))
         if METHODS[self.config.method].steers:  # λ of its last training is none of a solution
             solution = self.reference_data(lineage.prompts, reference, *scorers, self.config.beta).solution
         elif lineage.solution is None or "strength" not in METHODS[self.config.method].stages:
@@ -368,11 +379,6 @@ class Run:
     def ancestor(self, artifact: Artifact, stage: str) -> Artifact:
         """Return the nearest artifact of ``stage`` that an artifact was made from."""
         return ancestor(artifact, stage)
-
-    def _published_units(self) -> dict[str, float]:
-        """Return the β of each log-ratio: the paper's code leaves it out of the labels."""
-        scorers = named_scorers(self.config.reward, self.config.constraints)
-        return {name: scorer.beta for name, scorer in scorers.items() if isinstance(scorer, LogRatio)}
 
     def _given_pairs(
         self, reference: Model, prompts: Artifact, source: DataSource | None = None, *, mismatched: bool

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from can_dist.algorithms.basis import mixed
 from can_dist.config import Model, Scorer
 from can_dist.config.sections import Constraint
 from can_dist.run import Run
@@ -48,4 +49,5 @@ def pecan(
         scores = run.score(pairs, reward, constraints, reference, aligned)
     preferences = run.label(pairs, scores, solution, beta)  # p(y_a ≻ y_b) = σ(s_a − s_b)
     policy = run.train(reference, preferences, beta, watched=Watched(solution, validation))  # one DPO
+    policy = mixed(run, policy, reference, pairs, scores, solution, validation, beta)  # with basis: true
     return run.strength(policy, reference, solution, validation)  # θ_ref + α(θ − θ_ref), α = max_j b_j/Ĝ_j

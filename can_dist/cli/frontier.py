@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -40,6 +42,8 @@ from can_dist.cli.scores import (
 @click.option("--csv", "csv_path", metavar="PATH", help="Write every number as CSV.")
 @click.option("--json", "json_path", metavar="PATH|-", help="Write every number as JSON; - for standard output.")
 @click.option("--plot", "plot_path", metavar="PATH", help="Draw it: .svg, .pdf or .png.")
+@click.option("--realised", is_flag=True, help="What the finished run CONFIG, a directory, reaches without training.")
+@click.option("--report", "report_path", metavar="PATH", help="--realised: write a page with a slider over the margin.")
 def frontier(
     config: str | None,
     config_option: str | None,
@@ -54,10 +58,27 @@ def frontier(
     csv_path: str | None,
     json_path: str | None,
     plot_path: str | None,
+    realised: bool,
+    report_path: str | None,
 ) -> None:
-    """Every margin's λ*, reward and KL at once, of a score table (--scores ...) or of a run (CONFIG --run DIR)."""
+    """Every margin's λ*, reward and KL at once, of a score table (--scores ...) or of a run (CONFIG --run DIR).
+
+    With --realised, of a finished run (RUN --realised): beside them what its policies reach without another training.
+    """
     from can_dist.stages.utilities import columns_of
 
+    if realised or report_path is not None:
+        others: dict[str, Any] = {
+            "--run": run_dir,
+            "--config": config_option,
+            "--set": overrides,
+            "--scores": scores,
+            "--csv": csv_path,
+        }
+        others |= {"--reward": reward, "--beta": beta, "--constraint": constraints, "--points": points}
+        _check_realised(realised, given(others | {"--lam-max": lam_max, "--plot": plot_path}))
+        write_realised(config, json_path, report_path)
+        return
     _check_frontier_options(constraints, lam_max)
     for option, path in (("--csv", csv_path), ("--json", json_path), ("--plot", plot_path)):
         check_output(option, path)
@@ -86,6 +107,35 @@ def frontier(
         arrays = read_scores(scores, reward, columns)
     curve = _trace(arrays, columns, beta, points or (50 if len(columns) == 1 else 400), lam_max)
     _write_frontier(curve, columns, csv_path, json_path, plot_path)
+
+
+def _check_realised(realised: bool, others: Sequence[str]) -> None:
+    if not realised:
+        raise ConfigError("--report: the page of what a run reaches.", "Give it with --realised.")
+    if others:
+        raise ConfigError(f"--realised: reads all of a finished run; leave out {', '.join(others)}.")
+
+
+def write_realised(run: str | None, json_path: str | None, report_path: str | None) -> None:
+    """Print what a finished run reaches without another training; write it as JSON and as a page where asked for."""
+    from can_dist.cli.text import reach_text
+    from can_dist.tables.artifacts import write_text
+
+    if run is None or not Path(run).is_dir():
+        raise ConfigError(f"frontier --realised: {run or 'nothing'} is no run directory.", "Give RUN --realised.")
+    for option, path in (("--json", json_path), ("--report", report_path)):
+        check_output(option, path)
+    with contextlib.redirect_stdout(sys.stderr):  # libraries announce themselves on standard output
+        from can_dist.outcomes.reach import reach
+
+        record = reach(Path(run))
+    if report_path is not None:
+        from can_dist.reporting.reach_page import render_reach
+
+        write_text(Path(report_path), render_reach(record))
+    write_json(json_path, record)
+    if json_path != "-":
+        click.echo(reach_text(record))
 
 
 def _check_frontier_options(constraints: Sequence[str], lam_max: float | None) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from can_dist.dual import DualSolution, Frontier, Settled
 
 MAP_ROWS = 6
+MARGIN_STEP = 3
 
 
 def solution_text(solution: DualSolution, equal: Sequence[str] = ()) -> str:
@@ -96,6 +97,26 @@ def frontier_text(curve: Frontier) -> str:
             cells += [_number(row[label]), f"[{low}, {high}]"]
         rows.append([*cells, _number(row["ess"], 3)])
     return "\n".join([*lines, *_columns(rows)])
+
+
+def reach_text(record: Mapping[str, Any]) -> str:
+    """Return the record of what a run reaches as a table by constraint: every third margin, and what each way pays."""
+    lines = [
+        f"expected by {record['num_prompts']} validation prompts, not measured; gains over the reference, KL in nats, "
+        "–: not reached. --report PATH writes every margin, with the command for each, as a page."
+    ]
+    for name, curve in record["constraints"].items():
+        ways = {"basis": curve["basis"], "ray": curve["ray"], "dual": curve["dual"]}
+        ways = {way: points for way, points in ways.items() if points is not None}
+        rows = [[f"margin {name}", *(f"{way} {text}" for way in ways for text in ("reward", "KL"))]]
+        for index in range(0, len(curve["margin"]), MARGIN_STEP):
+            columns = [points[key] for points in ways.values() for key in ("reward_improvement", "kl")]
+            cells = [_number(values[index]) if index < len(values) else "–" for values in columns]
+            rows.append([_number(curve["margin"][index]), *cells])
+        lines += _columns(rows)
+        within = (record["within"] or {}).get(name)
+        lines += [] if within is None else [f"mixed weights mix log-ratios as far as about {name} {within:+.2g}"]
+    return "\n".join(lines)
 
 
 def _shown(curve: Frontier) -> list[dict[str, float | bool]]:

@@ -85,8 +85,24 @@ def for_method(config: Config, method: str, source: str = "configuration") -> Co
     others = set(OWN_SECTIONS) - set(row.sections if row else ())
     if row and "strength" not in row.stages:
         others.add("strength")
+    if row and not row.basis:
+        others.add("basis")
     base = {name: value for name, value in given.items() if name not in others}
     return validate_config(merge(base, {**overrides, "method": method}), source)
+
+
+def with_margins(config: Config, margins: Mapping[str, float]) -> Config:
+    """Return the configuration with other margins; a threshold of the same constraint is replaced.
+
+    Raises:
+        ConfigError: a name is no constraint, or a margin cannot be asked for.
+    """
+    given = config.model_dump(mode="json", exclude_unset=True)
+    for name, margin in margins.items():
+        if name not in config.constraints:
+            raise ConfigError(f"margin {name}: no such constraint.", f"Name one of {', '.join(config.constraints)}.")
+        given["constraints"][name] |= {"margin": margin, "threshold": None}
+    return validate_config(given, "configuration with other margins")
 
 
 def dump_yaml(config: Config) -> str:

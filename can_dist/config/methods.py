@@ -190,6 +190,7 @@ class Method:
         mixes: its policies are mixtures of the helpful policy with the one trained from it.
         needs_ratios: its scorers are log-ratios of policies, which may be trained or calibrated for it.
         steers: its λ follows what the trained policies measured, so the dual predicts nothing of its policy.
+        basis: a policy of each constraint's score alone can be trained beside its own, and mixed with it.
         one_shot: the method whose single training its loop of trainings is compared with.
     """
 
@@ -203,12 +204,13 @@ class Method:
     mixes: bool = False
     needs_ratios: bool = False
     steers: bool = False
+    basis: bool = False
     one_shot: MethodName | None = None
 
 
 METHODS: dict[str, Method] = {
-    "mocan": Method("MoCAN"),
-    "pecan": Method("PeCAN", label_keys=("as_published",), needs_ratios=True),
+    "mocan": Method("MoCAN", basis=True),
+    "pecan": Method("PeCAN", label_keys=("as_published",), needs_ratios=True, basis=True),
     "dpo_h": Method("DPO-H", "people", FROM_PEOPLE),
     "dpo_s": Method("DPO-S", "people", FROM_PEOPLE),
     "safedpo": Method("SafeDPO", "people", FROM_PEOPLE, ("safedpo",)),

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from can_dist.config.base import Strict, changed, runtime
+from can_dist.config.base import Strict, added, changed, runtime
 from can_dist.config.cluster import Cluster
 from can_dist.config.methods import (
     DEFAULT_METHOD,
@@ -70,6 +70,10 @@ class Config(Strict):
         default_factory=lambda: StrengthChoice(),
         validate_default=True,
         description="α of θ_ref + α(θ − θ_ref): chosen so that the margins are met, or a number; 1: as trained.",
+    )
+    basis: bool = added(
+        False,
+        "Train a policy of each constraint's score alone as well, and mix: every margin without another training.",
     )
     evaluate: Evaluate = Field(default_factory=lambda: Evaluate(), description="Evaluation.")
     cluster: Cluster = Field(default_factory=lambda: Cluster(), description="Resources.")
@@ -255,6 +259,27 @@ class Config(Strict):
                 "be scaled: give strength: 1, then 'can-dist export adapter RUN --strength A'"
             )
         return strength
+
+    @field_validator("basis")
+    @classmethod
+    def _policies_can_be_mixed(cls, basis: bool, info: ValidationInfo) -> bool:
+        if not basis:
+            return basis
+        method, row = method_of(info)
+        if not row.basis:
+            users = " or ".join(name for name, other in METHODS.items() if other.basis)
+            raise ValueError(
+                f"method {method} trains no policy of one score alone that could be mixed; leave out, or set method to "
+                f"{users}"
+            )
+        _check_validation("basis", info)
+        train = info.data.get("train")
+        if train is not None and train.lora is not None and train.lora.quantize is not None:
+            raise ValueError(
+                "basis mixes what policies differ from the reference by, and with train.lora.quantize the adapters are "
+                "merged into the base as 4 bits hold it; leave one of both out"
+            )
+        return basis
 
     @field_validator("cluster")
     @classmethod

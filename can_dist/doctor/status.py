@@ -85,7 +85,9 @@ def _method(run: Path) -> tuple[str, list[str]]:
     path = run / CONFIG
     config = read_yaml(path) if path.is_file() else {}
     method = str(config.get("method", DEFAULT_METHOD))
-    stages = METHODS[method].stages if method in METHODS else ()
+    stages = list(METHODS[method].stages) if method in METHODS else []
+    if config.get("basis") and "strength" in stages:
+        stages.insert(stages.index("strength"), "mixture")
     return method, [name for name in stages if name != "strength" or config.get("strength") != 1]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,13 @@ MAX_CONDITION = 3e3
 
 MIXING = 0.99
 """Least correlation, within prompts, of a mixture's log-ratio with the mixture of log-ratios."""
+
+NONE_WITHIN = (
+    "Train longer or at a higher learning rate, so that smaller coefficients are needed; raise beta; or ask for a "
+    "margin nearer to those trained for."
+)
+NUM_MARGINS = 65
+"""Margins that are tried, from the demanded one down, before a root is searched between two of them."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,23 @@ class Mixture:
         return {name: json_safe(value) for name, value in record.items()}
 
 
+@dataclass(frozen=True)
+class Basis:
+    """What a validation table says of a basis of policies: every mixture of them follows from it.
+
+    Attributes:
+        names: of the I policies.
+        covariance_PII: within-prompt covariances of the ℓ_i, nats².
+        score_PIC: those of the ℓ_i with r and with each utility, nats times the unit of the score.
+        beta: KL weight β.
+    """
+
+    names: tuple[str, ...]
+    covariance_PII: FloatArray
+    score_PIC: FloatArray
+    beta: float
+
+
 def mix(
     table: ScoreTable,
     log_prob_ref_N: npt.ArrayLike,
@@ -91,12 +115,19 @@ def mix(
         NumericalError: two policies say the same, or the policies cannot tell two constraints apart.
         InfeasibleConstraint: no policy of the basis moves a constraint.
     """
-    check_beta(beta)
     if len(demands) != table.num_constraints or not log_prob_policy_N:
         raise ConfigError(
             f"basis: {len(demands)} demands and {len(log_prob_policy_N)} policies for a table of "
             f"{table.num_constraints} utilities; give one demand per utility, and at least one policy."
         )
+    return mixture_of(basis_of(table, log_prob_ref_N, log_prob_policy_N, beta=beta), demands, confidence=confidence)
+
+
+def basis_of(
+    table: ScoreTable, log_prob_ref_N: npt.ArrayLike, log_prob_policy_N: Mapping[str, npt.ArrayLike], *, beta: float
+) -> Basis:
+    """Return the covariances of a basis of policies; arguments and errors are those of :func:`mix`."""
+    check_beta(beta)
     ratios = [
         informative(table, aligned_log_ratio(table, log_prob_ref_N, column_N, name))
         for name, column_N in log_prob_policy_N.items()
@@ -106,22 +137,89 @@ def mix(
     ratio_IN = np.array([centred(kept, ratio_N) for _, ratio_N in ratios])
     covariance_PII = _covariances(kept, ratio_IN, ratio_IN)
     score_PIC = _covariances(kept, ratio_IN, np.vstack([kept.reward_N, kept.utility_JN]))
-    sigma, cross = covariance_PII.mean(axis=0), score_PIC.mean(axis=0)
     names = list(log_prob_policy_N)
-    check_regular(sigma, names, MAX_CONDITION, "their mixture is not determined")
-    mu = _multipliers(sigma, cross, demands, beta)
-    a_I = np.linalg.solve(sigma, cross[:, 0] + cross[:, 1:] @ mu) / beta
-    gain_PC = np.einsum("pic,i->pc", score_PIC, a_I)
-    kl_P = np.einsum("pij,i,j->p", covariance_PII, a_I, a_I) / 2
+    check_regular(covariance_PII.mean(axis=0), names, MAX_CONDITION, "their mixture is not determined")
+    return Basis(tuple(names), covariance_PII, score_PIC, float(beta))
+
+
+def mixture_of(basis: Basis, demands: Sequence[Demand], *, confidence: float = 0.95) -> Mixture:
+    """Return the mixture that meets the demands at the least cost; arguments and errors are those of :func:`mix`."""
+    a_I, mu_J = _solve(basis, demands)
+    gain_PC = np.einsum("pic,i->pc", basis.score_PIC, a_I)
+    kl_P = np.einsum("pij,i,j->p", basis.covariance_PII, a_I, a_I) / 2
     gains = [interval_of(float(gain_P.mean()), gain_P, confidence) for gain_P in gain_PC.T]
     return Mixture(
-        coefficient=dict(zip(names, a_I.tolist(), strict=True)),
-        mu={demand.name: float(value) for demand, value in zip(demands, mu, strict=True)},
+        coefficient=dict(zip(basis.names, a_I.tolist(), strict=True)),
+        mu={demand.name: float(value) for demand, value in zip(demands, mu_J, strict=True)},
         improvement={demand.name: gain for demand, gain in zip(demands, gains[1:], strict=True)},
         reward_improvement=gains[0],
         kl=interval_of(float(kl_P.mean()), kl_P, confidence),
-        num_prompts=kept.num_prompts,
+        num_prompts=kl_P.size,
     )
+
+
+def reachable(basis: Basis, demands: Sequence[Demand], mixture: Mixture, correlation: float) -> dict[str, float]:
+    """Return the largest margin of each constraint whose mixture is expected within ``MIXING``, by its name.
+
+    A log-ratio is linear in the weights up to a term of second order. Its share grows as the coefficients do, and so
+    what the correlation lacks to 1 grows as their square, as KL: one measured mixture tells where it ends, about. The
+    other demands stay. A constraint is left out where none of its margins is so cheap.
+
+    Args:
+        basis: of the policies.
+        demands: what the mixture was made for.
+        mixture: as it was measured.
+        correlation: of its log-ratio with the mixture of log-ratios.
+    """
+    if not 0 < correlation < 1:
+        return {}
+    return largest_margins(basis, demands, mixture.kl.mean * (1 - MIXING) / (1 - correlation))
+
+
+def largest_margins(basis: Basis, demands: Sequence[Demand], kl: float) -> dict[str, float]:
+    """Return the largest margin of each constraint whose mixture has at most ``kl`` nats, where there is one."""
+    from scipy.optimize import brentq  # 0.3 s of every start, needed after a mixture only
+
+    sigma = basis.covariance_PII.mean(axis=0)
+    largest = {}
+    for index, demand in enumerate(demands):
+
+        def beyond(margin: float, index: int = index, demand: Demand = demand) -> float:
+            a_I, _ = _solve(basis, [*demands[:index], replace(demand, margin=margin), *demands[index + 1 :]])
+            return float(a_I @ sigma @ a_I) / 2 - kl
+
+        without = replace(basis, score_PIC=np.delete(basis.score_PIC, index + 1, axis=2))
+        free_I, _ = _solve(without, [*demands[:index], *demands[index + 1 :]])
+        free = float(free_I @ basis.score_PIC.mean(axis=0)[:, index + 1])
+        low, high = min(free, 0.0, demand.margin), max(free, 0.0, demand.margin)
+        step = high - low
+        while beyond(high) < 0:  # KL grows as the square of a margin above 0
+            high += step
+        # it falls towards 0 from a gain below it that costs nothing, so the margins are tried from the largest down
+        margins = np.linspace(high, low, NUM_MARGINS).tolist()
+        cheap = next((n for n, margin in enumerate(margins) if beyond(margin) <= 0), None)
+        if cheap is not None:
+            largest[demand.name] = float(brentq(beyond, margins[cheap], margins[cheap - 1])) if cheap else margins[0]
+    return largest
+
+
+def mixing_correlation(
+    table: ScoreTable,
+    log_prob_ref_N: npt.ArrayLike,
+    log_prob_policy_N: Mapping[str, npt.ArrayLike],
+    log_prob_mixed_N: npt.ArrayLike,
+    coefficient: Mapping[str, float],
+) -> float:
+    """Return the correlation, within prompts, of a mixed policy's log-ratio with the mixture of log-ratios; or NaN."""
+    mixed_N = np.zeros(table.num_rows)
+    for name, weight in coefficient.items():
+        mixed_N += weight * centred(table, aligned_log_ratio(table, log_prob_ref_N, log_prob_policy_N[name], name))
+    actual_N = centred(table, aligned_log_ratio(table, log_prob_ref_N, log_prob_mixed_N, "the mixed policy"))
+    cross, mixed, actual = (
+        float(within_covariance(table, first_N, second_N).mean())
+        for first_N, second_N in ((mixed_N, actual_N), (mixed_N, mixed_N), (actual_N, actual_N))
+    )
+    return cross / math.sqrt(mixed * actual) if mixed * actual > 0 else math.nan
 
 
 def check_mixing(
@@ -143,21 +241,21 @@ def check_mixing(
     Raises:
         InfeasibleConstraint: it lies below ``MIXING``, so the coefficients say nothing of the mixed policy.
     """
-    mixed_N = np.zeros(table.num_rows)
-    for name, weight in coefficient.items():
-        mixed_N += weight * centred(table, aligned_log_ratio(table, log_prob_ref_N, log_prob_policy_N[name], name))
-    actual_N = centred(table, aligned_log_ratio(table, log_prob_ref_N, log_prob_mixed_N, "the mixed policy"))
-    cross, mixed, actual = (
-        float(within_covariance(table, first_N, second_N).mean())
-        for first_N, second_N in ((mixed_N, actual_N), (mixed_N, mixed_N), (actual_N, actual_N))
-    )
-    correlation = cross / math.sqrt(mixed * actual) if mixed * actual > 0 else math.nan
+    correlation = mixing_correlation(table, log_prob_ref_N, log_prob_policy_N, log_prob_mixed_N, coefficient)
+    refuse_outside(coefficient, correlation, {})
+    return correlation
+
+
+def refuse_outside(coefficient: Mapping[str, float], correlation: float, reach: Mapping[str, float]) -> None:
+    """Raise ``InfeasibleConstraint`` for a mixture of a correlation below ``MIXING``; ``reach`` are margins within."""
     if correlation >= MIXING:
-        return correlation
+        return
     weights = ", ".join(f"{name} {weight:+.2f}" for name, weight in coefficient.items())
+    largest = " or ".join(f"{name} {margin:+.2g}" for name, margin in reach.items())
     raise InfeasibleConstraint(
         f"basis: the mixture ({weights}) lies outside the range where mixing weights mixes log-ratios: their "
-        f"correlation is {correlation:.3f}, expected at least {MIXING:g}. Ask for a margin nearer to those trained for."
+        f"correlation is {correlation:.3f}, expected at least {MIXING:g}. "
+        + (f"Ask for a margin nearer to those trained for: at most about {largest}." if largest else NONE_WITHIN)
     )
 
 
@@ -165,6 +263,14 @@ def _covariances(table: ScoreTable, first_AN: FloatArray, second_BN: FloatArray)
     """Return the within-prompt covariances of two stacks of centred columns, shape (P, A, B)."""
     rows = [[within_covariance(table, first_N, second_N) for second_N in second_BN] for first_N in first_AN]
     return np.moveaxis(np.array(rows), 2, 0)
+
+
+def _solve(basis: Basis, demands: Sequence[Demand]) -> tuple[FloatArray, FloatArray]:
+    """Return a, shape (I,), and μ, shape (J,)."""
+    sigma, cross = basis.covariance_PII.mean(axis=0), basis.score_PIC.mean(axis=0)
+    mu_J = _multipliers(sigma, cross, demands, basis.beta)
+    a_I: FloatArray = np.linalg.solve(sigma, cross[:, 0] + cross[:, 1:] @ mu_J) / basis.beta
+    return a_I, mu_J
 
 
 def _multipliers(sigma_II: FloatArray, cross_IC: FloatArray, demands: Sequence[Demand], beta: float) -> FloatArray:

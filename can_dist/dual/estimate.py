@@ -155,6 +155,15 @@ def estimate_policy(
     )
 
 
+def policy_gains(
+    table: ScoreTable, log_prob_ref_N: npt.ArrayLike, log_prob_policy_N: npt.ArrayLike, policy: str = "the policy"
+) -> tuple[FloatArray, FloatArray]:
+    """Return what :func:`estimate_policy` averages: gains of r and of each utility, shape (1 + J, P), and KL, (P,)."""
+    kept, log_ratio_N = informative(table, aligned_log_ratio(table, log_prob_ref_N, log_prob_policy_N, policy))
+    weighing = _weigh(kept, log_ratio_N)
+    return np.array([weighing.gain(column_N) for column_N in (kept.reward_N, *kept.utility_JN)]), weighing.kl_P
+
+
 def aligned_log_ratio(
     table: ScoreTable, log_prob_ref_N: npt.ArrayLike, log_prob_policy_N: npt.ArrayLike, policy: str = "the policy"
 ) -> FloatArray:

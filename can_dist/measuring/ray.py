@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from can_dist.dual import Demand, PolicyEstimate, at_strength
+from can_dist.dual.strength import RayPoint
 
 NUM_POINTS = 41
 REACH = 1.5
@@ -23,8 +24,14 @@ def ray(estimate: PolicyEstimate, demands: Sequence[Demand]) -> dict[str, Any]:
     gains = [(demand.margin, estimate.improvement[demand.name].mean) for demand in demands]
     furthest = max([1.0, *(REACH * margin / gain for margin, gain in gains if gain > 0)])
     points = [at_strength(estimate, alpha) for alpha in np.linspace(0.0, furthest, NUM_POINTS).tolist()]
+    return columns_of(points)
+
+
+def columns_of(points: Sequence[RayPoint]) -> dict[str, Any]:
+    """Return points as columns: strength, gain of each constraint, and reward and KL with their intervals."""
     columns: dict[str, Any] = {"alpha": [point.alpha for point in points]}
-    columns["improvement"] = {name: [p.improvement[name].mean for p in points] for name in estimate.improvement}
+    names = points[0].improvement if points else ()
+    columns["improvement"] = {name: [p.improvement[name].mean for p in points] for name in names}
     for quantity in ("reward_improvement", "kl"):
         values = [getattr(point, quantity) for point in points]
         columns |= {quantity + end: [getattr(v, key) for v in values] for end, key in ENDS.items()}

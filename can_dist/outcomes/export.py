@@ -17,8 +17,9 @@ from can_dist.errors import ConfigError, DataError, EnvironmentProblem
 from can_dist.outcomes.certificates import find_certificate, require_certificate
 from can_dist.reporting.model_card import model_card
 from can_dist.stages.certify import CERTIFICATE
-from can_dist.stages.estimate import trained_policy
+from can_dist.stages.estimate import trained_policy, without_strength
 from can_dist.stages.examples import pair_id
+from can_dist.stages.mixture import ALONE, for_other_margins, weights_text
 from can_dist.stages.report import lineage_of, method_title
 from can_dist.stages.solve import load_solution
 from can_dist.tables.artifacts import MANIFEST, Artifact, atomic_directory, atomic_file, load_artifact
@@ -26,17 +27,24 @@ from can_dist.training import ADAPTER, POLICY
 from can_dist.training.targets import score_targets
 from can_dist.workspace import REPORT
 
-STAGES = ("train", "merge", "strength", "evaluate")  # whose artifacts are policies, or lead to one
+STAGES = ("train", "merge", "mixture", "strength", "evaluate")  # whose artifacts are policies, or lead to one
 
 
 def export_policy(
-    path: Path, out: Path, *, adapter: bool, max_shard_mb: int | None = None, certified: bool = False
+    path: Path,
+    out: Path,
+    *,
+    adapter: bool,
+    max_shard_mb: int | None = None,
+    certified: bool = False,
+    expected: str = "",
 ) -> Path:
     """Write a policy, or the adapter it was merged from, with its model card into the new directory ``out``.
 
     ``path`` is a run with one policy, or an artifact of the stages train, merge, strength or evaluate. One file of
     weights is in memory at a time where ``max_shard_mb`` asks for other files than those of the run, none otherwise.
-    ``certified`` writes nothing without a certificate of exactly this policy for the constraints of its run.
+    ``certified`` writes nothing without a certificate of exactly this policy for the constraints of its run;
+    ``expected`` is what the card of a policy that was not evaluated says of it.
 
     Raises:
         ConfigError: ``out`` exists or cannot be made.
@@ -53,7 +61,8 @@ def export_policy(
         require_certificate(policy, certificate)
     report = evaluation.read_json(REPORT) if evaluation else None
     record = certificate.read_json(CERTIFICATE) if certificate else None
-    card = model_card(facts_of(policy, evaluation), report, adapter=adapter, certificate=record)
+    facts = facts_of(policy, evaluation) | ({"expected": expected} if expected else {})
+    card = model_card(facts, report, adapter=adapter, certificate=record)
     with atomic_directory(out) as built:
         resharded = max_shard_mb is not None and not adapter
         for name in policy.files_in(source.name):  # what lies there beside them is nobody's output
@@ -85,12 +94,23 @@ def find_policy(path: Path) -> tuple[Artifact, Artifact | None]:
     made = {name: [load_artifact(p.parent) for p in sorted(run.glob(f"{name}-*/{MANIFEST}"))] for name in STAGES}
     if run == path:
         evaluated = {artifact.input("policy").path for artifact in made["evaluate"]}
-        stretched = {artifact.input("policy").path for artifact in made["strength"]}
-        whole = [artifact.path for stage in ("train", "merge", "strength") for artifact in made[stage]]
-        policies = sorted(evaluated) or [policy for policy in whole if policy not in stretched]
+        whole = [
+            artifact
+            for stage in STAGES[:-1]
+            for artifact in made[stage]
+            if not (for_other_margins(artifact) or artifact.manifest["identity"]["label"].startswith(ALONE))
+        ]
+        parts = {
+            artifact.path.parent / entry["artifact"]
+            for artifact in (*made["mixture"], *made["strength"])
+            for name, entry in artifact.manifest["inputs"].items()
+            if name.startswith("policy")
+        }
+        policies = sorted(evaluated) or [policy.path for policy in whole if policy.path not in parts]
         if len(policies) != 1:
             names = ", ".join(policy.name for policy in policies) or "none"
-            raise DataError(f"{path}: expected one policy, found {names}. Give the path of the one that is meant.")
+            remedy = "Give the path of the one that is meant" if policies else "`can-dist run` makes it"
+            raise DataError(f"{path}: expected one policy, found {names}. {remedy}.")
         policy = load_artifact(policies[0])
     else:
         policy = load_artifact(path)
@@ -117,9 +137,9 @@ def adapters_text(lora: Mapping[str, Any] | None) -> str:
 
 def facts_of(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
     """Return the model card's facts about a policy's origin, all read from manifests."""
-    trained = trained_policy(policy)
+    trained, mixed = trained_policy(policy), without_strength(policy)
     identity, summary = trained.manifest["identity"], trained.info["summary"]
-    solution = lineage_of(trained, trained).solution
+    solution = lineage_of(policy, policy).solution or lineage_of(trained, trained).solution
     lam = load_solution(solution).lam if solution else None
     steered = ", ".join(f"{name} {value:.4g} at the end" for name, value in summary.get("lam", {}).items())
     base = method = ""
@@ -140,6 +160,7 @@ def facts_of(policy: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
         ("training", training),
         ("learning rate", f"{options['learning_rate']:g}"),
         *([("λ, steered in the training", steered)] if steered else []),
+        *([("mixture", weights_text(mixed.info["coefficient"]))] if mixed.stage == "mixture" else []),
         *([("strength", f"{policy.info['alpha']:.4g} times what was trained")] if policy.stage == "strength" else []),
         ("adapters", adapters_text(options.get("lora"))),
         ("text", "the tokenizer's chat template" if identity["template"] is None else repr(identity["template"])),

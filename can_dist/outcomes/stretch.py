@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +15,7 @@ from can_dist.modeling.loading import model_digest, model_directory
 from can_dist.outcomes.estimate import CONFIG, find_solution
 from can_dist.outcomes.export import check_new, facts_of, find_policy
 from can_dist.reporting.model_card import model_card
-from can_dist.stages.estimate import load_estimate
-from can_dist.stages.report import as_trained
+from can_dist.stages.estimate import load_estimate, without_strength
 from can_dist.stages.solve import cvar_offset, demands, solved_table
 from can_dist.tables.artifacts import MANIFEST, Artifact, load_artifact
 from can_dist.training import ADAPTER, POLICY
@@ -70,7 +69,7 @@ def export_strength(
         raise ConfigError(f"--strength {strength}: expected a number above 0; 1 is the policy as trained.")
     check_new(out)
     policy, _ = find_policy(path)
-    trained, reference = as_trained(policy), load_config(policy.path.parent / CONFIG).reference
+    trained, reference = without_strength(policy), load_config(policy.path.parent / CONFIG).reference
     source = trained.path / (ADAPTER if adapter else POLICY)
     if not source.is_dir():
         raise DataError(f"{trained.path}: was trained without train.lora, so there is no adapter. Export the policy.")
@@ -156,18 +155,27 @@ def _replaced(
     demanded: tuple[Demand, ...], margins: Mapping[str, float], offset: Mapping[str, float]
 ) -> tuple[Demand, ...]:
     """Return the demands with other margins; that of a CVaR is ``offset`` more of the mean of its column."""
-    names = [demand.name for demand in demanded]
-    if "" in margins and len(names) > 1:
-        raise ConfigError(f"--margin: the run has several constraints ({', '.join(names)}). Give --margin NAME=VALUE.")
-    given = {name or names[0]: value for name, value in margins.items()}
-    if unknown := [name for name in given if name not in names]:
-        raise ConfigError(f"--margin {unknown[0]}=…: no constraint of the run. Its constraints: {', '.join(names)}.")
+    given = named_margins([demand.name for demand in demanded], margins)
     return tuple(
         replace(demand, margin=given[demand.name] + offset.get(demand.name, 0.0), error=0.0)
         if demand.name in given
         else demand
         for demand in demanded
     )
+
+
+def named_margins(names: Sequence[str], margins: Mapping[str, float]) -> dict[str, float]:
+    """Return margins by the name of a constraint, which may be left out ('') where there is one.
+
+    Raises:
+        ConfigError: it is left out and there are several, or there is no such constraint.
+    """
+    if "" in margins and len(names) > 1:
+        raise ConfigError(f"--margin: the run has several constraints ({', '.join(names)}). Give --margin NAME=VALUE.")
+    given = {name or names[0]: value for name, value in margins.items()}
+    if unknown := [name for name in given if name not in names]:
+        raise ConfigError(f"--margin {unknown[0]}=…: no constraint of the run. Its constraints: {', '.join(names)}.")
+    return given
 
 
 def _check_scalable(trained: Artifact, *, adapter: bool) -> None:

@@ -23,11 +23,20 @@ def estimated(report: Mapping[str, Any]) -> dict[str, Any] | None:
         "num_prompts": policy["num_prompts"],
         "num_responses": policy["num_responses"],
         "alpha": plain(round(strength["alpha"], 3)) if strength else "",
+        "mixture": _mixed(record.get("mixture")),
         "limiting": strength["limiting"] if strength else None,
         "notes": strength["notes"] if strength else [],
         "rows": list(_rows(report, policy)),
         "panels": list(_panels(report, record)),
     }
+
+
+def _mixed(mixture: Mapping[str, Any] | None) -> str:
+    """Return the weights of the policies of a mixture, and how well mixing held, as text; '' for a single training."""
+    if not mixture:
+        return ""
+    weights = ", ".join(f"{number(weight, 2)} of {name}" for name, weight in mixture["coefficient"].items())
+    return f"{weights} (mixed weights and mixed log-ratios correlate by {mixture['correlation']:.4f})"
 
 
 def _rows(report: Mapping[str, Any], policy: Mapping[str, Any]) -> Iterator[dict[str, str]]:

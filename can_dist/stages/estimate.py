@@ -25,6 +25,8 @@ from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
 from can_dist.workspace import Workspace
 
 ESTIMATE = "estimate.json"
+MIXTURE = "mixture.json"
+"""Of a stage ``mixture``: coefficients, what they do to second order, and how well mixing held."""
 
 
 def estimate(
@@ -42,10 +44,8 @@ def estimate(
     """
     if isinstance(policy, Model):
         check_comparable(policy, reference)
-    model = policy_model(policy, reference)
     name = _shown(policy)
-    responses = validation.input("responses")
-    log_probs = score(work, responses, {LOGP_POLICY: LogProb(model=model)}, role=f"{name} on validation")
+    log_probs = validation_log_probs(work, policy_model(policy, reference), validation, name)
     lam, solved = lam_of(policy, solution), load_solution(solution)
     inputs = {"validation": validation, "log_probs": log_probs, "solution": solution}
     if isinstance(policy, Artifact):
@@ -54,7 +54,7 @@ def estimate(
     if stage.finished:
         return stage.finished
     with work.timed("estimate", name):
-        rows = _joined(validation, log_probs)
+        rows = with_log_probs(validation, {LOGP_POLICY: log_probs})
         log_weight = solution.manifest["identity"]["log_weight"]
         estimate = estimate_policy(
             score_table(rows, reward, solved_columns(solution), log_weight, str(validation.path)),
@@ -75,15 +75,23 @@ def load_estimate(artifact: Artifact) -> PolicyEstimate:
 
 
 def trained_policy(policy: Artifact) -> Artifact:
-    """Return the training that a policy is a strength of, or a mixture of; itself where it is one."""
-    while policy.stage in ("strength", "merge"):
-        policy = policy.input("policy" if policy.stage == "strength" else "policy_a")
+    """Return the training that a policy is a strength or a mixture of, the first of several; itself where it is one."""
+    while policy.stage in ("strength", "mixture", "merge"):
+        policy = policy.input("policy_a" if policy.stage == "merge" else "policy")
     return policy
 
 
+def without_strength(policy: Artifact) -> Artifact:
+    """Return the policy that a strength was given to; any other as it is."""
+    return policy.input("policy") if policy.stage == "strength" else policy
+
+
 def lam_of(policy: Policy, solution: Artifact) -> Mapping[str, float]:
-    """Return λ of the score that a policy was last trained towards; of the solution for any other model."""
+    """Return λ of the score that a policy was last trained, or mixed, towards; of the solution for any other model."""
     if isinstance(policy, Artifact):
+        if (mixed := without_strength(policy)).stage == "mixture":
+            mu: Mapping[str, float] = mixed.read_json(MIXTURE)["mu"]
+            return mu
         trained = trained_policy(policy)
         steered: Mapping[str, float] | None = trained.info.get("summary", {}).get(
             "lam"
@@ -103,12 +111,25 @@ def check_comparable(policy: Model, reference: Model) -> None:
 def _shown(policy: Policy) -> str:
     if isinstance(policy, Model):
         return Path(policy.model).name
-    return f"policy at strength {policy.info['alpha']:.3g}" if policy.stage == "strength" else "policy"
+    if policy.stage == "strength":
+        return f"policy at strength {policy.info['alpha']:.3g}"
+    return "mixture" if policy.stage == "mixture" else "policy"
 
 
-def _joined(validation: Artifact, log_probs: Artifact) -> pa.Table:
-    """Return the validation scores with the policy's log-probabilities, less what either leaves out."""
-    left_out = quarantined(validation) | quarantined(log_probs)
-    scored, logp = (without(demand.table, left_out) for demand in (validation, log_probs))
-    assert scored.column("response_id").equals(logp.column("response_id")), "both are scores of the same responses"
-    return scored.append_column(LOGP_POLICY, logp.column(LOGP_POLICY))
+def validation_log_probs(work: Workspace, model: Model, validation: Artifact, name: str) -> Artifact:
+    """Score the validation responses with ln π of a model; ``name`` is what messages call it."""
+    responses = validation.input("responses")
+    return score(work, responses, {LOGP_POLICY: LogProb(model=model)}, role=f"{name} on validation")
+
+
+def with_log_probs(validation: Artifact, log_probs: Mapping[str, Artifact]) -> pa.Table:
+    """Return the validation scores with log-probabilities as columns by name, less what any of them leaves out."""
+    left_out = dict(quarantined(validation))
+    for scores in log_probs.values():
+        left_out |= quarantined(scores)
+    table = without(validation.table, left_out)
+    for name, scores in log_probs.items():
+        logp = without(scores.table, left_out)
+        assert table.column("response_id").equals(logp.column("response_id")), "all are scores of the same responses"
+        table = table.append_column(name, logp.column(LOGP_POLICY))
+    return table

@@ -230,7 +230,7 @@ class GenerateJob:
                 "prompt_id": row["prompt_id"],
                 "response_id": f"{row['prompt_id']}/{k}",
                 "messages": row["messages"],
-                "text": _text(formatter, tokens, options),
+                "text": response_text(formatter, tokens, options),
                 "token_ids": tokens,
                 "num_tokens": len(tokens),
                 "finish_reason": reason,
@@ -239,7 +239,7 @@ class GenerateJob:
         ]
 
 
-def _text(formatter: Formatter, tokens: list[int], options: Generate) -> str:
+def response_text(formatter: Formatter, tokens: list[int], options: Generate) -> str:
     """Return the text of a response, cut at the first stop string."""
     text = formatter.text_of(tokens)
     for stop in options.stop:

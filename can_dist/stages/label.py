@@ -6,6 +6,7 @@ names the trainer's loss, and so the meaning of a target.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
@@ -13,9 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from can_dist.config import Config, LogRatio
 from can_dist.config.base import identity
 from can_dist.config.sections import Label
+from can_dist.config.walk import named_scorers
 from can_dist.dual import Column
+from can_dist.dual.estimators import within_covariance
 from can_dist.errors import DataError
 from can_dist.stages.examples import (
     Examples,
@@ -32,7 +36,7 @@ from can_dist.stages.examples import (
     stream,
     useless,
 )
-from can_dist.stages.solve import load_solution, solved_columns
+from can_dist.stages.solve import load_solution, score_table, solved_columns
 from can_dist.stages.utilities import column_keys
 from can_dist.tables.artifacts import Artifact
 from can_dist.tables.utilities import with_utilities
@@ -52,10 +56,11 @@ def label(
     scores: Artifact,
     lam: Artifact | Mapping[str, float],
     *,
-    reward: str,
+    reward: str | None,
     beta: float,
     unit: Mapping[str, float] | None = None,
     columns: Sequence[Column] = (),
+    name: str = "preferences",
 ) -> Artifact:
     """Return the ``preferences`` table of s = r + ⟨λ, g⟩.
 
@@ -67,11 +72,12 @@ def label(
         responses: The ``responses`` to compare, or the given pairs.
         scores: Their ``scores``, with ln π_ref.
         lam: A ``solve`` artifact, or λ by name of its score.
-        reward: Name of the score r.
+        reward: Name of the score r; None: s = ⟨λ, g⟩, for λ by name.
         beta: KL weight β; the weights of a list are softmax(s/β).
         unit: Divides scores by name first: the paper's code labels log-ratios without their β
             (``label.as_published``).
         columns: What the constraints are on, where λ is given by name; a solution knows what it was solved on.
+        name: What messages call the labels.
 
     Raises:
         DataError: No example is left; all scores of every example are equal, so that there is nothing to learn; or the
@@ -90,13 +96,14 @@ def label(
     loss = LOSS_OF[options.labels] if options.lists else PAIR_LOSS_OF[options.labels]
     if options.lists and loss != "listwise":
         identity_keys["examples"] = "lists"  # as a pair each, all pairs were other examples under the same keys
-    stage = work.open("label", "preferences", {**identity_keys, "beta": beta}, inputs)
+    stage = work.open("label", name, {**identity_keys, "beta": beta}, inputs)
     if stage.finished:
         return stage.finished
-    with work.timed("label", "preferences"):
+    with work.timed("label", name):
         multipliers = load_solution(lam).lam if isinstance(lam, Artifact) else lam
         if isinstance(lam, Artifact):
-            check_scorers(scores, lam.input("scores"), [reward, *(name for c in columns for name in c.sources)])
+            sources = [source for column in columns for source in column.sources]
+            check_scorers(scores, lam.input("scores"), sources if reward is None else [reward, *sources])
         score_N = combined_score(
             with_utilities(scores.table, columns, str(scores.path)), multipliers, reward, unit or {}
         )
@@ -116,12 +123,52 @@ def label(
         return commit(work, kept, noted, scores, loss=loss)
 
 
-def combined_score(table: pa.Table, lam: Mapping[str, float], reward: str, unit: Mapping[str, float]) -> np.ndarray:
+def combined_score(
+    table: pa.Table, lam: Mapping[str, float], reward: str | None, unit: Mapping[str, float]
+) -> np.ndarray:
     """Return s = r + ⟨λ, g⟩ of every response, (N,) float64, each score in its ``unit`` (1 where not named)."""
-    total: np.ndarray = table.column(reward).to_numpy().astype(np.float64) / unit.get(reward, 1.0)
+    total = np.zeros(table.num_rows)
+    if reward is not None:
+        total = table.column(reward).to_numpy().astype(np.float64) / unit.get(reward, 1.0)
     for name, value in lam.items():
         total = total + value * table.column(name).to_numpy() / unit.get(name, 1.0)
     return total
+
+
+def label_alone(
+    work: Workspace, responses: Artifact, scores: Artifact, solution: Artifact, name: str, *, reward: str, beta: float
+) -> Artifact:
+    """Return the ``preferences`` of the score of constraint ``name`` alone, s = c·g, without the reward.
+
+    c gives c·g the spread of r within prompts. A cost in logits, whose spread is many times that of the reward, would
+    saturate σ(s_a − s_b) otherwise; and without λ in it, the policy of these labels serves every margin.
+
+    Raises:
+        DataError: The reward, or the constraint's score, is the same for all responses of every prompt.
+    """
+    unit, columns = published_units(work.config), [c for c in solved_columns(solution) if c.name == name]
+    table = score_table(scores.table, reward, columns, None, str(scores.path))
+    spreads = []
+    for score, value_N in ((reward, table.reward_N), (name, table.utility_JN[0])):
+        spreads.append(math.sqrt(within_covariance(table, value_N, value_N).mean()) / unit.get(score, 1.0))
+        if spreads[-1] == 0:
+            raise DataError(
+                f"{scores.path}: basis: {score} is the same for all responses of every prompt, so no policy of its "
+                "own adds to that of r + ⟨λ, g⟩. Leave basis out."
+            )
+    scale = float(f"{spreads[0] / spreads[1]:.4g}")  # the last digits of a mean are a machine's own
+    return label(
+        work, responses, scores, {name: scale}, reward=None, beta=beta, unit=unit, columns=columns,
+        name=f"preferences of {name}",
+    )  # fmt: skip
+
+
+def published_units(config: Config) -> dict[str, float]:
+    """Return the β of each log-ratio where ``label.as_published``: the paper's code leaves it out of the labels."""
+    if not config.label.as_published:
+        return {}
+    scorers = named_scorers(config.reward, config.constraints)
+    return {name: scorer.beta for name, scorer in scorers.items() if isinstance(scorer, LogRatio)}
 
 
 def check_scorers(scores: Artifact, solved: Artifact, names: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ from can_dist.measuring.gains import (
 )
 from can_dist.measuring.predicted import held_out_prediction, multipliers, prediction_source, predictions, shifted
 from can_dist.measuring.ray import ray
-from can_dist.stages.estimate import load_estimate
+from can_dist.stages.estimate import MIXTURE, load_estimate, without_strength
 from can_dist.stages.profile import profile_record
 from can_dist.stages.samples import beginnings, chosen_samples, crossings
 from can_dist.stages.solve import cvar_offset, demands, load_solution, solved_columns, solved_table
@@ -63,8 +63,11 @@ class Lineage:
 
 
 def lineage_of(policy: Artifact, prompts: Artifact) -> Lineage:
-    """Find the dual's solution that labelled a policy's preferences, and the scores it was solved on, if any."""
-    ancestor = as_trained(policy)
+    """Find the dual's solution that labelled a policy's preferences, or a mixture is for, and its scores, if any."""
+    ancestor = without_strength(policy)
+    if ancestor.stage == "mixture":
+        solution = ancestor.input("solution")
+        return Lineage(policy, prompts, solution=solution, train_scores=solution.input("scores"))
     for name in ("preferences", "solution"):
         if name not in ancestor.manifest["inputs"]:
             return Lineage(policy, prompts)
@@ -73,8 +76,9 @@ def lineage_of(policy: Artifact, prompts: Artifact) -> Lineage:
 
 
 def as_trained(policy: Artifact) -> Artifact:
-    """Return the policy that a strength was given to; any other as it is."""
-    return policy.input("policy") if policy.stage == "strength" else policy
+    """Return the training of all scores that a strength, or a mixture, was made of; any other policy as it is."""
+    policy = without_strength(policy)
+    return policy.input("policy") if policy.stage == "mixture" else policy
 
 
 def method_title(method: str, variant: str = "") -> str:
@@ -193,8 +197,9 @@ def _estimated(inputs: Mapping[str, Artifact], reward: str) -> dict[str, Any] | 
     sources = [name for made in solved_columns(solution) for name in made.sources]
     if any(solved[name] != judged.get(name) for name in (reward, *sources)):
         return None
-    demanded = demands(solution)
+    demanded, mixed = demands(solution), without_strength(policy)
     return {
+        "mixture": mixed.read_json(MIXTURE) if mixed.stage == "mixture" else None,
         "strength": policy.read_json(STRENGTH) if policy.stage == "strength" else None,
         "policy": load_estimate(final).to_dict(),
         "line": estimate_line(load_estimate(final), demanded),

@@ -27,20 +27,30 @@ NOT_CHOSEN = (
 )
 
 
-def strengthen(work: Workspace, policy: Artifact, reference: Model, solution: Artifact, estimate: Artifact) -> Artifact:
+def strengthen(
+    work: Workspace,
+    policy: Artifact,
+    reference: Model,
+    solution: Artifact,
+    estimate: Artifact,
+    *,
+    options: StrengthChoice | None = None,
+) -> Artifact:
     """Return the policy of the configured strength: chosen from the estimate, or a number; itself where that is 1.
+
+    ``options`` are how it is chosen, by default as the configuration says.
 
     Raises:
         InfeasibleConstraint: The direction is wrong, ``strength.max`` or ``strength.max_kl`` is exceeded, or no one
             strength meets all constraints. The policy as trained stays.
         DataError: The validation prompts are too few to say; or the policy is not the reference plus a difference.
     """
-    estimated, options = load_estimate(estimate), work.config.strength
-    if isinstance(options, StrengthChoice):
-        work.say(f"strength: {judged(estimated, solution, options)}")
-        strength = _choose(estimated, solution, options, policy)
+    estimated, by = load_estimate(estimate), options or work.config.strength
+    if isinstance(by, StrengthChoice):
+        work.say(f"strength: {judged(estimated, solution, by)}")
+        strength = _choose(estimated, solution, by, policy)
     else:
-        strength = Strength(options, math.nan, None, {}, at_strength(estimated, options), None, ())
+        strength = Strength(by, math.nan, None, {}, at_strength(estimated, by), None, ())
     for note in strength.notes:
         work.say(f"strength: {note}")
     if strength.alpha == 1.0:
@@ -48,7 +58,7 @@ def strengthen(work: Workspace, policy: Artifact, reference: Model, solution: Ar
         return policy
     label = f"strength {strength.alpha:.3g}"
     inputs = {"policy": policy, "estimate": estimate, "solution": solution}
-    chosen_by = identity(options) if isinstance(options, StrengthChoice) else options
+    chosen_by = identity(by) if isinstance(by, StrengthChoice) else by
     stage = work.open("strength", "policy", {"alpha": strength.alpha, "strength": chosen_by}, inputs)
     if stage.finished:
         return stage.finished
@@ -57,8 +67,8 @@ def strengthen(work: Workspace, policy: Artifact, reference: Model, solution: Ar
         return _write(work, stage, policy, reference, strength)
 
 
-def check(work: Workspace, policy: Artifact, solution: Artifact, estimate: Artifact) -> None:
-    """Say when the estimate of a policy that was given a strength leaves a margin outside of its interval."""
+def check(work: Workspace, policy: Artifact, solution: Artifact, estimate: Artifact) -> Artifact:
+    """Say when the estimate of a policy that was given a strength leaves a margin outside its interval; return it."""
     estimated = load_estimate(estimate)
     for demand in demands(solution):
         gain = estimated.improvement[demand.name]
@@ -70,6 +80,7 @@ def check(work: Workspace, policy: Artifact, solution: Artifact, estimate: Artif
                 f"{demand.margin:+.3g} is asked: the law of small steps, by which it was chosen, ends before it. Train "
                 "longer or on more prompts, so that less strength is needed."
             )
+    return policy
 
 
 def judged(estimated: PolicyEstimate, solution: Artifact, options: StrengthChoice) -> str:

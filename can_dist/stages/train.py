@@ -54,6 +54,7 @@ def train(
     start: Policy | None = None,
     epochs: int | None = None,
     watched: Watched | None = None,
+    name: str = "policy",
 ) -> Artifact:
     """Return the ``policy`` artifact: ``policy/`` is a Hugging Face directory of safetensors.
 
@@ -68,6 +69,7 @@ def train(
         start: The initial weights, by default the reference's.
         epochs: Replaces ``train.num_epochs``.
         watched: What each evaluation estimates the policy by, and what ``train.feedback`` steers λ by; None: neither.
+        name: What messages call the policy.
 
     Raises:
         ConfigError: The initial weights are those of a trained policy, and ``train.lora.quantize`` is set; or λ would
@@ -85,33 +87,33 @@ def train(
         require_known_gpus(config)
     models = {name: policy_model(policy, config.reference) for name, policy in policies.items()}
     inputs = {"preferences": preferences, **trained, **_steered_by(config, watched)}
-    stage = _open(work, config, models, inputs, beta, watched.ascent if watched else None)
+    stage = _open(work, config, models, inputs, beta, watched.ascent if watched else None, name)
     if stage.finished:
         return stage.finished
     require_convention(models["reference"], preferences.info.get("text"), str(preferences.path))
-    for name in (FAILURE, STOP, f"{RANKS}/{HANG}"):  # left by an earlier attempt
-        (stage.path / name).unlink(missing_ok=True)
+    for left in (FAILURE, STOP, f"{RANKS}/{HANG}"):  # by an earlier attempt
+        (stage.path / left).unlink(missing_ok=True)
     steps = _total_steps(config, preferences)
     watch = watch_spec(watched, preferences, config.train, steps)
     spec = _spec(config, stage.path, models, preferences, beta, watch)
     if work.rank is not None:
         from can_dist.training.engine import train_worker
 
-        with work.timed("train", "policy", ranks=int(os.environ["WORLD_SIZE"]), steps=steps):
+        with work.timed("train", name, ranks=int(os.environ["WORLD_SIZE"]), steps=steps):
             train_worker(spec)
             if work.rank != 0:
                 raise SystemExit(0)  # rank 0 commits for all
             return _commit(work, stage)
-    return _train_on_ray(work, config, stage, spec, steps)
+    return _train_on_ray(work, config, stage, spec, steps, name)
 
 
-def _train_on_ray(work: Workspace, config: Config, stage: StageDirectory, spec: str, steps: int) -> Artifact:
+def _train_on_ray(work: Workspace, config: Config, stage: StageDirectory, spec: str, steps: int, name: str) -> Artifact:
     """Run the ranks on Ray, raise the error that they left, or commit the policy."""
     work.release_actors()
     connect(config.cluster)
     with interruptible():
         check_room_for_workers(config.cluster, work.say)
-    with work.timed("train", "policy", ranks=config.cluster.num_workers, steps=steps):
+    with work.timed("train", name, ranks=config.cluster.num_workers, steps=steps):
         with _watch(stage.path, steps):
             _run_ray_train(config, stage, spec)
         _raise_failure(stage.path)
@@ -171,7 +173,8 @@ def _open(
     models: Mapping[str, Model],
     inputs: Mapping[str, Artifact],
     beta: float,
-    ascent: Ascent | None = None,
+    ascent: Ascent | None,
+    name: str,
 ) -> StageDirectory:
     ds_config, precision = read_ds_config(config.train.ds_config), run_precision(config)
     identity_keys = {
@@ -189,7 +192,7 @@ def _open(
         identity_keys["ascent"] = asdict(ascent)
     elif "validation" in inputs:
         identity_keys |= {"feedback": config.train.feedback, "eval_every": config.train.eval_every}
-    return work.open("train", "policy", identity_keys, inputs)
+    return work.open("train", name, identity_keys, inputs)
 
 
 def _spec(

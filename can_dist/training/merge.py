@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,18 @@ def merge_policies(policy_a: Path, policy_b: Path, out: Path, q: float, max_shar
             adapter, or pickled.
     """
     check_request(q, out)
+    tensors_a, tensors_b = alike_tensors(policy_a, policy_b)
+    return write_policy(
+        policy_a, tensors_a, out, max_shard_size_mb, lambda name: merge_one(name, tensors_a[name], tensors_b[name], q)
+    )
+
+
+def alike_tensors(policy_a: Path, policy_b: Path) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """Return the tensors of two policies of one architecture, tokenizer and precision, each tied weight once.
+
+    Raises:
+        DataError: they differ in one of these, or a policy is damaged.
+    """
     tensors_a, tensors_b = stored_tensors(policy_a), stored_tensors(policy_b)
     config = _same_config(policy_a, policy_b)
     refuse_differences(policy_a, policy_b, "tokenizer", _tokenizer(policy_a), _tokenizer(policy_b))
@@ -66,38 +78,42 @@ def merge_policies(policy_a: Path, policy_b: Path, out: Path, q: float, max_shar
     )
     refuse_differences(policy_a, policy_b, "tensors", kinds_a, kinds_b)
     check_shapes(policy_a, config)
-    return write_policy(policy_a, tensors_a, tensors_b, out, q, max_shard_size_mb)
+    return tensors_a, tensors_b
 
 
 def check_request(q: float, out: Path) -> None:
     """Raise ``ConfigError`` unless q is finite and ``out`` can be made."""
     if not math.isfinite(q):
         raise ConfigError(f"q = {q}: expected a finite number, the weight of the first policy.")
+    check_out(out)
+
+
+def check_out(out: Path) -> None:
+    """Raise ``ConfigError`` unless the directory ``out`` can be made."""
     if out.exists() or not out.parent.is_dir():
         state = "already exists" if out.exists() else "has no parent directory"
         raise ConfigError(f"out = {out}: {state}. Give a new directory inside an existing one.")
 
 
 def write_policy(
-    policy_a: Path,
-    tensors_a: Mapping[str, StoredTensor],
-    tensors_b: Mapping[str, StoredTensor],
+    policy: Path,
+    tensors: Mapping[str, StoredTensor],
     out: Path,
-    q: float,
     max_shard_size_mb: int,
+    made: Callable[[str], torch.Tensor],
 ) -> Path:
-    """Write the merged weights with what else makes a policy, whole or not at all.
+    """Write the tensors that ``made`` returns by name, like those of ``policy``, with its other files, or nothing.
 
     Of a policy that a run made, only files that its manifest lists are copied.
     """
-    made = policy_a.parent / MANIFEST
-    listed = load_artifact(made.parent).files_in(policy_a.name) if made.is_file() else None
-    sizes = {name: tensor.num_bytes for name, tensor in tensors_a.items()}
+    manifest = policy.parent / MANIFEST
+    listed = load_artifact(manifest.parent).files_in(policy.name) if manifest.is_file() else None
+    sizes = {name: tensor.num_bytes for name, tensor in tensors.items()}
     max_bytes = max_shard_size_mb * 10**6
     with atomic_directory(out) as built:
-        write_shards(built, sizes, max_bytes, lambda name: _merge_one(name, tensors_a[name], tensors_b[name], q))
+        write_shards(built, sizes, max_bytes, made)
         for pattern in COPIED:
-            for path in filter(Path.is_file, policy_a.glob(pattern)):
+            for path in filter(Path.is_file, policy.glob(pattern)):
                 if listed is None or path.name in listed:
                     shutil.copyfile(path, built / path.name)
     return out
@@ -114,7 +130,12 @@ def merged_tensor(a: torch.Tensor, b: torch.Tensor, q: float) -> torch.Tensor:
     return (q * a.to(wide) + (1.0 - q) * b.to(wide)).to(a.dtype)
 
 
-def _merge_one(name: str, stored_a: StoredTensor, stored_b: StoredTensor, q: float) -> torch.Tensor:
+def merge_one(name: str, stored_a: StoredTensor, stored_b: StoredTensor, q: float) -> torch.Tensor:
+    """Return the tensor ``name`` of the merged policy.
+
+    Raises:
+        DataError: it is no floating-point tensor and differs, holds NaN, or leaves the range of its dtype.
+    """
     a, b = stored_a.read(name), stored_b.read(name)
     if a.dtype.is_floating_point and b.dtype.is_floating_point:
         b = b.to(a.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from can_dist.errors import DataError
 from can_dist.modeling.stored import StoredTensor, read_json, stored_tensors
@@ -14,14 +15,15 @@ from can_dist.training.merge import (
     architecture,
     check_request,
     drop_tied_copies,
+    merge_one,
     refuse_differences,
     refuse_quantised,
     tied_copies,
     write_policy,
 )
 
-WEIGHTS = "adapter_model.safetensors"
-"""Of adapters, beside their configuration, as peft writes them."""
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+"""The files of an adapter, as peft writes them."""
 
 
 def stretch_policy(reference: Path, policy: Path, out: Path, alpha: float, max_shard_size_mb: int = 4000) -> Path:
@@ -44,7 +46,9 @@ def stretch_policy(reference: Path, policy: Path, out: Path, alpha: float, max_s
     """
     check_request(alpha, out)
     tensors, tensors_ref = comparable_tensors(reference, policy)
-    return write_policy(policy, tensors, tensors_ref, out, alpha, max_shard_size_mb)
+    return write_policy(
+        policy, tensors, out, max_shard_size_mb, lambda name: merge_one(name, tensors[name], tensors_ref[name], alpha)
+    )
 
 
 def comparable_tensors(reference: Path, policy: Path) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
@@ -82,16 +86,26 @@ def scale_adapter(adapter: Path, out: Path, alpha: float) -> Path:
         DataError: the adapter is no plain LoRA, whose product is linear in its scale.
     """
     check_request(alpha, out)
-    config = read_json(adapter / "adapter_config.json")
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
-        raise DataError(f"{adapter}: an adapter of the kind {kind}, expected LORA, which a scale makes stronger.")
+    config = lora_config(adapter)
     pattern = {name: alpha * value for name, value in (config.get("alpha_pattern") or {}).items()}
     with tempfile.TemporaryDirectory(prefix=".tmp-scale-", dir=out.parent) as scratch:
         built = Path(scratch) / out.name
         built.mkdir()
         shutil.copyfile(adapter / WEIGHTS, built / WEIGHTS)
         scaled = {**config, "lora_alpha": alpha * config["lora_alpha"], "alpha_pattern": pattern}
-        write_json(built / "adapter_config.json", scaled)
+        write_json(built / SETTINGS, scaled)
         built.rename(out)
     return out
+
+
+def lora_config(adapter: Path) -> dict[str, Any]:
+    """Return the configuration of low-rank adapters.
+
+    Raises:
+        DataError: the adapter is no plain LoRA.
+    """
+    config = read_json(adapter / SETTINGS)
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
+        raise DataError(f"{adapter}: an adapter of the kind {kind}, expected LORA, which a scale makes stronger.")
+    return config

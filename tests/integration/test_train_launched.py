@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.05},
         },
         "generate": {"num_responses": 4, "max_new_tokens": 6, "batch_prompts": 4, "shard_prompts": 20},
-        "label": {"validation_fraction": 0.2},
+        "label": {"validation_fraction": 0.2, "pairs_per_prompt": 6},  # many short examples: time enough for a kill
         "train": {
             "learning_rate": 1e-3,
             "batch_size": 12,
@@ -367,7 +367,7 @@ def test_error_in_ray_workers_reaches_the_user_as_itself(folder: Path) -> None:
     output = finish(process)
     assert process.returncode == 2, output
     last = output.strip().splitlines()[-1]
-    assert last.startswith("ConfigError: train.lora: ")
+    assert last.startswith("ConfigError: train.lora.target_modules: ")
     assert "no_such_module" in last
     assert "Traceback" not in output
     assert "going on" not in output
@@ -378,7 +378,7 @@ def test_error_in_ray_workers_reaches_the_user_as_itself(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "code", "message"),
     [
-        ("train.lora={target_modules: [no_such_module]}", 2, "ConfigError: train.lora: "),
+        ("train.lora={target_modules: [no_such_module]}", 2, "ConfigError: train.lora.target_modules: "),
         ("generate.top_p=0.5", 3, "DataError: "),
         ("train.no_such_key=1", 2, "ConfigError: "),
     ],

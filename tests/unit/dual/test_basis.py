@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from policy_world import PolicyWorld, make_world
 from scipy.optimize import brentq, minimize
 
 from can_dist.dual import Demand, ScoreTable, check_mixing, choose_strength, estimate_policy, mix
+from can_dist.dual.basis import basis_of, largest_margins, mixture_of, reachable, refuse_outside
 from can_dist.errors import ConfigError, DataError, InfeasibleConstraint, NumericalError
 
 BETA = 0.5
@@ -220,3 +222,41 @@ class TestRefusals:
         record = json.loads(json.dumps(result.to_dict(), allow_nan=False))
         assert record["coefficient"] == result.coefficient
         assert record["improvement"]["a"]["mean"] == result.improvement["a"].mean
+
+
+class TestReach:
+    """Which margins are within the range, told from one mixture that was measured."""
+
+    world = make_world(9, num_prompts=50, num_constraints=2)
+
+    def test_largest_margins_are_where_the_cost_is(self) -> None:
+        table, columns = self.world.enumerated(*noisy_basis(self.world).values())
+        basis = basis_of(table, columns[0], dict(zip(("s", "g0", "g1"), columns[1:], strict=True)), beta=BETA)
+        demands = [Demand("a", 0.4), Demand("b", 0.3)]
+        here = mixture_of(basis, demands).kl.mean
+        for kl in (here * 1.01, here * 1.5, here * 6):
+            largest = largest_margins(basis, demands, kl)
+            assert largest.keys() == {"a", "b"}
+            for index, name in enumerate("ab"):
+                at = [replace(d, margin=largest[name]) if d.name == name else d for d in demands]
+                assert mixture_of(basis, at).kl.mean == pytest.approx(kl, rel=1e-9)
+                above = [replace(at[index], margin=largest[name] + step) for step in (0.01, 0.3, 3.0)]
+                for demand in above:
+                    costs = mixture_of(basis, [demand if d.name == name else d for d in demands]).kl.mean
+                    assert costs > kl
+        assert largest_margins(basis, demands, 1e-6) == {}
+
+    def test_refusal_names_them(self) -> None:
+        with pytest.raises(
+            InfeasibleConstraint, match=r"nearer to those trained for: at most about a \+0\.62 or b -1\.$"
+        ):
+            refuse_outside({"s": 2.0}, 0.95, {"a": 0.6171, "b": -1.0})
+
+    def test_what_is_missing_grows_as_the_cost(self) -> None:
+        table, columns = self.world.enumerated(*noisy_basis(self.world).values())
+        basis = basis_of(table, columns[0], dict(zip(("s", "g0", "g1"), columns[1:], strict=True)), beta=BETA)
+        demands = [Demand("a", 0.4), Demand("b", 0.3)]
+        mixture = mixture_of(basis, demands)
+        reach = reachable(basis, demands, mixture, 0.9975)  # a quarter of what may be missing: four times the KL
+        assert reach == pytest.approx(largest_margins(basis, demands, 4 * mixture.kl.mean), rel=1e-9)
+        assert reachable(basis, demands, mixture, 1.0) == {}
