@@ -137,9 +137,8 @@ class Run:
         policy: Artifact | None = None,
     ) -> Artifact:
         """Score responses with the reward, every constraint, ln π_ref, ln π of ``policy``; ``aligned``: log-ratios."""
-        own = {} if policy is None else {LOGP_POLICY: self._log_prob(policy)}
-        specs = self._specs(reward, constraints, aligned)
-        return self._score(responses, {**specs, LOGP_REFERENCE: self._log_prob(reference), **own})
+        specs = {**self._specs(reward, constraints, aligned), LOGP_REFERENCE: self._log_prob(reference)}
+        return self._score(responses, specs if policy is None else {**specs, LOGP_POLICY: self._log_prob(policy)})
 
     def validation(
         self,
@@ -189,12 +188,7 @@ class Run:
         return self._given_pairs(reference, prompts, mismatched=False)
 
     def reference_data(
-        self,
-        prompts: Artifact,
-        reference: Model,
-        reward: Scorer,
-        constraints: Mapping[str, Constraint],
-        beta: float,
+        self, prompts: Artifact, reference: Model, reward: Scorer, constraints: Mapping[str, Constraint], beta: float
     ) -> ReferenceData:
         """Sample and score the reference, solve the dual, and score the responses to compare, for loops on λ.
 

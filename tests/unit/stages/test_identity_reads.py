@@ -133,7 +133,7 @@ def _openers(stage: str) -> list[str]:
     return {
         "report": ["evaluate"],
         "examples": ["label", "human_labels"],
-        "ingest": ["ingest", "brought_responses"],
+        "ingest": ["ingest", "brought_responses", "profile"],
         "align": ["human_labels", "train"],
         "watch": ["train"],
         "utilities": ["solve"],
@@ -207,7 +207,7 @@ def fitted(gap_N: np.ndarray, preferred_N: np.ndarray, prompt_N: np.ndarray, nam
     return Calibration(1.1, 0.1, len(gap_N), len(set(prompt_N.tolist())), 0.9, 0.7, 0.6)
 
 
-def world(folder: Path, *, profile: bool = False, **sections: Any) -> Config:
+def world(folder: Path, *, profile: bool = False, own_samples: bool = False, **sections: Any) -> Config:
     """Values that no other key has, so that one key's value in an identity does not pass for another's."""
     raw = small_run(folder, **sections)
     pairs = [
@@ -226,6 +226,7 @@ def world(folder: Path, *, profile: bool = False, **sections: Any) -> Config:
     (folder / "benign.jsonl").write_text('{"prompt": "w1 w7"}\n{"prompt": "w2 w8"}\n{"prompt": "w3 w9"}\n')
     raw |= {"seed": 7919, "precision": "fp32", "beta": 0.53}
     raw["generate"] |= {"temperature": 0.93, "top_p": 0.97, "max_new_tokens": 6, "stop": ["w11"]}
+    raw["generate"] |= {"temperature": 1, "top_p": 1} if own_samples else {}
     raw["evaluate"] = {"num_responses": 3, "num_samples": 5, "benign_prompts": {"source": str(folder / "benign.jsonl")}}
     kinds = [{"prompt": f"w{n} w{n + 2}", "type": "contrast" if n % 2 else "plain"} for n in range(6)]
     (folder / "xstest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kinds))
@@ -266,6 +267,7 @@ CASES: dict[str, Any] = {
     },
     "caid": lambda folder: {"caid": {"rounds": 1, "epochs": 2}},
     "primal_dual": lambda folder: {
+        "own_samples": True,
         "primal_dual": {"rounds": 2, "step_size": 0.31},
         "label": {"validation_fraction": 0.21},
     },
