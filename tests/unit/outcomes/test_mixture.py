@@ -47,7 +47,7 @@ def test_command_mixes_for_the_margin_in_the_run_and_says_what_it_expects(run: B
         OTHER / load_estimate(strength.input("estimate")).improvement["calm"].mean
     )
     for part in (
-        "calm +0.06",
+        "calm +0.2",
         f"strength {strength.info['alpha']:.4g}",
         "mixture of",
         "the dual's frontier has reward",
