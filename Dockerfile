@@ -45,7 +45,7 @@ COPY --from=wheel /can-dist/wheels wheels
 COPY constraints.txt .
 # flash-attn from a wheel for this torch, CUDA and Python, where its makers or PIP_FIND_LINKS have one. It is not compiled,
 # which takes hours: where there is no wheel nothing of it stays, and torch's varlen attention computes the packs
-RUN python -m pip install --no-cache-dir --constraint constraints.txt wheels/*.whl "setuptools<82" "wheel<1" && \
+RUN python -m pip install --no-cache-dir --constraint constraints.txt wheels/*.whl "wheel<1" && \
     can-dist files ray_jobs && \
     if ! { FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE \
            python -m pip install --no-cache-dir --no-build-isolation --no-deps "flash-attn>=2.8,<3" && \

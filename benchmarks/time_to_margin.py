@@ -6,9 +6,11 @@
 
 All on one table of scored responses of the reference, with one margin, in one run directory, by the product's own
 commands. Not counted: what all of them need (sampling and scoring the reference on training and validation prompts, and
-the labels), and the evaluation on held-out prompts that judges them. Counted: trainings, their own measurements (C-DPO
-and CAID sample their policies and score them), estimates, the choice of the strength, and the start of Ray. C-DPO goes
-on until its own measurement is within a standard error of the margin; CAID's row n is what it has spent after n rounds.
+the labels), and the evaluation on held-out prompts that judges them. Counted: trainings, their own measurements (C-DPO,
+CAID and the online loop sample their policies and score them), estimates, the choice of the strength, and the start of
+Ray. C-DPO goes on until its own measurement is within a standard error of the margin; row n of CAID and of the online
+loop (primal–dual) is what it has spent after n rounds. ``--learning-rate`` and ``--step-size`` sweep that loop, each
+with rows of its own.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ from real_runs import AS_MEASURED, RESULTS, command, evaluated, read_rows, row
 from tree_cpu import metered
 
 from can_dist.measuring.verdicts import current
+from can_dist.stages.cost import cost_of, trajectories
+from can_dist.stages.trajectory import TRAJECTORY
 from can_dist.tables.artifacts import load_artifact
 
 RESULT = RESULTS / "time_to_margin.json"
-CAID_ROUNDS, CDPO_ROUNDS = 3, 5
+CDPO_ROUNDS = 5
 PAIRS = {"label.pairs_per_prompt": 8, "train.batch_size": 32, "train.num_epochs": 1, "train.learning_rate": 5e-5}
 AS_TRAINED = {"strength": 1}
 WHAT = "recipes/pku_stories3M/mocan.yaml, margin 0.5, seed 0"
@@ -39,7 +43,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "soft labels, the recipe before": {"label.labels": "soft", **PAIRS, **AS_TRAINED},
     "C-DPO": {"method": "cdpo", "cdpo.rounds": CDPO_ROUNDS, **AS_TRAINED},
     "CAID": {"method": "caid", "caid.epochs": 2, **AS_TRAINED},
+    "primal–dual": {"method": "primal_dual", **AS_TRAINED},
 }
+ROUNDS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "CAID": ("caid.rounds", (1, 2, 3)),
+    "primal–dual": ("primal_dual.rounds", (1, 2, 4, 8, 12, 16, 20)),
+}
+"""Loops that go on until their gain is at the margin: the key of their rounds, and after how many they are judged."""
 GO_ON = (BASE, "CAID")
 """What goes on from MoCAN's training, which is counted in."""
 
@@ -53,20 +63,29 @@ def main() -> None:
 @click.option("--run", "run_dir", default="runs/pku_stories3M_time", show_default=True, type=click.Path(path_type=Path))
 @click.option("--way", "ways", multiple=True, type=click.Choice(list(WAYS)), default=list(WAYS), help="Default: all.")
 @click.option("--margin", default=0.5, show_default=True)
-def run(run_dir: Path, ways: tuple[str, ...], margin: float) -> None:
-    """Run the ways that have no row yet; CAID goes on until its gain is at the margin."""
-    for way in ways:
-        settings = {**AS_MEASURED, "constraints.safety.margin": margin, **WAYS[way]}
-        for number in range(1, CAID_ROUNDS + 1 if way == "CAID" else 2):
+@click.option("--learning-rate", default=None, type=float, help="Of primal–dual's epochs; default: the recipe's.")
+@click.option("--step-size", default=None, help="η of primal–dual; default: 1/H.")
+def run(
+    run_dir: Path, ways: tuple[str, ...], margin: float, learning_rate: float | None, step_size: str | None
+) -> None:
+    """Run the ways that have no row yet; CAID and primal–dual go on until their gain is at the margin."""
+    swept = {"train.learning_rate": learning_rate, "primal_dual.step_size": step_size}
+    tried = {key: value for key, value in swept.items() if value is not None}
+    for name in ways:
+        own = tried if WAYS[name].get("method") == "primal_dual" else {}
+        way = ", ".join([name, *(f"{key.rpartition('.')[2]} {value}" for key, value in own.items())])
+        settings = {**AS_MEASURED, "constraints.safety.margin": margin, **WAYS[name], **own}
+        key, numbers = ROUNDS.get(name, ("", (1,)))
+        for number in numbers:
             rows = read_rows(RESULT)
             before = [known for known in rows if known["way"] == way]
             if any(known["round"] == number for known in before):
                 continue
             if before and before[-1]["constraints"]["safety"]["mean"] >= margin:
                 break
-            if not before and way in GO_ON:
+            if not before and name in GO_ON:
                 before = [known for known in rows if known["way"] == FIRST]
-            rounds = {"caid.rounds": number} if way == "CAID" else {}
+            rounds = {key: number} if key else {}
             save([*rows, {"way": way, "round": number, **spent(run_dir, {**settings, **rounds}, before)}])
 
 
@@ -80,11 +99,17 @@ def spent(run_dir: Path, settings: dict[str, Any], before: list[dict[str, Any]])
     old = set(run_dir.glob("train-*"))
     _, seconds = metered(command("strength", run_dir, settings))
     new = [load_artifact(path) for path in set(run_dir.glob("train-*")) - old]
-    known = row(evaluated(run_dir, settings))
+    evaluation = evaluated(run_dir, settings)
+    cost = cost_of(evaluation)
+    rounds = [record.read_json(TRAJECTORY)["rounds"] for record in trajectories(evaluation)]
     last = before[-1] if before else {"trainings": 0, "tokens": 0, "cpu": {}}
     tokens = sum(training.info["summary"]["num_tokens"] for training in new)
     return {
-        **known,
+        **row(evaluation),
+        "generated": cost.generated_tokens,
+        "scored": cost.scored_tokens,
+        "wall_s": cost.wall_s,
+        "lam": [turn["lam"] for turn in rounds[-1]] if rounds else None,
         "trainings": last["trainings"] + len(new),
         "tokens": last["tokens"] + tokens,
         "cpu": {kind: last["cpu"].get(kind, 0.0) + seconds.get(kind, 0.0) for kind in {*last["cpu"], *seconds}},
@@ -107,16 +132,19 @@ def show() -> None:
     rows = read_rows(RESULT)
     base = next(known for known in rows if known["way"] == BASE)
     click.echo(
-        "| way | trainings | training tokens | CPU seconds | safety, 95 % interval | reward | KL (predicted) | margin |"
+        "| way | trainings | training tokens | generated, scored tokens | CPU seconds | safety, 95 % interval | reward "
+        "| KL (predicted) | margin |"
     )
-    click.echo("|---|---|---|---|---|---|---|---|")
+    click.echo("|---|---|---|---|---|---|---|---|---|")
     for known in rows:
         total, kl = sum(known["cpu"].values()), known["kl"]
         gain = known["constraints"]["safety"]
-        name = f"CAID, round {known['round']}" if known["way"] == "CAID" else known["way"]
+        is_loop = any(known["way"].startswith(loop) for loop in ROUNDS)
+        name = f"{known['way']}, round {known['round']}" if is_loop else known["way"]
+        made = f"{known['generated'] / 1e6:.2f} M, {known['scored'] / 1e6:.2f} M" if "generated" in known else "–"
         tokens = f"{known['tokens'] / 1e6:.2f} M ({known['tokens'] / base['tokens']:.1f}×)"
         click.echo(
-            f"| {name} | {known['trainings']} | {tokens} "
+            f"| {name} | {known['trainings']} | {tokens} | {made} "
             f"| {total:.0f} ({total / sum(base['cpu'].values()):.1f}×) "
             f"| {gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}] | {known['reward']['mean']:+.2f} "
             f"| {kl['mean']:.2f} ({kl['predicted']:.2f}) | {current(gain['verdict'])} |"

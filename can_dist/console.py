@@ -4,15 +4,71 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import threading
+import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, TextIO
 
 from can_dist.errors import Interrupted
+
+Amount = Literal["quiet", "usual", "verbose"]
+_amount: list[Amount] = ["usual"]
+COLOURS = {"red": 31, "green": 32, "yellow": 33}
+
+
+def set_amount(amount: Amount) -> None:
+    """Say how much of its progress this process prints: nothing, its lines, or its lines with the time of day."""
+    _amount[0] = amount
+
+
+def tell(message: str) -> None:
+    """Print a line of progress on standard error, unless the process is quiet."""
+    if _amount[0] == "quiet":
+        return
+    stamp = time.strftime("%H:%M:%S ") if _amount[0] == "verbose" else ""
+    print(folded(printable(f"{stamp}can-dist: {message}"), sys.stderr), file=sys.stderr, flush=True)
+
+
+def folded(text: str, stream: TextIO) -> str:
+    """Return text whose lines fit the terminal that a stream writes to, broken between words; else the text itself.
+
+    A line that goes on is indented by two more than it began. A path or a word longer than a line is left whole.
+    """
+    if not stream.isatty():
+        return text
+    width = shutil.get_terminal_size((80, 24)).columns
+    return "\n".join(part for line in text.split("\n") for part in _fold(line, width))
+
+
+def _fold(line: str, width: int) -> list[str]:
+    if len(line) <= width:
+        return [line]
+    indent = line[: len(line) - len(line.lstrip())]
+    wrapper = textwrap.TextWrapper(
+        width,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+        drop_whitespace=True,
+    )
+    return wrapper.wrap(line)
+
+
+def painted(text: str, colour: str, stream: TextIO) -> str:
+    """Return text in a colour of ``COLOURS`` where a stream writes to a terminal that has it and nobody refused it.
+
+    ``NO_COLOR`` with any content refuses (no-color.org), and so does ``TERM=dumb``.
+    """
+    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m"
 
 
 @contextmanager
@@ -69,6 +125,7 @@ def progress(label: str, total: int, unit: str, *, delay: float = 0.0) -> Iterat
         dynamic_ncols=terminal,
         smoothing=0.1,
         delay=delay,
+        disable=_amount[0] == "quiet",
     ) as bar:
         yield bar
 

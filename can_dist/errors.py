@@ -66,6 +66,12 @@ class NotBelieved(CanDistError, RuntimeError):
     exit_code = 8
 
 
+class PartlyRefused(CanDistError, RuntimeError):
+    """Of the margins of a sweep some have a policy and others cannot have; the page says which and why."""
+
+    exit_code = 9
+
+
 class Interrupted(BaseException):
     """Stopped by a signal after committing all finished work; the same command continues.
 

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from can_dist.algorithms import RUN
-from can_dist.config import METHODS, Config, dump_yaml, for_method
+from can_dist.config import METHODS, Config, dump_yaml, for_method, with_margins
 from can_dist.config.methods import check_stage
 from can_dist.doctor.advice import check_scores
 from can_dist.doctor.preflight import check_pinned, check_sources, preflight
-from can_dist.errors import ConfigError
+from can_dist.errors import ConfigError, DataError, InfeasibleConstraint, NotBelieved, NumericalError
 from can_dist.run import Run
-from can_dist.tables.artifacts import Artifact, atomic_file
+from can_dist.tables.artifacts import Artifact, write_text
 from can_dist.workspace import StageReached
 
 
 def run_pipeline(
-    directory: Path, config: Config, until: str = "evaluate", *, only_stage: str | None = None
+    directory: str | Path, config: Config, until: str = "evaluate", *, only_stage: str | None = None
 ) -> Artifact:
     """Run the configured method up to and including a stage; return that stage's artifact.
 
     If the method repeats the stage, the run ends at its first time; at ``train``, with the method's last training.
     P-SACPO has several policies: all are evaluated, and the artifact of the last q of ``p_sacpo.q`` is returned.
 
+    Args:
+        directory: Of the run; made if absent. Finished work in it is not repeated.
+        config: The configuration.
+        until: The last stage.
+        only_stage: The one stage that may compute, where a launcher started this process.
+
     Raises:
         ConfigError: The method has no such stage, or trains several times and a launcher started it.
+
+    >>> from can_dist import load_config
+    >>> evaluation = run_pipeline("runs/mine", load_config("my.yaml"))
+    >>> [row["name"] for row in evaluation.info["constraints"]], (evaluation.path / "report.html").is_file()
+    (['safety'], True)
     """
-    return run_method(directory, config, until, only_stage=only_stage)[-1]
+    return run_method(Path(directory), config, until, only_stage=only_stage)[-1]
 
 
 def run_methods(directory: Path, config: Config, methods: Sequence[str]) -> list[Artifact]:
@@ -41,9 +52,44 @@ def run_methods(directory: Path, config: Config, methods: Sequence[str]) -> list
     """
     own_configs = [for_method(config, method) for method in methods]
     evaluations = [artifact for own in own_configs for artifact in run_method(directory, own, measured_by=config)]
-    with atomic_file(directory / "config.yaml") as temporary:  # each method wrote its own configuration there
-        temporary.write_text(dump_yaml(config), encoding="utf-8")
+    write_text(directory / "config.yaml", dump_yaml(config))  # each method wrote its own configuration there
     return evaluations
+
+
+def run_margins(directory: Path, config: Config, points: Sequence[Mapping[str, float]]) -> list[Artifact | Refusal]:
+    """Run the configured method with one set of margins after another in one run directory, sharing what is equal.
+
+    Args:
+        directory: Of the run; prompts, responses and scores are made once.
+        config: The configuration, whose margins are replaced.
+        points: Margins by constraint.
+
+    Returns:
+        For each point its evaluation, or the error that says why these margins have no policy.
+
+    Raises:
+        ConfigError: The method solves for no margins, or a name is no constraint; nothing is computed.
+        DataError: As :data:`Refusal`, of the first point where all are refused.
+    """
+    if "solve" not in METHODS[config.method].stages:
+        raise ConfigError(f"method {config.method} solves for no margins, so there are none to go through.")
+    own_configs = [with_margins(config, margins) for margins in points]
+    outcomes: list[Artifact | Refusal] = []
+    for own in own_configs:
+        try:
+            outcomes.append(run_method(directory, own)[-1])
+        except REFUSALS as refusal:
+            outcomes.append(refusal)
+    write_text(directory / "config.yaml", dump_yaml(config))
+    first = outcomes[0]
+    if isinstance(first, Exception) and all(isinstance(outcome, Exception) for outcome in outcomes):
+        raise first
+    return outcomes
+
+
+Refusal = InfeasibleConstraint | NotBelieved | NumericalError | DataError
+"""Why some margins have no policy. All margins have the same data: what is wrong with them fails for all."""
+REFUSALS = (InfeasibleConstraint, NotBelieved, NumericalError, DataError)
 
 
 def run_method(

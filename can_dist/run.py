@@ -19,6 +19,7 @@ from can_dist.stages import (
     certify,
     estimate,
     evaluate,
+    face,
     generate,
     human_labels,
     ingest,
@@ -43,7 +44,7 @@ from can_dist.stages.utilities import columns_of
 from can_dist.stages.watch import Watched
 from can_dist.tables.artifacts import Artifact
 from can_dist.tables.lineage import ancestor
-from can_dist.tables.schemas import LOGP_REFERENCE
+from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
 from can_dist.workspace import StageReached, Workspace
 
 
@@ -83,16 +84,24 @@ class Run:
         finally:
             self._work.close()
 
+    def _repr_html_(self) -> str:
+        return face.run_html(self._work.directory)
+
     def prompts(self) -> Artifact:
         """Read the configured prompts; some are held out for the evaluation."""
         return ingest.ingest_prompts(self._work, self.config.prompts)
 
     def generate(
-        self, policy: Policy, prompts: Artifact, *, split: Literal["train", "validation"] = "train"
+        self,
+        policy: Policy,
+        prompts: Artifact,
+        *,
+        split: Literal["train", "validation"] = "train",
+        seed: int | None = None,
     ) -> Artifact:
         """Sample K responses of the reference, or of a trained policy, per training or validation prompt.
 
-        The reference's responses may come from a data set (``generate.responses``) or from an endpoint.
+        The reference's may come from a data set (``generate.responses``) or from an endpoint. ``seed``: the draw's.
         """
         options = self.config.generate
         if isinstance(policy, Model) and options.responses is not None:
@@ -101,7 +110,7 @@ class Run:
             return self._sampled(ask_for_responses(self._work, policy, prompts, options.endpoint, split=split))
         role = "reference" if isinstance(policy, Model) else "policy"
         model = train.policy_model(policy, self.config.reference)
-        return self._sampled(generate.generate(self._work, model, prompts, split=split, role=role))
+        return self._sampled(generate.generate(self._work, model, prompts, split=split, role=role, seed=seed))
 
     def aligned(
         self, reference: Model, prompts: Artifact, reward: Scorer, constraints: Mapping[str, Constraint]
@@ -125,11 +134,12 @@ class Run:
         constraints: Mapping[str, Constraint],
         reference: Policy,
         aligned: Mapping[str, PolicyRatio] | None = None,
+        policy: Artifact | None = None,
     ) -> Artifact:
-        """Score responses with the reward, every constraint, and ln π_ref; ``aligned`` holds log-ratios by name."""
-        return self._score(
-            responses, {**self._specs(reward, constraints, aligned), LOGP_REFERENCE: self._log_prob(reference)}
-        )
+        """Score responses with the reward, every constraint, ln π_ref, ln π of ``policy``; ``aligned``: log-ratios."""
+        own = {} if policy is None else {LOGP_POLICY: self._log_prob(policy)}
+        specs = self._specs(reward, constraints, aligned)
+        return self._score(responses, {**specs, LOGP_REFERENCE: self._log_prob(reference), **own})
 
     def validation(
         self,
@@ -284,9 +294,8 @@ class Run:
         self, policies: Mapping[str, Artifact], reference: Model, solution: Artifact, validation: Artifact
     ) -> Artifact:
         """Mix the policy '' with those of single constraints to meet the margins; not for ``Run(until="train")``."""
-        if self._until == "train":
-            return policies[""]
-        return mixture.mixture(self._work, policies, reference, solution, validation)
+        trained = self._until == "train"
+        return policies[""] if trained else mixture.mixture(self._work, policies, reference, solution, validation)
 
     def merge(self, policy_a: Artifact, policy_b: Artifact, q: float) -> Artifact:
         """Return the policy q·θ_a + (1 − q)·θ_b."""
@@ -301,8 +310,7 @@ class Run:
         constraints: Mapping[str, Constraint],
     ) -> Artifact:
         """Measure the slack of a trained policy on fresh responses to the training prompts."""
-        responses = self.generate(policy, prompts)
-        scores = self._score(responses, self._specs(reward, constraints))
+        scores = self._score(self.generate(policy, prompts), self._specs(reward, constraints))
         return slack.measure(self._work, scores, reference_scores, constraints, reward=REWARD)
 
     def estimated_slack(self, policy: Artifact, reference: Model, data: ReferenceData) -> Artifact:

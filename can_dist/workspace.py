@@ -7,7 +7,6 @@ import json
 import os
 import re
 import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from can_dist.config import Config, dump_yaml
-from can_dist.console import interruptible, printable
+from can_dist.console import interruptible, tell
 from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.tables.artifacts import Artifact, StageDirectory, find_finished, open_stage, write_text
 from can_dist.tables.disk import naming
@@ -155,7 +154,7 @@ class Workspace:
     def say(self, message: str, **event: Any) -> None:
         """Print a line for the user, and append it to RUN/log.jsonl."""
         if not self.rank:
-            print(printable(f"can-dist: {message}"), file=sys.stderr, flush=True)
+            tell(message)
         self.log(**event, message=message)
 
     def log(self, **event: Any) -> None:

@@ -28,7 +28,8 @@ OUTSIDE = {
 }
 """Files that become pages, by their path in the repository."""
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
-CODE = re.compile(r"(^```.*?^```$|`[^`\n]*`)", re.DOTALL | re.MULTILINE)
+CODE = re.compile(r"(^```[\s\S]*?^```$|(?<=\n\n) {4}.*(?:\n+ {4}.*)*|`[^`\n]*`)", re.MULTILINE)
+"""Code: between fences, indented after an empty line, or in a line."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -11,6 +11,7 @@ from can_dist.algorithms.dpo import dpo
 from can_dist.algorithms.mocan import mocan
 from can_dist.algorithms.p_sacpo import p_sacpo
 from can_dist.algorithms.pecan import pecan
+from can_dist.algorithms.primal_dual import primal_dual
 from can_dist.algorithms.sacpo import sacpo
 from can_dist.algorithms.safedpo import safedpo
 from can_dist.config import METHODS, Config
@@ -41,6 +42,9 @@ RUN: dict[str, Callable[[Run, Config, Artifact], dict[str, Artifact]]] = {
     },
     "cdpo": lambda run, config, prompts: {"": cdpo(run, **_scored(config, prompts), options=config.cdpo)},
     "caid": lambda run, config, prompts: {"": caid(run, **_scored(config, prompts), options=config.caid)},
+    "primal_dual": lambda run, config, prompts: {
+        "": primal_dual(run, **_scored(config, prompts), options=config.primal_dual)
+    },
 }
 """Every method's function: from an open run, a configuration and the prompts to its policies by name."""
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 
 from can_dist.cli.options import check_output
 from can_dist.errors import ConfigError
+from can_dist.tables.urls import is_remote
 
 RUN = click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
 OUT = click.option("--out", required=True, type=click.Path(path_type=Path), help="What to write; must not exist.")
+OUT_OR_URL = click.option(
+    "--out", required=True, metavar="PATH|URL", help="A new directory, or a URL of an object store such as s3://b/name."
+)
 STRENGTH = click.option(
     "--strength", metavar="A", type=float, help="θ_ref + A·(θ − θ_ref) instead: 1 is as trained, needs no training."
 )
@@ -26,7 +32,7 @@ def export() -> None:
 
 @export.command()
 @RUN
-@OUT
+@OUT_OR_URL
 @click.option("--max-shard-size-mb", type=click.IntRange(min=1), help="Largest file of weights; default: as trained.")
 @click.option(
     "--margin", "margins", multiple=True, metavar="[NAME=]B", help="Meet this margin instead, without training."
@@ -36,7 +42,7 @@ def export() -> None:
 @PUSH
 def policy(
     run_dir: Path,
-    out: Path,
+    out: str,
     max_shard_size_mb: int | None,
     margins: tuple[str, ...],
     strength: float | None,
@@ -63,10 +69,10 @@ def policy(
 
 @export.command()
 @RUN
-@OUT
+@OUT_OR_URL
 @STRENGTH
 @PUSH
-def adapter(run_dir: Path, out: Path, strength: float | None, push: str | None) -> None:
+def adapter(run_dir: Path, out: str, strength: float | None, push: str | None) -> None:
     """Write the LoRA adapter alone, with its model card: a directory that peft and vLLM load over the base model."""
     _write(run_dir, out, adapter=True, max_shard_mb=None, push=push, strength=strength)
 
@@ -103,7 +109,24 @@ def weights(run_dir: Path, out: Path, tool: str) -> None:
     click.echo(str(out))
 
 
-def _write(
+def _write(run_dir: Path, out: str, *, push: str | None, **options: Any) -> None:
+    """Write a policy or an adapter to a path; or to a URL, by way of a temporary directory of this machine."""
+    if not is_remote(out):
+        _export(run_dir, Path(out), push=push, **options)
+        return
+    from can_dist.tables.remote import check_absent, put_directory
+
+    if push is not None:
+        raise ConfigError("--push uploads to the hub, --out with a URL to an object store.", "Leave out one.")
+    check_absent(out)
+    with tempfile.TemporaryDirectory(prefix="can_dist-export-") as scratch:
+        built = Path(scratch) / "policy"
+        _export(run_dir, built, push=None, shown=out, **options)
+        put_directory(built, out)
+    click.echo(out)
+
+
+def _export(
     run_dir: Path,
     out: Path,
     *,
@@ -113,7 +136,9 @@ def _write(
     strength: float | None,
     margins: tuple[str, ...] = (),
     certified: bool = False,
+    shown: str = "",
 ) -> None:
+    """Write a policy or an adapter; print its path, unless it is on its way to ``shown``."""
     sentences: tuple[str, ...] = ()
     with contextlib.redirect_stdout(sys.stderr):  # libraries announce themselves on standard output
         from can_dist.outcomes import export, mixture, stretch
@@ -137,7 +162,8 @@ def _write(
         destination = str(written) if push is None else export.push(written, push)
     for sentence in sentences:
         click.echo(f"can-dist: {sentence}", err=True)
-    click.echo(destination)
+    if not shown:
+        click.echo(destination)
 
 
 def _margin(text: str) -> tuple[str, float]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from can_dist.cli.options import overrides_option
+from can_dist.console import folded, painted
 from can_dist.errors import ConfigError, EnvironmentProblem
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def doctor(run_dir: Path | None, config_path: str | None, overrides: tuple[str, 
         from can_dist.doctor import Severity, examine
 
         findings = examine(run_dir, load_config(config_path, overrides) if config_path else None, clean=clean)
-    click.echo(format_findings(findings))
+    click.echo(in_colours(folded(format_findings(findings), sys.stdout)))
     if any(finding.severity is Severity.ERROR for finding in findings):
         sys.exit(EnvironmentProblem.exit_code)
 
@@ -52,6 +53,17 @@ def format_findings(findings: list[Finding]) -> str:
     )
 
 
+def in_colours(text: str) -> str:
+    """Return a table of findings whose severities have their colours."""
+    colours = {"ok": "green", "warning": "yellow", "error": "red"}
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        word = line.partition(" ")[0]
+        if word in colours:
+            lines[number] = painted(word, colours[word], sys.stdout) + line[len(word) :]
+    return "\n".join(lines)
+
+
 @click.command()
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
@@ -60,4 +72,4 @@ def status(run_dir: Path, as_json: bool) -> None:
     from can_dist.doctor.status import format_status, read_status
 
     state = read_status(run_dir)
-    click.echo(json.dumps(state, ensure_ascii=False) if as_json else format_status(state))
+    click.echo(json.dumps(state, ensure_ascii=False) if as_json else folded(format_status(state), sys.stdout))

@@ -9,26 +9,55 @@ from pathlib import Path
 import click
 
 from can_dist.cli.certify import certify
+from can_dist.cli.chat import chat
 from can_dist.cli.compare import compare, judge, run_and_compare
 from can_dist.cli.estimate import estimate
 from can_dist.cli.export import export
 from can_dist.cli.files import files
+from can_dist.cli.fit_scorer import fit_scorer
 from can_dist.cli.frontier import frontier
+from can_dist.cli.init import init
 from can_dist.cli.look import doctor, status
 from can_dist.cli.options import overrides_option, read_config, run_options, run_until
 from can_dist.cli.plan import plan
 from can_dist.cli.solve import solve
-from can_dist.console import MACHINE, interruptible, of_machine, printable
+from can_dist.cli.sweep import sweep
+from can_dist.console import MACHINE, folded, interruptible, of_machine, painted, printable
 from can_dist.errors import CanDistError, ConfigError, DataError, EnvironmentProblem, Interrupted
 
 EXIT_CODES = (
     "Exit codes: 0 done, 2 usage or configuration, 3 bad data, 4 infeasible or not certified, 5 numerical, "
     "6 environment, 7 not enough prompts to certify, 8 not believed as solve.require asks, "
-    "75 interrupted (run again)."
+    "9 some margins of a sweep have no policy, 75 interrupted (run again)."
 )
 
 
-@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+GROUPS = {
+    "Begin": ("init", "demo", "fit-scorer", "config", "doctor", "plan", "files"),
+    "Run": ("run", "generate", "score", "solve", "label", "train", "strength", "evaluate", "sweep"),
+    "Look": ("status", "chat", "frontier", "compare", "judge", "estimate", "verify"),
+    "Hand on": ("export", "certify"),
+}
+"""The verbs as ``--help`` shows them; every verb is in one group (``tests/unit/cli/test_terminal.py``)."""
+
+
+class Verbs(click.Group):
+    """A group of commands whose help lists them by what they are for."""
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Write every group of verbs with the first sentence of each, as far as a line holds it."""
+        longest = max(map(len, self.commands))
+        for title, verbs in GROUPS.items():
+            room = formatter.width - longest - 6
+            with formatter.section(title):
+                formatter.write_dl([(verb, self.commands[verb].get_short_help_str(room)) for verb in verbs])
+
+
+@click.group(
+    cls=Verbs,
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(package_name="can-dist")
 def cli() -> None:
     """Make a language model safer by a stated amount in one fine-tuning run."""
@@ -81,7 +110,23 @@ def _stage_command(stage: str, text: str) -> None:
 
 for name, text in STAGES.items():
     _stage_command(name, text)
-for added in (solve, frontier, compare, estimate, certify, export, plan, judge, doctor, status, files):
+for added in (
+    init,
+    sweep,
+    chat,
+    solve,
+    frontier,
+    compare,
+    estimate,
+    certify,
+    export,
+    fit_scorer,
+    plan,
+    judge,
+    doctor,
+    status,
+    files,
+):
     cli.add_command(added)
 
 
@@ -148,7 +193,9 @@ def main(command: click.Command = cli) -> None:
             command.main(prog_name="can-dist" if command is cli else None, standalone_mode=False)
         sys.stdout.flush()  # a full device is told of here, not by the interpreter's end
     except (CanDistError, Interrupted) as error:
-        click.echo(printable(f"{type(error).__name__}: {error}"), err=True)
+        name = type(error).__name__
+        text = folded(printable(f"{name}: {error}"), sys.stderr)
+        click.echo(painted(name, "red", sys.stderr) + text.removeprefix(name), err=True)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in MACHINE:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from can_dist.console import set_amount
 from can_dist.errors import ConfigError
+from can_dist.tables.urls import is_remote
 
 if TYPE_CHECKING:
     from can_dist.config import Config
@@ -28,8 +30,35 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def run_options(required: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add the options of every stage: the configuration, overrides, the run directory."""
     directory, text = click.Path(path_type=Path), "Run directory; made if absent."
-    run = click.option("--run", "run_dir", required=required, type=directory, help=text)
-    return lambda command: config_options(run(command))
+    run = click.option("--run", "run_dir", required=required, type=directory, help=text, callback=local_directory)
+    return lambda command: config_options(run(amount_options(command)))
+
+
+def local_directory(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
+    """Return the run directory; raise ``ConfigError`` for a URL."""
+    if path is not None and is_remote(str(path)):
+        raise ConfigError(
+            f"--run {path}: a run directory needs a file system with atomic rename, which no object store has.",
+            "Give a directory; data and exported policies may lie in a store (docs/howto/object-storage.md).",
+        )
+    return path
+
+
+def amount_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``-q`` and ``-v``: how much of its progress the command prints; its log holds all of it either way."""
+
+    def choose(_context: click.Context, option: click.Parameter, value: bool) -> None:
+        if value:
+            set_amount("quiet" if option.name == "quiet" else "verbose")
+
+    for short, name, text in (
+        ("-v", "verbose", "Print the time of day with every line of progress."),
+        ("-q", "quiet", "Print results and errors alone; RUN/log.jsonl holds the progress."),
+    ):
+        command = click.option(short, f"--{name}", is_flag=True, expose_value=False, callback=choose, help=text)(
+            command
+        )
+    return command
 
 
 def overrides_option(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from can_dist.cli.options import check_output, given, read_config, run_options, run_until
+from can_dist.console import folded
 from can_dist.errors import ConfigError, NotBelieved
 
 if TYPE_CHECKING:
@@ -108,7 +110,7 @@ def solve(
         )
     write_json(json_path, record)
     if json_path != "-":
-        click.echo(text)
+        click.echo(folded(text, sys.stdout))
 
 
 def _solve_run(run_dir: Path, settings: Config, report_path: str | None, json_path: str | None) -> None:

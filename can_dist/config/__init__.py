@@ -10,10 +10,12 @@ from can_dist.config.load import dump_yaml as dump_yaml
 from can_dist.config.load import for_method as for_method
 from can_dist.config.load import load_config as load_config
 from can_dist.config.load import validate_config as validate_config
+from can_dist.config.load import with_margins as with_margins
 from can_dist.config.methods import METHODS as METHODS
 from can_dist.config.methods import Caid as Caid
 from can_dist.config.methods import Cdpo as Cdpo
 from can_dist.config.methods import Human as Human
+from can_dist.config.methods import PrimalDual as PrimalDual
 from can_dist.config.methods import PSacpo as PSacpo
 from can_dist.config.methods import Sacpo as Sacpo
 from can_dist.config.methods import SafeDpo as SafeDpo

@@ -91,6 +91,20 @@ def for_method(config: Config, method: str, source: str = "configuration") -> Co
     return validate_config(merge(base, {**overrides, "method": method}), source)
 
 
+def with_margins(config: Config, margins: Mapping[str, float]) -> Config:
+    """Return the configuration with other margins; a threshold of the same constraint is replaced.
+
+    Raises:
+        ConfigError: a name is no constraint, or a margin cannot be asked for.
+    """
+    given = config.model_dump(mode="json", exclude_unset=True)
+    for name, margin in margins.items():
+        if name not in config.constraints:
+            raise ConfigError(f"margin {name}: no such constraint.", f"Name one of {', '.join(config.constraints)}.")
+        given["constraints"][name] |= {"margin": margin, "threshold": None}
+    return validate_config(given, "configuration with other margins")
+
+
 def dump_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML."""
     return format_yaml(json.loads(config.model_dump_json()))

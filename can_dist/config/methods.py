@@ -126,6 +126,26 @@ class Caid(Strict):
         return self
 
 
+class PrimalDual(Strict):
+    """The online loop on the policy and on λ (method primal_dual)."""
+
+    rounds: int = Field(20, ge=1, description="Rounds: a step of λ, an epoch on samples of the policy, new samples.")
+    step_size: StepSize = Field(
+        "1/H", description="η of the step of λ; 1/H: from the curvature of the table's dual at its λ*."
+    )
+    form: Literal["linear", "log"] = Field(
+        "linear", description="linear: λ ← [λ − η·slack]_+; log: ln λ ← ln λ − η·λ·slack, which keeps λ above 0."
+    )
+    start: float = Field(0.0, ge=0, description="λ before the first step, of every constraint; log needs one above 0.")
+    epochs: int = Field(1, ge=1, description="Passes over the samples of a round.")
+
+    @model_validator(mode="after")
+    def _the_logarithm_of_nothing(self) -> PrimalDual:
+        if self.form == "log" and self.start == 0:
+            raise ValueError("form 'log' multiplies λ, and 0 stays 0; give a start above 0")
+        return self
+
+
 class SafeDpo(Strict):
     """Helpfulness among safe responses (method safedpo)."""
 
@@ -147,7 +167,7 @@ class SafeDpo(Strict):
         return self
 
 
-MethodName = Literal["mocan", "pecan", "dpo_h", "dpo_s", "safedpo", "sacpo", "p_sacpo", "cdpo", "caid"]
+MethodName = Literal["mocan", "pecan", "dpo_h", "dpo_s", "safedpo", "sacpo", "p_sacpo", "cdpo", "caid", "primal_dual"]
 Source = Literal["scores", "people"]
 DEFAULT_METHOD: MethodName = "mocan"
 
@@ -200,6 +220,9 @@ METHODS: dict[str, Method] = {
     ),
     "cdpo": Method("C-DPO", sections=("cdpo",), trains_again=True, steers=True, one_shot="mocan"),
     "caid": Method("CAID", sections=("caid",), trains_again=True, trains_from_trained=True, steers=True),
+    "primal_dual": Method(
+        "Primal–dual", sections=("primal_dual",), trains_again=True, trains_from_trained=True, steers=True
+    ),
 }
 """Every method, in the order of tables."""
 

@@ -16,6 +16,7 @@ from can_dist.config.methods import (
     Caid,
     Cdpo,
     MethodName,
+    PrimalDual,
     PSacpo,
     Sacpo,
     SafeDpo,
@@ -60,6 +61,9 @@ class Config(Strict):
     p_sacpo: PSacpo = Field(default_factory=lambda: PSacpo(), description="P-SACPO's mixtures.")
     cdpo: Cdpo = Field(default_factory=lambda: Cdpo(), description="C-DPO's loop.")
     caid: Caid = Field(default_factory=lambda: Caid(), description="CAID's feedback.")
+    primal_dual: PrimalDual = Field(
+        default_factory=lambda: PrimalDual(), validate_default=True, description="The online loop."
+    )
     label: Label = Field(default_factory=lambda: Label(), validate_default=True, description="Preferences.")
     train: Train = Field(default_factory=lambda: Train(), validate_default=True, description="Fine-tuning.")
     strength: Strength = Field(
@@ -128,6 +132,8 @@ class Config(Strict):
             raise ValueError(f"method {method} does not use this section; leave out, or set method to {users}")
         if isinstance(section, Caid) and section.slack == "estimate":
             _check_validation("slack 'estimate'", info)
+        if isinstance(section, PrimalDual) and name in row.sections:
+            _check_own_samples(method, section, info)
         return section
 
     @field_validator("sacpo")
@@ -178,7 +184,8 @@ class Config(Strict):
             raise ValueError(f"method {method} learns from a data set's own labels; name it in label.preferences")
         if (own or not people) and (label.pairs == "preferences") != (label.preferences is not None):
             raise ValueError("label.preferences names the data set when label.pairs is 'preferences', and only then")
-        unused = [] if source == "scores" else ["labels", "pairs", "pairs_per_prompt"]
+        labelled = source == "scores" and not any(isinstance(section, PrimalDual) for section in steps)
+        unused = [] if labelled else ["labels", "pairs", "pairs_per_prompt"]
         unused += [key for other in METHODS.values() for key in other.label_keys if key not in row.label_keys]
         own_labels = any(isinstance(section, Sacpo | SafeDpo) for section in steps)
         unused += [] if people and not own_labels else ["human"]
@@ -294,6 +301,24 @@ def _check_validation(key: str, info: ValidationInfo) -> None:
         raise ValueError(
             f"{key} is by which of a prompt's responses are preferred, and generate.num_responses is 1; give at least 2"
         )
+
+
+def _check_own_samples(method: str, section: PrimalDual, info: ValidationInfo) -> None:
+    """Raise ``ValueError`` where the samples of a loop would not be its policy's, or be alone, or λ be below 0."""
+    generate = info.data.get("generate")
+    if generate is not None and (generate.temperature != 1 or generate.top_p != 1):
+        raise ValueError(
+            f"method {method} learns from samples of the policy itself; generate.temperature and generate.top_p must "
+            "be 1"
+        )
+    if generate is not None and generate.num_responses == 1:
+        raise ValueError(
+            f"method {method} compares a response with the others to its prompt, and generate.num_responses is 1; give "
+            "at least 2"
+        )
+    equal = [name for name, constraint in info.data.get("constraints", {}).items() if constraint.equal]
+    if section.form == "log" and equal:
+        raise ValueError(f"form 'log' keeps λ above 0, and that of {equal[0]}, an equality, may be below; use linear")
 
 
 RESERVED_SCORE_NAMES = ("reward", "prompt_id", "response_id", "num_tokens", "finish_reason")

@@ -75,6 +75,9 @@ class SequenceClassifier(Model):
         description="Encoders: true reads tokenizer(prompt, response), two texts; false reads one text, by template.",
     )
     tokens_per_pass: int = runtime(4096, "Tokens of one forward pass; halved for good where they do not fit.", ge=1)
+    min_accuracy: float | None = runtime(
+        None, "Least held-out accuracy of a model of fit-scorer; default: what it was fitted for; 0: any.", ge=0, le=1
+    )
 
     @model_validator(mode="after")
     def _pair_or_template(self) -> SequenceClassifier:

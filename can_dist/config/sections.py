@@ -293,6 +293,15 @@ Strength = Annotated[
 """α of θ_ref + α(θ − θ_ref): a number, or how it is chosen."""
 
 
+class Profile(DataSource):
+    """A public set of prompts that papers measure safety by."""
+
+    set: Literal["xstest", "beavertails", "do_not_answer", "pku"] = Field(
+        description="xstest: over-refusal, by type; beavertails: 14 harms; do_not_answer: risk areas; pku: "
+        "PKU-SafeRLHF's prompts."
+    )
+
+
 class Evaluate(Strict):
     """The measurement on held-out prompts."""
 
@@ -300,4 +309,7 @@ class Evaluate(Strict):
     num_samples: int = Field(8, ge=0, description="Prompts shown with both responses in the report.")
     benign_prompts: DataSource | None = Field(
         None, description="Prompts that deserve no refusal; how often they are refused is reported (English phrases)."
+    )
+    profile: Profile | None = added(
+        None, "A public set of prompts; how often responses to it are refused, and unsafe, is reported by category."
     )

@@ -16,10 +16,11 @@ from can_dist.config.scorers import Model, Scorer
 from can_dist.config.sections import Constraint
 from can_dist.config.sources import DataSource
 
-ReadAs = Literal["prompts", "pairs", "responses"]
+ReadAs = Literal["prompts", "pairs", "responses", "profile"]
 READ_AS: dict[str, ReadAs] = {
     "prompts": "prompts",
     "benign_prompts": "prompts",
+    "profile": "profile",
     "preferences": "pairs",
     "responses": "responses",
 }

@@ -35,6 +35,7 @@ from can_dist.tables.artifacts import atomic_directory
 
 Messages = Sequence[dict[str, str]]
 Encode = Callable[[Messages, str], list[int]]
+Measured = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 _POOL_BATCHES = 16  # batches whose members are sorted by length together
 
 
@@ -94,6 +95,7 @@ def fit_score_model(
     weight_decay: float = 0.01,
     held_out: float = 0.15,
     seed: int = 0,
+    measured: Measured | None = None,
 ) -> FitResult:
     """Fit a one-output sequence classifier on the body of ``base`` and save it, with its tokenizer, in ``out``.
 
@@ -110,6 +112,8 @@ def fit_score_model(
         weight_decay: of AdamW.
         held_out: share of distinct messages that measure the accuracy and the AUC.
         seed: of the head, the split and the order.
+        measured: is told the held-out pairs' differences of scores, better less worse, and the held-out examples'
+            scores and labels, before the model is written.
 
     Raises:
         EnvironmentProblem: ``out`` exists.
@@ -125,7 +129,10 @@ def fit_score_model(
     if not train:
         raise DataError(f"score model: held_out={held_out} leaves no training rows of {len(rows)}. Lower held_out.")
     num_steps, train_loss = _fit(model, train, epochs, lr, batch_size, weight_decay, seed, out.name)
-    accuracy, accuracy_se, auc = _measure(model, test, batch_size)
+    held_out_scores = _held_out_scores(model, test, batch_size)
+    if measured is not None:
+        measured(*held_out_scores)
+    accuracy, accuracy_se, auc = _measure(*held_out_scores)
     result = FitResult(
         num_train_pairs=sum(len(row.ids) == 2 for row in train),
         num_train_examples=sum(len(row.ids) == 1 for row in train),
@@ -307,16 +314,21 @@ def _fit(
     return num_steps, float(np.mean(last_epoch))
 
 
-def _measure(model: Any, rows: Sequence[_Row], batch_size: int) -> tuple[float | None, float | None, float | None]:
-    """Return the accuracy on held-out pairs, its standard error, and the AUC on held-out examples."""
+def _held_out_scores(model: Any, rows: Sequence[_Row], batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the differences of scores of pairs, better less worse, and the scores and labels of examples."""
     pairs = [row for row in rows if len(row.ids) == 2]
     singles = [row for row in rows if len(row.ids) == 1]
-    accuracy = accuracy_se = auc = None
-    if pairs:
-        scores = scores_of(model, [ids for row in pairs for ids in row.ids], 2 * batch_size).reshape(-1, 2)
-        right = (np.sign(scores[:, 0] - scores[:, 1]) + 1) / 2
+    scores = scores_of(model, [ids for row in pairs for ids in row.ids], 2 * batch_size).reshape(-1, 2)
+    alone = scores_of(model, [row.ids[0] for row in singles], 2 * batch_size)
+    return scores[:, 0] - scores[:, 1], alone, np.array([row.label for row in singles])
+
+
+def _measure(
+    gap_N: np.ndarray, score_N: np.ndarray, label_N: np.ndarray
+) -> tuple[float | None, float | None, float | None]:
+    """Return the accuracy on held-out pairs, its standard error, and the AUC on held-out examples."""
+    right = (np.sign(gap_N) + 1) / 2
+    accuracy = accuracy_se = None
+    if len(right):
         accuracy, accuracy_se = float(right.mean()), float(right.std() / np.sqrt(len(right)))
-    if singles:
-        scores = scores_of(model, [row.ids[0] for row in singles], 2 * batch_size)
-        auc = area_under_curve(scores, np.array([row.label for row in singles]))
-    return accuracy, accuracy_se, auc
+    return accuracy, accuracy_se, area_under_curve(score_N, label_N)

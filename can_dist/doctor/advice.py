@@ -46,6 +46,8 @@ def check_scores(scores: Artifact, config: Config) -> list[Finding]:
     findings = [note(f"constraints.{m.name}", margin_words(table, index, m)) for index, m in enumerate(margins)]
     if advice.level == "trusted":
         return [*findings, ok("beta", words)]
+    if advice.too_few:
+        return [*findings, warning("beta", words, "Raise prompts.num_train.")]
     remedy = f"Set beta to {advice.spread:g}" if advice.spread else "Ask for a smaller margin"
     return [*findings, warning("beta", words, f"{remedy}, or raise generate.num_responses or prompts.num_train.")]
 

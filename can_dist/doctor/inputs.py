@@ -10,7 +10,7 @@ from typing import Any
 
 from can_dist.config import Config, DataSource, Guard, Model, PythonCallable, SequenceClassifier
 from can_dist.config.endpoints import Endpoint, GenerateEndpoint
-from can_dist.config.sections import Lora
+from can_dist.config.sections import Lora, Profile, Prompts
 from can_dist.config.walk import ReadAs, endpoints, models, read_as, scorers, sources
 from can_dist.doctor.finding import Finding, Severity, note, ok, refusal
 from can_dist.errors import CanDistError, DataError
@@ -66,17 +66,23 @@ def check_lora(reference: Model, lora: Lora) -> str:
 
 
 def check_data(kind: ReadAs, source: DataSource) -> str:
-    """Read a data source whole; return what it holds."""
-    from can_dist.stages.ingest import source_identity
+    """Read a data source whole; return what it holds. Of a run's prompts some must be left to train on."""
+    from can_dist.stages.ingest import held_out_validation, source_identity
     from can_dist.tables.foreign.formats import read_preferences, read_prompts, read_responses
+    from can_dist.tables.foreign.profiles import read_profile
 
     source_identity(source)  # a missing file is named in the same words by every command
+    if isinstance(source, Profile):
+        of_hub = {"subset": source.subset, "revision": source.revision}
+        return read_profile(source.set, source.source, split=source.split, **of_hub).announcement
     readers: dict[ReadAs, Callable[..., Any]] = {
         "pairs": read_preferences,
         "responses": read_responses,
     }
     read = readers.get(kind, read_prompts)
     done = read(source.source, split=source.split, subset=source.subset, revision=source.revision)
+    if isinstance(source, Prompts):
+        held_out_validation(done.table.num_rows, source)
     return str(done.announcement)
 
 

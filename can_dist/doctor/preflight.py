@@ -21,6 +21,7 @@ from can_dist.scoring.log_ratio import check_same_text
 from can_dist.stages.ingest import source_identity
 from can_dist.stages.train import refuse_requantizing
 from can_dist.tables.artifacts import Artifact
+from can_dist.tables.urls import is_remote
 from can_dist.training.deepspeed_config import build_ds_config, read_ds_config
 from can_dist.training.extensions import check_build_directories
 from can_dist.training.trackers import check_trackers
@@ -166,7 +167,7 @@ def check_pinned(config: Config) -> None:
     floating = [
         f"{key}: {name} at revision {revision or 'none'}"
         for key, (name, revision) in named.items()
-        if not Path(name).expanduser().exists() and not COMMIT.fullmatch(revision or "")
+        if not is_remote(name) and not Path(name).expanduser().exists() and not COMMIT.fullmatch(revision or "")
     ]
     if floating:
         listed = "\n".join(f"  {line}" for line in floating)

@@ -200,6 +200,12 @@ class DualSolution:
     confidence: float | None = None
     safety_margin: dict[str, float] = field(default_factory=dict)
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: λ*, margin, predicted improvement, verdict."""
+        from can_dist.dual.face import solution_html
+
+        return solution_html(self.to_dict())
+
     @property
     def lam_vector(self) -> FloatArray:
         """λ* as an array, in the order of the constraints."""

@@ -20,6 +20,9 @@ TRUSTED_ESS = 10.0
 COLLAPSED_ESS = 2.0
 """Median effective sample size under which the weights are all but one-hot."""
 
+LEAST_SHARE = 1e-4
+"""Smallest share that is written out: below, two digits need an exponent."""
+
 
 def weight_diagnostics(
     table: Scores,
@@ -112,6 +115,8 @@ def verdict(diagnostics: Diagnostics, *, solved: bool, weighted: bool) -> str:
 
 def percent(share: float) -> str:
     """Return a share as a percentage: two digits below 100 %, a whole number above, never an exponent."""
+    if 0 < share < LEAST_SHARE:
+        return f"less than {100 * LEAST_SHARE:g}%"
     return f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.0f}%"
 
 

@@ -10,6 +10,8 @@ import numpy as np
 
 from can_dist.dual import Margin, ScoreTable, solve_table
 from can_dist.dual.belief.level import Level, level_of
+from can_dist.dual.belief.trust import MIN_PROMPTS
+from can_dist.dual.weights import percent
 from can_dist.errors import CanDistError
 
 STEPS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
@@ -27,12 +29,19 @@ class BetaAdvice:
         ess: median of the effective responses of a prompt there; NaN where there is no finite λ.
         spread: least β tried from which on the prediction may be trusted; None where there is none.
         spread_ess: median of the effective responses of a prompt at ``spread``; NaN without.
+        num_prompts: of the table.
     """
 
     level: Level
     ess: float
     spread: float | None
     spread_ess: float
+    num_prompts: int
+
+    @property
+    def too_few(self) -> bool:
+        """Whether there are too few prompts to trust any prediction."""
+        return self.num_prompts < MIN_PROMPTS
 
 
 def margin_words(table: ScoreTable, column: int, margin: Margin) -> str:
@@ -58,7 +67,7 @@ def margin_words(table: ScoreTable, column: int, margin: Margin) -> str:
         return f"{given} of a score that never differs between the responses to a prompt"
     over = "" if margin.threshold is None else f", {demand:+.3g} over the reference's mean"
     units = f"{demand / sd:.2g} standard deviations of the scores within a prompt"
-    return f"{given} is {units}{over}; {100 * share:.2g}% of the responses {far}"
+    return f"{given} is {units}{over}; {percent(share)} of the responses {far}"
 
 
 def beta_advice(table: ScoreTable, margins: Sequence[Margin], beta: float, estimator: str = "auto") -> BetaAdvice:
@@ -74,7 +83,8 @@ def beta_advice(table: ScoreTable, margins: Sequence[Margin], beta: float, estim
         if trial_level != "trusted":
             break
         spread = trial, trial_ess
-    return BetaAdvice(level, ess, *(spread or (None, math.nan)))
+    least, least_ess = spread or (None, math.nan)
+    return BetaAdvice(level, ess, least, least_ess, table.num_prompts)
 
 
 def beta_words(advice: BetaAdvice, beta: float, num_responses: float) -> str:
@@ -82,6 +92,8 @@ def beta_words(advice: BetaAdvice, beta: float, num_responses: float) -> str:
     now = f"at beta = {beta:g} the prediction for these margins is {SAID[advice.level]}"
     if math.isfinite(advice.ess):
         now += f" (a median of {advice.ess:.1f} of {num_responses:g} responses carry a prompt)"
+    if advice.too_few:
+        return f"{now}; {advice.num_prompts} prompts are too few for any beta, {MIN_PROMPTS} are needed"
     if advice.spread is None:
         return f"{now}; no beta that was tried makes it one to trust"
     carried = f"(a median of {advice.spread_ess:.1f} of {num_responses:g})"

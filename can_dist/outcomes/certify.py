@@ -46,12 +46,12 @@ def run_certificate(path: Path, *, delta: float | None = None, tolerance: float 
             "which prompts are trained on.",
         )
     config = load_config(run / CONFIG)
-    _check_reference(policy, config)
+    check_reference(policy, config)
     with Run(run, config) as open_run:
         return open_run.certify(policy, prompts, delta=delta, tolerance=tolerance)
 
 
-def _check_reference(policy: Artifact, config: Config) -> None:
+def check_reference(policy: Artifact, config: Config) -> None:
     """Raise ``DataError`` where the configured reference is not what the policy's first training began from."""
     trained = trained_policy(policy)
     while "reference" in trained.manifest["inputs"]:

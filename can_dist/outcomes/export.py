@@ -109,7 +109,8 @@ def find_policy(path: Path) -> tuple[Artifact, Artifact | None]:
         policies = sorted(evaluated) or [policy.path for policy in whole if policy.path not in parts]
         if len(policies) != 1:
             names = ", ".join(policy.name for policy in policies) or "none"
-            raise DataError(f"{path}: expected one policy, found {names}. Give the path of the one that is meant.")
+            remedy = "Give the path of the one that is meant" if policies else "`can-dist run` makes it"
+            raise DataError(f"{path}: expected one policy, found {names}. {remedy}.")
         policy = load_artifact(policies[0])
     else:
         policy = load_artifact(path)

@@ -34,6 +34,7 @@ from can_dist.reporting.page import (
     safe_svg,
     share_text,
 )
+from can_dist.reporting.profile_panel import profile_panel
 from can_dist.tables.artifacts import dotted, write_text
 
 OPTIONAL = ("num_train_prompts", "num_responses", "win_rate", "lengths", "counts", "warnings", "prediction",
@@ -83,6 +84,7 @@ def render_report(report: Mapping[str, Any], *, made: Mapping[str, Any] | None =
         "training": _training_panel(report),
         "predicted": any(row["predicted"] for row in [*constraints, reward]),
         "beside": _beside_rows(report),
+        "profile_panel": profile_panel(report),
         "refused": bool(report.get("refusals")),
         "byline": byline(report),
         "made": made_line(made),

@@ -18,6 +18,7 @@ from can_dist.modeling.last_token import LastToken, choose_text_layout, float32_
 from can_dist.modeling.loading import check_vocabulary, context_length, load_tokenizer
 from can_dist.modeling.packs import Pack
 from can_dist.modeling.precision import device
+from can_dist.scoring.fitted import check_fitted
 from can_dist.scoring.protocol import Response
 from can_dist.scoring.token_budget import Passes, say
 from can_dist.scoring.whole_texts import check_lengths, outputs_of_texts, up_to_padding
@@ -126,7 +127,8 @@ def pair_of_texts(
 
 
 def check_classifier(spec: SequenceClassifier) -> None:
-    """Raise what opening a classifier would raise, as far as that is known without its weights."""
+    """Raise what opening a classifier would raise, as far as its weights are not needed, and where it is no good."""
+    check_fitted(spec)
     check_sequence_classifier(spec)
     check_vocabulary(spec)
     check_pair_is_chosen(spec)

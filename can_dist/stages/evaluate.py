@@ -22,6 +22,7 @@ from can_dist.scoring.protocol import LogProb, ScorerSpec
 from can_dist.stages.cost import made
 from can_dist.stages.generate import generate
 from can_dist.stages.ingest import ingest_benign
+from can_dist.stages.profile import profile_inputs
 from can_dist.stages.report import Lineage, build_report, log_ratio, method_title
 from can_dist.stages.score import score
 from can_dist.stages.train import policy_model
@@ -60,6 +61,7 @@ def evaluate(
         "scores_before": score(work, before, scorers, role="reference on test"),
         "scores_after": score(work, after, {**scorers, **logps}, role="policy on test"),
         **_benign_responses(work, lineage.prompts, reference, policy),
+        **profile_inputs(work, lineage.prompts, reference, policy, scorers),
     }
     if lineage.solution is not None and lineage.train_scores is not None:
         inputs |= {"solution": lineage.solution, "train_scores": lineage.train_scores}

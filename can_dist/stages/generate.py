@@ -31,11 +31,14 @@ ELSEWHERE = ("responses", "endpoint")
 """Options of responses that are not sampled here."""
 
 
-def generate(work: Workspace, model: Model, prompts: Artifact, *, split: str, role: str) -> Artifact:
+def generate(
+    work: Workspace, model: Model, prompts: Artifact, *, split: str, role: str, seed: int | None = None
+) -> Artifact:
     """Return the ``responses`` of ``model`` to the prompts of one split.
 
     A response's randomness is its own (seed, prompt_id, k), and the batches are cut from the prompts' order alone,
-    so neither the number of actors nor the shard size changes a response.
+    so neither the number of actors nor the shard size changes a response. ``seed`` replaces that of the configuration,
+    for samples that are independent of those of an earlier policy.
 
     Raises:
         DataError: A prompt and ``max_new_tokens`` do not fit the model's context (prompt ids listed).
@@ -44,12 +47,13 @@ def generate(work: Workspace, model: Model, prompts: Artifact, *, split: str, ro
     options = sampling(config, split)
     num_responses = options.num_responses
     precision = run_precision(config)
+    seed = config.seed if seed is None else seed
     identity_of_stage = {
         "model": model_digest(model),
         **text_identity(model),
         **ending_identity(model),
         "split": split,
-        "seed": config.seed,
+        "seed": seed,
         "precision": precision,
         "options": identity(options, exclude=ELSEWHERE),
     }
@@ -59,7 +63,7 @@ def generate(work: Workspace, model: Model, prompts: Artifact, *, split: str, ro
         return stage.finished
     if options.engine == "vllm":
         work.release_actors()  # an engine takes all of a GPU's memory
-    job = GenerateJob(model, options, config.seed, precision, split, prompts.path, stage.path)
+    job = GenerateJob(model, options, seed, precision, split, prompts.path, stage.path)
     table = prompts_of_split(prompts.path, split)
     num_prompts = table.num_rows
     check_prompts_fit(model, table, options.max_new_tokens)
@@ -226,7 +230,7 @@ class GenerateJob:
                 "prompt_id": row["prompt_id"],
                 "response_id": f"{row['prompt_id']}/{k}",
                 "messages": row["messages"],
-                "text": _text(formatter, tokens, options),
+                "text": response_text(formatter, tokens, options),
                 "token_ids": tokens,
                 "num_tokens": len(tokens),
                 "finish_reason": reason,
@@ -235,7 +239,7 @@ class GenerateJob:
         ]
 
 
-def _text(formatter: Formatter, tokens: list[int], options: Generate) -> str:
+def response_text(formatter: Formatter, tokens: list[int], options: Generate) -> str:
     """Return the text of a response, cut at the first stop string."""
     text = formatter.text_of(tokens)
     for stop in options.stop:

@@ -20,6 +20,7 @@ from can_dist.stages.held_out import HeldOut, refuse_sealed
 from can_dist.tables.artifacts import Artifact, StageDirectory, file_digest, write_part
 from can_dist.tables.foreign.formats import PreferencesRead, PromptsRead, read_preferences, read_prompts
 from can_dist.tables.foreign.messages import prompt_id
+from can_dist.tables.remote import local_path
 from can_dist.tables.schemas import GIVEN_RESPONSES, PROMPTS
 from can_dist.workspace import Workspace
 
@@ -70,24 +71,37 @@ def ingest_prompts(work: Workspace, prompts: Prompts) -> Artifact:
     )
     if read is None:
         return _finished(stage)
-    table = read.table
-    ids: list[str] = table.column("prompt_id").to_pylist()
-    num_validation = _num_validation(len(ids), prompts)
+    ids: list[str] = read.table.column("prompt_id").to_pylist()
+    num_validation = held_out_validation(len(ids), prompts)
     split_of = _splits(ids, prompts, num_validation, work.config.seed)
     splits = [split_of.get(prompt_id) for prompt_id in ids]
-    table = table.append_column("split", pa.array(splits, pa.string()))
-    kept = table.filter(pc.is_valid(table.column("split"))).cast(PROMPTS)
-    write_part(stage.path, 0, kept.combine_chunks())
+    table = read.table.append_column("split", pa.array(splits, pa.string()))
+    write_part(stage.path, 0, table.filter(pc.is_valid(table.column("split"))).cast(PROMPTS).combine_chunks())
     names = ("train", "test", *(["validation"] if num_validation else []), *(["sealed"] if prompts.num_sealed else []))
     counts = {**read.counts, **{name: splits.count(name) for name in names}}
     return stage.commit(info=_info(read) | {"counts": counts})
 
 
-def _num_validation(num_prompts: int, prompts: Prompts) -> int:
-    """Return how many prompts choose the strength: as given, or the default where as many are left to train on."""
-    if prompts.num_validation is not None:
-        return prompts.num_validation
-    return NUM_VALIDATION if num_prompts >= prompts.num_test + prompts.num_sealed + 2 * NUM_VALIDATION else 0
+def held_out_validation(num_prompts: int, prompts: Prompts) -> int:
+    """Return how many prompts choose the strength: as given, or the default where as many are left to train on.
+
+    Raises:
+        DataError: of ``num_prompts`` distinct prompts none would be left to train on.
+    """
+    num_validation = prompts.num_validation
+    if num_validation is None:
+        is_enough = num_prompts >= prompts.num_test + prompts.num_sealed + 2 * NUM_VALIDATION
+        num_validation = NUM_VALIDATION if is_enough else 0
+    if num_prompts <= prompts.num_test + num_validation + prompts.num_sealed:
+        others = {"num_validation": num_validation, "num_sealed": prompts.num_sealed}
+        also = "".join(f" and prompts.{name} = {number}" for name, number in others.items() if number)
+        lower = "".join(f" or prompts.{name}" for name, number in others.items() if number)
+        raise DataError(
+            f"{prompts.source}: {num_prompts} distinct prompts, of which prompts.num_test = {prompts.num_test}{also} "
+            "are to be held out; none would be left to train on.",
+            f"Lower prompts.num_test{lower} or bring more prompts.",
+        )
+    return num_validation
 
 
 def _splits(ids: list[str], prompts: Prompts, num_validation: int, seed: int) -> dict[str, str]:
@@ -96,17 +110,9 @@ def _splits(ids: list[str], prompts: Prompts, num_validation: int, seed: int) ->
     Sealed prompts are the last ones, so that neither another ``num_test`` nor ``num_train`` unseals any.
     """
     order = sorted(ids, key=lambda prompt_id: hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest())
-    num_open = max(len(order) - prompts.num_sealed, 0)
+    num_open = len(order) - prompts.num_sealed
     order, sealed = order[:num_open], order[num_open:]
     num_held_out = prompts.num_test + num_validation
-    if len(order) <= num_held_out:
-        others = {"num_validation": num_validation, "num_sealed": prompts.num_sealed}
-        also = "".join(f" and prompts.{name} = {number}" for name, number in others.items() if number)
-        lower = "".join(f" or prompts.{name}" for name, number in others.items() if number)
-        raise DataError(
-            f"{prompts.source}: {len(ids)} distinct prompts, of which prompts.num_test = {prompts.num_test}{also} "
-            f"are to be held out; none would be left to train on. Lower prompts.num_test{lower} or bring more prompts."
-        )
     last = None if prompts.num_train is None else num_held_out + prompts.num_train
     roles = {
         "sealed": sealed,
@@ -379,7 +385,7 @@ def _pairs_of_other_prompts(pairs: list[dict[str, Any]], source: str) -> list[di
 
 def source_identity(source: DataSource) -> dict[str, Any]:
     """Return what decides a source's content: its files' digests, or the hub id with its revision."""
-    path = Path(source.source).expanduser()
+    path = local_path(source.source)
     if path.is_file():
         return {"file": file_digest(path)}
     if path.is_dir():

@@ -16,6 +16,7 @@ from can_dist.config.sections import Constraint
 from can_dist.dual import Column, estimate_line, verdict
 from can_dist.measuring.examination import examine, influential
 from can_dist.measuring.gains import (
+    SIDES,
     by_prompt,
     column,
     constraint_row,
@@ -30,6 +31,7 @@ from can_dist.measuring.gains import (
 from can_dist.measuring.predicted import held_out_prediction, multipliers, prediction_source, predictions, shifted
 from can_dist.measuring.ray import ray
 from can_dist.stages.estimate import MIXTURE, load_estimate, without_strength
+from can_dist.stages.profile import profile_record
 from can_dist.stages.samples import beginnings, chosen_samples, crossings
 from can_dist.stages.solve import cvar_offset, demands, load_solution, solved_columns, solved_table
 from can_dist.stages.strength import STRENGTH
@@ -98,6 +100,7 @@ def build_report(
     worst = [made for made in columns if made.of == "worst_of"]
     title, tails = method_title(work.config.method, variant), _tails(sides, worst, constraints)
     borders = {name: float(row["border"]) for name, row in tails.items()}
+    profile = _profile(inputs, worst, borders)
     return {
         "format_version": 3,
         "title": f"{title}: predicted and realised" if dual["prediction"] else f"{title}: measured",
@@ -124,7 +127,8 @@ def build_report(
         "kl": kl,
         "win_rate": {name: win_rate(before, after, name) for name in names},
         "tails": tails,
-        "refusals": _refusals(inputs),
+        "refusals": _refusals(inputs, profile),
+        "profile": profile,
         "lengths": {"reference": lengths(before), "policy": lengths(after)},
         "scores": {
             name: {"reference": column(before, name).tolist(), "policy": column(after, name).tolist()} for name in names
@@ -220,9 +224,21 @@ def log_ratio(after: pa.Table) -> np.ndarray:
     return column(after, LOGP_POLICY) - column(after, LOGP_REFERENCE)
 
 
-def _refusals(inputs: Mapping[str, Artifact]) -> dict[str, Any] | None:
+def _profile(
+    inputs: Mapping[str, Artifact], worst: Sequence[Column], borders: Mapping[str, float]
+) -> dict[str, Any] | None:
+    sides = {side: inputs[f"profile_scores_{side}"] for side in SIDES if f"profile_scores_{side}" in inputs}
+    tables = {side: with_utilities(scores.table, worst, str(scores.path)) for side, scores in sides.items()}
+    return profile_record(inputs, tables, borders)
+
+
+def _refusals(inputs: Mapping[str, Artifact], profile: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return how often benign prompts are refused: those of the configuration, or the safe ones of a set."""
     if "benign_before" not in inputs:
-        return None
+        if profile is None or profile["over_refusal"] is None:
+            return None
+        safe = next(row for row in profile["rows"] if row["refused"] == profile["over_refusal"])
+        return {"num_prompts": safe["num_prompts"], **profile["over_refusal"]}
     before, after = inputs["benign_before"], inputs["benign_after"]
     rates = {"reference": refusals(before.table), "policy": refusals(after.table)}
     return {"num_prompts": before.info["num_prompts"], **rates}
@@ -311,6 +327,7 @@ def _drift(kl: Mapping[str, Any], policy: Artifact, examination: Mapping[str, An
             f"{judgement['kl']['high']:.2f} that the solve allows: training drifted. Lower train.learning_rate or add "
             "train.warmup_steps."
         )
-    if "summary" in policy.info and (warning := drift_warning(policy.read_json(CURVE))):
-        warnings.append(warning[0].upper() + warning[1:])
+    if "summary" in policy.info:
+        warning = drift_warning(policy.read_json(CURVE), policy.input("preferences").info["loss"])
+        warnings += [warning[0].upper() + warning[1:]] if warning else []
     return warnings

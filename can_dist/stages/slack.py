@@ -21,6 +21,7 @@ from can_dist.stages.estimate import load_estimate
 from can_dist.stages.solve import demands, load_solution, score_table, solved_columns
 from can_dist.stages.utilities import column_keys, columns_of
 from can_dist.tables.artifacts import Artifact, write_json
+from can_dist.tables.schemas import LOGP_POLICY, LOGP_REFERENCE
 from can_dist.workspace import Workspace
 
 MEASUREMENT = "measurement.json"
@@ -42,7 +43,8 @@ def measure(
     Means are over prompts of the prompts' means, in score units, and so are the standard errors: a prompt's responses
     are averaged first, because prompts are the sampled unit. A margin is measured against the reference's
     responses to the same prompts, paired by prompt; a threshold against the policy's mean alone. ``log_weight`` names
-    a column of both tables with log-weights over an enumerated set of responses, as in ``solve``.
+    a column of both tables with log-weights over an enumerated set of responses, as in ``solve``. Where ``scores`` has
+    ln π of the policy beside ln π_ref, its KL to the reference is measured too, in nats per response.
 
     Raises:
         DataError: The tables are not over the same prompts, or over fewer than two.
@@ -75,6 +77,8 @@ def measure(
             "reward": dict(zip(("improvement", "se"), _mean(after.mean_reward_P - before.mean_reward_P), strict=True)),
             "constraints": {name: _slack(constraint, mean_P, ref_P) for (name, constraint), mean_P, ref_P in rows},
         }
+        if LOGP_POLICY in scores.table.column_names:
+            measured["kl"] = dict(zip(("mean", "se"), _mean(_kl(scores)), strict=True))
         write_json(stage.path / MEASUREMENT, measured)
         work.say("measure: " + describe_slack(measured["constraints"]))
         return stage.commit([MEASUREMENT], info=measured)
@@ -117,6 +121,15 @@ def _slack(constraint: Constraint, mean_P: FloatArray, reference_P: FloatArray) 
     return {**means, "slack": slack, "se": error, "equal": constraint.equal}
 
 
+def _kl(scores: Artifact) -> FloatArray:
+    """Return the mean of ln π/π_ref over the policy's own responses to each prompt, (P,) nats."""
+    table = scores.table
+    ratio_N = table.column(LOGP_POLICY).to_numpy() - table.column(LOGP_REFERENCE).to_numpy()
+    _, index_N = np.unique(table.column("prompt_id").to_numpy(zero_copy_only=False), return_inverse=True)
+    mean_P: FloatArray = np.bincount(index_N, weights=ratio_N) / np.bincount(index_N)
+    return mean_P
+
+
 def _mean(value_P: FloatArray) -> tuple[float, float]:
     """Return the mean over prompts and its standard error."""
     return float(value_P.mean()), float(value_P.std(ddof=1) / np.sqrt(value_P.shape[0]))
@@ -136,11 +149,27 @@ def step_sizes(scores: Artifact, solution: Artifact, step_size: StepSize, *, rew
     solved = load_solution(solution)
     if step_size != "1/H":
         return dict.fromkeys(solved.lam, step_size)
+    eta_J = _inverse_curvature(_hessian(scores, solution, reward))
+    return dict(zip(solved.lam, eta_J.tolist(), strict=True))
+
+
+def largest_step(scores: Artifact, solution: Artifact, *, reward: str, of_logarithm: bool = False) -> float:
+    """Return 2/L, L the largest eigenvalue of the table's dual at its λ*: from there on gradient steps swing for ever.
+
+    With ``of_logarithm`` the steps are on ln λ, whose Hessian of the dual at λ* is diag(λ*) H diag(λ*). Infinite where
+    no score varies within a prompt. Units as η's: reward units per squared score unit, divided by λ's squared.
+    """
+    hessian_JJ, lam_J = _hessian(scores, solution, reward), load_solution(solution).lam_vector
+    scaled_JJ = hessian_JJ * np.outer(lam_J, lam_J) if of_logarithm else hessian_JJ
+    largest = float(np.linalg.eigvalsh(scaled_JJ)[-1])
+    return 2 / largest if largest > 0 else math.inf
+
+
+def _hessian(scores: Artifact, solution: Artifact, reward: str) -> FloatArray:
+    solved = load_solution(solution)
     log_weight = solution.manifest["identity"]["log_weight"]
     table = score_table(scores.table, reward, solved_columns(solution), log_weight, str(scores.path))
-    hessian_JJ = evaluate(table, solved.lam_vector, solved.beta, solved.margin_vector).hessian_JJ
-    eta_J = _inverse_curvature(hessian_JJ)
-    return dict(zip(solved.lam, eta_J.tolist(), strict=True))
+    return evaluate(table, solved.lam_vector, solved.beta, solved.margin_vector).hessian_JJ
 
 
 def _inverse_curvature(hessian_JJ: FloatArray) -> FloatArray:

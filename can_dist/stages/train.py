@@ -359,14 +359,15 @@ def _raise_failure(directory: Path) -> None:
         raise getattr(errors, failure["type"])(failure["message"])
 
 
-def drift_warning(curve: Mapping[str, Sequence[Sequence[float]]]) -> str:
+def drift_warning(curve: Mapping[str, Sequence[Sequence[float]]], loss_name: str) -> str:
     """Return the sentence on a training whose last loss is above the reference's on the same examples, or ''.
 
     Args:
         curve: ``curve.json`` of a ``train`` artifact: [step, value] of each loss, in units of the training's loss.
+        loss_name: Of the training; the value of ``clipped`` says nothing of the policy.
     """
     loss = loss_above_start(curve)
-    if loss is None:
+    if loss is None or loss_name == "clipped":
         return ""
     return (
         f"the last training loss is {loss:.4f}, above the reference's {curve['reference_loss'][-1][1]:.4f} on the same "
@@ -377,7 +378,7 @@ def drift_warning(curve: Mapping[str, Sequence[Sequence[float]]]) -> str:
 
 def _commit(work: Workspace, stage: StageDirectory) -> Artifact:
     curve = training_curve(stage.path)
-    if warning := drift_warning(curve):
+    if warning := drift_warning(curve, stage.inputs["preferences"].info["loss"]):
         work.say(f"train: warning: {warning}")
     written = [p for folder in (POLICY, ADAPTER) for p in (stage.path / folder).rglob("*") if p.is_file()]
     files = [CURVE, PROBE, *(str(p.relative_to(stage.path)) for p in written)]

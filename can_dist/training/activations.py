@@ -83,7 +83,7 @@ class Shell:
         """
         pack = make_pack(_pairs(tokens, response_tokens), "shared")
         attention = _counted_varlen() if varlen else contextlib.nullcontext()
-        with self.mode, attention, _zero3_linear(), _experts_of_any_dtype():
+        with self.mode, attention, _zero3_linear(), _counted_experts():
             pack = map_tensors(pack, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
             hooks = [
                 p.register_post_accumulate_grad_hook(_drop_gradient) for p in self.model.parameters() if p.requires_grad
@@ -191,16 +191,33 @@ def _zero3_linear() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _experts_of_any_dtype() -> Iterator[None]:
-    """Count experts by transformers' own product of groups: the shape rule of torch's knows bf16 alone."""
+def _counted_experts() -> Iterator[None]:
+    """Stand in for the product of every token with its experts, which fake tensors do not know, by one of its memory.
+
+    Before torch 2.9, which has no such product, transformers computes one expert after the other: as many tokens.
+    """
     from transformers.integrations import moe
 
-    chosen = moe._can_use_grouped_mm
-    moe._can_use_grouped_mm = lambda *_: False
+    product, interface = moe._grouped_mm, moe.ExpertsInterface.get_interface
+    moe._grouped_mm = lambda rows, weight, **_: _Grouped.apply(rows.to(weight.dtype), weight)  # type: ignore[no-untyped-call]
+    moe.ExpertsInterface.get_interface = lambda *_: moe.grouped_mm_experts_forward
     try:
         yield
     finally:
-        moe._can_use_grouped_mm = chosen
+        moe._grouped_mm, moe.ExpertsInterface.get_interface = product, interface
+
+
+class _Grouped(torch.autograd.Function):
+    """Keeps what a product of groups keeps: rows (S, in) and the weights of all experts (E, in, out)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows, weight)
+        return rows.new_empty(rows.shape[0], weight.shape[2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: ARG004
+        return tuple(torch.empty_like(saved) for saved in ctx.saved_tensors)
 
 
 @contextlib.contextmanager

@@ -2,13 +2,17 @@
 
 An example is a prompt with N responses; ``ratio_BN`` is ln π_θ(y_n|x) − ln π_ref(y_n|x), sums over response tokens, in
 nats. With s the scores that labelled the example, the losses ``sigmoid``, ``pairwise``, ``regression`` and ``listwise``
-all have the minimiser ln π_θ/π_ref = s/β + a constant of the prompt: π_θ ∝ π_ref exp(s/β).
+all have the minimiser ln π_θ/π_ref = s/β + a constant of the prompt: π_θ ∝ π_ref exp(s/β). ``clipped`` has a gradient
+alone: its value says nothing of the policy.
 """
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import logsigmoid
+
+CLIP = 0.2
+"""How far π_θ/π of a response may go before it earns nothing more (PPO, arXiv 1707.06347, section 3)."""
 
 
 def example_losses(
@@ -19,9 +23,11 @@ def example_losses(
     ``target_BN`` means what the loss says: ``sigmoid``: (p, 1 − p) with p = P(a ≻ b); ``pairwise`` and ``regression``:
     the scores s_n; ``listwise``: softmax_n(s_n/β); ``kto``: (1, 0) for a desirable response and (0, 1) for an
     undesirable one, with the baseline z_ref in the place of a second ratio; ``offset``: 1 + Δ for the preferred
-    response of the two and 0 for the other. ``is_real_BN`` is False where a shorter list was padded; ``sigmoid``,
-    ``kto`` and ``offset`` have N = 2.
+    response of the two and 0 for the other; ``clipped``: the advantages, and the ratio is to the policy that responded.
+    ``is_real_BN`` is False where a shorter list was padded; ``sigmoid``, ``kto`` and ``offset`` have N = 2.
     """
+    if name == "clipped":
+        return clipped_loss(ratio_BN, target_BN, is_real_BN)
     if name == "listwise":
         return listwise_loss(ratio_BN, target_BN, is_real_BN)
     if name in ("pairwise", "regression"):
@@ -98,6 +104,17 @@ def listwise_loss(ratio_BN: torch.Tensor, target_BN: torch.Tensor, is_real_BN: t
     """
     logp_BN = ratio_BN.masked_fill(~is_real_BN, -torch.inf).log_softmax(dim=1)
     return -(target_BN * logp_BN.masked_fill(~is_real_BN, 0.0)).sum(dim=1)
+
+
+def clipped_loss(ratio_BN: torch.Tensor, advantage_BN: torch.Tensor, is_real_BN: torch.Tensor) -> torch.Tensor:
+    """Return ``−mean_n min(ρ_n A_n, clip(ρ_n, 1 ± CLIP) A_n)`` of each list, (B,), with ρ = π_θ/π of a whole response.
+
+    π is the policy that responded. Where π_θ = π the gradient is −mean_n A_n ∇ln π_θ(y_n) (PPO, arXiv 1707.06347,
+    eq. 7, with a response as one action, as in RLOO, arXiv 2402.14740).
+    """
+    rho_BN = ratio_BN.exp()
+    gain_BN = torch.minimum(rho_BN * advantage_BN, rho_BN.clamp(1 - CLIP, 1 + CLIP) * advantage_BN)
+    return -(gain_BN.masked_fill(~is_real_BN, 0.0)).sum(dim=1) / is_real_BN.sum(dim=1)
 
 
 def kto_loss(margin_B: torch.Tensor, desirable_B: torch.Tensor) -> torch.Tensor:

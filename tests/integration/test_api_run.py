@@ -16,12 +16,13 @@ from tiny import make_tiny_lm
 import can_dist
 from can_dist.config import dump_yaml, validate_config
 
-COMPLETE = {"Run", "mocan", "constrained_reward"}
+COMPLETE = {"Run", "run_pipeline", "mocan", "constrained_reward"}
 """Examples that stand for themselves; the others go on from mocan's."""
 WORDS = [f"w{i}" for i in range(12)]
 PEOPLE = {"label": {"preferences": {"source": "pairs.jsonl"}}}
 CASES: dict[str, dict[str, Any]] = {
     "Run": {},
+    "run_pipeline": {},
     "mocan": {},
     "constrained_reward": {},
     "pecan": {
@@ -32,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "cdpo": {"method": "cdpo", "cdpo": {"rounds": 1}},
     "caid": {"method": "caid"},
+    "primal_dual": {"method": "primal_dual", "primal_dual": {"rounds": 1}},
     "sacpo": {"method": "sacpo", **PEOPLE},
     "p_sacpo": {"method": "p_sacpo", **PEOPLE},
     "dpo": {"method": "dpo_s", **PEOPLE},

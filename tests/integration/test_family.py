@@ -138,6 +138,33 @@ def test_caid_trains_on_from_the_one_shot_policy(folder: Path) -> None:
     assert report["method"] == "caid"
 
 
+@pytest.mark.slow
+def test_primal_dual_learns_from_its_own_samples_and_goes_on_between_rounds(folder: Path) -> None:
+    """A second round is added to a finished one: it samples, scores and trains once, from the first one's policy."""
+    run_dir = folder / "primal_dual"
+    options = {"rounds": 1, "step_size": 0.5}
+    run_whole(run_dir, configure(folder, "primal_dual", primal_dual=options))
+    assert events(run_dir, "started", "train") == 1
+    evaluation, report = run_whole(run_dir, configure(folder, "primal_dual", primal_dual=options | {"rounds": 2}))
+    assert events(run_dir, "started", "train") == 2
+    records = [load_artifact(path.parent) for path in run_dir.glob("trajectory-*/MANIFEST.json")]
+    record = max(records, key=lambda artifact: artifact.info["rounds"])
+    first, second = record.read_json("trajectory.json")["rounds"]
+    assert first["lam"]["calm"] == pytest.approx(0.5 * 0.1)  # from 0, by the margin that π_ref lacks
+    expected = max(0.0, first["lam"]["calm"] - 0.5 * first["constraints"]["calm"]["slack"])
+    assert second["lam"]["calm"] == pytest.approx(expected, abs=1e-15)
+    assert first["kl"]["mean"] != 0.0
+    policy = source(run_dir, evaluation, "policy")
+    before, examples = source(run_dir, policy, "reference"), source(run_dir, policy, "preferences")
+    assert (before.path.name, policy.path.name) == (first["policy"], second["policy"])
+    assert (examples.info["loss"], examples.manifest["identity"]["lam"]) == ("clipped", second["lam"])
+    responses = source(run_dir, examples, "responses")
+    drawn = [source(run_dir, source(run_dir, before, "preferences"), "responses"), responses]
+    assert len({artifact.manifest["identity"]["seed"] for artifact in drawn}) == 2  # noise of its own in every round
+    assert report["method"] == "primal_dual"
+    assert (record.path / "trajectory.svg").read_text().startswith("<?xml")
+
+
 def weights(policy: Artifact) -> dict[str, torch.Tensor]:
     return load_file(policy.path / POLICY / "model.safetensors")
 

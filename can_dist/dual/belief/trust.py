@@ -25,11 +25,18 @@ from can_dist.dual.table import FloatArray
 
 CONFIDENCE = 0.95
 
-MIN_PROMPTS = 50
+MIN_PROMPTS = 200
+"""Fewest prompts: of fewer, a kind that decides may be missing (7 % of all prompts from 1 table of 100 in 1,400)."""
+
+MIN_SHOWING = 50
 """Fewest prompts that can show a change: below, the interval of a mean misses too often."""
 
 MIN_ESS = 4.0
 """Effective responses per prompt, weighted by the prompts' variance of g, from which the correction bounds the bias."""
+
+MIN_SHARE = 0.18
+"""Least share of a prompt's responses that carry it, 1/E[(π_λ/π_ref)²] in the limit: farther away, π_λ may rest on
+responses so rare that no table has them, and those that look well lack them."""
 
 MIN_CARRIERS = 40.0
 """Responses, of all prompts together, that must carry the bias of order 1/K."""
@@ -38,7 +45,10 @@ MAX_SHAPE = 0.5
 """Pareto k̂ of the density ratios of all prompts: from 1/2 on their squares, which carry the bias, have no mean."""
 
 SPREAD_ESS = 15.0
-"""Effective responses per prompt from which a prompt's own normaliser is known: carriers by it then suffice."""
+"""Effective responses per prompt from which a prompt's own normaliser is known, so that carriers by it count."""
+
+MANY_CARRIERS = 100.0
+"""Carriers by each prompt's own normaliser that suffice alone; ``MIN_CARRIERS`` of them stand for one of the others."""
 
 SPREAD_SHARE = 0.8
 """Share of a prompt's responses that carry it from which a larger β would spread the weights no further."""
@@ -114,7 +124,8 @@ def judge(
         for value_P, bias in zip(value_PJ.T, bias_J.tolist(), strict=True)
     )
     evidence = weigh_evidence(table, lam_J, beta)
-    ess_J, num_flat = _weighted_ess(evidence.variance_JP, moments.ess_P), _num_flat(evidence.variance_JP)
+    ess_J, num_flat = _weighted(evidence.variance_JP, moments.ess_P), _num_flat(evidence.variance_JP)
+    share_J = _weighted(evidence.variance_JP, moments.ess_P / table.num_responses_P)
     offset_J = np.where(lam_J > 0, corrected.gain_PJ.mean(axis=0) - margin_J, 0.0)
     steps = [np.abs(_step(moments, beta, lam_J, part_J)) for part_J in (correction_J, offset_J, silent_J)]
     lam_bias_J: FloatArray = np.sum(steps, axis=0)
@@ -130,7 +141,7 @@ def judge(
         ess_J=ess_J,
         evidence=evidence,
         num_flat=num_flat,
-        objection=_objection(table, single, num_flat, ess_J, evidence),
+        objection=_objection(table, single, num_flat, ess_J, share_J, evidence),
     )
 
 
@@ -170,11 +181,11 @@ def _step(moments: PromptMoments, beta: float, lam_J: FloatArray, gain_J: FloatA
     return step_J
 
 
-def _weighted_ess(variance_JP: FloatArray, ess_P: FloatArray) -> FloatArray:
-    """Return ΣV/Σ(V/ESS) of each constraint; NaN where no response of any prompt differs."""
+def _weighted(variance_JP: FloatArray, value_P: FloatArray) -> FloatArray:
+    """Return the harmonic mean ΣV/Σ(V/value) of each constraint; NaN where no response of any prompt differs."""
     with np.errstate(invalid="ignore"):
-        ess_J: FloatArray = variance_JP.sum(axis=1) / (variance_JP / ess_P).sum(axis=1)
-    return ess_J
+        mean_J: FloatArray = variance_JP.sum(axis=1) / (variance_JP / value_P).sum(axis=1)
+    return mean_J
 
 
 def _num_flat(variance_JP: FloatArray) -> int:
@@ -204,6 +215,7 @@ def _objection(
     single: float,
     num_flat: int,
     ess_J: FloatArray,
+    share_J: FloatArray,
     evidence: Evidence,
 ) -> str:
     """Return why nothing can be vouched for, the first reason that holds; empty where none does."""
@@ -213,22 +225,30 @@ def _objection(
             f"{round(single * num_prompts)} of {num_prompts} prompts have one response, which cannot show a change; "
             "leave them out or sample more responses to them"
         )
-    if num_prompts - num_flat < MIN_PROMPTS:
-        flat = f" ({num_flat} have responses that all score alike)" if num_flat else ""
-        return f"{num_prompts - num_flat} prompts that can show a change are too few{flat}, {MIN_PROMPTS} are needed"
+    if num_prompts < MIN_PROMPTS:
+        return f"{num_prompts} prompt{'s are' if num_prompts > 1 else ' is'} too few, {MIN_PROMPTS} are needed"
+    if num_prompts - num_flat < MIN_SHOWING:
+        return (
+            f"{num_prompts - num_flat} prompts that can show a change are too few ({num_flat} have responses that all "
+            f"score alike), {MIN_SHOWING} are needed"
+        )
     if np.isnan(ess_J).any():
         return "a score never differs between the responses to a prompt"
-    ess, carriers = float(ess_J.min()), float(evidence.carriers_J.min())
+    ess, share = float(ess_J.min()), float(share_J.min())
     carried = f"{ess:.1f} of {typical:g} responses carry a prompt's prediction, prompts weighted by how much they vary"
     advice = (
         "raise beta or the number of responses" if ess < SPREAD_SHARE * typical else "raise the number of responses"
     )
     if ess < MIN_ESS:
         return f"{carried}; {advice}"
-    if ess >= SPREAD_ESS and evidence.own_carriers_J.min() >= MIN_CARRIERS:
-        return ""
-    if carriers < MIN_CARRIERS:
-        return f"{carriers:.0f} of all {table.num_rows} responses decide it; {advice}"
-    if not evidence.shape <= MAX_SHAPE:
-        return f"rare responses decide it (Pareto k = {evidence.shape:.2f}); {advice}"
+    carriers, shape = float(evidence.carriers_J.min()), evidence.shape
+    thin = not shape > MAX_SHAPE  # NaN: the largest of so many weights are all alike, as of scores of few values
+    own = float(evidence.own_carriers_J.min()) if ess >= SPREAD_ESS else 0.0
+    if own < (MIN_CARRIERS if carriers >= MIN_CARRIERS or thin else MANY_CARRIERS):
+        if carriers < MIN_CARRIERS:
+            return f"{carriers:.0f} of all {table.num_rows} responses decide it; {advice}"
+        if not thin:
+            return f"rare responses decide it (Pareto k = {shape:.2f}); {advice}"
+    if share < MIN_SHARE:
+        return f"{carried}, and {100 * MIN_SHARE:g}% are needed; raise beta or lower the margin"
     return ""

@@ -28,6 +28,7 @@ from can_dist.errors import ConfigError, DataError, EnvironmentProblem
 from can_dist.tables.foreign.json_type import row_decoder
 from can_dist.tables.json_rows import JSON_ENDINGS, Row, json_rows
 from can_dist.tables.misfits import UNREADABLE, named, sound
+from can_dist.tables.remote import local_path
 
 _KINDS = {
     **dict.fromkeys(JSON_ENDINGS, "json"),
@@ -58,7 +59,7 @@ def open_shards(source: str | Path, *, split: str, subset: str | None, revision:
     """Open ``source`` shard by shard.
 
     Args:
-        source: a file, a directory of shards (or one written by ``save_to_disk``), or a hub id.
+        source: a file, a directory of shards (or one written by ``save_to_disk``), the URL of either, or a hub id.
         split: of the hub data set or the directory.
         subset: configuration of the hub data set.
         revision: commit, tag or branch of the hub data set.
@@ -68,7 +69,7 @@ def open_shards(source: str | Path, *, split: str, subset: str | None, revision:
         ConfigError: split, subset or revision is given for a source that has none.
         EnvironmentProblem: the hub cannot be reached.
     """
-    text, path = str(source), Path(source).expanduser()
+    text, path = str(source), local_path(str(source))
     if path.exists():
         if subset is not None or revision is not None:
             raise ConfigError(f"{text} is local: 'subset' and 'revision' select on the hub only.", "Leave them out.")

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from can_dist.config import Config, SequenceClassifier, dump_yaml, load_config, validate_config
 from can_dist.config.base import identity
 from can_dist.config.describe import describe_keys, format_keys, models_in
+from can_dist.config.methods import OWN_SECTIONS
 from can_dist.errors import ConfigError
 
 BASE: dict[str, Any] = {
@@ -88,6 +89,7 @@ BOUNDS = [
     ("beta", 0, 1e-9, 1e9, None),
     ("reward.max_length", 7, 8, 10**6, None),
     ("reward.tokens_per_pass", 0, 1, 10**6, None),
+    ("reward.min_accuracy", -0.001, 0, 1, 1.001),
     ("constraints.safety.scorer.batch_size", 0, 1, 10**6, None),
     ("prompts.num_train", 0, 1, 10**9, None),
     ("prompts.num_test", 1, 2, 10**9, None),
@@ -172,13 +174,14 @@ def test_every_number_of_the_configuration_is_in_the_table_of_bounds() -> None:
     free |= {"constraints.safety.alpha"}  # of a cvar, in test_tails.py
     # in BASE the reward is a classifier and the constraint's scorer a callable: each one's own numbers are tested there
     free |= {"constraints.safety.scorer.max_length", "constraints.safety.scorer.tokens_per_pass", "reward.batch_size"}
+    free |= {"constraints.safety.scorer.min_accuracy"}
     free |= {"reward.beta", "constraints.safety.scorer.beta"}  # of a log_ratio, in test_log_ratio.py
     free |= {"train.activation_checkpointing"}  # or a truth value, below
     numbers = {
         key.name.replace("<name>", "safety")
         for key in describe_keys(Config)
         if "number" in key.type or "-1" in key.type
-        if key.name.split(".")[0] not in ("safedpo", "sacpo", "p_sacpo", "cdpo", "caid")  # in test_methods.py
+        if key.name.split(".")[0] not in OWN_SECTIONS  # in test_methods.py
         if key.kind not in ("multi_head", "beaver", "guard", "http")  # in unit/scoring
         if not key.name.startswith("generate.endpoint.")  # in test_brought_responses.py
         if not key.name.startswith("constraints.<name>.others.")  # of the types of constraints.<name>.scorer
@@ -223,7 +226,7 @@ def test_true_is_no_number_and_no_text(key: str) -> None:
             "method",
             "mocann",
             "  method: unknown method 'mocann'. Did you mean 'mocan'? Valid: mocan, pecan, dpo_h, dpo_s, safedpo, "
-            "sacpo, p_sacpo, cdpo, caid.",
+            "sacpo, p_sacpo, cdpo, caid, primal_dual.",
         ),
         ("method", "reinforce", "method: unknown method 'reinforce'. Valid: mocan, "),
         ("method", 5, "method: unknown method 5. Valid: mocan, "),

@@ -75,6 +75,26 @@ def test_defaults_are_the_papers() -> None:
             {"safedpo": {"offset": 1}, **PEOPLE},
             "does not use this section; leave out, or set method to safedpo",
         ),
+        (
+            "primal_dual",
+            {"primal_dual": {"form": "log"}},
+            "form 'log' multiplies λ, and 0 stays 0; give a start above 0",
+        ),
+        (
+            "primal_dual",
+            {"generate": {"temperature": 0.7}},
+            "learns from samples of the policy itself; generate.temperature and generate.top_p must be 1",
+        ),
+        ("primal_dual", {"generate": {"num_responses": 1}}, "generate.num_responses is 1; give at least 2"),
+        (
+            "primal_dual",
+            {
+                "primal_dual": {"form": "log", "start": 1},
+                "constraints": {"calm": {"scorer": SCORER, "margin": 0.1, "equal": True}},
+            },
+            "form 'log' keeps λ above 0, and that of calm, an equality, may be below; use linear",
+        ),
+        ("primal_dual", {"label": {"labels": "listwise"}}, "method primal_dual does not use label.labels; leave out"),
         ("p_sacpo", {"p_sacpo": {"q": [0.5, 0.5]}, **PEOPLE}, "q names a weight twice"),
         ("p_sacpo", {"p_sacpo": {"q": [1.5]}, **PEOPLE}, "q.0"),
         ("cdpo", {"cdpo": {"step_size": 0}}, "cdpo.step_size"),
@@ -103,6 +123,10 @@ BOUNDS: list[tuple[str, Any, Any, Any, Any]] = [
     ("caid.rounds", 0, 1, 10**6, None),
     ("caid.step_size", 0, 1e-9, 1e9, None),
     ("caid.epochs", 0, 1, 10**6, None),
+    ("primal_dual.rounds", 0, 1, 10**6, None),
+    ("primal_dual.step_size", 0, 1e-9, 1e9, None),
+    ("primal_dual.start", -0.001, 0, 1e9, None),
+    ("primal_dual.epochs", 0, 1, 10**6, None),
 ]
 
 
@@ -145,7 +169,7 @@ def test_scores_of_two_constraints_are_too_many_for_sacpo() -> None:
         config("sacpo", sacpo={"labels_from": "scores"}, constraints=two)
 
 
-@pytest.mark.parametrize("method", ["sacpo", "p_sacpo", "cdpo", "caid"])
+@pytest.mark.parametrize("method", ["sacpo", "p_sacpo", "cdpo", "caid", "primal_dual"])
 def test_a_launcher_is_told_that_there_are_several_trainings(tmp_path: Any, method: str) -> None:
     sections = PEOPLE if method.endswith("sacpo") else {}
     with pytest.raises(ConfigError, match=f"method {method} trains several times.*Start it with 'can-dist run'"):

@@ -43,6 +43,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "sacpo": {"sacpo": STEPS},
     "p_sacpo": {"sacpo": STEPS},
     "cdpo": {"generate": {"responses": {"source": "responses.jsonl"}}},
+    "primal_dual": {},
     "caid": {"label": {"pairs": "preferences", "preferences": {"source": "people.jsonl"}}},
 }
 
@@ -54,7 +55,10 @@ def configure(method: str, **changes: Any) -> Config:
         "reference": {"model": "reference"},
         "reward": {"model": "reward"},
         "constraints": {"safety": {"scorer": GUARD, "margin": 0.1}},
-        "evaluate": {"benign_prompts": {"source": "benign.jsonl"}},
+        "evaluate": {
+            "benign_prompts": {"source": "benign.jsonl"},
+            "profile": {"set": "xstest", "source": "xstest.jsonl"},
+        },
     }
     return validate_config(raw | OF_METHOD[method] | changes)
 

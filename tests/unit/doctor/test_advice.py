@@ -15,7 +15,7 @@ from can_dist.doctor.advice import check_scores, scores_of
 from can_dist.tables.artifacts import Artifact, open_stage, write_part
 
 SCORER = {"kind": "callable", "function": "builtins:len"}
-P, K = 120, 16
+P, K = 220, 16
 
 
 def config(beta: float, **changes: Any) -> Config:

@@ -69,6 +69,13 @@ def bad_line(world: Path, _: pytest.MonkeyPatch) -> tuple[Finding, str, str]:
     return finding, f"{path}, line 2: malformed JSON", "Correct the line or write the file again."
 
 
+def none_left_to_train_on(world: Path, _: pytest.MonkeyPatch) -> tuple[Finding, str, str]:
+    source = str(world / "prompts.jsonl")
+    finding = error_of(inputs.check_inputs(configure(world, prompts={"source": source, "num_test": 1000})), "prompts")
+    state = f"{source}: 9 distinct prompts, of which prompts.num_test = 1000 are to be held out; none would be left to"
+    return finding, f"{state} train on", "Lower prompts.num_test or bring more prompts."
+
+
 def missing_model(world: Path, _: pytest.MonkeyPatch) -> tuple[Finding, str, str]:
     config = configure(world, reference={"model": str(world / "none")})
     finding = error_of(inputs.check_inputs(config), "reference")
@@ -83,9 +90,10 @@ def adapter_for_a_model(world: Path, _: pytest.MonkeyPatch) -> tuple[Finding, st
 
 
 def bad_conversation(world: Path, _: pytest.MonkeyPatch) -> tuple[Finding, str, str]:
-    rows = [{"role": role, "content": "w1"} for role in ("user", "assistant", "user")]
+    turns = [[{"role": role, "content": f"w1 {n}"} for role in ("user", "assistant", "user")] for n in range(9)]
     path = world / "turns.jsonl"
-    path.write_text(json.dumps({"prompt_id": DOTS, "prompt": rows}) + "\n")
+    rows = [{"prompt_id": DOTS if n == 0 else f"p{n}", "prompt": prompt} for n, prompt in enumerate(turns)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     reference = {"model": str(world / "lm"), "template": "Q: {prompt} A:"}
     config = configure(world, prompts={"source": str(path), "num_test": 3}, reference=reference)
     finding = error_of(inputs.check_inputs(config), "conversations")
@@ -127,6 +135,7 @@ KINDS = [
     missing_file,
     bad_row,
     bad_line,
+    none_left_to_train_on,
     missing_model,
     adapter_for_a_model,
     bad_conversation,

@@ -11,7 +11,8 @@ from dual_worlds import LAWS, World
 
 from can_dist import dual
 from can_dist.dual import Margin, ScoreTable, Trust, judge
-from can_dist.dual.belief.trust import MIN_CARRIERS, left_out_change, left_out_gain
+from can_dist.dual.belief.evidence import Evidence
+from can_dist.dual.belief.trust import MIN_CARRIERS, MIN_SHARE, _objection, left_out_change, left_out_gain
 from can_dist.dual.estimators import estimate
 from can_dist.dual.moments import prompt_moments
 
@@ -102,7 +103,7 @@ def test_a_minority_that_carries_everything_is_seen() -> None:
 @pytest.mark.parametrize(
     ("world", "words"),
     [
-        (World("gaussian", 1.0, num_prompts=30), "30 prompts that can show a change are too few, 50 are needed"),
+        (World("gaussian", 1.0, num_prompts=30), "30 prompts are too few, 200 are needed"),
         (World("gaussian", 10.0, num_prompts=200), "1.4 of 128 responses carry a prompt's prediction"),
         (World("t3", 1.0, num_prompts=200), "of all 25600 responses decide it"),
         (World("rare", 1.0, num_prompts=300), "rare responses decide it (Pareto k = 1."),
@@ -110,6 +111,67 @@ def test_a_minority_that_carries_everything_is_seen() -> None:
 )
 def test_says_why_not(world: World, words: str) -> None:
     assert words in judged(*world.sample(0), world.margin, world.beta)[0].objection
+
+
+@pytest.mark.parametrize(
+    ("ess", "share", "carriers", "own", "shape", "words"),
+    [
+        (7.0, 0.4, 41, 0, 0.4, ""),
+        (3.9, 0.4, 41, 99, 0.4, "3.9 of 16 responses carry a prompt's prediction, prompts weighted"),
+        (7.0, 0.4, 39, 99, 0.4, "39 of all 3200 responses decide it"),
+        (7.0, 0.4, 41, 99, 0.6, "rare responses decide it (Pareto k = 0.60)"),
+        (7.0, 0.4, 41, 99, math.nan, ""),
+        (7.0, 0.17, 41, 99, 0.4, "vary, and 18% are needed; raise beta or lower the margin"),
+        (15.0, 0.4, 9, 41, 0.4, ""),
+        (15.0, 0.4, 41, 41, 0.9, ""),
+        (15.0, 0.4, 9, 39, 0.4, "9 of all 3200 responses decide it"),
+        (15.0, 0.4, 9, 99, 0.9, "9 of all 3200 responses decide it"),
+        (15.0, 0.4, 9, 101, 0.9, ""),
+        (15.0, 0.17, 9, 101, 0.9, "vary, and 18% are needed; raise beta or lower the margin"),
+    ],
+)
+def test_what_each_condition_refuses(
+    ess: float, share: float, carriers: float, own: float, shape: float, words: str
+) -> None:
+    table = ScoreTable.build(*gaussian(200, 16))
+    evidence = Evidence(np.ones((1, 200)), np.array([carriers]), np.array([own]), shape)
+    objection = _objection(table, 0.0, 0, np.array([ess]), np.array([share]), evidence)
+    assert words in objection
+    assert bool(words) == bool(objection)
+
+
+def test_a_policy_far_from_the_reference_is_refused_however_many_responses_carry_it() -> None:
+    """12 of 128 responses, hundreds of carriers, no tail: winners of both scores, 1 in 40,000, would change it."""
+    generator = np.random.default_rng(2)
+    body = generator.normal(size=(2, 1000 * 128))
+    first, second = np.where(generator.random(body.shape) < 0.005, 6.0, body)
+    both = (first > 5.9) & (second > 5.9)
+    second[both] = 0.0  # this table has none of them
+    scale = math.sqrt(1 + 0.005 * 35 - 0.03**2)
+    first, second = first / scale, second / scale
+    trust = judged(-0.5 * first + math.sqrt(0.75) * second, first, np.repeat(np.arange(1000), 128), 0.5)[0]
+    assert trust.evidence.carriers_J[0] > 2 * MIN_CARRIERS
+    assert trust.evidence.shape < 0.2
+    assert trust.ess_J[0] / 128 < MIN_SHARE
+    assert "of 128 responses carry a prompt's prediction" in trust.objection
+
+
+def test_largest_weights_that_are_all_alike_are_no_rare_responses() -> None:
+    """A quarter of the responses to every prompt is best: the tail does not vary, and its shape is no number."""
+    reward, utility = (np.tile(values, 250 * 4).astype(np.float64) for values in ([0, 0, 1, 1], [0, 1, 0, 1]))
+    trust = judged(reward, utility, np.repeat(np.arange(250), 16), 0.1)[0]
+    assert math.isnan(trust.evidence.shape)
+    assert not trust.objection
+
+
+def test_prompts_that_show_nothing_may_be_many_but_not_all() -> None:
+    reward, utility, prompt = gaussian(200, 16)
+    for num_flat, words in ((140, ""), (160, "40 prompts that can show a change are too few (160 have responses")):
+        flat = utility.copy()
+        flat[prompt < num_flat] = 0.0
+        objection = judged(reward, flat, prompt, 0.02)[0].objection
+        assert words in objection
+        assert "too few" not in objection or words
 
 
 def test_a_level_is_judged_by_its_own_mean() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from can_dist.dual import Margin, ScoreTable, solve_table
 from can_dist.dual.belief.level import level_of
 from can_dist.measuring.advice import beta_advice, beta_words, margin_words
 
-P, K = 150, 16
+P, K = 220, 16
 
 
 def table(scale: float = 1.0, spread: float = 1.0) -> ScoreTable:
@@ -44,6 +45,13 @@ def test_a_threshold_is_told_over_the_references_mean() -> None:
     )
 
 
+@pytest.mark.parametrize(("threshold", "share"), [(-1e3, "100%"), (1e3, "0%"), (-0.2 + 1e-9, None)])
+def test_a_share_is_never_written_with_an_exponent(threshold: float, share: str | None) -> None:
+    words = margin_words(table(), 0, Margin("safety", threshold=threshold))
+    assert re.search(r"; (less than )?\d+(\.\d+)?% of the responses are at or above it$", words)
+    assert share is None or f"; {share} of" in words
+
+
 @pytest.mark.parametrize("spread", [0.01, 1.0, 300.0])
 def test_the_beta_named_is_the_least_of_the_grid_that_is_trusted(spread: float) -> None:
     built, margins = table(spread=spread), [Margin("safety", margin=0.3)]
@@ -69,4 +77,6 @@ def test_where_no_beta_helps_it_says_so() -> None:
     words = beta_words(advice, 1.0, K)
     assert words.startswith("at beta = 1 the prediction for these margins is not to be trusted; no beta that was tried")
     flat = ScoreTable.build(np.zeros(8), np.arange(8.0)[:, None], np.repeat([0, 1], 4), names=["g"])
-    assert beta_advice(flat, [Margin("g", margin=0.1)], 1.0).spread is None
+    few = beta_advice(flat, [Margin("g", margin=0.1)], 1.0)
+    assert few.spread is None
+    assert beta_words(few, 1.0, 4).endswith("; 2 prompts are too few for any beta, 200 are needed")

@@ -16,7 +16,8 @@ import can_dist
 from can_dist import Margin, frontier, solve_dual
 from can_dist.errors import ConfigError, DataError
 
-NEEDS_A_RUN = {"Run", "mocan", "pecan", "cdpo", "caid", "sacpo", "p_sacpo", "dpo", "safedpo", "constrained_reward"}
+METHODS = {"mocan", "pecan", "cdpo", "caid", "primal_dual", "sacpo", "p_sacpo", "dpo", "safedpo"}
+NEEDS_A_RUN = {"Run", "run_pipeline", "constrained_reward", *METHODS}
 """Their examples train; tests/integration/test_api_run.py runs them."""
 MINIMAL = """
 prompts: {source: prompts.jsonl}

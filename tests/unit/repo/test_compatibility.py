@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ def record(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_page_is_that_of_the_records() -> None:
-    assert c.PAGE.read_text(encoding="utf-8") == c.page(RECORDS, c.requirements()), (
+    sentences = json.loads(c.ATTENTION.read_text(encoding="utf-8"))
+    assert c.PAGE.read_text(encoding="utf-8") == c.page(RECORDS, c.requirements(), c.pins(), sentences), (
         "run: python benchmarks/compatibility.py page"
     )
 
@@ -49,11 +51,17 @@ def test_a_page_names_what_failed_and_what_was_not_run() -> None:
     newer = {**record()["packages"], "torch": "2.9.0+cpu"}
     partial = {"dual": {"passed": 3, "skipped": 0, "failed": ["tests.a", "tests.b"]}}
     text = c.page(
-        [record(), record(versions="newest", python="3.13.0", packages=newer, runs=partial)], c.requirements()
+        [record(), record(versions="newest", python="3.13.0", packages=newer, runs=partial)],
+        c.requirements(),
+        c.pins() | {"torch": "2.8.0"},
+        {"2.11.0": "attention by varlen_attn"},
+    )
+    assert text.endswith(
+        "| 1.10 | attention by sdpa |\n| 2.9.0+cpu | attention by sdpa |\n| 2.11.0 | attention by varlen_attn |\n"
     )
     assert f"| {2 * len(c.ROOMS):,} passed, {len(c.ROOMS)} skipped | 2 passed, 1 skipped | 2026-11-28 |" in text
     assert "| 3 passed, 0 skipped, **2 failed** (dual) | not run | 2026-11-28 |" in text
-    assert f"| torch | `{c.requirements()['torch']}` | 1.10 | 2.9.0+cpu |" in text
+    assert f"| torch | `{c.requirements()['torch']}` | 1.10 | 2.9.0+cpu | 2.8.0 |" in text
 
 
 def test_the_bounds_are_read_from_the_project() -> None:
@@ -62,24 +70,43 @@ def test_the_bounds_are_read_from_the_project() -> None:
     assert "pytest" not in bounds
 
 
-def test_a_report_of_pytest_is_counted(tmp_path: Path) -> None:
+def test_a_report_of_pytest_is_counted_by_room(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     ended = ["pytest ended with exit code 5"]
-    assert c.read_report(report, 5) == {"passed": 0, "skipped": 0, "failed": ended}, "no test ran"
-    cases = '<testcase classname="a" name="x"/><testcase classname="a" name="y"><skipped/></testcase>'
-    cases += (
-        '<testcase classname="a" name="z"><failure/></testcase><testcase classname="b.c" name="z"><error/></testcase>'
-    )
+    nothing = {"passed": 0, "skipped": 0, "failed": ended}
+    assert c.read_report(report, 5, ["dual"]) == {"dual": nothing}, "no test ran"
+    dual, cli = 'classname="tests.unit.dual.test_a"', 'classname="tests.unit.cli.test_b"'
+    cases = f'<testcase {dual} name="x"/><testcase {dual} name="y"><skipped/></testcase>'
+    cases += f'<testcase {cli} name="z"><failure/></testcase><testcase {dual} name="z"><error/></testcase>'
     report.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
-    assert c.read_report(report, 1) == {"passed": 1, "skipped": 1, "failed": ["a.py::z", "b/c.py::z"]}
-    assert "pytest ended with exit code 2" in c.read_report(report, 2)["failed"], "it was interrupted"
+    assert c.read_report(report, 1, ["dual", "cli"]) == {
+        "dual": {"passed": 1, "skipped": 1, "failed": ["tests/unit/dual/test_a.py::z"]},
+        "cli": {"passed": 0, "skipped": 0, "failed": ["tests/unit/cli/test_b.py::z"]},
+    }
+    interrupted = c.read_report(report, 2, ["dual", "cli"])
+    assert all("pytest ended with exit code 2" in result["failed"] for result in interrupted.values())
 
 
 def test_what_failed_is_run_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_tests(python: Path, tests: list[str]) -> dict[str, Any]:
-        assert tests == ["a.py::x", "a.py::y"]
-        return {"passed": 1, "skipped": 0, "failed": ["a.py::y"]}
+    def run_tests(python: Path, tests: list[str], rooms: list[str]) -> dict[str, Any]:
+        assert (tests, rooms) == (["a.py::x", "a.py::y"], ["dual"])
+        return {"dual": {"passed": 1, "skipped": 0, "failed": ["a.py::y"]}}
 
     monkeypatch.setattr(c, "run_tests", run_tests)
     earlier = {"passed": 5, "skipped": 2, "failed": ["a.py::x", "a.py::y"]}
-    assert c.run_failed(Path("python"), earlier) == {"passed": 6, "skipped": 2, "failed": ["a.py::y"]}
+    assert c.run_failed(Path("python"), "dual", earlier) == {"passed": 6, "skipped": 2, "failed": ["a.py::y"]}
+
+
+def test_the_sentence_on_attention_is_kept_by_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(python: Path, names: list[str]) -> dict[str, Any]:
+        assert names == ["torch"], "a torch alone is enough"
+        return {"python": "3.11.7", "packages": {"torch": "2.11.0"}, "attention": "attention by varlen_attn"}
+
+    monkeypatch.setattr(c, "ask", ask)
+    path = tmp_path / "attention.json"
+    path.write_text('{"2.9.1": "attention by sdpa", "2.11.0": "stale"}')
+    c.record_attention(Path("python"), path)
+    assert list(json.loads(path.read_text()).items()) == [
+        ("2.9.1", "attention by sdpa"),
+        ("2.11.0", "attention by varlen_attn"),
+    ]

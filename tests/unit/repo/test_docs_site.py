@@ -6,9 +6,11 @@ their commands are only parsed, by the very parsers that would run them.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,3 +115,15 @@ def test_python_page_has_every_public_name() -> None:
 
     shown = re.findall(r"^::: ([\w.]+)$", (DOCS / "reference" / "python.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(can_dist.__all__) - {"PlottedFrontier"} <= {name.rpartition(".")[2] for name in shown}
+
+
+def test_the_star_of_a_letter_is_kept_in_code_of_every_kind() -> None:
+    pytest.importorskip("mkdocs", reason="extra [dev]: mkdocs")
+    spec = importlib.util.spec_from_file_location("site_hooks", DOCS / "site.py")
+    assert spec is not None
+    assert spec.loader is not None
+    site = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(site)
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="concepts.md"))
+    code = "\n\n    λ* ← [λ* − η]\n\n    θ*\n\n```text\nλ*\n```\n`π*`"
+    assert site.on_page_markdown(f"λ* of{code} and π*", page, None, None) == f"λ&#42; of{code} and π&#42;"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from dockerfile import context_files, read_dockerfile
+from packaging.requirements import Requirement
+from pins import read_pins
 from ruamel.yaml import YAML
 
 from can_dist.config.shipped import FOLDERS
@@ -83,6 +85,14 @@ def test_the_images_take_the_bounds_of_the_project() -> None:
     installs = [rest for instruction, rest in STEPS if instruction == "RUN" and "wheels/*.whl" in rest]
     assert len(installs) == 2
     assert all("--constraint constraints.txt" in install for install in installs)
+
+
+def test_what_the_images_install_beside_the_pins_does_not_contradict_them() -> None:
+    text = " ".join(rest for instruction, rest in STEPS if instruction == "RUN")
+    beside = [Requirement(text) for text in re.findall(r'"([\w.-]+(?:[<>=!~][^"]*)?)"', text)]
+    assert {requirement.name for requirement in beside} >= {"wheel", "flash-attn"}
+    pinned = [(pin, requirement) for pin in read_pins() for requirement in beside if requirement.name == pin.name]
+    assert [pin.line for pin, requirement in pinned if not requirement.specifier.contains(pin.version)] == []
 
 
 def test_the_context_holds_what_the_wheel_is_built_from_and_no_more() -> None:

@@ -274,5 +274,16 @@ def test_smoke_says_when_it_has_no_stand_in(tmp_path: Path) -> None:
 
 def test_comparison_names_every_method() -> None:
     config = load_config(ROOT / "recipes" / "pku_stories3M" / "compare.yaml")
-    assert set(config.methods) == {"mocan", "pecan", "dpo_h", "dpo_s", "safedpo", "sacpo", "p_sacpo", "cdpo", "caid"}
+    assert set(config.methods) == {
+        "mocan",
+        "pecan",
+        "dpo_h",
+        "dpo_s",
+        "safedpo",
+        "sacpo",
+        "p_sacpo",
+        "cdpo",
+        "caid",
+        "primal_dual",
+    }
     assert for_method(config, "caid").train == for_method(config, "mocan").train  # as much training for each round

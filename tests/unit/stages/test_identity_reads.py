@@ -41,7 +41,7 @@ ALIASES = {"num_samples": "samples", "method": "label"}
 NOT_HELD = re.compile(r"score: .*\.batch_size|align: .*\.(model|preferences|calibrate)")
 # in an identity when it is given: runs made before it keep their names
 HELD_WHEN_GIVEN = [("template_options", {}), ("num_sealed", 0), ("feedback", None), ("kernels", None)]
-HELD_WHEN_GIVEN += [("of", "mean"), ("level", None), ("alpha", None), ("others", {})]
+HELD_WHEN_GIVEN += [("of", "mean"), ("level", None), ("alpha", None), ("others", {}), ("profile", None)]
 RECORD = "report.build_report"  # its copy of the whole configuration tells how the run was made; no number is of it
 
 
@@ -207,7 +207,7 @@ def fitted(gap_N: np.ndarray, preferred_N: np.ndarray, prompt_N: np.ndarray, nam
     return Calibration(1.1, 0.1, len(gap_N), len(set(prompt_N.tolist())), 0.9, 0.7, 0.6)
 
 
-def world(folder: Path, **sections: Any) -> Config:
+def world(folder: Path, *, profile: bool = False, **sections: Any) -> Config:
     """Values that no other key has, so that one key's value in an identity does not pass for another's."""
     raw = small_run(folder, **sections)
     pairs = [
@@ -227,6 +227,10 @@ def world(folder: Path, **sections: Any) -> Config:
     raw |= {"seed": 7919, "precision": "fp32", "beta": 0.53}
     raw["generate"] |= {"temperature": 0.93, "top_p": 0.97, "max_new_tokens": 6, "stop": ["w11"]}
     raw["evaluate"] = {"num_responses": 3, "num_samples": 5, "benign_prompts": {"source": str(folder / "benign.jsonl")}}
+    kinds = [{"prompt": f"w{n} w{n + 2}", "type": "contrast" if n % 2 else "plain"} for n in range(6)]
+    (folder / "xstest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kinds))
+    if profile:
+        raw["evaluate"]["profile"] = {"set": "xstest", **source(folder, "xstest.jsonl")}
     raw["train"] |= {"learning_rate": 0.00123, "max_shard_size_mb": 3777, "weight_decay": 0.0321}
     return validate_config(raw)
 
@@ -251,6 +255,7 @@ CASES: dict[str, Any] = {
         "train": {"feedback": "validation", "eval_every": 2, "max_steps": 5, "num_epochs": 5, "ds_config": DS_CONFIG},
         "prompts": {**source(folder, "many.jsonl"), "num_test": 4, "num_validation": 34},
     },
+    "mocan, a profile": lambda _: {"profile": True},
     "dpo_s": lambda folder: {
         "label": {"preferences": source(folder, "pairs.jsonl"), "human": {"loss": "kto", "desirable_weight": 1.7}},
     },
@@ -260,6 +265,10 @@ CASES: dict[str, Any] = {
         "sacpo": {"first": {"smoothing": 0.07}, "second": {"on_conflict": "drop"}, "beta_over_lambda": 0.041},
     },
     "caid": lambda folder: {"caid": {"rounds": 1, "epochs": 2}},
+    "primal_dual": lambda folder: {
+        "primal_dual": {"rounds": 2, "step_size": 0.31},
+        "label": {"validation_fraction": 0.21},
+    },
     "pecan": lambda folder: {
         "label": {"preferences": source(folder, "pairs.jsonl"), "validation_fraction": 0.43},
         "reward": {"kind": "log_ratio", "beta": 0.19, "criterion": "helpful", "calibrate": True},
@@ -272,9 +281,11 @@ READERS = {
     "mocan, brought": {"brought_responses"},
     "mocan, a strength": {"strength"},
     "mocan, feedback": {"train"},
+    "mocan, a profile": {"profile"},
     "dpo_s": {"human_labels"},
     "p_sacpo": {"human_labels", "merge"},
     "caid": {"slack", "trajectory"},
+    "primal_dual": {"advantages", "slack", "trajectory"},
     "pecan": {"align", "calibrate"},
 }
 """The stages that a case is there for: they must have read something."""

@@ -118,9 +118,9 @@ def test_the_same_configuration_is_solved_once(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize(("beta", "level"), [(0.8, "not trusted"), (20.0, "trusted")])
 def test_the_gate_lets_through_what_is_believed_as_far(tmp_path: Path, beta: float, level: str) -> None:
-    """30 prompts of 8 responses vouch for nothing; 120 with a large β do."""
+    """30 prompts of 8 responses vouch for nothing; 220 with a large β do."""
     settings = config({"margin": 0.05}, {})
-    with workspace(tmp_path, settings, num_prompts=120 if level == "trusted" else 30) as (work, scores):
+    with workspace(tmp_path, settings, num_prompts=220 if level == "trusted" else 30) as (work, scores):
         solution = solve(work, scores, reward="reward", constraints=settings.constraints, beta=beta)
         diagnostics = load_solution(solution).diagnostics
         assert level_of(diagnostics) == level

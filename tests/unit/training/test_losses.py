@@ -58,6 +58,11 @@ def exact(name: str, ratios: list[float], targets: list[float], beta: float) -> 
         return exact_sigmoid(z, targets[0])
     if name == "offset":  # −ln σ(z_w − Δ)
         return softplus((max(targets) - 1) - (z if targets[0] else -z))
+    if name == "clipped":  # PPO's, a response as one action
+        gains = [
+            min(math.exp(r) * a, min(max(math.exp(r), 0.8), 1.2) * a) for r, a in zip(ratios, targets, strict=True)
+        ]
+        return -sum(gains) / len(gains)
     return 1 - 1 / (1 + math.exp(-z if targets[0] else z))
 
 
@@ -68,10 +73,15 @@ EXAMPLES = {
     "listwise": ([[0.3, -1.2, 2.0, 0.1], [-2.0, 0.5, 0.0, 1.0]], [[0.1, 0.2, 0.3, 0.4], [0.97, 0.01, 0.01, 0.01]]),
     "kto": ([[0.3, 0.1], [-2.0, 0.1]], [[1.0, 0.0], [0.0, 1.0]]),
     "offset": ([[0.3, -1.2], [-2.0, 0.5], [4.0, -4.0]], [[1.0, 0.0], [0.0, 3.5], [3.5, 0.0]]),
+    # inside the bounds; above and below them where more would earn, and where it would cost
+    "clipped": (
+        [[0.1, -0.1, 0.05], [0.5, -0.5, 0.0], [0.5, -0.5, 0.0]],
+        [[1.0, -2.0, 1.0], [1.0, -2.0, 1.0], [-1.0, 3.0, -2.0]],
+    ),
 }
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "pairwise", "regression", "listwise", "kto", "offset"])
+@pytest.mark.parametrize("name", ["sigmoid", "pairwise", "regression", "listwise", "kto", "offset", "clipped"])
 def test_value_and_gradient_are_those_of_the_definition(name: str) -> None:
     ratios, targets = EXAMPLES[name]
     ratio_BN = tensor(ratios).requires_grad_()
@@ -95,6 +105,7 @@ def test_value_and_gradient_are_those_of_the_definition(name: str) -> None:
         ("listwise", [math.log(4)] * 2),
         ("kto", [0.5] * 2),
         ("offset", [math.log(2), *[math.log(1 + math.exp(2.5))] * 2]),
+        ("clipped", [0.0] * 3),
     ],
 )
 def test_loss_of_the_reference_itself(name: str, expected: list[float]) -> None:
