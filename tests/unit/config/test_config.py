@@ -311,7 +311,7 @@ def test_constraint_named_like_a_scorer_kind_keeps_its_name_in_the_message() -> 
 def test_key_far_from_every_valid_one_gets_no_guess_but_the_list() -> None:
     message = refusal(changed("xyzzy", 1))
     assert "Did you mean" not in message
-    assert "Valid keys here: beta, caid, cdpo, cluster, constraints" in message
+    assert "Valid keys here: basis, beta, caid, cdpo, cluster, constraints" in message
 
 
 def test_key_that_is_no_text_is_refused() -> None:
@@ -615,9 +615,10 @@ OTHER = {
     "train.kernels": "liger",
     "generate.engine": None,  # vllm is tied to cluster.gpus_per_actor
     "method": None,  # tied to label
-    **dict.fromkeys(("safedpo", "sacpo", "p_sacpo", "cdpo", "caid")),  # tied to method
+    **dict.fromkeys(("safedpo", "sacpo", "p_sacpo", "cdpo", "caid", "primal_dual")),  # tied to method
     "methods": {"mocan": {"beta": 2.0}},
     "evaluate.benign_prompts": {"source": "benign.jsonl"},
+    "evaluate.profile": {"set": "xstest", "source": "xstest.csv"},
     "label.pairs": None,  # tied to label.preferences
     "label.human": None,  # of methods that learn from people
     "label.as_published": None,  # of method pecan
