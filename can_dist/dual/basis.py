@@ -254,7 +254,7 @@ def refuse_outside(coefficient: Mapping[str, float], correlation: float, reach: 
     largest = " or ".join(f"{name} {margin:+.2g}" for name, margin in reach.items())
     raise InfeasibleConstraint(
         f"basis: the mixture ({weights}) lies outside the range where mixing weights mixes log-ratios: their "
-        f"correlation is {correlation:.3f}, expected at least {MIXING:g}. "
+        f"correlation is {correlation:.4f}, expected at least {MIXING:g}. "
         + (f"Ask for a margin nearer to those trained for: at most about {largest}." if largest else NONE_WITHIN)
     )
 

@@ -279,6 +279,7 @@ def _row(point: FrontierPoint, names: Sequence[str], half: float) -> dict[str, f
         values = (("lam", point.lam_J, point.lam_se_J), ("improvement", point.improvement_J, point.improvement_se_J))
         for label, value_J, error_J in values:
             row |= _banded(f"{label}.{name}", float(value_J[j]), float(error_J[j]), half)
+        row[f"lam.{name}_low"] = float(np.maximum(row[f"lam.{name}_low"], 0.0))  # NaN stays
     row |= _banded("reward_improvement", point.reward_improvement, point.reward_improvement_se, half)
     row |= _banded("kl", point.kl, point.kl_se, half)
     row["kl_low"] = float(np.maximum(row["kl_low"], 0.0))  # a divergence is never below zero

@@ -57,7 +57,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw = random.Random(0)
     scores = [
         {"prompt_id": f"p{n}", "num_tokens": 3, "helpful": draw.gauss(0, 1), "safety": draw.gauss(0, 2)}
-        for n in range(100)
+        for n in range(200)
         for _ in range(16)
     ]
     (folder / "scores.jsonl").write_text("\n".join(map(json.dumps, scores)), encoding="utf-8")

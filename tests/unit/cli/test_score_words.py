@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from can_dist.cli import cli
 from can_dist.dual import DualSolution
 from can_dist.dual.messages import lam_error
+from can_dist.dual.weights import percent
 from can_dist.errors import CanDistError, ConfigError, DataError, InfeasibleConstraint
 
 
@@ -59,6 +61,34 @@ def test_bias_stands_beside_the_standard_error(scores: Path) -> None:
     text = solve(scores, "--constraint", "safety:margin=0.3", beta="0.1")
     assert "Do not trust" in text
     assert ", bias unknown, paper's" in text
+
+
+@pytest.mark.parametrize("num_prompts", [1, 2])
+def test_what_has_no_error_is_told_without(tmp_path: Path, num_prompts: int) -> None:
+    """One prompt has no spread between prompts: no "(SE nan)", of a solve and of a frontier."""
+    path = tmp_path / "few.parquet"
+    pq.write_table(table(num_prompts=num_prompts), path)
+    options = ["--scores", str(path), "--reward", "reward", "--beta", "1"]
+    curve = CliRunner().invoke(cli, ["frontier", *options, "--constraint", "safety", "--points", "3"])
+    assert curve.exit_code == 0
+    for text in (solve(path, "--constraint", "safety:margin=0.3"), curve.stdout):
+        assert not re.search(r"\b(nan|inf)\b|\de[+-]\d+ ?%", text), text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0.0, "0%"),
+        (3e-9, "less than 0.01%"),
+        (2e-4, "0.02%"),
+        (0.173, "17%"),
+        (0.9949, "99%"),
+        (1.0, "100%"),
+        (2.8, "280%"),
+    ],
+)
+def test_a_percentage_has_no_exponent(share: float, text: str) -> None:
+    assert percent(share) == text
 
 
 def test_a_solution_older_than_the_bias_of_lambda_is_told_without_it(scores: Path) -> None:

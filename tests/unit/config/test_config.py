@@ -311,7 +311,7 @@ def test_constraint_named_like_a_scorer_kind_keeps_its_name_in_the_message() -> 
 def test_key_far_from_every_valid_one_gets_no_guess_but_the_list() -> None:
     message = refusal(changed("xyzzy", 1))
     assert "Did you mean" not in message
-    assert "Valid keys here: beta, caid, cdpo, cluster, constraints" in message
+    assert "Valid keys here: basis, beta, caid, cdpo, cluster, constraints" in message
 
 
 def test_key_that_is_no_text_is_refused() -> None:

@@ -169,7 +169,7 @@ class TestMixing:
     def test_refused_outside(self) -> None:
         ratios = [policy - self.world.log_ref_PM for policy in noisy_basis(self.world).values()]
         with pytest.raises(
-            InfeasibleConstraint, match=r"mixture \(s \+0\.60, g0 -0\.20\) lies outside .* is 0\.\d{3}, "
+            InfeasibleConstraint, match=r"mixture \(s \+0\.60, g0 -0\.20\) lies outside .* is 0\.\d{4}, "
         ):
             self.measured(0.6 * ratios[0] + 0.4 * ratios[1])
         with pytest.raises(InfeasibleConstraint, match=r"their correlation is"):

@@ -140,6 +140,22 @@ def test_rows_and_json() -> None:
     assert record["points"][3]["kl"] == row["kl"]
 
 
+def test_no_band_goes_below_zero_where_the_quantity_cannot() -> None:
+    """Of few prompts the standard errors of KL and of lambda are larger than they are."""
+    cut = {"kl": 0, "lam.g": 0}
+    for seed in range(6):
+        found = frontier(*scores(seed, num_prompts=3), beta=0.8, names=["g"], num_points=6)
+        for row in found.rows():
+            for name in cut:
+                if math.isnan(row[f"{name}_se"]):
+                    assert math.isnan(row[f"{name}_low"])
+                    continue
+                symmetric = 2 * row[name] - row[f"{name}_high"]
+                assert row[f"{name}_low"] == pytest.approx(max(symmetric, 0.0), abs=1e-12)
+                cut[name] += symmetric < 0
+    assert min(cut.values()) > 0, "bands that would have gone below zero"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

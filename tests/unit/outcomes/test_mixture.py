@@ -47,8 +47,8 @@ def test_command_mixes_for_the_margin_in_the_run_and_says_what_it_expects(run: B
         OTHER / load_estimate(strength.input("estimate")).improvement["calm"].mean
     )
     for part in (
-        "calm +0.06",
-        f"strength {strength.info['alpha']:.4g}",
+        "calm +0.2",
+        f"strength: {strength.info['alpha']:.3g}, which calm needs",
         "mixture of",
         "the dual's frontier has reward",
     ):

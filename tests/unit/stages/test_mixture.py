@@ -97,8 +97,8 @@ def test_margin_outside_of_the_range_is_refused_with_the_range(run: BasisRun) ->
     )
     assert sorted(run.work.directory.glob("mixture-*")) == before, "nothing that was written stays"
     largest = float(message.partition("at most about calm ")[2].split()[0].rstrip("."))
-    edge = run.mixture(calm=largest - 0.01, short=FAR["short"]).info["correlation"]
-    assert edge == pytest.approx(0.99, abs=0.003), "told from one mixture outside of it"
+    edge = run.mixture(calm=0.9 * largest, short=FAR["short"]).info["correlation"]
+    assert 0.99 <= edge <= 0.993, "told from one mixture that lies outside of it"
 
 
 def test_who_follows_the_policy_through_the_mixture(run: BasisRun, mixed: Artifact) -> None:

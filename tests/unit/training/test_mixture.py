@@ -179,7 +179,9 @@ def test_adapters_that_are_more_than_products_are_refused_by_name(
     tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     make_tiny_lm(tmp_path / "reference", WORDS, seed=1)
-    adapters = {"s": adapter(tmp_path, 1, r=2), "g": adapter(tmp_path, 2, r=2, **options)}
+    adapters = {"s": adapter(tmp_path, 1, r=2), "g": adapter(tmp_path, 2, r=2)}
+    path = adapters["g"] / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
     with pytest.raises(DataError, match=message):
         mix_adapters(adapters, COEFFICIENT, tmp_path / "mixed")
     assert not (tmp_path / "mixed").exists()
