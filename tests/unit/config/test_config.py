@@ -615,10 +615,10 @@ OTHER = {
     "train.kernels": "liger",
     "generate.engine": None,  # vllm is tied to cluster.gpus_per_actor
     "method": None,  # tied to label
-    **dict.fromkeys(("safedpo", "sacpo", "p_sacpo", "cdpo", "caid", "primal_dual")),  # tied to method
+    **dict.fromkeys(OWN_SECTIONS),  # tied to method
     "methods": {"mocan": {"beta": 2.0}},
     "evaluate.benign_prompts": {"source": "benign.jsonl"},
-    "evaluate.profile": {"set": "xstest", "source": "xstest.csv"},
+    "evaluate.profile": {"set": "pku", "source": "pku.jsonl"},
     "label.pairs": None,  # tied to label.preferences
     "label.human": None,  # of methods that learn from people
     "label.as_published": None,  # of method pecan
