@@ -103,7 +103,7 @@ def test_a_basis_is_trained_once_for_all_margins(evaluated: tuple[Path, Artifact
     """Another margin trains the policy of r + ⟨λ, g⟩ anew, and no policy of a constraint."""
     folder, _ = evaluated
     alone = {path for path in (folder / "run").glob("train-*") if label_of(path) == "policy of calm"}
-    run_pipeline(folder / "run", load_config(folder / "small.yaml", ["constraints.calm.margin=0.12"]), "strength")
+    run_pipeline(folder / "run", load_config(folder / "small.yaml", ["constraints.calm.margin=0.05"]), "strength")
     assert {path for path in (folder / "run").glob("train-*") if label_of(path) == "policy of calm"} == alone
 
 
