@@ -101,7 +101,7 @@ def test_a_training_by_kernels_is_another_training(tmp_path: Path) -> None:
     identities = []
     for config in (without, with_kernels):
         work = SimpleNamespace(open=lambda name, kind, keys, inputs: identities.append(keys))
-        stage._open(work, config, {"reference": config.reference}, {"preferences": preferences}, 0.1)
+        stage._open(work, config, {"reference": config.reference}, {"preferences": preferences}, 0.1, None, "policy")
     assert identities[1] == identities[0] | {"train": identities[0]["train"] | {"kernels": "liger"}}
     assert "kernels" not in identities[0]["train"], "trainings made before it keep their names"
 

@@ -110,12 +110,12 @@ def test_every_stage_reads_the_utility_that_was_solved_for(of: str, tmp_path: Pa
     )  # fmt: skip
     assert lam == expected.lam["safety"]
     np.testing.assert_allclose(solved_table(solution).mean_utility_JP[0], utility.reshape(NUM_PROMPTS, -1).mean(1))
-    # labels: σ of the gap in r + λg'
+    # labels: r + λg', less the best of the prompt
     table = label(work, responses, scores, solution, reward="reward", beta=BETA).table.to_pylist()
     total = dict(zip(scores_of()["response_id"].to_pylist(), REWARD + lam * utility, strict=True))
     for row in table[:50]:
-        gap = total[row["response_ids"][0]] - total[row["response_ids"][1]]
-        assert row["target"][0] == pytest.approx(1 / (1 + np.exp(-gap)))
+        score = np.array([total[name] for name in row["response_ids"]])
+        np.testing.assert_allclose(row["target"], score - score.max(), atol=1e-6)
     # what the ranks are told, and what is demanded of a policy
     spec = watch_spec(Watched(solution, scores), label(work, responses, scores, solution, reward="reward", beta=BETA),
                       work.config.train, 10)  # fmt: skip

@@ -34,7 +34,7 @@ def opened(world: ww.Watching, watched: Watched | None, **train: Any) -> Path:
     work = Workspace(world.root / "run", config)
     try:
         inputs = {"preferences": world.preferences, **stage._steered_by(config, watched)}
-        return stage._open(work, config, {"reference": config.reference}, inputs, ww.tw.BETA).path
+        return stage._open(work, config, {"reference": config.reference}, inputs, ww.tw.BETA, None, "policy").path
     finally:
         work.close()
 
