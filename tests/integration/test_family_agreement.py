@@ -54,7 +54,7 @@ def with_method(config: Config, method: str, options: dict[str, Any]) -> Config:
         ("sacpo", "soft", {"order": "safe_first"}),
         ("sacpo", "regression", {"order": "helpful_first"}),
         ("cdpo", "soft", {"rounds": 6, "tolerance": 0.01, "standard_errors": 0}),
-        ("caid", "soft", {"rounds": 1, "epochs": 8}),
+        ("caid", "soft", {"rounds": 1, "epochs": 256}),  # of one step each: three prompts
     ],
     ids=["SACPO", "SACPO, safe first", "SACPO, regression", "C-DPO", "CAID"],
 )
