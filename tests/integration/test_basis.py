@@ -62,7 +62,7 @@ def test_policy_is_the_strength_of_a_mixture_of_two_trainings(evaluated: tuple[P
     assert mixed.input("policy").digest != mixed.input("policy-calm").digest
     after = load_estimate(evaluation.input("estimate"))
     assert after.improvement["calm"].mean == pytest.approx(MARGIN, rel=0.25)
-    assert cost_of(evaluation).trainings == 2
+    assert cost_of(evaluation).num_trainings == 2
     assert verify_run(folder / "run")[1] == []
     report = evaluation.read_json(REPORT)
     assert report["estimate"]["mixture"]["coefficient"] == record["coefficient"]
