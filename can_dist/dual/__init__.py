@@ -3,7 +3,7 @@
 NumPy and SciPy only.
 """
 
-from can_dist.dual.basis import Mixture, check_mixing, mix
+from can_dist.dual.basis import Mixture, mix, mixing_correlation
 from can_dist.dual.belief.diagnosis import Diagnosis, diagnose
 from can_dist.dual.belief.trust import Trust, judge
 from can_dist.dual.belief.uncertainty import Bootstrap, CrossFit, bootstrap, cross_fit, lam_interval
@@ -58,7 +58,6 @@ __all__ = [
     "at_strength",
     "bootstrap",
     "check_feasibility",
-    "check_mixing",
     "choose_strength",
     "columns_from",
     "cross_fit",
@@ -74,6 +73,7 @@ __all__ = [
     "lower_bound",
     "mean_interval",
     "mix",
+    "mixing_correlation",
     "partial_sums",
     "predict",
     "run_pass",

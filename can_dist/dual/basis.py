@@ -210,25 +210,6 @@ def mixing_correlation(
     log_prob_mixed_N: npt.ArrayLike,
     coefficient: Mapping[str, float],
 ) -> float:
-    """Return the correlation, within prompts, of a mixed policy's log-ratio with the mixture of log-ratios; or NaN."""
-    mixed_N = np.zeros(table.num_rows)
-    for name, weight in coefficient.items():
-        mixed_N += weight * centred(table, aligned_log_ratio(table, log_prob_ref_N, log_prob_policy_N[name], name))
-    actual_N = centred(table, aligned_log_ratio(table, log_prob_ref_N, log_prob_mixed_N, "the mixed policy"))
-    cross, mixed, actual = (
-        float(within_covariance(table, first_N, second_N).mean())
-        for first_N, second_N in ((mixed_N, actual_N), (mixed_N, mixed_N), (actual_N, actual_N))
-    )
-    return cross / math.sqrt(mixed * actual) if mixed * actual > 0 else math.nan
-
-
-def check_mixing(
-    table: ScoreTable,
-    log_prob_ref_N: npt.ArrayLike,
-    log_prob_policy_N: Mapping[str, npt.ArrayLike],
-    log_prob_mixed_N: npt.ArrayLike,
-    coefficient: Mapping[str, float],
-) -> float:
     """Return how well mixing weights mixed log-ratios: their correlation within prompts, measured on the mixed policy.
 
     Args:
@@ -238,12 +219,18 @@ def check_mixing(
         log_prob_mixed_N: ln π(y|x) of the policy whose weights were mixed.
         coefficient: a by policy.
 
-    Raises:
-        InfeasibleConstraint: it lies below ``MIXING``, so the coefficients say nothing of the mixed policy.
+    Returns:
+        NaN where one of the two log-ratios is the same for all responses of every prompt.
     """
-    correlation = mixing_correlation(table, log_prob_ref_N, log_prob_policy_N, log_prob_mixed_N, coefficient)
-    refuse_outside(coefficient, correlation, {})
-    return correlation
+    mixed_N = np.zeros(table.num_rows)
+    for name, weight in coefficient.items():
+        mixed_N += weight * centred(table, aligned_log_ratio(table, log_prob_ref_N, log_prob_policy_N[name], name))
+    actual_N = centred(table, aligned_log_ratio(table, log_prob_ref_N, log_prob_mixed_N, "the mixed policy"))
+    cross, mixed, actual = (
+        float(within_covariance(table, first_N, second_N).mean())
+        for first_N, second_N in ((mixed_N, actual_N), (mixed_N, mixed_N), (actual_N, actual_N))
+    )
+    return cross / math.sqrt(mixed * actual) if mixed * actual > 0 else math.nan
 
 
 def refuse_outside(coefficient: Mapping[str, float], correlation: float, reach: Mapping[str, float]) -> None:

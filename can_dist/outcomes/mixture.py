@@ -15,7 +15,7 @@ from can_dist.outcomes.export import check_new, export_policy, find_policy
 from can_dist.outcomes.stretch import Stretched, named_margins
 from can_dist.run import Run
 from can_dist.stages.estimate import MIXTURE, load_estimate, without_strength
-from can_dist.stages.mixture import weights_text
+from can_dist.stages.mixture import inputs_of, weights_text
 from can_dist.stages.solve import load_solution, solve
 from can_dist.stages.strength import check, strengthen
 from can_dist.tables.artifacts import Artifact
@@ -46,11 +46,6 @@ def export_mixture(path: Path, out: Path, *, margins: Mapping[str, float], max_s
     check_new(out)
     own = without_strength(find_policy(path)[0])
     config, solution, validation = load_config(own.path.parent / CONFIG), own.input("solution"), own.input("validation")
-    policies = {
-        name.removeprefix("policy").removeprefix("-"): own.input(name)
-        for name in own.manifest["inputs"]
-        if name.startswith("policy")
-    }
     constraints = _replaced(config, solution, margins)
     options = config.strength if isinstance(config.strength, StrengthChoice) else StrengthChoice()
     identity = solution.manifest["identity"]
@@ -59,7 +54,7 @@ def export_mixture(path: Path, out: Path, *, margins: Mapping[str, float], max_s
             "solve", solve, solution.input("scores"), reward=REWARD, constraints=constraints, beta=identity["beta"],
             log_weight=identity["log_weight"],
         )  # fmt: skip
-        mixed = run.mixture(policies, config.reference, solved, validation)
+        mixed = run.mixture(inputs_of(own, "policy"), config.reference, solved, validation)
         estimate = run.estimate(mixed, config.reference, solved, validation)
         policy = run.stage("strength", strengthen, mixed, config.reference, solved, estimate, options=options)
         if policy is not mixed:

@@ -18,7 +18,7 @@ from can_dist.outcomes.estimate import find_solution
 from can_dist.outcomes.export import find_policy
 from can_dist.outcomes.stretch import find_estimate, frontier_at
 from can_dist.stages.estimate import MIXTURE, load_estimate, trained_policy, without_strength
-from can_dist.stages.mixture import MAIN, told_by
+from can_dist.stages.mixture import MAIN, inputs_of, told_by
 from can_dist.stages.solve import cvar_offset, demands, load_solution
 from can_dist.tables.artifacts import Artifact
 
@@ -68,12 +68,7 @@ def reach(path: Path) -> dict[str, Any]:
 def _basis(
     mixed: Artifact, solution: Artifact, demanded: Sequence[Demand], name: str, margins: Sequence[float]
 ) -> list[RayPoint]:
-    inputs = mixed.manifest["inputs"]
-    log_probs = {
-        key.removeprefix("log_probs").removeprefix("-") or MAIN: mixed.input(key)
-        for key in inputs
-        if key.startswith("log_probs")
-    }
+    log_probs = {name or MAIN: scores for name, scores in inputs_of(mixed, "log_probs").items()}
     told, beta = told_by(mixed.input("validation"), log_probs, solution), load_solution(solution).beta
     return basis_reach(told.table, told.ref_N, told.policy_N, demanded, name, margins, beta=beta)
 

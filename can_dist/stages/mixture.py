@@ -137,6 +137,15 @@ def for_other_margins(policy: Artifact) -> bool:
     return bool(labelled["digest"] != mixed.manifest["inputs"]["solution"]["digest"])
 
 
+def inputs_of(mixed: Artifact, role: str) -> dict[str, Artifact]:
+    """Return the inputs of a mixture in a role, ``policy`` or ``log_probs``, by constraint; '' is r + ⟨λ, g⟩'s."""
+    return {
+        name.removeprefix(role).removeprefix("-"): mixed.input(name)
+        for name in mixed.manifest["inputs"]
+        if name.startswith(role)
+    }
+
+
 def weights_text(coefficient: Mapping[str, float]) -> str:
     """Return the coefficients of a mixture as text."""
     return ", ".join(f"{weight:.3g} of {name}" for name, weight in coefficient.items())

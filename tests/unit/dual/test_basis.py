@@ -10,7 +10,7 @@ import pytest
 from policy_world import PolicyWorld, make_world
 from scipy.optimize import brentq, minimize
 
-from can_dist.dual import Demand, ScoreTable, check_mixing, choose_strength, estimate_policy, mix
+from can_dist.dual import Demand, ScoreTable, choose_strength, estimate_policy, mix, mixing_correlation
 from can_dist.dual.basis import basis_of, largest_margins, mixture_of, reachable, refuse_outside
 from can_dist.errors import ConfigError, DataError, InfeasibleConstraint, NumericalError
 
@@ -146,6 +146,9 @@ def test_the_mixture_beats_the_ray_and_one_scalar_meets_the_margin() -> None:
     assert world.gain(realised(result.scaled(alpha)), world.utility_JPM[0]) == pytest.approx(0.5, rel=0.15)
 
 
+COEFFICIENT = {"s": 0.6, "g0": -0.2}
+
+
 class TestMixing:
     world = make_world(6, num_prompts=50)
 
@@ -153,7 +156,9 @@ class TestMixing:
         basis = noisy_basis(self.world)
         table, columns = self.world.enumerated(*basis.values(), self.world.tilted(mixture_PM))
         policies = dict(zip(basis, columns[1:-1], strict=True))
-        return check_mixing(table, columns[0], policies, columns[-1], {"s": 0.6, "g0": -0.2})
+        correlation = mixing_correlation(table, columns[0], policies, columns[-1], COEFFICIENT)
+        refuse_outside(COEFFICIENT, correlation, {})
+        return correlation
 
     def test_exact_and_nearly(self) -> None:
         ratios = [policy - self.world.log_ref_PM for policy in noisy_basis(self.world).values()]
