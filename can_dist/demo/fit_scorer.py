@@ -14,8 +14,7 @@ from can_dist.errors import ConfigError, DataError
 from can_dist.measuring.calibration import reliability
 from can_dist.modeling.formatter import open_formatter
 from can_dist.modeling.loading import context_length, load_model_config, model_directory
-from can_dist.scoring.fitted import FIT, above
-from can_dist.tables.artifacts import write_json
+from can_dist.scoring.fitted import above
 from can_dist.tables.foreign.formats import read_preferences
 
 Criterion = Literal["helpful", "safe"]
@@ -63,9 +62,11 @@ def fit_scorer(
         )
     formatter = open_formatter(base)
     context = context_length(load_model_config(base, "base of the scorer"))
+    about = {"criterion": criterion, "source": source.source, "read_as": read.format, "base": base.model}
     held: dict[str, Any] = {}
+    further = {**about, "least_accuracy": least_accuracy, "held_out": held}
 
-    def measured(pair_logit_N: Any, score_N: Any, label_N: Any) -> None:
+    def measured(pair_logit_N: Any, score_N: Any, label_N: Any) -> dict[str, Any]:
         if len(pair_logit_N) >= MIN_HELD_OUT:
             held["pairs"] = reliability(pair_logit_N, pair_logit_N * 0 + 1)
         if len(score_N) >= MIN_HELD_OUT:
@@ -76,15 +77,13 @@ def fit_scorer(
                 f"expected {MIN_HELD_OUT} of one kind at least, to measure an accuracy.",
                 "Bring more data, or raise --held-out.",
             )
+        return further
 
     result = fit_score_model(
         model_directory(base), pairs, out, encode=formatter.full_ids, examples=examples, max_length=context,
         measured=measured, **options,
     )  # fmt: skip
-    about = {"criterion": criterion, "source": source.source, "read_as": read.format, "base": base.model}
-    record = {**asdict(result), **about, "least_accuracy": least_accuracy, "held_out": held}
-    write_json(out / FIT, record)
-    return record
+    return {**asdict(result), **further}
 
 
 def rows_of(table: Sequence[Mapping[str, Any]], criterion: Criterion) -> tuple[list[ScorePair], list[ScoreExample]]:

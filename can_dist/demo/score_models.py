@@ -35,7 +35,7 @@ from can_dist.tables.artifacts import atomic_directory
 
 Messages = Sequence[dict[str, str]]
 Encode = Callable[[Messages, str], list[int]]
-Measured = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+Measured = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, Any]]
 _POOL_BATCHES = 16  # batches whose members are sorted by length together
 
 
@@ -113,7 +113,7 @@ def fit_score_model(
         held_out: share of distinct messages that measure the accuracy and the AUC.
         seed: of the head, the split and the order.
         measured: is told the held-out pairs' differences of scores, better less worse, and the held-out examples'
-            scores and labels, before the model is written.
+            scores and labels, before the model is written; what it returns stands in ``out/fit.json`` too.
 
     Raises:
         EnvironmentProblem: ``out`` exists.
@@ -130,8 +130,7 @@ def fit_score_model(
         raise DataError(f"score model: held_out={held_out} leaves no training rows of {len(rows)}. Lower held_out.")
     num_steps, train_loss = _fit(model, train, epochs, lr, batch_size, weight_decay, seed, out.name)
     held_out_scores = _held_out_scores(model, test, batch_size)
-    if measured is not None:
-        measured(*held_out_scores)
+    further = {} if measured is None else measured(*held_out_scores)
     accuracy, accuracy_se, auc = _measure(*held_out_scores)
     result = FitResult(
         num_train_pairs=sum(len(row.ids) == 2 for row in train),
@@ -145,7 +144,12 @@ def fit_score_model(
         pair_accuracy_se=accuracy_se,
         auc=auc,
     )
-    save_model(model, AutoTokenizer.from_pretrained(base), out, {"fit.json": json.dumps(asdict(result), indent=2)})
+    save_model(
+        model,
+        AutoTokenizer.from_pretrained(base),
+        out,
+        {"fit.json": json.dumps({**asdict(result), **further}, indent=2)},
+    )
     return result
 
 
