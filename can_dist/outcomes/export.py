@@ -232,10 +232,15 @@ def export_preferences(path: Path, out: Path, *, split: str = "train") -> dict[s
     unpaired format (``prompt``, ``completion``, ``label``), with the ``weight`` of each.
 
     Raises:
-        DataError: there is no table of preferences, or there are several.
+        DataError: there is no table of preferences, there are several, or it holds advantages.
     """
     preferences = _find_preferences(path)
     loss = preferences.info["loss"]
+    if loss == "clipped":
+        raise DataError(
+            f"{preferences.path}: holds advantages of a policy gradient (primal_dual), which are no preferences.",
+            "Give the label-... artifact of another method.",
+        )
     rows, counts = [], Counter({"rows": 0, "undecided": 0})
     for example in preferences.table.to_pylist():
         if example["split"] != split:

@@ -239,6 +239,13 @@ def test_lists_become_all_their_pairs(tmp_path: Path, loss: str, targets: list[f
         assert [pair["p_chosen"] for pair in written] == pytest.approx([p(1.0), p(3.0), p(2.0)])
 
 
+def test_advantages_are_no_preferences(tmp_path: Path) -> None:
+    preferences(tmp_path, "clipped", [[0.75, -0.75]])
+    with pytest.raises(DataError, match=r"holds advantages of a policy gradient .* which are no preferences"):
+        export_preferences(tmp_path, tmp_path / "out.parquet")
+    assert not (tmp_path / "out.parquet").exists()
+
+
 def test_two_tables_are_told_apart_by_their_path(tmp_path: Path) -> None:
     one = preferences(tmp_path, "sigmoid", [[0.75, 0.25]])
     preferences(tmp_path, "regression", [[2.0, 1.0]])
