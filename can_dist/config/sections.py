@@ -150,7 +150,7 @@ class Generate(Strict):
     max_truncated: float = runtime(1, "Largest share of responses cut at max_new_tokens; 1: only tell.", ge=0, le=1)
     batch_prompts: int = Field(4, ge=1, description="Prompts whose K responses are decoded at once.")
     tokens_at_once: int = added(
-        65536, "Most tokens, prompts and responses, that are decoded at once; a larger K takes turns.", ge=1
+        32768, "Most tokens, prompts and responses, that are decoded at once; a larger K takes turns.", ge=1
     )
     shard_prompts: int = Field(32, ge=1, description="Prompts per shard, the unit of commit and retry.")
 

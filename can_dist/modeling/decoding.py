@@ -1,7 +1,7 @@
 """Decoding of many responses at once: a prompt is read once for all of them, and those that end make room for others.
 
-``generate`` of transformers reads a prompt once per response, and steps all of a batch until its last response has ended.
-Here rows of keys and values, one per response, stand behind one another with their last columns aligned:
+``generate`` of transformers reads a prompt once per response, and steps a batch until its last response has ended. Here
+rows of keys and values, one per response, stand behind one another with their last columns aligned:
 
     prompt prompt token token            a row in its third step
            prompt token token token      one that began later: nothing is in its first column, and nothing looks there
@@ -79,6 +79,11 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]
         self._show(end)
         return self.keys, self.values
 
+    def clear(self) -> None:
+        """Give the memory back: one layer after the other is copied and cleared, so the cache is never there twice."""
+        empty = self._memory[0].new_empty(0)
+        self._memory = self.keys, self.values = empty, empty
+
     def _show(self, width: int) -> None:
         self.keys, self.values = (memory[:, :, :width] for memory in self._memory)
 
@@ -96,7 +101,10 @@ def _gathered(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], width: int) ->
 
 
 def gather(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
-    """Return chosen rows of several, behind one another, without the columns that are none of theirs."""
+    """Return chosen rows of several, behind one another, without the columns that are none of theirs.
+
+    Rows that were gathered before are cleared, rows of prompts are kept.
+    """
     chosen = [torch.tensor(places, device=rows.num_own_R.device) for rows, places in parts]
     num_own_R = torch.cat([rows.num_own_R[places] for (rows, _), places in zip(parts, chosen, strict=True)])
     width = int(num_own_R.max())
@@ -105,6 +113,9 @@ def gather(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
         keys = _gathered([(layer.keys, places) for layer, places in zip(same, chosen, strict=True)], width)
         values = _gathered([(layer.values, places) for layer, places in zip(same, chosen, strict=True)], width)
         layers.append(ReservedLayer(keys, values))
+        for layer in same:
+            if isinstance(layer, ReservedLayer):
+                layer.clear()
     return Rows(layers, num_own_R)
 
 
@@ -200,7 +211,7 @@ def decode(
     tokens: list[list[int]] = [[] for _ in prompt_ids]
     done = [False] * len(prompt_ids)
     waiting, batch = deque(range(len(prompt_ids))), list[int]()
-    rows = Rows((), torch.empty(0))
+    rows = nothing = Rows((), torch.empty(0))
 
     def extend(responses: Sequence[int], logits_BV: torch.Tensor) -> None:
         for response, token in zip(responses, choose(responses, logits_BV), strict=True):
@@ -216,9 +227,11 @@ def decode(
         entering = [waiting.popleft() for _ in range(min(len(waiting), max_rows - len(going)))]
         batch = [batch[place] for place in going] + entering
         parts = [(rows, going)] if going else []
+        rows = nothing  # only parts keep them now
         if entering:
             more, logits_BV = prompts.enter(entering)
             extend(entering, logits_BV)
             parts += more
-        rows = gather(parts) if batch else rows
+        if batch:
+            rows = gather(parts)
     return tokens

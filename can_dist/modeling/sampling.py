@@ -1,8 +1,8 @@
 """Sampling with one random stream per (prompt, k), so that a response depends on nothing but its own seed.
 
 argmax(logits/T + Gumbel noise) is an exact draw from softmax(logits/T). The noise of a row comes from that row's own
-generator, so the draw is the same whichever rows share the batch, whichever actor does the work, up to the last bits of
-the logits: rows of another batch are padded otherwise, and two tokens within a rounding of each other may change places.
+generator, so the draw is the same whichever rows share the batch and whichever actor does the work, but for the last
+bits of the logits, which differ between batches: of two tokens within a rounding of each other either may be drawn.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def sample(
     """Sample one response per row; return (token ids with the end token, finish reason 'stop' or 'length').
 
     Neighbouring rows with the same prompt share its reading. The model's own generation defaults (top_k, penalties) are
-    not used: only what ``options`` says. A model that ``decode`` does not take is given to its own ``generate``, batch by
-    batch.
+    not used: only what ``options`` says. A model that ``decode`` does not take samples by its own ``generate``, in
+    batches of as many rows.
     """
     generators = [torch.Generator(device=model.device).manual_seed(seed) for seed in seeds]
     max_rows = rows_at_once(options, max(len(ids) for ids in prompt_ids))

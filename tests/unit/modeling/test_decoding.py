@@ -5,7 +5,6 @@ The oracles are transformers' ``generate`` on whole batches, and a pass over the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -152,9 +151,9 @@ class Passes:
 
 
 @pytest.fixture
-def passes(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def passes(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     model = model_of("llama")
-    yield SimpleNamespace(model=model, seen=Passes(model, monkeypatch).shapes)
+    return SimpleNamespace(model=model, seen=Passes(model, monkeypatch).shapes)
 
 
 def test_prompt_is_read_once_and_rows_that_end_make_room(passes: Any, tokenizer: Any) -> None:
@@ -210,11 +209,23 @@ def test_model_that_is_left_to_generate_is_sampled_batch_by_batch(tokenizer: Any
     model, options = model_of("phi3"), Generate(num_responses=3, batch_prompts=2, max_new_tokens=LONG)
     prompts, seeds = asked_for(5, 3)
     together = sampling.sample(model, tokenizer, prompts, seeds, options, [END])
-    alone = [sampling.sample(model, tokenizer, [p], [s], options, [END])[0] for p, s in zip(prompts, seeds, strict=True)]
-    assert together == alone
+    for prompt, seed, response in zip(prompts, seeds, together, strict=True):
+        assert sampling.sample(model, tokenizer, [prompt], [seed], options, [END]) == [response]
+
+
+def test_layer_that_was_copied_gives_its_memory_back_and_a_prompt_stays() -> None:
+    rows, _ = decoding.Decoder(model_of("llama")).read([[5, 6, 7], [8]])
+    first = decoding.gather([(rows, [0, 0, 1])])
+    second = decoding.gather([(first, [2, 0]), (rows, [1])])
+    assert [layer.keys.shape for layer in rows.layers] == [(2, 2, 3, 8)] * 2
+    assert all(layer.keys.numel() == 0 and layer._memory[0].numel() == 0 for layer in first.layers)
+    assert second.num_own_R.tolist() == [1, 3, 1]
+    for layer, prompts in zip(second.layers, rows.layers, strict=True):
+        assert torch.equal(layer.keys[1], prompts.keys[0])
+        assert torch.equal(layer.values[[0, 2], :, -1], prompts.values[[1, 1], :, -1])
 
 
 def test_rows_at_once_are_those_of_some_prompts_within_a_number_of_tokens() -> None:
     options = Generate(num_responses=128, batch_prompts=4, max_new_tokens=512)
-    assert sampling.rows_at_once(options, 88) == 65536 // 600
+    assert sampling.rows_at_once(options, 88) == 32768 // 600
     assert sampling.rows_at_once(options.model_copy(update={"num_responses": 8}), 88) == 32
