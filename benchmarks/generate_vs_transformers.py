@@ -146,6 +146,7 @@ def measured(case: Case, rounds: int) -> dict[str, Any]:
     rates = {name: kept[name] / cpu for name, (_, cpu) in seconds.items()}
     return {
         "case": asdict(case),
+        "rounds": rounds,
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "prompt_tokens": sum(len(ids) for ids in prompts),
         "kept_tokens": kept,
