@@ -69,7 +69,7 @@ def test_a_killed_training_goes_on_with_its_best_and_ends_with_the_same_bytes(
     spec = world.spec("killed", TOTAL, stop="flat", **OPTIONS)
     done = summary_of(undisturbed)["num_steps"]
     kept = (done - 1) // 2 * 2  # the newest checkpoint before the end
-    assert tw.launch(spec, hook=f"kill:1:{done}").codes[1] == -9
+    assert tw.launch(spec, hook=f"kill:1:{done - 1}").codes[1] == -9
     best = Best.from_dict(json.loads((folder_of(spec) / "checkpoints" / f"step-{kept:06d}" / "best.json").read_text()))
     assert best.step <= kept
     assert best.objective_P.shape == (15,)

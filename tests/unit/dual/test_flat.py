@@ -1,4 +1,4 @@
-"""When a training is flat: the objective by enumeration, the rise by a paired t statistic of SciPy, the rule by hand."""
+"""When a training is flat: the objective by enumeration, the rise by SciPy's paired t, the rule by hand."""
 
 from __future__ import annotations
 

@@ -80,7 +80,9 @@ def test_what_watches_makes_no_other_training_and_what_steers_does(world: ww.Wat
     assert steered != plain
     assert opened(world, watched, feedback="validation", eval_every=3) != steered, "λ moves at other steps"
     assert opened(world, None, feedback="validation") == plain, "a training without a dual has nothing to steer"
-    with pytest.raises(ConfigError, match=r"train.feedback: there are no validation responses to go by. Give prompts.num_validation"):
+    with pytest.raises(
+        ConfigError, match=r"train.feedback: there are no validation responses to go by. Give prompts.num_validation"
+    ):
         opened(world, Watched(world.solution, None), feedback="validation")
 
 
