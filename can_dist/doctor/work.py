@@ -13,6 +13,7 @@ from can_dist.config.scorers import LogRatio
 from can_dist.config.sections import Generate
 from can_dist.config.walk import scorers
 from can_dist.errors import ConfigError, DataError
+from can_dist.modeling.loading import load_model_config
 from can_dist.modeling.stored import stored_tensors
 from can_dist.stages.ingest import NUM_VALIDATION
 from can_dist.training.checkpoints import BYTES_PER_WEIGHT, KEEP
@@ -87,6 +88,11 @@ def parse_rates(texts: tuple[str, ...]) -> dict[str, float]:
             )
         rates[stage] = rate
     return rates
+
+
+def reference_shape(settings: Config) -> Any:
+    """Return the configuration of the reference's text model, as transformers has it."""
+    return load_model_config(settings.reference, "causal language model").get_text_config()
 
 
 def count_work(
