@@ -119,13 +119,13 @@ def comparison_svg(
 
 
 def _name_margin(ax: Any, margin: float, level: int, *, on_x: bool) -> None:
-    """Write a margin over its line: above the axes, or at their right end."""
+    """Write a margin at the end of its line, outside of the axes."""
     text = f"margin {margin:.3g}"
     if on_x:
         label_above(ax, margin, text, MARGIN, level=level)
         return
-    ax.annotate(text, (1.0, margin), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
-                ha="right", va="bottom", color=MARGIN)  # fmt: skip
+    ax.annotate(text, (1.0, margin), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+                ha="left", va="center", color=MARGIN)  # fmt: skip
 
 
 def _draw_method(ax: Any, name: str, ellipse: Ellipse, place: int) -> Any:
