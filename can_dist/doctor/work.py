@@ -50,7 +50,7 @@ class Work:
         host_hours: Of the driver's CPU.
         disk_bytes: By what is kept.
         actor_bytes: Weights of each kind of actor; None where the model's files are not in reach.
-        cache_bytes: Keys and values of the largest batch that is sampled.
+        cache_bytes: Keys and values of the responses that are decoded at once; None where vLLM decides.
     """
 
     responses: int
@@ -65,7 +65,7 @@ class Work:
     host_hours: float
     disk_bytes: dict[str, int]
     actor_bytes: dict[str, int | None]
-    cache_bytes: int
+    cache_bytes: int | None
 
 
 def parse_rates(texts: tuple[str, ...]) -> dict[str, float]:
@@ -137,7 +137,7 @@ def count_work(
         host_hours=HOST_S * responses["all"] / 3600,
         disk_bytes=_disk(settings, plan, size * responses["all"]),
         actor_bytes=_actors(settings, plan),
-        cache_bytes=_cache(settings.generate, text_config, size, _weight_bytes(plan)),
+        cache_bytes=_cache(settings.generate, text_config, _weight_bytes(plan)),
     )
 
 
@@ -234,9 +234,12 @@ def _stored_bytes(model: Model, weight_bytes: int) -> int | None:
     return weight_bytes * sum(math.prod(tensor.shape) for tensor in tensors)
 
 
-def _cache(options: Generate, text_config: Any, response_tokens: int, weight_bytes: int) -> int:
-    """Return the bytes of keys and values of the largest batch: its prompts' K responses, without the prompts."""
+def _cache(options: Generate, text_config: Any, weight_bytes: int) -> int | None:
+    """Return the bytes of keys and values of the most tokens that are decoded at once."""
+    if options.engine == "vllm":
+        return None
     heads = text_config.num_attention_heads
     width = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     kept = 2 * text_config.num_hidden_layers * (getattr(text_config, "num_key_value_heads", None) or heads) * width
-    return int(options.batch_prompts * options.num_responses * response_tokens * kept * weight_bytes)
+    tokens = min(options.tokens_at_once, options.batch_prompts * options.num_responses * options.max_new_tokens)
+    return int(tokens * kept * weight_bytes)
