@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from can_dist.config import Config, Model
 from can_dist.config.base import identity
 from can_dist.config.sections import Generate
+from can_dist.console import advance
 from can_dist.errors import DataError
 from can_dist.modeling.formatter import Formatter, convention, ending_identity, open_formatter, text_identity
 from can_dist.modeling.loading import model_digest
@@ -208,7 +209,9 @@ class GenerateJob:
         size = len(rows) if self.options.engine == "vllm" else self.options.batch_prompts
         out: list[dict[str, Any]] = []
         for start in range(0, len(rows), size):
-            out += self._sample_batch(loaded, rows[start : start + size])
+            batch = self._sample_batch(loaded, rows[start : start + size])
+            advance(len(batch))
+            out += batch
         return out
 
     def _sample_batch(self, loaded: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
