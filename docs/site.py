@@ -33,6 +33,8 @@ OUTSIDE = {
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 CODE = re.compile(r"(^```[\s\S]*?^```$|(?<=\n\n) {4}.*(?:\n+ {4}.*)*|`[^`\n]*`)", re.MULTILINE)
 """Code: between fences, indented after an empty line, or in a line."""
+HYPHENED = re.compile(r"<[^>]*>|(?<![^\s>])(?P<word>[^\s<>]{0,30}-[^\s<>]{0,30})(?![^\s<])")
+"""A tag, or a word with a hyphen that is short enough for a line."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -67,6 +69,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     # the star of λ* is no emphasis, which Python's Markdown takes it for
     parts = CODE.split(LINK.sub(follow, markdown))
     return "".join(part if n % 2 else re.sub(r"(?<=[λπθ])\*", "&#42;", part) for n, part in enumerate(parts))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
+    """Keep options and names in one piece where code wraps: browsers would break them after a hyphen."""
+
+    def kept(match: re.Match[str]) -> str:
+        return match[0] if match["word"] is None else f'<span class="word">{match[0]}</span>'
+
+    return re.sub(r"(?s)<code>.*?</code>", lambda code: HYPHENED.sub(kept, code[0]), html)
 
 
 def commands_page() -> str:

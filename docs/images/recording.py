@@ -1,0 +1,156 @@
+"""Record a command in a terminal of 80 × 24, and draw the recording as a moving picture of 20 seconds.
+
+    python docs/images/recording.py record demo.cast can-dist demo --run runs/demo
+    python docs/images/recording.py draw demo.cast docs/images/recording.svg
+
+A recording is an asciicast (version 2) with its times as they were. The picture plays it faster, and says so in its
+title; what stands still, such as a viewer without animation, shows the last screen. The same recording gives the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+import time
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+
+COLUMNS, ROWS = 80, 24
+SECONDS, LAST_S = 20.0, 4.0  # of the picture, and of its last screen
+LONGEST_GAP_S = 4.0  # a longer silence is played as this long
+CONTROL = re.compile(r"\x1b\[(?P<numbers>[\d;]*)(?P<kind>[A-Za-z])|\x1b\[\?\d+[hl]|(?P<plain>[^\x1b\r\n]+)|[\r\n]")
+COLOURS = {"31": "#ff7b72", "32": "#7ee787", "33": "#e3b341"}
+FONTS = "ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace"
+CHARACTER, LINE, EDGE, TOP = 7.8, 17, 12, 34  # pixels
+
+
+@dataclass
+class Shown:
+    """A version of a line of the terminal, on its row, from one second to another (None: to the end)."""
+
+    row: int
+    text: str
+    colour: str
+    since: float
+    until: float | None = None
+
+
+def record(path: Path, command: list[str]) -> int:
+    """Run a command in a pseudo-terminal; write what it prints, with times; return its exit status."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execvp(command[0], command)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+    start, lines = time.monotonic(), [json.dumps({"version": 2, "width": COLUMNS, "height": ROWS, "command": command})]
+    while True:
+        try:
+            text = os.read(terminal, 65536)
+        except OSError:  # the other end of the terminal is closed
+            break
+        sys.stdout.buffer.write(text)
+        sys.stdout.flush()
+        lines.append(json.dumps([round(time.monotonic() - start, 3), "o", text.decode(errors="replace")]))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def played(times: list[float]) -> list[float]:
+    """Return when each event is played, so that all of them, without long silences, fill the picture's seconds."""
+    passed = [0.0]
+    for before, after in pairwise([0.0, *times]):
+        passed.append(passed[-1] + min(after - before, LONGEST_GAP_S))
+    scale = (SECONDS - LAST_S) / max(passed[-1], 1e-9)
+    return [scale * moment for moment in passed[1:]]
+
+
+def lines_of(events: list[tuple[float, str]]) -> list[Shown]:
+    """Return every version of every line: a bar writes over its line, all else goes on below."""
+    done: list[Shown] = []
+    now: dict[int, Shown] = {}
+    row, column, colour = 0, 0, ""
+    for moment, text in events:
+        for match in CONTROL.finditer(text):
+            if match[0] == "\n":
+                row, column = row + 1, 0
+            elif match[0] == "\r":
+                column = 0
+            elif match["kind"] == "A":
+                row = max(row - int(match["numbers"] or 1), 0)
+            elif match["kind"] == "m":
+                colour = COLOURS.get(match["numbers"], "")
+            elif match["plain"]:
+                before = now.get(row, Shown(row, "", "", moment))
+                whole = (
+                    before.text[:column].ljust(column) + match["plain"] + before.text[column + len(match["plain"]) :]
+                )
+                column += len(match["plain"])
+                if before.since < moment:
+                    before.until = moment
+                    done.append(before)
+                now[row] = Shown(row, whole.rstrip(), colour or before.colour, moment)
+    return [line for line in [*done, *now.values()] if line.text]
+
+
+def draw(recording: str) -> str:
+    """Return the picture of a recording."""
+    head, *rows = [json.loads(line) for line in recording.splitlines()]
+    times = [float(moment) for moment, _, _ in rows]
+    command = " ".join(head["command"])
+    texts = [text for _, _, text in rows]
+    events = [(0.0, f"$ {command}\r\n"), *zip(played(times), texts, strict=True)]
+    shown = lines_of([(round(moment, 2), text) for moment, text in events])
+    width, height = 2 * EDGE + COLUMNS * CHARACTER, TOP + EDGE + ROWS * LINE
+    title = f"{command}: {times[-1]:.0f} seconds, played in {SECONDS:.0f}"
+    scrolled = {0.0: 0}
+    for line in sorted(shown, key=lambda line: line.since):
+        scrolled[line.since] = max(*scrolled.values(), line.row - ROWS + 1)
+    last = max(scrolled.values())
+    moves = ";".join(f"0 {-LINE * rows}" for rows in scrolled.values())
+    moments = ";".join(f"{moment / SECONDS:.4f}" for moment in scrolled)
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}">',
+            f"<title>{escape(title)}</title>",
+            f"<style>text{{font:13px {FONTS};fill:#e6edf3;white-space:pre}}</style>",
+            '<rect width="100%" height="100%" rx="8" fill="#0d1117"/>',
+            f'<text x="{EDGE}" y="22" opacity=".6">{escape(title)}</text>',
+            f'<svg y="{TOP}" width="100%" height="{ROWS * LINE}"><g transform="translate(0 {-LINE * last})">',
+            f'<animate id="a" attributeName="opacity" from="1" to="1" begin="0s;a.end" dur="{SECONDS:.0f}s"/>',
+            f'<animateTransform attributeName="transform" type="translate" calcMode="discrete" begin="a.begin" '
+            f'dur="{SECONDS:.0f}s" values="{moves}" keyTimes="{moments}"/>',
+            *map(drawn, sorted(shown, key=lambda line: (line.row, line.since))),
+            "</g></svg></svg>\n",
+        ]
+    )
+
+
+def drawn(line: Shown) -> str:
+    """Return a version of a line; the one that stays is hidden until it comes, the others are shown while they last."""
+    fill = f' style="fill:{line.colour}"' if line.colour else ""
+    text = f'<text x="{EDGE}" y="{LINE * line.row + 13}"{fill}'
+    if line.until is None:
+        change = f'<set attributeName="visibility" to="hidden" begin="a.begin" end="a.begin+{line.since}s"/>'
+        return f"{text}>{escape(line.text)}{change if line.since else ''}</text>"
+    change = f'begin="a.begin+{line.since}s" end="a.begin+{line.until}s"'
+    change = f'<set attributeName="visibility" to="visible" {change}/>'
+    return f'{text} visibility="hidden">{escape(line.text)}{change}</text>'
+
+
+def main(verb: str, cast: str, *rest: str) -> None:
+    """Record, or draw."""
+    if verb == "record":
+        sys.exit(record(Path(cast), list(rest)))
+    Path(rest[0]).write_text(draw(Path(cast).read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
