@@ -1,4 +1,4 @@
-"""``can-dist plan``: the memory that training needs on each rank, computed before anything is loaded."""
+"""``can-dist plan``: the memory that training needs on each rank, and the work of a run, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import click
 
 from can_dist.cli.options import config_options, read_config
 from can_dist.training.plan import Plan, make_plan, rank_memory
+from can_dist.training.workload import ASSUMED_PROMPT_TOKENS, Workload, count_work, hours, read_rates
 
 GB = 10**9
 LABELS = {
@@ -27,19 +28,37 @@ LABELS = {
 @click.command()
 @config_options
 @click.option("--memory", metavar="SIZE", help="Memory of a rank, e.g. 140GB; default: what this machine has.")
+@click.option(
+    "--tokens-per-second",
+    "speed",
+    metavar="STEP=NUMBER,...",
+    help="Of one actor or rank (generate, score, train): hours.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON, in bytes.")
 def plan(
-    config: str | None, config_option: str | None, overrides: tuple[str, ...], memory: str | None, as_json: bool
+    config: str | None,
+    config_option: str | None,
+    overrides: tuple[str, ...],
+    memory: str | None,
+    speed: str | None,
+    as_json: bool,
 ) -> None:
-    """Print what training needs of each rank's memory, and the largest pack that fits. Reads no weights."""
+    """Print what training needs of each rank's memory, the largest pack that fits, and the work of the whole run.
+
+    Reads no weights and no data.
+    """
     from can_dist.doctor.preflight import check_sources
 
     settings = read_config(config, config_option, overrides)
     check_sources(settings)
+    rates = read_rates(speed) if speed else {}
     memory_bytes = rank_memory(settings, memory)
     with contextlib.redirect_stdout(sys.stderr):  # libraries announce themselves there
         estimate = make_plan(settings, memory_bytes)
-    click.echo(json.dumps(asdict(estimate), indent=2) if as_json else plan_text(estimate))
+        work = count_work(settings, estimate)
+    took = hours(work, settings, rates)
+    record = {**asdict(estimate), "work": asdict(work), "hours": took}
+    click.echo(json.dumps(record, indent=2) if as_json else f"{plan_text(estimate)}\n{work_text(work, took)}")
 
 
 def plan_text(estimate: Plan) -> str:
@@ -78,6 +97,29 @@ def plan_text(estimate: Plan) -> str:
             _verdict(estimate),
         ]
     )
+
+
+def work_text(work: Workload, took: dict[str, float]) -> str:
+    """Return the work of a run, every response at its longest, and the hours by the rates that were stated."""
+    splits = " + ".join(f"{count:,} {split}" for split, count in work.prompts.items())
+    assumed = "; train is a guess, prompts.num_train is not set" if work.is_assumed else ""
+    fits = "" if work.fits else "; does not fit: lower generate.batch_prompts, or engine: vllm, which batches by memory"
+    disk = ", ".join(f"{name} {size / GB:,.1f}" for name, size in work.disk_bytes.items())
+    lines = [
+        f"work        {splits} prompts{assumed}; at most, every response at its longest",
+        f"generate    {work.tokens['generate']:,} tokens; {work.sequences:,} sequences at once: "
+        f"{work.cache_bytes / GB:.1f} GB of keys and values (prompts of {ASSUMED_PROMPT_TOKENS} tokens) beside "
+        f"{work.weight_bytes / GB:.1f} of weights{fits}",
+        f"score       {work.tokens['score']:,} tokens: {work.columns} columns of {work.responses:,} responses",
+        f"train       {work.tokens['train']:,} tokens, each response once an epoch",
+        f"disk        {disk} GB",
+    ]
+    if took:
+        each = ", ".join(f"{step} {value:,.1f}" for step, value in took.items())
+        lines.append(
+            f"hours       {each}: {sum(took.values()):,.1f} by the rates that you state, without loading models"
+        )
+    return "\n".join(lines)
 
 
 def _gathered(estimate: Plan) -> str:

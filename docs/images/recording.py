@@ -110,39 +110,49 @@ def draw(recording: str) -> str:
     shown = lines_of([(round(moment, 2), text) for moment, text in events])
     width, height = 2 * EDGE + COLUMNS * CHARACTER, TOP + EDGE + ROWS * LINE
     title = f"{command}: {times[-1]:.0f} seconds, played in {SECONDS:.0f}"
+    shown.sort(key=lambda line: (line.since, line.row))
     scrolled = {0.0: 0}
-    for line in sorted(shown, key=lambda line: line.since):
+    for line in shown:
         scrolled[line.since] = max(*scrolled.values(), line.row - ROWS + 1)
-    last = max(scrolled.values())
-    moves = ";".join(f"0 {-LINE * rows}" for rows in scrolled.values())
-    moments = ";".join(f"{moment / SECONDS:.4f}" for moment in scrolled)
+    steps = {moment: f"transform:translateY({-LINE * rows}px)" for moment, rows in scrolled.items()}
+    rules = [
+        f"text{{font:13px {FONTS};fill:#e6edf3;white-space:pre}}",
+        f"g *,g{{animation:{SECONDS:.0f}s step-end infinite}}",
+        *(keyframes(f"t{number}", visibility(line)) for number, line in enumerate(shown)),
+        keyframes("scroll", steps) + f"g{{animation-name:scroll;{list(steps.values())[-1]}}}",
+        "@media (prefers-reduced-motion:reduce){*{animation:none!important}}",
+    ]
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}">',
             f"<title>{escape(title)}</title>",
-            f"<style>text{{font:13px {FONTS};fill:#e6edf3;white-space:pre}}</style>",
+            "<style>" + "\n".join(rules) + "</style>",
             '<rect width="100%" height="100%" rx="8" fill="#0d1117"/>',
             f'<text x="{EDGE}" y="22" opacity=".6">{escape(title)}</text>',
-            f'<svg y="{TOP}" width="100%" height="{ROWS * LINE}"><g transform="translate(0 {-LINE * last})">',
-            f'<animate id="a" attributeName="opacity" from="1" to="1" begin="0s;a.end" dur="{SECONDS:.0f}s"/>',
-            f'<animateTransform attributeName="transform" type="translate" calcMode="discrete" begin="a.begin" '
-            f'dur="{SECONDS:.0f}s" values="{moves}" keyTimes="{moments}"/>',
-            *map(drawn, sorted(shown, key=lambda line: (line.row, line.since))),
+            f'<svg y="{TOP}" width="100%" height="{ROWS * LINE}"><g>',
+            *(drawn(line, f"t{number}") for number, line in enumerate(shown)),
             "</g></svg></svg>\n",
         ]
     )
 
 
-def drawn(line: Shown) -> str:
-    """Return a version of a line; the one that stays is hidden until it comes, the others are shown while they last."""
-    fill = f' style="fill:{line.colour}"' if line.colour else ""
-    text = f'<text x="{EDGE}" y="{LINE * line.row + 13}"{fill}'
-    if line.until is None:
-        change = f'<set attributeName="visibility" to="hidden" begin="a.begin" end="a.begin+{line.since}s"/>'
-        return f"{text}>{escape(line.text)}{change if line.since else ''}</text>"
-    change = f'begin="a.begin+{line.since}s" end="a.begin+{line.until}s"'
-    change = f'<set attributeName="visibility" to="visible" {change}/>'
-    return f'{text} visibility="hidden">{escape(line.text)}{change}</text>'
+def visibility(line: Shown) -> dict[float, str]:
+    """Return what a version of a line is, from when on."""
+    moments = {0.0: "hidden", line.since: "visible"} | ({} if line.until is None else {line.until: "hidden"})
+    return {moment: f"visibility:{value}" for moment, value in moments.items()}
+
+
+def keyframes(name: str, steps: dict[float, str]) -> str:
+    """Return the rule of an animation that jumps from step to step."""
+    inner = "".join(f"{100 * moment / SECONDS:.2f}%{{{step}}}" for moment, step in steps.items())
+    return f"@keyframes {name}{{{inner}}}"
+
+
+def drawn(line: Shown, name: str) -> str:
+    """Return a version of a line; without animation, the last one shows."""
+    style = f"animation-name:{name}" + ("" if line.until is None else ";visibility:hidden")
+    style += f";fill:{line.colour}" if line.colour else ""
+    return f'<text x="{EDGE}" y="{LINE * line.row + 13}" style="{style}">{escape(line.text)}</text>'
 
 
 def main(verb: str, cast: str, *rest: str) -> None:

@@ -15,6 +15,7 @@ from can_dist.errors import ConfigError
 from can_dist.training import memory as m
 from can_dist.training.deepspeed_config import build_ds_config
 from can_dist.training.plan import rank_memory
+from can_dist.training.workload import cache_bytes, read_rates
 
 SIZES = m.Parameters(trained=(1000, 10, 7), frozen=())
 CONFIG = """\
@@ -203,7 +204,75 @@ def test_a_model_that_is_padded_is_not_counted(tmp_path: Path, kind: str, why: s
 
 def test_the_text_ends_in_a_verdict(config: Path) -> None:
     done = CliRunner().invoke(cli_plan.plan, [str(config), "--memory", "1MB"], standalone_mode=False)
-    assert done.stdout.splitlines()[-1].startswith("verdict     nothing fits")
+    assert done.stdout.splitlines()[-6].startswith("verdict     nothing fits")
+
+
+def test_the_work_is_that_of_every_response_at_its_longest(config: Path) -> None:
+    settings = ["prompts.num_train=100", "prompts.num_validation=10", "prompts.num_test=20", "strength=1"]
+    settings += [
+        "generate.num_responses=4",
+        "generate.max_new_tokens=50",
+        "evaluate.num_responses=3",
+        "train.num_epochs=2",
+    ]
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    speed = "generate=100, train=1e3"
+    given = plan(config, *arguments, "--set", "cluster.num_actors=2", "--tokens-per-second", speed)
+    work = given["work"]
+    assert work["responses"] == 110 * 4 + 2 * 20 * 3
+    assert work["columns"] == 3, "reward, a constraint, ln π"
+    assert work["tokens"] == {"generate": 560 * 50, "score": 3 * 560 * 50, "train": 2 * 400 * 50}
+    assert work["sequences"] == 4 * 4
+    assert work["disk_bytes"]["checkpoints"] == 2 * 16 * given["trained_elements"]
+    assert given["hours"] == {"generate": 560 * 50 / 200 / 3600, "train": 40000 / (1000 * given["num_ranks"]) / 3600}
+    brought = plan(config, *arguments, "--set", "generate.responses.source=mine.jsonl")["work"]
+    assert brought["tokens"]["generate"] == (560 - 400) * 50
+    assert brought["tokens"]["score"] == work["tokens"]["score"]
+    text = CliRunner().invoke(
+        cli_plan.plan, [str(config), "--memory", "1GB", *arguments, "--tokens-per-second", speed], standalone_mode=False
+    )
+    assert "generate    28,000 tokens; 16 sequences at once" in text.stdout
+    assert text.stdout.splitlines()[-1].startswith("hours       generate 0.")
+
+
+def test_sequences_that_the_memory_does_not_hold_are_told(config: Path) -> None:
+    assert plan(config)["work"]["fits"]
+    assert not plan(
+        config,
+        "--set",
+        "generate.batch_prompts=512",
+        "--set",
+        "generate.shard_prompts=512",
+        "--set",
+        "generate.num_responses=4096",
+    )["work"]["fits"]
+
+
+def test_keys_and_values_take_what_a_cache_of_transformers_does() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    for config in (
+        LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2),
+        LlamaConfig(**shape, num_attention_heads=4),
+        Qwen3Config(**shape, num_attention_heads=4, num_key_value_heads=2, head_dim=16),
+    ):
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            cache = model(torch.zeros(2, 7, dtype=torch.long), use_cache=True).past_key_values
+        size = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+        assert cache_bytes(config, 4) == size / (2 * 7)
+
+
+@pytest.mark.parametrize(
+    "text", ["fast", "generate", "generate=0", "generate=-2", "judge=5", "generate=inf", "generate=1,train="]
+)
+def test_rates_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"--tokens-per-second .*is not generate, score, train with a positive number"
+    ):
+        read_rates(text)
 
 
 @pytest.mark.parametrize("size", ["lots", "140", "3 parsecs", "-1GB"])
