@@ -63,7 +63,7 @@ def run_shards(pool: ActorPool, job: ShardJob, shards: Mapping[int, int], work: 
         finally:
             for ref in run.calls:
                 ray.cancel(ref, force=False)
-            forget(run.name)
+    forget(run.name)  # where an error ends the work, its few bytes stay: the head may be gone, and asking it would hang
 
 
 @dataclass(frozen=True)

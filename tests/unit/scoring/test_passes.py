@@ -269,7 +269,7 @@ def test_rows_are_told_pass_by_pass(llama: Path) -> None:
     told: list[int] = []
     with heard_by(told.append):
         scores = scorer.score(responses)
-    assert len(told) > 2
+    assert len(told) > 1
     assert sum(told) == len(responses)
     np.testing.assert_array_equal(scorer.score(responses), scores)
     assert sum(told) == len(responses), "told to nobody any more"

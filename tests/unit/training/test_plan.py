@@ -208,7 +208,7 @@ def test_the_text_ends_in_a_verdict(config: Path) -> None:
 
 
 def test_the_work_is_that_of_every_response_at_its_longest(config: Path) -> None:
-    settings = ["prompts.num_train=100", "prompts.num_validation=10", "prompts.num_test=20", "strength=1"]
+    settings = ["prompts.num_train=100", "prompts.num_validation=40", "prompts.num_test=20", "strength=1"]
     settings += [
         "generate.num_responses=4",
         "generate.max_new_tokens=50",
@@ -219,19 +219,19 @@ def test_the_work_is_that_of_every_response_at_its_longest(config: Path) -> None
     speed = "generate=100, train=1e3"
     given = plan(config, *arguments, "--set", "cluster.num_actors=2", "--tokens-per-second", speed)
     work = given["work"]
-    assert work["responses"] == 110 * 4 + 2 * 20 * 3
+    assert work["responses"] == 140 * 4 + 2 * 20 * 3
     assert work["columns"] == 3, "reward, a constraint, ln π"
-    assert work["tokens"] == {"generate": 560 * 50, "score": 3 * 560 * 50, "train": 2 * 400 * 50}
+    assert work["tokens"] == {"generate": 680 * 50, "score": 3 * 680 * 50, "train": 2 * 400 * 50}
     assert work["sequences"] == 4 * 4
     assert work["disk_bytes"]["checkpoints"] == 2 * 16 * given["trained_elements"]
-    assert given["hours"] == {"generate": 560 * 50 / 200 / 3600, "train": 40000 / (1000 * given["num_ranks"]) / 3600}
+    assert given["hours"] == {"generate": 680 * 50 / 200 / 3600, "train": 40000 / (1000 * given["num_ranks"]) / 3600}
     brought = plan(config, *arguments, "--set", "generate.responses.source=mine.jsonl")["work"]
-    assert brought["tokens"]["generate"] == (560 - 400) * 50
+    assert brought["tokens"]["generate"] == (680 - 400) * 50
     assert brought["tokens"]["score"] == work["tokens"]["score"]
     text = CliRunner().invoke(
         cli_plan.plan, [str(config), "--memory", "1GB", *arguments, "--tokens-per-second", speed], standalone_mode=False
     )
-    assert "generate    28,000 tokens; 16 sequences at once" in text.stdout
+    assert "generate    34,000 tokens; 16 sequences at once" in text.stdout
     assert text.stdout.splitlines()[-1].startswith("hours       generate 0.")
 
 
