@@ -27,6 +27,7 @@ from pathlib import Path
 COLUMNS, ROWS = 80, 24
 SECONDS, LAST_S = 20.0, 4.0  # of the picture, and of its last screen
 LONGEST_GAP_S = 4.0  # a longer silence is played as this long
+SHORTEST_S = 0.2  # of the picture: what a bar shows for less is left out
 CONTROL = re.compile(r"\x1b\[(?P<numbers>[\d;]*)(?P<kind>[A-Za-z])|\x1b\[\?\d+[hl]|(?P<plain>[^\x1b\r\n]+)|[\r\n]")
 COLOURS = {"31": "#ff7b72", "32": "#7ee787", "33": "#e3b341"}
 FONTS = "ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace"
@@ -93,10 +94,12 @@ def lines_of(events: list[tuple[float, str]]) -> list[Shown]:
                     before.text[:column].ljust(column) + match["plain"] + before.text[column + len(match["plain"]) :]
                 )
                 column += len(match["plain"])
-                if before.since < moment:
+                is_seen = moment - before.since >= SHORTEST_S
+                if is_seen:
                     before.until = moment
                     done.append(before)
-                now[row] = Shown(row, whole.rstrip(), colour or before.colour, moment)
+                since = moment if is_seen else before.since
+                now[row] = Shown(row, whole.rstrip(), colour or before.colour, since)
     return [line for line in [*done, *now.values()] if line.text]
 
 

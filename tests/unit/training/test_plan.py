@@ -225,7 +225,7 @@ def test_the_work_is_that_of_every_response_at_its_longest(config: Path) -> None
     assert work["sequences"] == 4 * 4
     assert work["disk_bytes"]["checkpoints"] == 2 * 16 * given["trained_elements"]
     assert given["hours"] == {"generate": 680 * 50 / 200 / 3600, "train": 40000 / (1000 * given["num_ranks"]) / 3600}
-    brought = plan(config, *arguments, "--set", "generate.responses.source=mine.jsonl")["work"]
+    brought = plan(config, *arguments, "--set", f"generate.responses.source={__file__}")["work"]
     assert brought["tokens"]["generate"] == (680 - 400) * 50
     assert brought["tokens"]["score"] == work["tokens"]["score"]
     text = CliRunner().invoke(
