@@ -104,7 +104,7 @@ def work_text(work: Work) -> str:
         for kind, size in work.actor_bytes.items()
     ]
     cache = "what vLLM takes" if work.cache_bytes is None else f"at most {work.cache_bytes / GB:,.1f} GB"
-    lines.append(f"actors      weights: {', '.join(held)}; keys and values of what is decoded at once {cache}")
+    lines.append(f"actors      weights: {', '.join(held)}; keys and values of what is decoded at once: {cache}")
     return "\n".join(lines)
 
 

@@ -115,7 +115,7 @@ def count_work(
         "train": _trained(settings, unknown),
     }
     tokens["train"] = None if tokens["train"] is None else size * tokens["train"]
-    cluster = settings.cluster
+    cluster, vllm = settings.cluster, settings.generate.engine == "vllm"
     devices = {"generate": cluster.num_actors, "score": cluster.num_actors, "train": cluster.num_workers}
     known = {stage: (rate, rate) for stage, rate in rates.items()}
     if "train" not in known and plan.on_gpu:
@@ -137,7 +137,7 @@ def count_work(
         host_hours=HOST_S * responses["all"] / 3600,
         disk_bytes=_disk(settings, plan, size * responses["all"]),
         actor_bytes=_actors(settings, plan),
-        cache_bytes=_cache(settings.generate, text_config, _weight_bytes(plan)),
+        cache_bytes=None if vllm else cache_bytes(settings.generate, text_config, _weight_bytes(plan)),
     )
 
 
@@ -234,12 +234,10 @@ def _stored_bytes(model: Model, weight_bytes: int) -> int | None:
     return weight_bytes * sum(math.prod(tensor.shape) for tensor in tensors)
 
 
-def _cache(options: Generate, text_config: Any, weight_bytes: int) -> int | None:
-    """Return the bytes of keys and values of the most tokens that are decoded at once."""
-    if options.engine == "vllm":
-        return None
+def cache_bytes(options: Generate, text_config: Any, weight_bytes: int) -> int:
+    """Return the most bytes of keys and values: of the responses of ``batch_prompts``, within ``tokens_at_once``."""
     heads = text_config.num_attention_heads
     width = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     kept = 2 * text_config.num_hidden_layers * (getattr(text_config, "num_key_value_heads", None) or heads) * width
-    tokens = min(options.tokens_at_once, options.batch_prompts * options.num_responses * options.max_new_tokens)
+    tokens = min(options.batch_prompts * options.num_responses * options.max_new_tokens, options.tokens_at_once)
     return int(tokens * kept * weight_bytes)
