@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from can_dist.cli import plan as cli_plan
-from can_dist.config import Config
+from can_dist.config import Config, load_config
 from can_dist.config.sections import Train
 from can_dist.errors import ConfigError
 from can_dist.training import memory as m
 from can_dist.training.deepspeed_config import build_ds_config
 from can_dist.training.plan import rank_memory
-from can_dist.training.workload import cache_bytes, read_rates
+from can_dist.training.workload import cache_bytes, count_work, hours, read_rates
 
 SIZES = m.Parameters(trained=(1000, 10, 7), frozen=())
 CONFIG = """\
@@ -202,50 +204,50 @@ def test_a_model_that_is_padded_is_not_counted(tmp_path: Path, kind: str, why: s
     assert f"takes no segments ({why}), so it is trained in padded batches" in str(done.exception)
 
 
-def test_the_text_ends_in_a_verdict(config: Path) -> None:
-    done = CliRunner().invoke(cli_plan.plan, [str(config), "--memory", "1MB"], standalone_mode=False)
-    assert done.stdout.splitlines()[-6].startswith("verdict     nothing fits")
+def test_the_text_has_a_verdict_and_the_work(config: Path) -> None:
+    arguments = [str(config), "--memory", "1MB", "--tokens-per-second", "generate=100, train=1e3"]
+    *_, verdict, work, generate, score, train, disk, took = plan_lines(arguments)
+    assert verdict.startswith("verdict     nothing fits")
+    assert (
+        work
+        == "work        1,000 train + 0 validation + 2 test prompts; train is a guess, prompts.num_train is not set; "
+        + ("at most, every response at its longest")
+    )
+    assert generate.startswith("generate    4,016,000 tokens; 32 sequences at once: ")
+    assert generate.endswith("does not fit: lower generate.batch_prompts, or engine: vllm, which batches by memory")
+    assert score == "score       12,048,000 tokens: 3 columns of 8,032 responses"
+    assert train == "train       4,000,000 tokens, each response once an epoch"
+    assert disk.startswith("disk        responses 0.0, checkpoints ")
+    assert took.startswith("hours       generate 5.6, train 0.6: 6.1 by the rates")
+
+
+def plan_lines(arguments: list[str]) -> list[str]:
+    return CliRunner().invoke(cli_plan.plan, arguments, standalone_mode=False).stdout.splitlines()
 
 
 def test_the_work_is_that_of_every_response_at_its_longest(config: Path) -> None:
-    settings = ["prompts.num_train=100", "prompts.num_validation=40", "prompts.num_test=20", "strength=1"]
-    settings += [
-        "generate.num_responses=4",
-        "generate.max_new_tokens=50",
-        "evaluate.num_responses=3",
-        "train.num_epochs=2",
-    ]
-    arguments = [word for setting in settings for word in ("--set", setting)]
-    speed = "generate=100, train=1e3"
-    given = plan(config, *arguments, "--set", "cluster.num_actors=2", "--tokens-per-second", speed)
-    work = given["work"]
-    assert work["responses"] == 140 * 4 + 2 * 20 * 3
-    assert work["columns"] == 3, "reward, a constraint, ln π"
-    assert work["tokens"] == {"generate": 680 * 50, "score": 3 * 680 * 50, "train": 2 * 400 * 50}
-    assert work["sequences"] == 4 * 4
-    assert work["disk_bytes"]["checkpoints"] == 2 * 16 * given["trained_elements"]
-    assert given["hours"] == {"generate": 680 * 50 / 200 / 3600, "train": 40000 / (1000 * given["num_ranks"]) / 3600}
-    brought = plan(config, *arguments, "--set", f"generate.responses.source={__file__}")["work"]
-    assert brought["tokens"]["generate"] == (680 - 400) * 50
-    assert brought["tokens"]["score"] == work["tokens"]["score"]
-    text = CliRunner().invoke(
-        cli_plan.plan, [str(config), "--memory", "1GB", *arguments, "--tokens-per-second", speed], standalone_mode=False
+    given = ["prompts.num_train=100", "prompts.num_validation=40", "prompts.num_test=20", "generate.num_responses=4"]
+    given += ["generate.max_new_tokens=50", "evaluate.num_responses=3", "train.num_epochs=2", "cluster.num_actors=2"]
+    sizes: Any = SimpleNamespace(
+        elements=1000, trained_elements=10, precision="bf16", memory_bytes=10**9, spare_bytes=10**8
     )
-    assert "generate    34,000 tokens; 16 sequences at once" in text.stdout
-    assert text.stdout.splitlines()[-1].startswith("hours       generate 0.")
-
-
-def test_sequences_that_the_memory_does_not_hold_are_told(config: Path) -> None:
-    assert plan(config)["work"]["fits"]
-    assert not plan(
-        config,
-        "--set",
-        "generate.batch_prompts=512",
-        "--set",
-        "generate.shard_prompts=512",
-        "--set",
-        "generate.num_responses=4096",
-    )["work"]["fits"]
+    settings = load_config(config, given)
+    work = count_work(settings, sizes)
+    assert (work.responses, work.columns) == (140 * 4 + 2 * 20 * 3, 3), "reward, a constraint, ln π"
+    assert work.tokens == {"generate": 680 * 50, "score": 3 * 680 * 50, "train": 2 * 400 * 50}
+    assert (work.sequences, work.weight_bytes, work.fits) == (4 * 4, 2000, True)
+    assert work.disk_bytes == {"responses": 680 * 50 * 10, "checkpoints": 2 * 16 * 10, "policies": 4000}
+    ranks = settings.cluster.num_workers
+    rates = {"generate": 100.0, "train": 1000.0}
+    assert hours(work, settings, rates) == {
+        "generate": 680 * 50 / 200 / 3600,
+        "train": 40000 / (1000 * ranks) / 3600,
+    }
+    brought = count_work(load_config(config, [*given, "generate.responses.source=mine.jsonl"]), sizes)
+    assert brought.tokens == work.tokens | {"generate": (680 - 400) * 50}
+    many = ["generate.batch_prompts=4096", "generate.shard_prompts=4096", "generate.max_new_tokens=1000"]
+    assert not count_work(load_config(config, [*given, *many]), sizes).fits
+    assert count_work(load_config(config, [*given, *many, "generate.engine=vllm"]), sizes).fits
 
 
 def test_keys_and_values_take_what_a_cache_of_transformers_does() -> None:
