@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from can_dist.cli import plan as cli_plan
-from can_dist.config import Config, load_config
+from can_dist.config import Config
 from can_dist.config.sections import Train
-from can_dist.errors import ConfigError
+from can_dist.errors import ConfigError, DataError
 from can_dist.training import memory as m
 from can_dist.training.deepspeed_config import build_ds_config
 from can_dist.training.plan import rank_memory
-from can_dist.training.workload import cache_bytes, count_work, hours, read_rates
 
 SIZES = m.Parameters(trained=(1000, 10, 7), frozen=())
 CONFIG = """\
@@ -204,77 +201,11 @@ def test_a_model_that_is_padded_is_not_counted(tmp_path: Path, kind: str, why: s
     assert f"takes no segments ({why}), so it is trained in padded batches" in str(done.exception)
 
 
-def test_the_text_has_a_verdict_and_the_work(config: Path) -> None:
-    arguments = [str(config), "--memory", "1MB", "--tokens-per-second", "generate=100, train=1e3"]
-    *_, verdict, work, generate, score, train, disk, took = plan_lines(arguments)
-    assert verdict.startswith("verdict     nothing fits")
-    assert (
-        work
-        == "work        1,000 train + 0 validation + 2 test prompts; train is a guess, prompts.num_train is not set; "
-        + ("at most, every response at its longest")
-    )
-    assert generate.startswith("generate    4,016,000 tokens; 32 sequences at once: ")
-    assert generate.endswith("does not fit: lower generate.batch_prompts, or engine: vllm, which batches by memory")
-    assert score == "score       12,048,000 tokens: 3 columns of 8,032 responses"
-    assert train == "train       4,000,000 tokens, each response once an epoch"
-    assert disk.startswith("disk        responses 0.0, checkpoints ")
-    assert took.startswith("hours       generate 5.6, train 0.6: 6.1 by the rates")
-
-
-def plan_lines(arguments: list[str]) -> list[str]:
-    return CliRunner().invoke(cli_plan.plan, arguments, standalone_mode=False).stdout.splitlines()
-
-
-def test_the_work_is_that_of_every_response_at_its_longest(config: Path) -> None:
-    given = ["prompts.num_train=100", "prompts.num_validation=40", "prompts.num_test=20", "generate.num_responses=4"]
-    given += ["generate.max_new_tokens=50", "evaluate.num_responses=3", "train.num_epochs=2", "cluster.num_actors=2"]
-    sizes: Any = SimpleNamespace(
-        elements=1000, trained_elements=10, precision="bf16", memory_bytes=10**9, spare_bytes=10**8
-    )
-    settings = load_config(config, given)
-    work = count_work(settings, sizes)
-    assert (work.responses, work.columns) == (140 * 4 + 2 * 20 * 3, 3), "reward, a constraint, ln π"
-    assert work.tokens == {"generate": 680 * 50, "score": 3 * 680 * 50, "train": 2 * 400 * 50}
-    assert (work.sequences, work.weight_bytes, work.fits) == (4 * 4, 2000, True)
-    assert work.disk_bytes == {"responses": 680 * 50 * 10, "checkpoints": 2 * 16 * 10, "policies": 4000}
-    ranks = settings.cluster.num_workers
-    rates = {"generate": 100.0, "train": 1000.0}
-    assert hours(work, settings, rates) == {
-        "generate": 680 * 50 / 200 / 3600,
-        "train": 40000 / (1000 * ranks) / 3600,
-    }
-    brought = count_work(load_config(config, [*given, "generate.responses.source=mine.jsonl"]), sizes)
-    assert brought.tokens == work.tokens | {"generate": (680 - 400) * 50}
-    many = ["generate.batch_prompts=4096", "generate.shard_prompts=4096", "generate.max_new_tokens=1000"]
-    assert not count_work(load_config(config, [*given, *many]), sizes).fits
-    assert count_work(load_config(config, [*given, *many, "generate.engine=vllm"]), sizes).fits
-
-
-def test_keys_and_values_take_what_a_cache_of_transformers_does() -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
-
-    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    for config in (
-        LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2),
-        LlamaConfig(**shape, num_attention_heads=4),
-        Qwen3Config(**shape, num_attention_heads=4, num_key_value_heads=2, head_dim=16),
-    ):
-        model = AutoModelForCausalLM.from_config(config).eval()
-        with torch.no_grad():
-            cache = model(torch.zeros(2, 7, dtype=torch.long), use_cache=True).past_key_values
-        size = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
-        assert cache_bytes(config, 4) == size / (2 * 7)
-
-
-@pytest.mark.parametrize(
-    "text", ["fast", "generate", "generate=0", "generate=-2", "judge=5", "generate=inf", "generate=1,train="]
-)
-def test_rates_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(
-        ConfigError, match=r"--tokens-per-second .*is not generate, score, train with a positive number"
-    ):
-        read_rates(text)
+def test_the_table_of_memory_ends_in_a_verdict_and_the_work_follows(config: Path) -> None:
+    done = CliRunner().invoke(cli_plan.plan, [str(config), "--memory", "1MB"], standalone_mode=False)
+    memory, work = done.stdout.split("\n\n")
+    assert memory.splitlines()[-1].startswith("verdict     nothing fits")
+    assert work.startswith("work        ")
 
 
 @pytest.mark.parametrize("size", ["lots", "140", "3 parsecs", "-1GB"])
@@ -286,3 +217,39 @@ def test_a_size_that_is_none_is_refused(size: str) -> None:
 @pytest.mark.parametrize(("text", "size"), [("140GB", 140 * 10**9), ("1.5 GiB", 3 * 2**29), ("80gb", 80 * 10**9)])
 def test_sizes(text: str, size: int) -> None:
     assert rank_memory(Config.model_construct(), text) == size
+
+
+@pytest.mark.parametrize("options", ["{}", "{activation_checkpointing: true}", "{lora: {r: 2}}"])
+def test_alike_layers_are_counted_by_a_few_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    from transformers import LlamaConfig
+
+    from can_dist.training import plan as training_plan
+
+    sizes = {"vocab_size": 2000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
+    LlamaConfig(**sizes, num_attention_heads=2).save_pretrained(tmp_path)
+    (tmp_path / "run.yaml").write_text(CONFIG.format(model=tmp_path))
+    set_train = ("--set", f"train={options}", "--set", "train.tokens_per_pack=500", "--set", "precision=bf16")
+    by_a_few = plan(tmp_path / "run.yaml", *set_train)
+    followed = []
+    with_layers = training_plan._with_layers
+    monkeypatch.setattr(training_plan, "_with_layers", lambda *counted: followed.append(with_layers(*counted)))
+    assert plan(tmp_path / "run.yaml", *set_train) == by_a_few, "all layers, counted"
+    assert any(whole is not None for whole in followed), "some peak followed what the layers keep"
+
+
+def test_a_shape_file_stands_for_a_hub_that_is_out_of_reach(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shape = config.parent / "lm" / "config.json"
+    run = [str(config), "--memory", "1GB", "--set", "reference.model=nobody/has-this-model"]
+    done = CliRunner().invoke(cli_plan.plan, run, standalone_mode=False)
+    assert isinstance(done.exception, DataError)
+    assert "Without reach of the hub give its config.json: --shape FILE." in str(done.exception)
+    done = CliRunner().invoke(cli_plan.plan, [*run, "--shape", str(shape)], standalone_mode=False)
+    assert done.exception is None, done.exception
+    assert "verdict     train.tokens_per_pack=128" in done.output
+    assert "work        " in done.output
+    done = CliRunner().invoke(cli_plan.plan, [*run, "--shape", str(config)], standalone_mode=False)
+    assert isinstance(done.exception, ConfigError)
+    assert "expected a model's config.json" in str(done.exception)
