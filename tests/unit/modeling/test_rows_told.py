@@ -9,7 +9,6 @@ from tiny import make_tiny_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from can_dist.config.sections import Generate
-from can_dist.console import heard_by
 from can_dist.modeling import sampling
 
 
@@ -24,7 +23,6 @@ def test_rows_are_told_when_they_are_whole(
     options = Generate(num_responses=3, max_new_tokens=8, batch_prompts=1, shard_prompts=2)
     prompts = [tokenizer("w1").input_ids] * 3 + [tokenizer("w2 w1").input_ids] * 3
     told: list[int] = []
-    with heard_by(told.append):
-        samples = sampling.sample(model, tokenizer, prompts, range(6), options, [tokenizer.eos_token_id])
+    samples = sampling.sample(model, tokenizer, prompts, range(6), options, [tokenizer.eos_token_id], told=told.append)
     assert len(samples) == 6
     assert told == expected
