@@ -94,6 +94,7 @@ bench: setup
 	$(BIN)/python benchmarks/dual_scale.py
 	$(BIN)/python benchmarks/train_vs_trl.py
 	$(BIN)/python benchmarks/score_vs_pipeline.py
+	$(BIN)/python benchmarks/generate_vs_transformers.py
 	$(BIN)/python benchmarks/scaling.py
 
 # the lowest and the newest versions that pyproject.toml allows, in an environment each (gigabytes): the tests, a training,

@@ -63,6 +63,7 @@ SMALL = {
     "prompts.num_test": 4,
     "prompts.num_validation": 0,
     "strength": 1,
+    "generate.engine": "transformers",
     "generate.num_responses": 3,
     "generate.max_new_tokens": 6,
     "evaluate.num_responses": 2,

@@ -148,7 +148,10 @@ class Generate(Strict):
     )
     endpoint: GenerateEndpoint | None = Field(None, description="Sample the reference's training responses there.")
     max_truncated: float = runtime(1, "Largest share of responses cut at max_new_tokens; 1: only tell.", ge=0, le=1)
-    batch_prompts: int = Field(4, ge=1, description="Prompts per forward batch (each with its K responses).")
+    batch_prompts: int = Field(4, ge=1, description="Prompts whose K responses are decoded at once.")
+    tokens_at_once: int = added(
+        32768, "Most tokens, prompts and responses, that are decoded at once; a larger K takes turns.", ge=1
+    )
     shard_prompts: int = Field(32, ge=1, description="Prompts per shard, the unit of commit and retry.")
 
     @model_validator(mode="after")
@@ -236,6 +239,11 @@ class Train(Strict):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     num_epochs: int = Field(1, ge=1, description="Passes over the training examples.")
+    stop: Literal["epochs", "flat"] = added(
+        "epochs",
+        "epochs: after num_epochs; flat: before, when three evaluations an epoch estimate no more rise on the "
+        "validation prompts.",
+    )
     max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps.")
     batch_size: int = Field(32, ge=1, description="Examples (pairs, lists) per optimizer step, over all ranks.")
     tokens_per_pack: int = runtime(

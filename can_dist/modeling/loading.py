@@ -201,11 +201,19 @@ def check_causal_lm(spec: Model) -> None:
     check_weights(AutoModelForCausalLM, spec, "causal language model")
 
 
-def empty_causal_lm(spec: Model, precision: str) -> PreTrainedModel:
-    """Make a causal language model from its configuration alone, for counting: its weights are not read."""
+def empty_causal_lm(spec: Model, precision: str, num_layers: int | None = None) -> PreTrainedModel:
+    """Make a causal language model from its configuration alone, for counting: its weights are not read.
+
+    With ``num_layers`` it has its first ones only.
+    """
     from transformers import AutoModelForCausalLM
 
     config = load_model_config(spec, "causal language model")
+    if num_layers is not None:
+        text = config.get_text_config()
+        text.num_hidden_layers = num_layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:num_layers]
     with named_errors(spec.model, "causal language model"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch_dtype(precision), trust_remote_code=source_options(spec)["trust_remote_code"]

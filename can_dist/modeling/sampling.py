@@ -1,7 +1,8 @@
 """Sampling with one random stream per (prompt, k), so that a response depends on nothing but its own seed.
 
 argmax(logits/T + Gumbel noise) is an exact draw from softmax(logits/T). The noise of a row comes from that row's own
-generator, so the draw is the same whichever rows share the batch, whichever actor does the work.
+generator, so the draw is the same whichever rows share the batch and whichever actor does the work, but for the last
+bits of the logits, which differ between batches: of two tokens within a rounding of each other either may be drawn.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import (
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from can_dist.config.sections import Generate
+from can_dist.modeling.decoding import decode, serves
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,15 +31,15 @@ if TYPE_CHECKING:
 class RowGumbel(LogitsProcessor):  # type: ignore[misc]
     """Adds Gumbel noise to the scores, each row from its own generator."""
 
-    def __init__(self, seeds: Sequence[int], device: str | torch.device) -> None:
-        self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self.generators = generators
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        """Return scores_BV plus noise; −ln of an exponential variable is a Gumbel variable."""
-        exponential_BV = torch.empty_like(scores, dtype=torch.float32)
-        for row, generator in enumerate(self.generators):
-            exponential_BV[row].exponential_(generator=generator)
-        return scores.float() - exponential_BV.log()
+    def __call__(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """Return scores_BV, float32, plus noise; −ln of an exponential variable is a Gumbel variable."""
+        exponential_BV = torch.empty_like(scores)
+        for row, generator in zip(exponential_BV, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - exponential_BV.log_()
 
 
 class StopStrings(StoppingCriteria):  # type: ignore[misc]
@@ -73,18 +75,63 @@ def sample(
 ) -> list[tuple[list[int], str]]:
     """Sample one response per row; return (token ids with the end token, finish reason 'stop' or 'length').
 
-    The model's own generation defaults (top_k, penalties) are not used: only what ``options`` says.
+    Neighbouring rows with the same prompt share its reading. The model's own generation defaults (top_k, penalties) are
+    not used: only what ``options`` says. A model that ``decode`` does not take samples by its own ``generate``, in
+    batches of as many rows.
     """
+    generators = [torch.Generator(device=model.device).manual_seed(seed) for seed in seeds]
+    max_rows = rows_at_once(options, max(len(ids) for ids in prompt_ids))
+    if not serves(model):
+        starts = range(0, len(prompt_ids), max_rows)
+        batches = [slice(start, start + max_rows) for start in starts]
+        tokens = [
+            row
+            for batch in batches
+            for row in _generate(model, tokenizer, prompt_ids[batch], generators[batch], options, end_ids)
+        ]
+        return [_finish(row, end_ids, options, tokenizer) for row in tokens]
+
+    def choose(rows: Sequence[int], logits_BV: torch.Tensor) -> list[int]:
+        scores_BV = warp(None, logits_BV.float())
+        chosen: list[int] = RowGumbel([generators[row] for row in rows])(None, scores_BV).argmax(dim=-1).tolist()
+        return chosen
+
+    def ended(row: Sequence[int]) -> bool:
+        return row[-1] in end_ids or len(row) == options.max_new_tokens or _stops(tokenizer, row, options)
+
+    warp = _warpers(options)
+    tokens = decode(model, prompt_ids, max_rows, choose, ended)
+    return [_finish(row, end_ids, options, tokenizer) for row in tokens]
+
+
+def rows_at_once(options: Generate, longest_prompt: int) -> int:
+    """Return how many responses are decoded at once: those of ``batch_prompts``, within ``tokens_at_once``."""
+    wanted = options.batch_prompts * options.num_responses
+    return max(1, min(wanted, options.tokens_at_once // (longest_prompt + options.max_new_tokens)))
+
+
+def _warpers(options: Generate) -> LogitsProcessorList:
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(options.temperature)])
+    if options.top_p < 1:
+        warpers.append(TopPLogitsWarper(options.top_p))
+    return warpers
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[Sequence[int]],
+    generators: Sequence[torch.Generator],
+    options: Generate,
+    end_ids: Sequence[int],
+) -> list[list[int]]:
+    """Return the tokens of one response per row, with the padding behind it, by ``generate``'s greedy decoding."""
     length = max(len(ids) for ids in prompt_ids)
     ids_BT = torch.full((len(prompt_ids), length), tokenizer.pad_token_id, dtype=torch.long)
     mask_BT = torch.zeros_like(ids_BT)
     for row, ids in enumerate(prompt_ids):
         ids_BT[row, length - len(ids) :] = torch.tensor(ids, dtype=torch.long)
         mask_BT[row, length - len(ids) :] = 1
-    processors = LogitsProcessorList([TemperatureLogitsWarper(options.temperature)])
-    if options.top_p < 1:
-        processors.append(TopPLogitsWarper(options.top_p))
-    processors.append(RowGumbel(seeds, model.device))
     generation = GenerationConfig(
         do_sample=False,
         use_cache=True,
@@ -98,20 +145,25 @@ def sample(
         ids_BT.to(model.device),
         attention_mask=mask_BT.to(model.device),
         generation_config=generation,
-        logits_processor=processors,
+        logits_processor=LogitsProcessorList([*_warpers(options), RowGumbel(generators)]),
         stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, options.stop, length)] if options.stop else []),
     )
-    return [_finish(row, end_ids, options, tokenizer) for row in output_BT[:, length:].tolist()]
+    tokens: list[list[int]] = output_BT[:, length:].tolist()
+    return tokens
+
+
+def _stops(tokenizer: PreTrainedTokenizerBase, row: Sequence[int], options: Generate) -> bool:
+    if not options.stop:
+        return False
+    text = tokenizer.decode(row)
+    return any(stop in text for stop in options.stop)
 
 
 def _finish(
     row: list[int], end_ids: Sequence[int], options: Generate, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], str]:
-    ends = [position for position, token in enumerate(row) if token in end_ids]
-    if ends:
-        return row[: ends[0] + 1], "stop"
-    if options.stop:
-        for position in range(1, len(row) + 1):
-            if any(stop in tokenizer.decode(row[:position]) for stop in options.stop):
-                return row[:position], "stop"
-    return row, "length"
+    """Return the tokens up to the first end token or stop string; behind a stop string may be padding, an end token."""
+    end = next((position for position, token in enumerate(row, start=1) if token in end_ids), None)
+    if _stops(tokenizer, row[:end], options):
+        end = next(end for end in range(1, len(row) + 1) if _stops(tokenizer, row[:end], options))
+    return (row, "length") if end is None else (row[:end], "stop")

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from can_dist.config import Config, Model
 from can_dist.config.base import identity
 from can_dist.config.sections import Generate
-from can_dist.errors import DataError
+from can_dist.errors import ConfigError, DataError
 from can_dist.modeling.formatter import Formatter, convention, ending_identity, open_formatter, text_identity
 from can_dist.modeling.loading import model_digest
 from can_dist.modeling.precision import run_precision
@@ -36,12 +36,14 @@ def generate(
 ) -> Artifact:
     """Return the ``responses`` of ``model`` to the prompts of one split.
 
-    A response's randomness is its own (seed, prompt_id, k), and the batches are cut from the prompts' order alone,
-    so neither the number of actors nor the shard size changes a response. ``seed`` replaces that of the configuration,
-    for samples that are independent of those of an earlier policy.
+    A response's randomness is its own (seed, prompt_id, k), and which responses are decoded together follows from its
+    shard alone, so the number of actors does not change a response. The shard size, which is part of the identity,
+    changes the last bits of logits: no token in float32 but by a rare chance, some in bfloat16. ``seed`` replaces that
+    of the configuration, for samples that are independent of those of an earlier policy.
 
     Raises:
         DataError: A prompt and ``max_new_tokens`` do not fit the model's context (prompt ids listed).
+        ConfigError: One response alone has more tokens than ``tokens_at_once``.
     """
     config = work.config
     options = sampling(config, split)
@@ -57,6 +59,8 @@ def generate(
         "precision": precision,
         "options": identity(options, exclude=ELSEWHERE),
     }
+    if options.stop and options.engine == "transformers" and _pads_with_an_end(model):
+        identity_of_stage["after_stop"] = "nothing"  # it was one token of padding, kept as an end token
     label = f"{role} on {split}"
     stage = work.open("generate", label, identity_of_stage, {"prompts": prompts})
     if stage.finished:
@@ -66,7 +70,9 @@ def generate(
     job = GenerateJob(model, options, seed, precision, split, prompts.path, stage.path)
     table = prompts_of_split(prompts.path, split)
     num_prompts = table.num_rows
-    check_prompts_fit(model, table, options.max_new_tokens)
+    longest = check_prompts_fit(model, table, options.max_new_tokens)
+    if options.engine == "transformers":
+        check_fits_at_once(options, longest)
     sizes = {
         shard: min(options.shard_prompts, num_prompts - first)
         for shard, first in enumerate(range(0, num_prompts, options.shard_prompts))
@@ -122,8 +128,12 @@ def check_truncated(work: Workspace, responses: Artifact) -> Artifact:
     return responses
 
 
-def check_prompts_fit(model: Model, prompts: pa.Table, max_new_tokens: int) -> None:
-    """Raise ``DataError`` listing the prompts that leave no room for a response in the model's context."""
+def check_prompts_fit(model: Model, prompts: pa.Table, max_new_tokens: int) -> int:
+    """Return the tokens of the longest prompt.
+
+    Raises:
+        DataError: Prompts leave no room for a response in the model's context; they are listed.
+    """
     from can_dist.modeling.loading import check_vocabulary, context_length
 
     _, config = check_vocabulary(model)
@@ -137,6 +147,24 @@ def check_prompts_fit(model: Model, prompts: pa.Table, max_new_tokens: int) -> N
             f"{', '.join(too_long[:5])}. At most {max(room, 0)} tokens leave room for generate.max_new_tokens = "
             f"{max_new_tokens} in a context of {context_length(config)}. Shorten or remove these prompts."
         )
+    return max(lengths.values(), default=0)
+
+
+def check_fits_at_once(options: Generate, longest_prompt: int) -> None:
+    """Raise ``ConfigError`` when the longest prompt and one response are more tokens than may be decoded at once."""
+    needed = longest_prompt + options.max_new_tokens
+    if needed > options.tokens_at_once:
+        raise ConfigError(
+            f"generate.tokens_at_once is {options.tokens_at_once}, and one response needs {needed}: the longest prompt "
+            f"has {longest_prompt} tokens, generate.max_new_tokens is {options.max_new_tokens}.",
+            f"Set generate.tokens_at_once to {needed} or more, or lower generate.max_new_tokens. More of a prompt's "
+            "responses than fit take turns.",
+        )
+
+
+def _pads_with_an_end(model: Model) -> bool:
+    formatter = open_formatter(model)
+    return formatter.tokenizer.pad_token_id in formatter.end_ids
 
 
 def prompts_of_split(path: Path, split: str) -> pa.Table:
@@ -183,7 +211,7 @@ class GenerateJob:
         write_part(self.out, shard, pa.Table.from_pylist(out, schema=RESPONSES))
 
     def halved(self) -> None:
-        """Return None: a smaller batch would change the samples."""
+        """Return None: a smaller batch would change the last bits of the logits, and so the samples."""
 
     def row_names(self, shard: int) -> list[str]:
         """Return what the prompts of a shard are called."""
@@ -204,14 +232,6 @@ class GenerateJob:
         return rows
 
     def _sample(self, loaded: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        # vLLM makes its own batches
-        size = len(rows) if self.options.engine == "vllm" else self.options.batch_prompts
-        out: list[dict[str, Any]] = []
-        for start in range(0, len(rows), size):
-            out += self._sample_batch(loaded, rows[start : start + size])
-        return out
-
-    def _sample_batch(self, loaded: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         from can_dist.modeling import sampling, vllm_engine
 
         _, model, formatter = loaded

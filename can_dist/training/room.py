@@ -15,6 +15,7 @@ from can_dist.modeling.logprobs import HEAD_BYTES_ON
 from can_dist.training import memory as m
 from can_dist.training.activations import Shell
 from can_dist.training.batches import Example
+from can_dist.training.spec import TrainSpec
 
 GB = 10**9
 MOST_RANKS = 4096
@@ -41,6 +42,12 @@ class Demand:
     num_ranks: int
     tokens: int
     response_tokens: int
+
+
+def demand(spec: TrainSpec, ds_config: dict[str, Any], examples: Sequence[Example], num_ranks: int) -> Demand:
+    """Return the demand of a training on examples."""
+    tokens = largest_pack(examples, spec.train, num_ranks)
+    return Demand(spec.start, spec.train, spec.precision, ds_config, num_ranks, tokens, mean_response(examples))
 
 
 def largest_pack(examples: Sequence[Example], train: Train, num_ranks: int) -> int:

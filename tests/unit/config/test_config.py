@@ -636,6 +636,7 @@ OTHER = {
     "prompts.num_validation": 64,
     "prompts.num_sealed": 64,
     "train.feedback": None,  # of runs with validation prompts, and here are none
+    "train.stop": None,  # likewise
     "strength": 1.5,
     "strength.max_kl": 2.0,
     "strength.confidence": 0.9,

@@ -237,6 +237,7 @@ def test_smoke_form_is_the_recipe_with_other_sizes(path: Path) -> None:
     assert small.reference.revision is None  # a stand-in is a path
     assert small.train.lora == large.train.lora
     assert small.train.max_steps == 2
+    assert (small.generate.engine, large.generate.engine) == ("transformers", "vllm")
     assert {m for _, group in smoke.groups(recipe) if isinstance(m := group.get("model"), str)} <= set(smoke.MODELS)
 
 
