@@ -60,7 +60,7 @@ class World:
 @click.command(help=(__doc__ or "").split("\n")[0])
 @click.option("--responses", multiple=True, type=int, default=(64,), show_default=True, help="K.")
 @click.option("--tokens", multiple=True, type=int, default=(15_000,), show_default=True)
-@click.option("--seeds", default=6, show_default=True, help="Draws of the responses.")
+@click.option("--seeds", default=5, show_default=True, help="Draws of the responses.")
 def main(responses: tuple[int, ...], tokens: tuple[int, ...], seeds: int) -> None:
     """Train every way on every draw, and write the rows."""
     import enumerable_world as world
