@@ -49,7 +49,7 @@ class Work:
         host_hours: Of the driver's CPU.
         disk_bytes: By what is kept.
         actor_bytes: Weights of each kind of actor; None where the model's files are not in reach.
-        cache_bytes: Keys and values of the largest batch that is sampled.
+        cache_bytes: Keys and values of the responses that are sampled at once, at most.
     """
 
     responses: int
@@ -131,7 +131,7 @@ def count_work(
         host_hours=HOST_S * responses["all"] / 3600,
         disk_bytes=_disk(settings, plan, size * responses["all"]),
         actor_bytes=_actors(settings, plan),
-        cache_bytes=_cache(settings.generate, text_config, size, _weight_bytes(plan)),
+        cache_bytes=cache_bytes(settings.generate, text_config, _weight_bytes(plan)),
     )
 
 
@@ -228,9 +228,10 @@ def _stored_bytes(model: Model, weight_bytes: int) -> int | None:
     return weight_bytes * sum(math.prod(tensor.shape) for tensor in tensors)
 
 
-def _cache(options: Generate, text_config: Any, response_tokens: int, weight_bytes: int) -> int:
-    """Return the bytes of keys and values of the largest batch: its prompts' K responses, without the prompts."""
+def cache_bytes(options: Generate, text_config: Any, weight_bytes: int) -> int:
+    """Return the most bytes of keys and values: of the responses of ``batch_prompts``, within ``tokens_at_once``."""
     heads = text_config.num_attention_heads
     width = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     kept = 2 * text_config.num_hidden_layers * (getattr(text_config, "num_key_value_heads", None) or heads) * width
-    return int(options.batch_prompts * options.num_responses * response_tokens * kept * weight_bytes)
+    tokens = min(options.batch_prompts * options.num_responses * options.max_new_tokens, options.tokens_at_once)
+    return int(tokens * kept * weight_bytes)

@@ -10,7 +10,8 @@ import pytest
 
 from can_dist.cli.plan import work_text
 from can_dist.config import validate_config
-from can_dist.doctor.work import Work, count_work, parse_rates
+from can_dist.config.sections import Generate
+from can_dist.doctor.work import Work, cache_bytes, count_work, parse_rates
 from can_dist.errors import ConfigError
 from can_dist.training.plan import Plan
 
@@ -105,7 +106,7 @@ def test_disk_and_actors() -> None:
     }
     assert "1 policy" in work(strength=1).disk_bytes
     assert counted.actor_bytes == {"generate, ln π": 16 * 10**9, "reward": None}
-    assert counted.cache_bytes == 4 * 8 * 100 * (2 * 32 * 8 * 128) * 2
+    assert counted.cache_bytes == 4 * 8 * 256 * (2 * 32 * 8 * 128) * 2
     assert "reward not in reach" in work_text(counted)
 
 
@@ -119,3 +120,23 @@ def test_a_rate_twice_is_refused() -> None:
     assert parse_rates(("train=3e3", "score=5")) == {"train": 3000.0, "score": 5.0}
     with pytest.raises(ConfigError, match="at most once"):
         parse_rates(("train=3", "train=4"))
+
+
+def test_keys_and_values_take_what_a_cache_of_transformers_does() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    options = Generate(num_responses=2, batch_prompts=1, max_new_tokens=7)
+    for config in (
+        LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2),
+        LlamaConfig(**shape, num_attention_heads=4),
+        Qwen3Config(**shape, num_attention_heads=4, num_key_value_heads=2, head_dim=16),
+    ):
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            cache = model(torch.zeros(2, 7, dtype=torch.long), use_cache=True).past_key_values
+        size = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+        assert cache_bytes(options, config, 4) == size
+    within = options.model_copy(update={"tokens_at_once": 7})
+    assert cache_bytes(within, config, 4) == size / 2
