@@ -61,7 +61,7 @@ def plan(
     Reads no weights.
     """
     from can_dist.doctor.preflight import check_sources
-    from can_dist.doctor.work import count_work, parse_rates
+    from can_dist.doctor.work import count_work, parse_rates, reference_shape
 
     settings, known = read_config(config, config_option, overrides), parse_rates(rates)
     check_sources(settings)
@@ -69,16 +69,13 @@ def plan(
         settings = _shaped(settings, Path(shape))
     memory_bytes = rank_memory(settings, memory)
     with contextlib.redirect_stdout(sys.stderr):  # libraries announce themselves there
-        from can_dist.modeling.loading import load_model_config
-
         try:
             estimate = make_plan(settings, memory_bytes)
         except DataError as error:
             if Path(settings.reference.model).expanduser().is_dir():
                 raise
             raise DataError(f"{error}", "Without reach of the hub give its config.json: --shape FILE.") from None
-        text_config = load_model_config(settings.reference, "causal language model").get_text_config()
-    work = count_work(settings, estimate, text_config, known, response_tokens)
+        work = count_work(settings, estimate, reference_shape(settings), known, response_tokens)
     if as_json:
         click.echo(json.dumps({**asdict(estimate), "work": asdict(work)}, indent=2))
     else:
@@ -106,9 +103,8 @@ def work_text(work: Work) -> str:
         f"{kind} {f'{size / GB:,.1f} GB' if size is not None else 'not in reach'}"
         for kind, size in work.actor_bytes.items()
     ]
-    lines.append(
-        f"actors      weights: {', '.join(held)}; keys and values of a batch at most {work.cache_bytes / GB:,.1f} GB"
-    )
+    cache = "what vLLM takes" if work.cache_bytes is None else f"at most {work.cache_bytes / GB:,.1f} GB"
+    lines.append(f"actors      weights: {', '.join(held)}; keys and values of what is decoded at once: {cache}")
     return "\n".join(lines)
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from can_dist.config import METHODS, Config, Model
+from can_dist.config import METHODS, Caid, Cdpo, Config, Model, PrimalDual, Sacpo
 from can_dist.config.scorers import LogRatio
 from can_dist.config.sections import Generate
 from can_dist.config.walk import scorers
 from can_dist.errors import ConfigError, DataError
+from can_dist.modeling.loading import load_model_config
 from can_dist.modeling.stored import stored_tensors
 from can_dist.stages.ingest import NUM_VALIDATION
 from can_dist.training.checkpoints import BYTES_PER_WEIGHT, KEEP
@@ -49,7 +50,7 @@ class Work:
         host_hours: Of the driver's CPU.
         disk_bytes: By what is kept.
         actor_bytes: Weights of each kind of actor; None where the model's files are not in reach.
-        cache_bytes: Keys and values of the responses that are sampled at once, at most.
+        cache_bytes: Keys and values of the responses that are decoded at once; None where vLLM decides.
     """
 
     responses: int
@@ -64,7 +65,7 @@ class Work:
     host_hours: float
     disk_bytes: dict[str, int]
     actor_bytes: dict[str, int | None]
-    cache_bytes: int
+    cache_bytes: int | None
 
 
 def parse_rates(texts: tuple[str, ...]) -> dict[str, float]:
@@ -89,6 +90,11 @@ def parse_rates(texts: tuple[str, ...]) -> dict[str, float]:
     return rates
 
 
+def reference_shape(settings: Config) -> Any:
+    """Return the configuration of the reference's text model, as transformers has it."""
+    return load_model_config(settings.reference, "causal language model").get_text_config()
+
+
 def count_work(
     settings: Config, plan: Plan, text_config: Any, rates: Mapping[str, float], response_tokens: int | None
 ) -> Work:
@@ -109,7 +115,7 @@ def count_work(
         "train": _trained(settings, unknown),
     }
     tokens["train"] = None if tokens["train"] is None else size * tokens["train"]
-    cluster = settings.cluster
+    cluster, vllm = settings.cluster, settings.generate.engine == "vllm"
     devices = {"generate": cluster.num_actors, "score": cluster.num_actors, "train": cluster.num_workers}
     known = {stage: (rate, rate) for stage, rate in rates.items()}
     if "train" not in known and plan.on_gpu:
@@ -131,7 +137,7 @@ def count_work(
         host_hours=HOST_S * responses["all"] / 3600,
         disk_bytes=_disk(settings, plan, size * responses["all"]),
         actor_bytes=_actors(settings, plan),
-        cache_bytes=cache_bytes(settings.generate, text_config, _weight_bytes(plan)),
+        cache_bytes=None if vllm else cache_bytes(settings.generate, text_config, _weight_bytes(plan)),
     )
 
 
@@ -157,13 +163,35 @@ def _responses(settings: Config) -> tuple[dict[str, int], int, list[str]]:
     return {"sampled": sampled, "all": reference + rounds + 2 * held_out}, passes, unknown
 
 
+def _own(settings: Config) -> list[Any]:
+    """Return the sections of the method's own."""
+    return [getattr(settings, name) for name in METHODS[settings.method].sections]
+
+
 def _rounds(settings: Config) -> int:
     """Return how often a policy is sampled on the training prompts."""
-    if settings.method == "cdpo":
-        return settings.cdpo.rounds
-    if settings.method == "caid":
-        return settings.caid.rounds + 1 if settings.caid.slack == "generations" else 0
-    return settings.primal_dual.rounds if settings.method == "primal_dual" else 0
+    for section in _own(settings):
+        if isinstance(section, Caid):
+            return section.rounds + 1 if section.slack == "generations" else 0
+        if isinstance(section, Cdpo | PrimalDual):
+            return section.rounds
+    return 0
+
+
+def _epochs(settings: Config) -> list[int]:
+    """Return the epochs of each training."""
+    plain = settings.train.num_epochs
+    epochs = [plain] * (1 + len(settings.constraints) if settings.basis else 1)
+    for section in _own(settings):
+        if isinstance(section, Cdpo):
+            epochs = [plain] * section.rounds
+        elif isinstance(section, Caid):
+            epochs = [plain, *[section.epochs] * section.rounds]
+        elif isinstance(section, PrimalDual):
+            epochs = [section.epochs] * section.rounds
+        elif isinstance(section, Sacpo):
+            epochs = [plain] * 2
+    return epochs
 
 
 def _trained(settings: Config, unknown: list[str]) -> int | None:
@@ -175,20 +203,13 @@ def _trained(settings: Config, unknown: list[str]) -> int | None:
     num_pairs = num_responses * (num_responses - 1) // 2
     if label.pairs_per_prompt != "all":
         num_pairs = min(num_pairs, label.pairs_per_prompt)
-    is_list = label.lists or settings.method == "primal_dual"
+    is_list = label.lists or any(isinstance(section, PrimalDual) for section in _own(settings))
     per_example, per_prompt = (num_responses, 1) if is_list else (2, num_pairs)
     examples = round(settings.prompts.num_train * (1 - label.validation_fraction)) * per_prompt
-    epochs = {"": train.num_epochs}
-    if settings.method == "caid":
-        epochs |= {f"round {number}": settings.caid.epochs for number in range(settings.caid.rounds)}
-    elif settings.method == "primal_dual":
-        epochs = {f"round {number}": settings.primal_dual.epochs for number in range(settings.primal_dual.rounds)}
-    trainings = settings.cdpo.rounds if settings.method == "cdpo" else 1
-    trainings += len(settings.constraints) if settings.basis else 0
     most = math.inf if train.max_steps is None else train.max_steps * train.batch_size
     if train.stop == "flat":
         unknown.append("how much sooner a training ends that is flat (train.stop)")
-    return round(trainings * sum(min(examples * number, most) for number in epochs.values()) * per_example)
+    return round(sum(min(examples * number, most) for number in _epochs(settings)) * per_example)
 
 
 def _weight_bytes(plan: Plan) -> int:
@@ -197,9 +218,7 @@ def _weight_bytes(plan: Plan) -> int:
 
 def _disk(settings: Config, plan: Plan, tokens: int) -> dict[str, int]:
     """Return bytes by what is kept: policies, the checkpoints of a training that goes on, tables."""
-    trainings = {"cdpo": settings.cdpo.rounds, "caid": settings.caid.rounds + 1, "sacpo": 2, "p_sacpo": 2}
-    trainings["primal_dual"] = settings.primal_dual.rounds
-    policies = trainings.get(settings.method, 1) + (len(settings.constraints) + 1 if settings.basis else 0)
+    policies = len(_epochs(settings)) + settings.basis
     policies += len(settings.p_sacpo.q) if METHODS[settings.method].mixes else 0
     policies += 1 if "strength" in METHODS[settings.method].stages and settings.strength != 1.0 else 0
     return {

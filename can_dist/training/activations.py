@@ -55,10 +55,18 @@ class Shell:
     def __init__(
         self, spec: Model, train: Train, precision: str, head_bytes: int, num_layers: int | None = None
     ) -> None:
+        def first_layers(config: Any) -> Any:
+            text = config.get_text_config()
+            if num_layers is not None:
+                text.num_hidden_layers = num_layers
+                if getattr(text, "layer_types", None):
+                    text.layer_types = text.layer_types[:num_layers]
+            return config
+
         self.name = spec.model
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
-            self.model = ResponseModel(adapt(empty_causal_lm(spec, precision, num_layers), train))
+            self.model = ResponseModel(adapt(empty_causal_lm(spec, precision, first_layers), train))
         with self.mode:
             _pretend_on_cpu(self.model)
         self.model.head_bytes = head_bytes

@@ -107,6 +107,10 @@ def test_disk_and_actors() -> None:
     assert "1 policy" in work(strength=1).disk_bytes
     assert counted.actor_bytes == {"generate, ln π": 16 * 10**9, "reward": None}
     assert counted.cache_bytes == 4 * 8 * 256 * (2 * 32 * 8 * 128) * 2
+    assert work(generate={"num_responses": 512}).cache_bytes == 32768 * (2 * 32 * 8 * 128) * 2
+    vllm = work(generate={"num_responses": 8, "engine": "vllm"})
+    assert vllm.cache_bytes is None
+    assert "decoded at once: what vLLM takes" in work_text(vllm)
     assert "reward not in reach" in work_text(counted)
 
 
