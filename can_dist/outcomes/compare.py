@@ -275,7 +275,7 @@ def _profiles(methods: Sequence[Evaluated]) -> list[dict[str, Any]]:
     for method in methods:
         if method.report.get("profile"):
             by_set.setdefault(method.artifact.input("profile").digest, []).append(method)
-    return [_profile_record(answers) for answers in by_set.values()]
+    return [_profile_record(measured) for measured in by_set.values()]
 
 
 def _profile_record(methods: Sequence[Evaluated]) -> dict[str, Any]:

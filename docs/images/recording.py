@@ -1,130 +1,86 @@
-"""Record a command in a terminal of 80 × 24, and draw the recording as a moving picture of 20 seconds.
+"""Draw what a demo printed as a moving picture of 20 seconds: ``python docs/images/recording.py runs/demo``.
 
-    python docs/images/recording.py record demo.cast can-dist demo --run runs/demo
-    python docs/images/recording.py draw demo.cast docs/images/recording.svg
-
-A recording is an asciicast (version 2) with its times as they were. The picture plays it faster, and says so in its
-title; what stands still, such as a viewer without animation, shows the last screen. The same recording gives the same
-bytes.
+The lines and their times are those of the run's log, and of its world; bars, which leave no trace there, are missing.
+The picture plays them faster, and says so. A viewer without animation shows the last screen. The same run gives the
+same bytes.
 """
 
 from __future__ import annotations
 
-import fcntl
+import io
 import json
 import os
-import pty
-import re
-import struct
 import sys
-import termios
-import time
-from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+from can_dist.console import folded, printable
+from can_dist.demo.run import MAKING, summary_lines
+from can_dist.workspace import LOG, PAGE, REPORT
+
+HERE = Path(__file__).parent
+COMMAND = "can-dist demo --run runs/demo"
 COLUMNS, ROWS = 80, 24
-SECONDS, LAST_S = 20.0, 4.0  # of the picture, and of its last screen
-LONGEST_GAP_S = 4.0  # a longer silence is played as this long
-SHORTEST_S = 0.2  # of the picture: what a bar shows for less is left out
-CONTROL = re.compile(r"\x1b\[(?P<numbers>[\d;]*)(?P<kind>[A-Za-z])|\x1b\[\?\d+[hl]|(?P<plain>[^\x1b\r\n]+)|[\r\n]")
-COLOURS = {"31": "#ff7b72", "32": "#7ee787", "33": "#e3b341"}
+SECONDS, LAST_S = 20.0, 5.0  # of the picture, and of its last screen
+LONGEST_S = 2.0  # a longer silence is played as this long
 FONTS = "ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace"
 CHARACTER, LINE, EDGE, TOP = 7.8, 17, 12, 34  # pixels
 
 
-@dataclass
-class Shown:
-    """A version of a line of the terminal, on its row, from one second to another (None: to the end)."""
+class Terminal(io.StringIO):
+    """A terminal, whatever this process has."""
 
-    row: int
-    text: str
-    colour: str
-    since: float
-    until: float | None = None
+    def isatty(self) -> bool:
+        """Return that it is one."""
+        return True
 
 
-def record(path: Path, command: list[str]) -> int:
-    """Run a command in a pseudo-terminal; write what it prints, with times; return its exit status."""
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execvp(command[0], command)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-    start, lines = time.monotonic(), [json.dumps({"version": 2, "width": COLUMNS, "height": ROWS, "command": command})]
-    while True:
-        try:
-            text = os.read(terminal, 65536)
-        except OSError:  # the other end of the terminal is closed
-            break
-        sys.stdout.buffer.write(text)
-        sys.stdout.flush()
-        lines.append(json.dumps([round(time.monotonic() - start, 3), "o", text.decode(errors="replace")]))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def printed(run: Path) -> tuple[list[tuple[float, str]], float]:
+    """Return the lines that a demo printed, with when (seconds from its start), and how long it took."""
+    os.environ["COLUMNS"] = str(COLUMNS)  # what the lines are folded for
+    world = json.loads((run / "world" / "world.json").read_text(encoding="utf-8"))
+    log = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
+    start = log[0]["time"] - world["seconds"]
+    told = [(0.0, MAKING)] + [(event["time"] - start, event["message"]) for event in log if "message" in event]
+    lines = [
+        (moment, line)
+        for moment, message in told
+        for line in folded(printable(f"can-dist: {message}"), Terminal()).splitlines()
+    ]
+    [report] = run.glob(f"evaluate-*/{REPORT}")
+    end = log[-1]["time"] - start
+    summary = [*summary_lines(json.loads(report.read_text(encoding="utf-8"))), f"report: {COMMAND.split()[-1]}/{PAGE}"]
+    lines += [(end, line) for text in summary for line in folded(text, Terminal()).splitlines()]
+    return lines, end
 
 
 def played(times: list[float]) -> list[float]:
-    """Return when each event is played, so that all of them, without long silences, fill the picture's seconds."""
+    """Return when each line is shown, so that all of them, without long silences, fill the picture's seconds."""
     passed = [0.0]
     for before, after in pairwise([0.0, *times]):
-        passed.append(passed[-1] + min(after - before, LONGEST_GAP_S))
-    scale = (SECONDS - LAST_S) / max(passed[-1], 1e-9)
-    return [scale * moment for moment in passed[1:]]
+        passed.append(passed[-1] + min(after - before, LONGEST_S))
+    return [(SECONDS - LAST_S) * moment / (passed[-1] or 1.0) for moment in passed[1:]]
 
 
-def lines_of(events: list[tuple[float, str]]) -> list[Shown]:
-    """Return every version of every line: a bar writes over its line, all else goes on below."""
-    done: list[Shown] = []
-    now: dict[int, Shown] = {}
-    row, column, colour = 0, 0, ""
-    for moment, text in events:
-        for match in CONTROL.finditer(text):
-            if match[0] == "\n":
-                row, column = row + 1, 0
-            elif match[0] == "\r":
-                column = 0
-            elif match["kind"] == "A":
-                row = max(row - int(match["numbers"] or 1), 0)
-            elif match["kind"] == "m":
-                colour = COLOURS.get(match["numbers"], "")
-            elif match["plain"]:
-                before = now.get(row, Shown(row, "", "", moment))
-                whole = (
-                    before.text[:column].ljust(column) + match["plain"] + before.text[column + len(match["plain"]) :]
-                )
-                column += len(match["plain"])
-                is_seen = moment - before.since >= SHORTEST_S
-                if is_seen:
-                    before.until = moment
-                    done.append(before)
-                since = moment if is_seen else before.since
-                now[row] = Shown(row, whole.rstrip(), colour or before.colour, since)
-    return [line for line in [*done, *now.values()] if line.text]
-
-
-def draw(recording: str) -> str:
-    """Return the picture of a recording."""
-    head, *rows = [json.loads(line) for line in recording.splitlines()]
-    times = [float(moment) for moment, _, _ in rows]
-    command = " ".join(head["command"])
-    texts = [text for _, _, text in rows]
-    events = [(0.0, f"$ {command}\r\n"), *zip(played(times), texts, strict=True)]
-    shown = lines_of([(round(moment, 2), text) for moment, text in events])
-    width, height = 2 * EDGE + COLUMNS * CHARACTER, TOP + EDGE + ROWS * LINE
-    title = f"{command}: {times[-1]:.0f} seconds, played in {SECONDS:.0f}"
-    shown.sort(key=lambda line: (line.since, line.row))
-    scrolled = {0.0: 0}
-    for line in shown:
-        scrolled[line.since] = max(*scrolled.values(), line.row - ROWS + 1)
-    steps = {moment: f"transform:translateY({-LINE * rows}px)" for moment, rows in scrolled.items()}
+def draw(lines: list[tuple[float, str]], seconds: float) -> str:
+    """Return the picture: each line appears at its moment, and the terminal scrolls."""
+    moments = [0.0, *played([moment for moment, _ in lines])]
+    texts = [f"$ {COMMAND}", *(text for _, text in lines)]
+    title = f"{COMMAND}: {seconds:.0f} seconds, played in {SECONDS:.0f}"
+    shown = {moment: row for row, moment in enumerate(moments)}  # the last row of each moment
+    steps = {moment: f"transform:translateY({-LINE * max(0, row - ROWS + 1)}px)" for moment, row in shown.items()}
     rules = [
         f"text{{font:13px {FONTS};fill:#e6edf3;white-space:pre}}",
         f"g *,g{{animation:{SECONDS:.0f}s step-end infinite}}",
-        *(keyframes(f"t{number}", visibility(line)) for number, line in enumerate(shown)),
+        *(
+            keyframes(f"t{row}", {0.0: "visibility:hidden", moment: "visibility:visible"})
+            for moment, row in shown.items()
+        ),
         keyframes("scroll", steps) + f"g{{animation-name:scroll;{list(steps.values())[-1]}}}",
         "@media (prefers-reduced-motion:reduce){*{animation:none!important}}",
     ]
+    width, height = 2 * EDGE + COLUMNS * CHARACTER, TOP + EDGE + ROWS * LINE
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}">',
@@ -133,16 +89,13 @@ def draw(recording: str) -> str:
             '<rect width="100%" height="100%" rx="8" fill="#0d1117"/>',
             f'<text x="{EDGE}" y="22" opacity=".6">{escape(title)}</text>',
             f'<svg y="{TOP}" width="100%" height="{ROWS * LINE}"><g>',
-            *(drawn(line, f"t{number}") for number, line in enumerate(shown)),
+            *(
+                f'<text x="{EDGE}" y="{LINE * row + 13}" style="animation-name:t{shown[moment]}">{escape(text)}</text>'
+                for row, (moment, text) in enumerate(zip(moments, texts, strict=True))
+            ),
             "</g></svg></svg>\n",
         ]
     )
-
-
-def visibility(line: Shown) -> dict[float, str]:
-    """Return what a version of a line is, from when on."""
-    moments = {0.0: "hidden", line.since: "visible"} | ({} if line.until is None else {line.until: "hidden"})
-    return {moment: f"visibility:{value}" for moment, value in moments.items()}
 
 
 def keyframes(name: str, steps: dict[float, str]) -> str:
@@ -151,19 +104,5 @@ def keyframes(name: str, steps: dict[float, str]) -> str:
     return f"@keyframes {name}{{{inner}}}"
 
 
-def drawn(line: Shown, name: str) -> str:
-    """Return a version of a line; without animation, the last one shows."""
-    style = f"animation-name:{name}" + ("" if line.until is None else ";visibility:hidden")
-    style += f";fill:{line.colour}" if line.colour else ""
-    return f'<text x="{EDGE}" y="{LINE * line.row + 13}" style="{style}">{escape(line.text)}</text>'
-
-
-def main(verb: str, cast: str, *rest: str) -> None:
-    """Record, or draw."""
-    if verb == "record":
-        sys.exit(record(Path(cast), list(rest)))
-    Path(rest[0]).write_text(draw(Path(cast).read_text(encoding="utf-8")), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    (HERE / "recording.svg").write_text(draw(*printed(Path(sys.argv[1]))), encoding="utf-8")
