@@ -90,8 +90,7 @@ def _train(spec: TrainSpec, beats: Heartbeat) -> None:
     beats.at("counting memory")
     with ranks.agreed():
         if rank == 0 and torch.cuda.is_available():
-            demand = room.demand(spec, ds_config, [*examples, *validation], dist.get_world_size())
-            room.require_room(demand, torch.cuda.get_device_properties(0).total_memory, ranks.say)
+            room.require_room_here(spec, ds_config, [*examples, *validation], dist.get_world_size(), ranks.say)
     beats.at("loading the model")
     model, partitioned = _build_model(spec, ds_config)
     engine = _initialize(ResponseModel(model), ds_config, train, total)

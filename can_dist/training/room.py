@@ -44,12 +44,6 @@ class Demand:
     response_tokens: int
 
 
-def demand(spec: TrainSpec, ds_config: dict[str, Any], examples: Sequence[Example], num_ranks: int) -> Demand:
-    """Return the demand of a training on examples."""
-    tokens = largest_pack(examples, spec.train, num_ranks)
-    return Demand(spec.start, spec.train, spec.precision, ds_config, num_ranks, tokens, mean_response(examples))
-
-
 def largest_pack(examples: Sequence[Example], train: Train, num_ranks: int) -> int:
     """Return a bound on the tokens of a pack: the budget, or what a rank's part of the largest batch can have."""
     sizes = sorted((example.num_tokens for example in examples), reverse=True)
@@ -117,6 +111,15 @@ def require_room(demand: Demand, memory_bytes: int, say: Callable[[str], None]) 
     if peak > memory_bytes * (1 - m.SPARE):
         ways = _ways_out(demand, counted, memory_bytes)
         say(f"warning: training needs {needed}: it may run out of memory. {ways}")
+
+
+def require_room_here(
+    spec: TrainSpec, ds_config: dict[str, Any], examples: Sequence[Example], num_ranks: int, say: Callable[[str], None]
+) -> None:
+    """Refuse a training on examples that the GPU of this rank cannot hold, as ``require_room`` does."""
+    tokens, response = largest_pack(examples, spec.train, num_ranks), mean_response(examples)
+    demand = Demand(spec.start, spec.train, spec.precision, ds_config, num_ranks, tokens, response)
+    require_room(demand, torch.cuda.get_device_properties(0).total_memory, say)
 
 
 def _ways_out(demand: Demand, counted: tuple[m.Parameters, int], memory_bytes: int) -> str:
