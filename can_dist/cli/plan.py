@@ -44,7 +44,7 @@ LABELS = {
     metavar="STAGE=TOKENS",
     help="Tokens a second of one actor (generate, score) or rank (train), for the hours. May be repeated.",
 )
-@click.option("--response-tokens", type=click.IntRange(min=1), help="Mean tokens of a response; default: the most.")
+@click.option("--response-length", type=click.IntRange(min=1), help="Mean tokens of a response; default: the most.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON, in bytes.")
 def plan(
     config: str | None,
@@ -53,7 +53,7 @@ def plan(
     memory: str | None,
     shape: str | None,
     rates: tuple[str, ...],
-    response_tokens: int | None,
+    response_length: int | None,
     as_json: bool,
 ) -> None:
     """Print what training needs of each rank's memory, the largest pack that fits, and the run's tokens and hours.
@@ -75,7 +75,7 @@ def plan(
             if Path(settings.reference.model).expanduser().is_dir():
                 raise
             raise DataError(f"{error}", "Without reach of the hub give its config.json: --shape FILE.") from None
-        work = count_work(settings, estimate, reference_shape(settings), known, response_tokens)
+        work = count_work(settings, estimate, reference_shape(settings), known, response_length)
     if as_json:
         click.echo(json.dumps({**asdict(estimate), "work": asdict(work)}, indent=2))
     else:
