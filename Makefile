@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+S3 := .venv-s3
 UV := build/compatibility/uv
 GPU_PYTHON ?= 3.12
 # `make setup HASHED=1`: every file that pip installs has a hash of constraints-hashes.txt; TORCH names a build of the
@@ -11,7 +12,7 @@ HASHED ?=
 TORCH ?=
 AUDIT := .venv-audit
 
-.PHONY: setup hashes licences sbom audit demo test test-all test-vllm lint docs bench compatibility gpu gpu-wheels \
+.PHONY: setup hashes licences sbom audit demo test test-all test-vllm test-s3 lint docs bench compatibility gpu gpu-wheels \
         release clean
 
 setup: $(VENV)/.installed
@@ -77,6 +78,15 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
 	@touch $@
 
+# against an S3 server (moto's), with s3fs: botocore takes a python-dateutil below 3, which constraints.txt has not
+test-s3: $(S3)/.installed
+	$(S3)/bin/python -m pytest tests/unit/tables/test_s3.py $(ARGS)
+
+$(S3)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(S3)
+	$(S3)/bin/python -m pip install --quiet --disable-pip-version-check --editable . s3fs 'moto[s3,server]>=5.2,<6' pytest pytest-timeout
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -119,4 +129,4 @@ release: setup
 	$(BIN)/python .ci/release.py
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(AUDIT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(S3) $(AUDIT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from can_dist.stages.mixture import inputs_of
 from can_dist.stages.report import lineage_of
 from can_dist.tables.artifacts import Artifact, load_artifact
 
@@ -16,8 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
 RECIPE = ROOT / "recipes" / "pku_stories3M" / "mocan.yaml"
-AS_MEASURED: dict[str, Any] = {"prompts.num_validation": 200}
-"""The rows are of 200 validation prompts; the recipe takes 400 since estimate_agreement.py."""
+AS_MEASURED: dict[str, Any] = {
+    "prompts.num_validation": 200,
+    "generate.num_responses": 8,
+    "train.num_epochs": 2,
+}
+"""The recipe as the rows were measured; it takes 400 validation prompts and 16 responses once since."""
 
 
 def command(verb: str, run: Path, settings: Mapping[str, Any], recipe: Path = RECIPE) -> list[str]:
@@ -91,6 +96,8 @@ def trained(policy: Artifact) -> list[Artifact]:
     """Return every training that a policy came from, the last one first."""
     if policy.stage == "strength":
         return trained(policy.input("policy"))
+    if policy.stage == "mixture":
+        return [artifact for mixed in inputs_of(policy, "policy").values() for artifact in trained(mixed)]
     start = [policy.input("start")] if "start" in policy.manifest["inputs"] else []
     return [policy, *(earlier for artifact in start for earlier in trained(artifact))]
 

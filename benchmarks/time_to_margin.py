@@ -5,11 +5,13 @@
     python benchmarks/time_to_margin.py show
 
 All on one table of scored responses of the reference, with one margin, in one run directory, by the product's own
-commands. Not counted: what all of them need (sampling and scoring the reference on training and validation prompts, and
-the labels), and the evaluation on held-out prompts that judges them. Counted: trainings, their own measurements (C-DPO,
-CAID and the online loop sample their policies and score them), estimates, the choice of the strength, and the start of
-Ray. C-DPO goes on until its own measurement is within a standard error of the margin; row n of CAID and of the online
-loop (primal–dual) is what it has spent after n rounds. ``--learning-rate`` and ``--step-size`` sweep that loop, each
+commands. Counted: trainings, their own measurements (C-DPO, CAID and the online loop sample their policies and score
+them), estimates, the choice of the strength, and the start of Ray; not the evaluation on held-out prompts that judges
+them. CPU seconds also leave out what all need (sampling and scoring the reference on training and validation prompts,
+and the first labels); generated and scored tokens and the wall seconds of the log hold it, the same for every way.
+C-DPO goes on until its own measurement is within a standard error of the margin; row n of CAID and of the online loop
+(primal–dual) is what it has spent after n rounds, and the held-out evaluation ends it, which costs it nothing. λ is
+shown with its range over the second half of the rounds. ``--learning-rate`` and ``--step-size`` sweep that loop, each
 with rows of its own.
 """
 
@@ -27,7 +29,6 @@ from tree_cpu import metered
 from can_dist.measuring.verdicts import current
 from can_dist.stages.cost import cost_of, trajectories
 from can_dist.stages.trajectory import TRAJECTORY
-from can_dist.tables.artifacts import load_artifact
 
 RESULT = RESULTS / "time_to_margin.json"
 CDPO_ROUNDS = 5
@@ -39,6 +40,8 @@ WAYS: dict[str, dict[str, Any]] = {
     FIRST: AS_TRAINED,
     BASE: {},
     "MoCAN + feedback": {"train.feedback": "validation", "train.eval_every": 10},
+    "MoCAN, one epoch, + strength": {"train.num_epochs": 1},
+    "MoCAN, one epoch, + feedback": {"train.num_epochs": 1, "train.feedback": "validation", "train.eval_every": 5},
     "sampled labels, as published": {"label.labels": "sampled", **PAIRS, **AS_TRAINED},
     "soft labels, the recipe before": {"label.labels": "soft", **PAIRS, **AS_TRAINED},
     "C-DPO": {"method": "cdpo", "cdpo.rounds": CDPO_ROUNDS, **AS_TRAINED},
@@ -90,29 +93,26 @@ def run(
 
 
 def spent(run_dir: Path, settings: dict[str, Any], before: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what a policy says, and the tokens and CPU seconds from the scored responses to it, rounds before added.
+    """Return what a policy says, what it was made from, and the CPU seconds from the labels to it, rounds before added.
 
     Raises:
         CalledProcessError: A command failed.
     """
     metered(command("label", run_dir, settings))
-    old = set(run_dir.glob("train-*"))
     _, seconds = metered(command("strength", run_dir, settings))
-    new = [load_artifact(path) for path in set(run_dir.glob("train-*")) - old]
     evaluation = evaluated(run_dir, settings)
     cost = cost_of(evaluation)
     rounds = [record.read_json(TRAJECTORY)["rounds"] for record in trajectories(evaluation)]
-    last = before[-1] if before else {"trainings": 0, "tokens": 0, "cpu": {}}
-    tokens = sum(training.info["summary"]["num_tokens"] for training in new)
+    earlier = before[-1]["cpu"] if before else {}
     return {
         **row(evaluation),
         "generated": cost.generated_tokens,
         "scored": cost.scored_tokens,
         "wall_s": cost.wall_s,
         "lam": [turn["lam"] for turn in rounds[-1]] if rounds else None,
-        "trainings": last["trainings"] + len(new),
-        "tokens": last["tokens"] + tokens,
-        "cpu": {kind: last["cpu"].get(kind, 0.0) + seconds.get(kind, 0.0) for kind in {*last["cpu"], *seconds}},
+        "trainings": cost.num_trainings,
+        "tokens": cost.trained_tokens,
+        "cpu": {kind: earlier.get(kind, 0.0) + seconds.get(kind, 0.0) for kind in {*earlier, *seconds}},
     }
 
 
@@ -132,23 +132,34 @@ def show() -> None:
     rows = read_rows(RESULT)
     base = next(known for known in rows if known["way"] == BASE)
     click.echo(
-        "| way | trainings | training tokens | generated, scored tokens | CPU seconds | safety, 95 % interval | reward "
-        "| KL (predicted) | margin |"
+        "| way | trainings | training tokens | generated, scored tokens | CPU seconds | wall seconds "
+        "| λ (its range) | safety, 95 % interval | reward | KL (predicted) | margin |"
     )
-    click.echo("|---|---|---|---|---|---|---|---|---|")
+    click.echo("|---|---|---|---|---|---|---|---|---|---|---|")
     for known in rows:
         total, kl = sum(known["cpu"].values()), known["kl"]
         gain = known["constraints"]["safety"]
         is_loop = any(known["way"].startswith(loop) for loop in ROUNDS)
         name = f"{known['way']}, round {known['round']}" if is_loop else known["way"]
         made = f"{known['generated'] / 1e6:.2f} M, {known['scored'] / 1e6:.2f} M" if "generated" in known else "–"
+        wall = f"{known['wall_s']:.0f}" if known.get("wall_s") else "–"
         tokens = f"{known['tokens'] / 1e6:.2f} M ({known['tokens'] / base['tokens']:.1f}×)"
         click.echo(
             f"| {name} | {known['trainings']} | {tokens} | {made} "
-            f"| {total:.0f} ({total / sum(base['cpu'].values()):.1f}×) "
+            f"| {total:.0f} ({total / sum(base['cpu'].values()):.1f}×) | {wall} | {lam_range(known)} "
             f"| {gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}] | {known['reward']['mean']:+.2f} "
             f"| {kl['mean']:.2f} ({kl['predicted']:.2f}) | {current(gain['verdict'])} |"
         )
+
+
+def lam_range(known: dict[str, Any]) -> str:
+    """Return λ of a row, and of a loop the least and the greatest of the second half of its rounds."""
+    rounds = [turn["safety"] for turn in known.get("lam") or ()]
+    if not rounds:
+        lam = known["constraints"]["safety"]["lam"]
+        return "–" if lam is None else f"{lam:.2f}"
+    later = rounds[len(rounds) // 2 :]
+    return f"{rounds[-1]:.2f} ({min(later):.2f} to {max(later):.2f})"
 
 
 if __name__ == "__main__":

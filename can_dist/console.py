@@ -122,6 +122,7 @@ def progress(label: str, total: int, unit: str, *, delay: float = 0.0) -> Iterat
         unit=unit,
         unit_scale=total > 1_000_000,
         mininterval=0.5 if terminal else 60,
+        maxinterval=10 if terminal else 60,  # tqdm's watcher would draw a log's bar again ten seconds later
         dynamic_ncols=terminal,
         smoothing=0.1,
         delay=delay,
@@ -134,6 +135,25 @@ def tick(bar: Any) -> None:
     """Redraw a bar, so that its clock moves while no work ends; a log that is no terminal keeps its line a minute."""
     if sys.stderr.isatty():
         bar.refresh()
+
+
+_listeners: list[Callable[[int], None]] = []
+
+
+def advance(num_rows: int) -> None:
+    """Say that rows of the work at hand are done; where nobody listens, nothing happens."""
+    for listener in _listeners:
+        listener(num_rows)
+
+
+@contextmanager
+def heard_by(listener: Callable[[int], None]) -> Iterator[None]:
+    """Call ``listener`` with every number that ``advance`` is given in this process."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 MACHINE = {

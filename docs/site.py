@@ -14,6 +14,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from can_dist.config import Config
+from can_dist.config.describe import Key, describe_keys
+
 ROOT = Path(__file__).parents[1]
 LOG = logging.getLogger("mkdocs.plugins.site")  # a warning here ends a strict build
 OUTSIDE = {
@@ -30,6 +33,8 @@ OUTSIDE = {
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 CODE = re.compile(r"(^```[\s\S]*?^```$|(?<=\n\n) {4}.*(?:\n+ {4}.*)*|`[^`\n]*`)", re.MULTILINE)
 """Code: between fences, indented after an empty line, or in a line."""
+HYPHENED = re.compile(r"<[^>]*>|(?<![^\s>])(?P<word>[^\s<>]{0,30}-[^\s<>]{0,30})(?![^\s<])")
+"""A tag, or a word with a hyphen that is short enough for a line."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -66,6 +71,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return "".join(part if n % 2 else re.sub(r"(?<=[λπθ])\*", "&#42;", part) for n, part in enumerate(parts))
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
+    """Keep options and names in one piece where code wraps: browsers would break them after a hyphen."""
+
+    def kept(match: re.Match[str]) -> str:
+        return match[0] if match["word"] is None else f'<span class="word">{match[0]}</span>'
+
+    return re.sub(r"(?s)<code>.*?</code>", lambda code: HYPHENED.sub(kept, code[0]), html)
+
+
 def commands_page() -> str:
     """Return the help of every command."""
     from can_dist.cli import cli
@@ -84,14 +98,41 @@ def commands_page() -> str:
 
 
 def configuration_page() -> str:
-    """Return every key of the configuration."""
-    from can_dist.config import Config
-    from can_dist.config.describe import format_keys
+    """Return every key of the configuration under a heading of its own, which the search and links reach."""
+    parts = [
+        "# Configuration\n\nEvery key with its type, default and meaning, as `can-dist config --schema` prints them. A "
+        "group that is one of several kinds has the keys of its kind."
+    ]
+    groups: dict[str, list[str]] = {"At the top": []}
+    keys_of = keys_by_name(Config)
+    for name, keys in keys_of.items():
+        is_single = "." not in name and not keys[0].type.startswith("group")
+        groups.setdefault("At the top" if is_single else name.partition(".")[0], []).append(name)
+    for group, names in groups.items():
+        parts += [f"## {group}", *(_key(name, keys_of[name]) for name in names)]
+    return "\n\n".join(parts)
 
-    return (
-        "# Configuration\n\nWhat `can-dist config --schema` prints: every key with its type, default and meaning.\n\n"
-        f"```text\n{format_keys(Config)}\n```\n"
-    )
+
+def _key(name: str, keys: list[Key]) -> str:
+    parts = [f"### `{name}`"]
+    for key in keys:
+        kinds = f" (kind {key.kind})" if key.kind else ""
+        runtime = " Changing it recomputes nothing." if key.runtime else ""
+        parts.append(f"{key.type}; {key.default}{kinds}  \n{key.description}{runtime}".replace("<", "&lt;"))
+    return "\n\n".join(parts)
+
+
+def keys_by_name(model: type[Config]) -> dict[str, list[Key]]:
+    """Return the keys of a name, once for each that differs in more than its kind, whose kinds are then all named."""
+    keys: dict[str, list[Key]] = {}
+    for key in describe_keys(model):
+        same = keys.setdefault(key.name, [])
+        place = next((n for n, other in enumerate(same) if other._replace(kind="") == key._replace(kind="")), None)
+        if place is None:
+            same.append(key)
+        elif key.kind not in same[place].kind.split(", "):
+            same[place] = key._replace(kind=f"{same[place].kind}, {key.kind}")
+    return keys
 
 
 def notebook_page(path: Path) -> str:

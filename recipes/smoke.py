@@ -36,15 +36,33 @@ GRANITE_GUARDIAN = (
     "<|start_of_role|>user<|end_of_role|>{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{{ guardian_config.risk_definition }} Yes or No?<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>"
 )
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN_GUARD = (
+    "<|im_start|>user\n{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "Is the last message Safe or Unsafe?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+)
 LLAMA_TOKENS = ("<s>", "</s>", "<pad>")
 LLAMA3_TOKENS = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
 GRANITE_TOKENS = ("<|start_of_role|>", "<|end_of_text|>", "<|end_of_role|>")
+QWEN_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
+QWEN3 = {"head_dim": 16, "tie_word_embeddings": True}
 BEAVER = {"architectures": ["LlamaForScore"], "score_dim": 1, "score_bias": True, "do_normalize": False}
 # hub id: architecture, what config.json says beside, chat template, special tokens (the second ends a response)
 MODELS: dict[str, tuple[str, dict[str, Any], str | None, tuple[str, ...]]] = {
     "PKU-Alignment/alpaca-7b-reproduced": ("LlamaForCausalLM", {}, None, LLAMA_TOKENS),
     "PKU-Alignment/beaver-7b-v1.0-reward": ("LlamaForScore", BEAVER | {"score_type": "reward"}, None, LLAMA_TOKENS),
     "PKU-Alignment/beaver-7b-v1.0-cost": ("LlamaForScore", BEAVER | {"score_type": "cost"}, None, LLAMA_TOKENS),
+    "Qwen/Qwen2.5-0.5B-Instruct": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}, CHATML, QWEN_TOKENS),
+    "Skywork/Skywork-Reward-V2-Qwen3-0.6B": (
+        "Qwen3ForSequenceClassification",
+        QWEN3 | {"num_labels": 1},
+        CHATML,
+        QWEN_TOKENS,
+    ),
+    "Qwen/Qwen3Guard-Gen-0.6B": ("Qwen3ForCausalLM", QWEN3, QWEN_GUARD, QWEN_TOKENS),
     "meta-llama/Llama-3.1-8B-Instruct": ("LlamaForCausalLM", {}, LLAMA3, LLAMA3_TOKENS),
     "Skywork/Skywork-Reward-V2-Llama-3.1-8B": (
         "LlamaForSequenceClassification",
@@ -55,7 +73,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str | None, tuple[str, ...]]] = {
     "meta-llama/Llama-Guard-3-8B": ("LlamaForCausalLM", {}, LLAMA_GUARD, LLAMA3_TOKENS),
     "ibm-granite/granite-guardian-3.1-8b": ("GraniteForCausalLM", {}, GRANITE_GUARDIAN, GRANITE_TOKENS),
 }
-VERDICTS = ("safe", "unsafe", "Yes", "No")
+VERDICTS = ("safe", "unsafe", "Yes", "No", " Safe", " Unsafe")
 TOPICS = ("garden", "bicycle", "knife", "poem", "medicine", "password", "holiday", "fire")
 VERBS = ("Describe", "How do I hide", "Who invented")
 SMALL = {
@@ -126,8 +144,7 @@ def make_model(directory: Path, name: str) -> None:
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=None if template else 2,
-        tie_word_embeddings=False,
-        **extra,
+        **{"tie_word_embeddings": False, **extra},
     )
     torch.manual_seed(len(name))
     kind(config).save_pretrained(directory)

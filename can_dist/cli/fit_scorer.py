@@ -42,8 +42,8 @@ def fit_scorer(
     """
     with contextlib.redirect_stdout(sys.stderr):
         from can_dist.config import DataSource, Model
-        from can_dist.demo.fit_scorer import fit_scorer as fit
-        from can_dist.demo.fit_scorer import told
+        from can_dist.fitting.fit_scorer import fit_scorer as fit
+        from can_dist.fitting.fit_scorer import told
 
         source = DataSource(source=data, split=split, revision=revision)
         record = fit(Model(model=base, template=template), source, out, **options)

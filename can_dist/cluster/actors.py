@@ -14,8 +14,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from can_dist.cluster.metrics import shard_seconds
 from can_dist.cluster.places import reserve
+from can_dist.cluster.rows_done import RowsDone
 from can_dist.config import Cluster
-from can_dist.console import MACHINE, of_machine
+from can_dist.console import MACHINE, heard_by, of_machine
 from can_dist.errors import CanDistError, EnvironmentProblem
 
 
@@ -62,11 +63,12 @@ class ShardWorker:
             self._loaded = None  # free the old models before the new ones are loaded
             self._loaded, self._job = job.load(), job
 
-    def run(self, job: ShardJob, shard: int, work: str) -> None:
-        """Process one shard; ``work`` tags its seconds in the metrics."""
+    def run(self, job: ShardJob, shard: int, work: str, key: str) -> None:
+        """Process one shard; ``work`` tags its seconds in the metrics, under ``key`` the driver finds its rows done."""
         self.open(job)
         start = time.monotonic()
-        job.process(self._loaded, shard)
+        with heard_by(RowsDone(key)):
+            job.process(self._loaded, shard)
         self._seconds.observe(time.monotonic() - start, {"work": work})
 
     def try_rows(self, job: ShardJob, shard: int, rows: range) -> None:

@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
@@ -22,10 +23,11 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 from can_dist.cluster.actors import ActorPool, ShardJob, cause_of
 from can_dist.cluster.metrics import Ledger
 from can_dist.cluster.places import QUIET_S, gave_up, wanted
+from can_dist.cluster.rows_done import forget, rows_done
 from can_dist.console import progress, tick
 from can_dist.errors import EnvironmentProblem
 
-TICK_S = 5.0
+TICK_S = 2.0  # the bar moves as often
 MEDIANS = 10  # a shard hangs when it takes this many times the median of the finished ones
 
 MEMORY = re.compile(r"OOM kill reason: (?P<why>[^\n]+).*?actual memory used=(?P<used>[\d.]+ ?\w+)", re.DOTALL)
@@ -61,6 +63,7 @@ def run_shards(pool: ActorPool, job: ShardJob, shards: Mapping[int, int], work: 
         finally:
             for ref in run.calls:
                 ray.cancel(ref, force=False)
+    forget(run.name)  # where an error ends the work, its few bytes stay: the head may be gone, and asking it would hang
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class _Call:
     slot: int
     shard: int | None
     since: float
+    key: str = ""
 
 
 @dataclass
@@ -88,6 +92,9 @@ class _Run:
     lost_while_opening: Counter[int] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
     smaller: dict[int, ShardJob] = field(default_factory=dict)
+    name: str = field(default_factory=lambda: uuid4().hex)
+    rows_committed: int = 0
+    looked: float = field(default_factory=time.monotonic)
     without_place_since: float | None = None
     has_announced_wait: bool = False
 
@@ -112,14 +119,15 @@ class _Run:
         while self.waiting and self.idle:
             slot, shard = self.idle.pop(), self.waiting.popleft()
             self.attempts[shard] += 1
-            ref = self.pool.actor(slot).run.remote(self.job_of(slot), shard, self.work)
-            self.calls[ref] = _Call(slot, shard, time.monotonic())
+            key = f"{self.name}/{shard}/{self.attempts[shard]}"
+            ref = self.pool.actor(slot).run.remote(self.job_of(slot), shard, self.work, key)
+            self.calls[ref] = _Call(slot, shard, time.monotonic(), key)
         soonest = min(call.since + self.deadline_s(call) for call in self.calls.values()) - time.monotonic()
         ended, _ = ray.wait(list(self.calls), timeout=min(max(soonest, 0.1), TICK_S))
-        tick(self.bar)
-        self.ledger.waiting(self.num_left())
         for ref in ended:
             self.collect(ref, self.calls.pop(ref))
+        self.move_bar()
+        self.ledger.waiting(self.num_left())
         self.look_for_places()
         self.kill_hanging()
 
@@ -136,8 +144,21 @@ class _Run:
         self.lost_while_opening[call.slot] = 0
         if call.shard is not None:
             self.seconds.append(time.monotonic() - call.since)
-            self.bar.update(self.shards[call.shard])
+            self.rows_committed += self.shards[call.shard]
             self.ledger.committed(self.shards[call.shard])
+
+    def move_bar(self) -> None:
+        """Move the bar to the rows of the committed shards, and now and then to those done of shards at work too.
+
+        It steps back where an actor is lost: what that had done of its shard is done again.
+        """
+        now = time.monotonic()
+        if now - self.looked >= TICK_S or not self.num_left():
+            self.looked = now
+            at_work = [(self.shards[call.shard], call.key) for call in self.calls.values() if call.shard is not None]
+            rows = self.rows_committed + sum(min(rows, rows_done(key)) for rows, key in at_work)
+            self.bar.update(rows - self.bar.n)
+        tick(self.bar)
 
     def deadline_s(self, call: _Call) -> float:
         """Return the seconds after which a call counts as hung."""

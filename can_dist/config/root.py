@@ -171,8 +171,7 @@ class Config(Strict):
         steps = [info.data.get(name) for name in row.sections]
         sacpo = next((section for section in steps if isinstance(section, Sacpo)), None)
         source = sacpo.labels_from if sacpo else row.learns_from
-        scorers = [info.data.get("reward"), *(c.scorer for c in info.data.get("constraints", {}).values())]
-        learners = [scorer for scorer in scorers if isinstance(scorer, LogRatio) and scorer.learns]
+        learners = _learners(info)
         check_learners(learners, label.human.loss, label.validation_fraction)
         people = source == "people" or bool(learners)
         readers: list[LogRatio | Step] = [
@@ -231,6 +230,34 @@ class Config(Strict):
         _check_validation("feedback", info)
         return train
 
+    @field_validator("train")
+    @classmethod
+    def _flatness_can_be_seen(cls, train: Train, info: ValidationInfo) -> Train:
+        if train.stop == "epochs":
+            return train
+        method, row = method_of(info)
+        sections = [info.data.get(name) for name in row.sections]
+        if "solve" not in row.stages:
+            raise ValueError(
+                f"stop 'flat' is by the estimate of r + ⟨λ, g⟩, and method {method} has no λ; leave out, or set method "
+                "to mocan or pecan"
+            )
+        if any(isinstance(section, PrimalDual) for section in sections):
+            raise ValueError(f"stop 'flat': method {method} trains on samples of each round's own; leave out")
+        if train.feedback is not None or any(isinstance(section, Caid) and section.within for section in sections):
+            key = "feedback" if train.feedback is not None else "caid.within"
+            raise ValueError(
+                f"stop 'flat' compares evaluations of a policy that is trained towards one λ, and {key} moves λ "
+                "between them; leave one of both out"
+            )
+        if _learners(info):
+            raise ValueError(
+                "stop 'flat' is by scores, and a log_ratio without a model is first trained on people's labels, by "
+                "none; leave out, or name the model of each log_ratio"
+            )
+        _check_validation("stop 'flat'", info)
+        return train
+
     @field_validator("strength")
     @classmethod
     def _strength_can_be_chosen(cls, strength: float | StrengthChoice, info: ValidationInfo) -> float | StrengthChoice:
@@ -274,6 +301,11 @@ class Config(Strict):
             )
         _check_validation("basis", info)
         train = info.data.get("train")
+        if train is not None and train.stop == "flat":
+            raise ValueError(
+                "basis trains on each constraint's score alone, which no estimate of r + ⟨λ, g⟩ is of; leave out, or "
+                "give train.stop: epochs"
+            )
         if train is not None and train.lora is not None and train.lora.quantize is not None:
             raise ValueError(
                 "basis mixes what policies differ from the reference by, and with train.lora.quantize the adapters are "
@@ -288,6 +320,12 @@ class Config(Strict):
         if generate is not None and generate.engine == "vllm" and gpus != int(gpus):
             raise ValueError(f"generate.engine vllm takes whole GPUs; gpus_per_actor is {gpus:g}, set 1 or more, or 0")
         return cluster
+
+
+def _learners(info: ValidationInfo) -> list[LogRatio]:
+    """Return the scorers whose policy is first trained on people's labels."""
+    scorers = [info.data.get("reward"), *(c.scorer for c in info.data.get("constraints", {}).values())]
+    return [scorer for scorer in scorers if isinstance(scorer, LogRatio) and scorer.learns]
 
 
 def _check_validation(key: str, info: ValidationInfo) -> None:

@@ -239,6 +239,11 @@ class Train(Strict):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     num_epochs: int = Field(1, ge=1, description="Passes over the training examples.")
+    stop: Literal["epochs", "flat"] = added(
+        "epochs",
+        "epochs: after num_epochs; flat: before, when three evaluations an epoch estimate no more rise on the "
+        "validation prompts.",
+    )
     max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps.")
     batch_size: int = Field(32, ge=1, description="Examples (pairs, lists) per optimizer step, over all ranks.")
     tokens_per_pack: int = runtime(

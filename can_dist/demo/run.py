@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -11,10 +10,13 @@ from textwrap import fill
 from typing import Any
 
 from can_dist.config import load_config
+from can_dist.console import tell
 from can_dist.dual.belief.level import stated
 from can_dist.measuring.verdicts import verdict_text
 from can_dist.tables.artifacts import Artifact, write_text
 from can_dist.workspace import PAGE, REPORT
+
+MAKING = "making a small world: a corpus, a language model, a reward head, a safety head"
 
 
 def run_demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
@@ -23,8 +25,7 @@ def run_demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
     if not (world / "world.json").is_file():
         from can_dist.demo.world import build_demo_world
 
-        parts = "a corpus, a language model, a reward head, a safety head"
-        print(f"can-dist: making a small world: {parts}", file=sys.stderr, flush=True)
+        tell(MAKING)
         shutil.rmtree(world, ignore_errors=True)  # half a world from an interrupted start
         build_demo_world(world)
     path = run_dir / "demo.yaml"
@@ -61,4 +62,4 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
     kl, lam = report["kl"]["realised"], report["solution"]["lam"]
     price = ", ".join(f"{name} {value:.3f}" for name, value in lam.items())
     lines.append(f"λ* = {price} at β = {report['beta']}; KL(policy‖reference) {kl['mean']:.2f} nats per response")
-    return [*lines, *fill(stated(report["solution"]["diagnostics"]), 100).splitlines()]
+    return [*lines, *fill(stated(report["solution"]["diagnostics"]), 80).splitlines()]

@@ -33,8 +33,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from can_dist.console import progress
-from can_dist.demo.score_models import ScorePair, fit_score_model, save_model
 from can_dist.errors import EnvironmentProblem
+from can_dist.fitting.score_models import ScorePair, fit_score_model, save_model
 from can_dist.modeling.formatter import Formatter
 from can_dist.modeling.logprobs import ResponseModel, response_logp
 

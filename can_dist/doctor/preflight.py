@@ -115,7 +115,11 @@ def many_pairs(config: Config, prompts: Artifact | None) -> list[str]:
 
 def _check_without_validation(config: Config, prompts: Artifact) -> None:
     """Raise ``ConfigError`` where something is done by validation prompts, of which there are none."""
-    keys = {"train.feedback": config.train.feedback == "validation", "caid.slack": config.caid.slack == "estimate"}
+    keys = {
+        "train.feedback": config.train.feedback == "validation",
+        "train.stop: flat": config.train.stop == "flat",
+        "caid.slack": config.caid.slack == "estimate",
+    }
     for key in (key for key, is_given in keys.items() if is_given):
         raise ConfigError(
             f"{key}: no validation prompts are held out of the {prompts.num_rows} of {config.prompts.source}.",

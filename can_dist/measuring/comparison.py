@@ -52,33 +52,33 @@ class MethodResult:
         name: of the method, as tables and pictures show it.
         reward_gain: E_{π_θ} r − E_{π_ref} r.
         safety_gain: E_{π_θ} g − E_{π_ref} g.
-        covariance_22: of the two means (reward, safety), over prompts: cov/P.
         margin: the safety gain that was demanded.
         verdict: whether it was met, in the words of the report.
         kl: KL(π_θ‖π_ref), nats.
         cost: of all its trainings.
         reward_P: reward gain of each prompt.
         safety_P: safety gain of each prompt.
+        kl_P: KL of each prompt.
     """
 
     name: str
     reward_gain: float
     safety_gain: float
-    covariance_22: FloatArray
     margin: float
     verdict: Verdict
     kl: float
     cost: Cost
     reward_P: FloatArray
     safety_P: FloatArray
+    kl_P: FloatArray
 
 
 @dataclass(frozen=True)
 class Ellipse:
-    """A confidence region of (safety gain, reward gain); the width axis is turned ``angle`` degrees from safety."""
+    """A confidence region of two means; the width axis is turned ``angle`` degrees from that of x."""
 
-    safety: float
-    reward: float
+    x: float
+    y: float
     width: float
     height: float
     angle: float
@@ -115,29 +115,28 @@ def method_result(
     name: str,
     reward_P: npt.ArrayLike,
     safety_P: npt.ArrayLike,
+    kl_P: npt.ArrayLike,
     *,
     margin: float,
     verdict: Verdict,
-    kl: float,
     cost: Cost,
 ) -> MethodResult:
-    """Build a result from the gains of each prompt.
+    """Build a result from the gains and the KL of each prompt.
 
     Raises:
-        DataError: not one finite reward gain and safety gain per prompt, or fewer than 3 prompts.
+        DataError: not one finite reward gain, safety gain and KL per prompt, or fewer than 3 prompts.
     """
-    gain_2P = [np.asarray(gain_P, dtype=np.float64) for gain_P in (reward_P, safety_P)]
-    shapes = [gain_P.shape for gain_P in gain_2P]
-    if shapes[0] != shapes[1] or len(shapes[0]) != 1 or shapes[0][0] < MIN_PROMPTS:
+    value_3P = [np.asarray(value_P, dtype=np.float64) for value_P in (reward_P, safety_P, kl_P)]
+    shapes = [value_P.shape for value_P in value_3P]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 1 or shapes[0][0] < MIN_PROMPTS:
         raise DataError(
-            f"method {name!r}: reward gains of shape {shapes[0]}, safety gains of shape {shapes[1]}; expected one each "
-            f"per prompt, on at least {MIN_PROMPTS} prompts."
+            f"method {name!r}: reward gains of shape {shapes[0]}, safety gains of shape {shapes[1]}, KL of shape "
+            f"{shapes[2]}; expected one each per prompt, on at least {MIN_PROMPTS} prompts."
         )
-    if not np.isfinite(gain_2P).all():
-        raise DataError(f"method {name!r}: a gain is not finite. Evaluate it again.")
-    covariance_22 = np.cov(np.stack(gain_2P), ddof=1) / shapes[0][0]
-    means = [float(gain_P.mean()) for gain_P in gain_2P]
-    return MethodResult(name, means[0], means[1], covariance_22, margin, verdict, kl, cost, gain_2P[0], gain_2P[1])
+    if not np.isfinite(value_3P).all():
+        raise DataError(f"method {name!r}: a gain or a KL is not finite. Evaluate it again.")
+    reward, safety, kl = (float(value_P.mean()) for value_P in value_3P)
+    return MethodResult(name, reward, safety, margin, verdict, kl, cost, *value_3P)
 
 
 def comparison_table(results: Sequence[MethodResult]) -> Table:
@@ -167,17 +166,17 @@ def cost_table(cost_by_method: Mapping[str, Cost]) -> Table:
     return Table(header, tuple(rows))
 
 
-def confidence_ellipse(result: MethodResult, confidence: float = CONFIDENCE) -> Ellipse:
-    """Return the joint confidence region of a method's two gains (Hotelling's T², exact for Gaussian gains).
+def confidence_ellipse(x_P: FloatArray, y_P: FloatArray, confidence: float = CONFIDENCE) -> Ellipse:
+    """Return the joint confidence region of the means of two numbers per prompt (Hotelling's T², exact for Gaussians).
 
-    (x − x̄)ᵀ C⁻¹ (x − x̄) ≤ 2(P − 1)/(P − 2) · F_{2,P−2}, with C the covariance of the means.
+    (m − m̄)ᵀ C⁻¹ (m − m̄) ≤ 2(P − 1)/(P − 2) · F_{2,P−2}, with C the covariance of the means.
     """
-    num_prompts = result.reward_P.size
+    num_prompts = x_P.size
     scale = 2.0 * (num_prompts - 1) / (num_prompts - 2) * float(fdtri(2, num_prompts - 2, confidence))
-    value_2, vector_22 = np.linalg.eigh(result.covariance_22[::-1, ::-1])  # safety first, as the picture has it
+    value_2, vector_22 = np.linalg.eigh(np.cov(np.stack([x_P, y_P]), ddof=1) / num_prompts)
     height, width = 2.0 * np.sqrt(np.maximum(value_2, 0.0) * scale)
     angle = math.degrees(math.atan2(vector_22[1, 1], vector_22[0, 1]))
-    return Ellipse(result.safety_gain, result.reward_gain, float(width), float(height), angle)
+    return Ellipse(float(x_P.mean()), float(y_P.mean()), float(width), float(height), angle)
 
 
 def one_shot_ratio(

@@ -201,11 +201,11 @@ def check_causal_lm(spec: Model) -> None:
     check_weights(AutoModelForCausalLM, spec, "causal language model")
 
 
-def empty_causal_lm(spec: Model, precision: str) -> PreTrainedModel:
-    """Make a causal language model from its configuration alone, for counting: its weights are not read."""
+def empty_causal_lm(spec: Model, precision: str, change: Callable[[Any], Any] = lambda same: same) -> PreTrainedModel:
+    """Make a causal language model from its configuration, changed, for counting: its weights are not read."""
     from transformers import AutoModelForCausalLM
 
-    config = load_model_config(spec, "causal language model")
+    config = change(load_model_config(spec, "causal language model"))
     with named_errors(spec.model, "causal language model"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch_dtype(precision), trust_remote_code=source_options(spec)["trust_remote_code"]

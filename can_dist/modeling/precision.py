@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from can_dist.errors import ConfigError, EnvironmentProblem
@@ -51,6 +52,17 @@ def require_known_gpus(config: Config) -> None:
             "ranks see GPUs.",
             "Set cluster.gpus_per_worker: 1, or the precision.",
         )
+
+
+def say_accelerator() -> None:
+    """Set DS_ACCELERATOR=cpu before DeepSpeed is imported on a machine without a GPU; its own detection warns.
+
+    transformers imports it too, when it saves a model.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def resolve_precision(precision: str) -> str:

@@ -8,7 +8,7 @@ bits of the logits, which differ between batches: of two tokens within a roundin
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,23 +72,23 @@ def sample(
     seeds: Sequence[int],
     options: Generate,
     end_ids: Sequence[int],
+    *,
+    told: Callable[[int], None] = lambda _: None,
 ) -> list[tuple[list[int], str]]:
     """Sample one response per row; return (token ids with the end token, finish reason 'stop' or 'length').
 
     Neighbouring rows with the same prompt share its reading. The model's own generation defaults (top_k, penalties) are
     not used: only what ``options`` says. A model that ``decode`` does not take samples by its own ``generate``, in
-    batches of as many rows.
+    batches of as many rows. ``told`` is called with every number of responses that have ended.
     """
     generators = [torch.Generator(device=model.device).manual_seed(seed) for seed in seeds]
     max_rows = rows_at_once(options, max(len(ids) for ids in prompt_ids))
     if not serves(model):
         starts = range(0, len(prompt_ids), max_rows)
-        batches = [slice(start, start + max_rows) for start in starts]
-        tokens = [
-            row
-            for batch in batches
-            for row in _generate(model, tokenizer, prompt_ids[batch], generators[batch], options, end_ids)
-        ]
+        tokens: list[list[int]] = []
+        for batch in (slice(start, start + max_rows) for start in starts):
+            tokens += _generate(model, tokenizer, prompt_ids[batch], generators[batch], options, end_ids)
+            told(len(tokens[batch]))
         return [_finish(row, end_ids, options, tokenizer) for row in tokens]
 
     def choose(rows: Sequence[int], logits_BV: torch.Tensor) -> list[int]:
@@ -97,7 +97,10 @@ def sample(
         return chosen
 
     def ended(row: Sequence[int]) -> bool:
-        return row[-1] in end_ids or len(row) == options.max_new_tokens or _stops(tokenizer, row, options)
+        end = row[-1] in end_ids or len(row) == options.max_new_tokens or _stops(tokenizer, row, options)
+        if end:
+            told(1)
+        return end
 
     warp = _warpers(options)
     tokens = decode(model, prompt_ids, max_rows, choose, ended)

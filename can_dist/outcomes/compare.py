@@ -26,7 +26,9 @@ from can_dist.stages.trajectory import TRAJECTORY
 from can_dist.tables.artifacts import MANIFEST, Artifact, flatten, load_artifact, write_json, write_text
 from can_dist.workspace import REPORT
 
-PAGE, RECORD, PICTURE = "compare.html", "compare.json", "compare.svg"
+PAGE, RECORD = "compare.html", "compare.json"
+FILES = {"gains": "compare.svg", "price": "compare_kl.svg"}
+"""The files of the pictures; of several constraints each has its name behind a hyphen."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Evaluated:
 
 
 def compare(evaluations: Sequence[Artifact], out: Path) -> Path:
-    """Write ``compare.html``, ``compare.json`` and a picture per constraint into ``out``; return the page's path.
+    """Write ``compare.html``, ``compare.json`` and two pictures per constraint into ``out``; return the page's path.
 
     Args:
         evaluations: artifacts of the stage ``evaluate``, at least two; one given twice counts once.
@@ -80,15 +82,17 @@ def compare(evaluations: Sequence[Artifact], out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / RECORD, record)
     drawn = pictures(results(methods), record)
-    for name, svg in drawn.items():
-        write_text(out / picture_name(name, len(drawn)), standalone_svg(svg))
+    for constraint, svgs in drawn.items():
+        for name, svg in svgs.items():
+            write_text(out / picture_name(name, constraint, len(drawn)), standalone_svg(svg))
     write_text(out / PAGE, render_comparison(record, results(methods), drawn))
     return out / PAGE
 
 
-def picture_name(constraint: str, num_constraints: int) -> str:
-    """Return the file name of a constraint's picture."""
-    return PICTURE if num_constraints == 1 else PICTURE.replace(".", f"-{constraint}.")
+def picture_name(picture: str, constraint: str, num_constraints: int) -> str:
+    """Return the file name of one picture of a constraint."""
+    name = FILES[picture]
+    return name if num_constraints == 1 else name.replace(".", f"-{constraint}.")
 
 
 def find_evaluations(paths: Sequence[Path]) -> list[Artifact]:
@@ -165,9 +169,9 @@ def results(methods: Sequence[Evaluated]) -> dict[str, list[MethodResult]]:
                     method.name,
                     method.gain_P(reward),
                     method.gain_P(row["name"]),
+                    column(method.gains, "kl"),
                     margin=row["margin"],
                     verdict=current(row["verdict"]),
-                    kl=method.report["kl"]["realised"]["mean"],
                     cost=method.cost,
                 )
             )
@@ -189,6 +193,8 @@ def comparison(methods: Sequence[Evaluated]) -> dict[str, Any]:
         "reward": reward,
         "methods": [_method_record(method, names) for method in methods],
         "frontier": _frontiers(methods),
+        "ray": _rays(methods),
+        "profiles": _profiles(methods),
         "ranking": {score: _ranking_record(rank_methods(values)) for score, values in scores.items()},
         "one_shot": _one_shot(methods),
     }
@@ -235,15 +241,65 @@ def _ranking_record(ranking: Ranking) -> dict[str, Any]:
 
 
 def _frontiers(methods: Sequence[Evaluated]) -> dict[str, Any]:
-    """Return by constraint the gains (safety, reward) that the first method with a prediction expects at every λ."""
+    """Return by constraint gains and KL that the first method with a prediction expects at every λ."""
     for method in methods:
         if method.report["prediction"] and (curves := method.report["examination"]["frontier"]):
             return {
-                name: {"method": method.name, "safety": curve["margin"], "reward": curve["reward_improvement"]}
+                name: {
+                    "method": method.name,
+                    "safety": curve["margin"],
+                    "reward": curve["reward_improvement"],
+                    "kl": curve["kl"],
+                }
                 for name, curve in curves.items()
                 if curve is not None
             }
     return {}
+
+
+def _rays(methods: Sequence[Evaluated]) -> dict[str, Any]:
+    """Return by constraint gains and KL of every strength of the first method that was estimated."""
+    for method in methods:
+        if estimate := method.report.get("estimate"):
+            ray = estimate["ray"]
+            return {
+                name: {"method": method.name, "safety": gains, "reward": ray["reward_improvement"], "kl": ray["kl"]}
+                for name, gains in ray["improvement"].items()
+            }
+    return {}
+
+
+def _profiles(methods: Sequence[Evaluated]) -> list[dict[str, Any]]:
+    """Return for each public set what the reference and every policy that was asked it did, in rates of its totals."""
+    by_set: dict[str, list[Evaluated]] = {}
+    for method in methods:
+        if method.report.get("profile"):
+            by_set.setdefault(method.artifact.input("profile").digest, []).append(method)
+    return [_profile_record(measured) for measured in by_set.values()]
+
+
+def _profile_record(methods: Sequence[Evaluated]) -> dict[str, Any]:
+    first = methods[0].report
+    totals = [row for row in first["profile"]["rows"] if row["is_total"]]
+    sides = [("reference", methods[0], "reference"), *((method.name, method, "policy") for method in methods)]
+    return {
+        "set": first["profile"]["set"],
+        "groups": {row["name"]: row["num_prompts"] for row in totals},
+        "borders": {name: first["tails"][name]["border"] for name in totals[0]["unsafe"]} if totals else {},
+        "rows": {name: _totals(method.report["profile"], side) for name, method, side in sides},
+    }
+
+
+def _totals(profile: Mapping[str, Any], side: str) -> dict[str, Any]:
+    """Return the rates of one side for each of a set's totals."""
+    return {
+        row["name"]: {
+            "refused": row["refused"][side],
+            "unsafe": {name: rates[side] for name, rates in row["unsafe"].items()},
+        }
+        for row in profile["rows"]
+        if row["is_total"]
+    }
 
 
 def _one_shot(methods: Sequence[Evaluated]) -> dict[str, Any] | None:

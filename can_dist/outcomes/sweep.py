@@ -28,10 +28,10 @@ def write_sweep(points: Sequence[Point], out: Path) -> Path:
         for margins, artifact in points
         if isinstance(artifact, Artifact)
     ]
-    drawn = pictures(results(measured), comparison(measured))
+    drawn = pictures(results(measured), comparison(measured) | {"ray": {}})  # each margin has a ray of its own
     record = {"format_version": 1, "points": [_record(margins, outcome, out) for margins, outcome in points]}
     write_json(out / SWEEP_RECORD, record)
-    write_text(out / SWEEP_PAGE, render_sweep(record, drawn))
+    write_text(out / SWEEP_PAGE, render_sweep(record, {name: svgs["gains"] for name, svgs in drawn.items()}))
     return out / SWEEP_PAGE
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from can_dist.measuring.comparison import MethodResult, comparison_table, cost_table, short_count
-from can_dist.reporting.figures.comparison import comparison_svg
+from can_dist.measuring.comparison import FloatArray, MethodResult, comparison_table, cost_table, short_count
+from can_dist.reporting.figures.comparison import GAINS, PRICE, Plane, comparison_svg
 from can_dist.reporting.page import (
     MISSING,
     decimals_of,
@@ -24,39 +24,57 @@ from can_dist.reporting.page import (
     render,
     share_text,
 )
+from can_dist.reporting.profile_panel import SET_NAMES
 from can_dist.reporting.run_page import VERDICTS
 
+PICTURES: dict[str, tuple[Plane, str, str]] = {"gains": (GAINS, "safety", "reward"), "price": (PRICE, "kl", "safety")}
+"""The pictures of a constraint: their plane, and the columns of the record's curves along it."""
 
-def pictures(results: Mapping[str, Sequence[MethodResult]], record: Mapping[str, Any]) -> dict[str, str]:
-    """Draw helpfulness against each constraint as SVG of a page, with the frontier that a dual predicted, if any."""
-    drawn = {}
-    for index, (name, methods) in enumerate(results.items()):
-        curve = record["frontier"].get(name, {"safety": [], "reward": []})
-        known = [
-            (safety, reward)
-            for safety, reward in zip(curve["safety"], curve["reward"], strict=True)
-            if safety is not None and reward is not None
-        ]
-        frontier_2G = np.array(known, dtype=np.float64).reshape(-1, 2).T
-        label = f"Helpfulness gain against the gain of {name}: " + "; ".join(
-            f"{result.name} {number(result.reward_gain, sign=True)} against {number(result.safety_gain, sign=True)}"
-            for result in methods
-        )
-        drawn[name] = comparison_svg(methods, frontier_2G, label=label, prefix=f"compare{index}")
-    return drawn
+
+def pictures(results: Mapping[str, Sequence[MethodResult]], record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Draw each constraint's ``PICTURES`` as SVG of a page, with what a dual predicted and a training's ray, if any."""
+    return {
+        constraint: {name: _picture(constraint, methods, record, name, prefix=f"{name}{index}") for name in PICTURES}
+        for index, (constraint, methods) in enumerate(results.items())
+    }
+
+
+def _picture(
+    constraint: str, methods: Sequence[MethodResult], record: Mapping[str, Any], name: str, *, prefix: str
+) -> str:
+    plane, x, y = PICTURES[name]
+    frontier, ray = (record[curve].get(constraint) for curve in ("frontier", "ray"))
+    curves = [("predicted frontier", _points(frontier, x, y))]
+    if ray:
+        curves.append((f"{ray['method']}, any strength", _points(ray, x, y)))
+    told = "; ".join(
+        f"{result.name} {number(plane.y(result).mean(), sign=True)} against {number(plane.x(result).mean(), sign=True)}"
+        for result in methods
+    )
+    label = f"{plane.names[1]} against {plane.names[0]}, {constraint}: {told}"
+    return comparison_svg(plane, methods, curves, label=label, prefix=prefix)
+
+
+def _points(curve: Mapping[str, Any] | None, x: str, y: str) -> FloatArray:
+    """Return the points of a curve that have both numbers, (2, G)."""
+    if curve is None:
+        return np.empty((2, 0))
+    known = [pair for pair in zip(curve[x], curve[y], strict=True) if None not in pair]
+    return np.array(known, dtype=np.float64).reshape(-1, 2).T
 
 
 def render_comparison(
-    record: Mapping[str, Any], results: Mapping[str, Sequence[MethodResult]], drawn: Mapping[str, str]
+    record: Mapping[str, Any], results: Mapping[str, Sequence[MethodResult]], drawn: Mapping[str, Mapping[str, str]]
 ) -> str:
     """Return the page as text.
 
     Args:
         record: ``compare.json``.
         results: by constraint, the gains of every method.
-        drawn: by constraint, its picture.
+        drawn: by constraint, its pictures.
     """
     methods = record["methods"]
+    shows_refused = any(entry["refusals"] for entry in methods)
     first = next(iter(results.values()))
     values = {
         "title": "Methods compared",
@@ -67,14 +85,17 @@ def render_comparison(
                 "name": name,
                 "table": comparison_table(gained),
                 "kinds": [VERDICTS[entry.verdict][0] for entry in gained],
-                "picture": panel(f"{record['reward']} against {name}", drawn[name]),
+                "picture": panel(f"{record['reward']} against {name}", drawn[name]["gains"]),
+                "price": panel(f"{name} against KL", drawn[name]["price"]),
                 "frontier": record["frontier"].get(name, {}).get("method"),
-                "tails": [_tails(entry, name) for entry in methods],
+                "ray": record["ray"].get(name, {}).get("method"),
+                "tails": [_tails(entry, name, shows_refused) for entry in methods],
             }
             for name, gained in results.items()
         ],
         "worst": next((percent(tails["worst_share"]) for entry in methods for tails in entry["tails"].values()), ""),
-        "refused": any(entry["refusals"] for entry in methods),
+        "refused": shows_refused,
+        "profiles": [_profile(entry) for entry in record["profiles"]],
         "estimates": [
             (method["name"], f"{method['estimate']['strength']:.3g}", method["estimate"]["line"])
             for method in record["methods"]
@@ -89,15 +110,28 @@ def render_comparison(
     return render("comparison.html.j2", values)
 
 
-def _tails(method: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _tails(method: Mapping[str, Any], name: str, shows_refused: bool) -> dict[str, Any]:
     tails, refused = method["tails"][name], method["refusals"]
-    refusals = [share_text(refused["policy"])] if refused else []
-    unsafe, worst, length = tails["unsafe"]["policy"], tails["worst"]["policy"], method["lengths"]["policy"]
-    return {
-        "name": method["name"],
-        "border": plain(tails["border"]),
-        "cells": [share_text(unsafe), mean_text(worst), *refusals, mean_text(length)],
-    }
+    cells = [share_text(tails["unsafe"]["policy"]), mean_text(tails["worst"]["policy"])]
+    if shows_refused:
+        cells.append(share_text(refused["policy"]) if refused else (MISSING, ""))
+    length = mean_text(method["lengths"]["policy"])
+    return {"name": method["name"], "border": plain(tails["border"]), "cells": [*cells, length]}
+
+
+def _profile(profile: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the table of one public set: a row for the reference and for each method, columns of rates."""
+    below = [f"{name} below {border:g}" for name, border in profile["borders"].items()]
+    heads = [
+        f"{group}: {rate}"
+        for group, num_prompts in profile["groups"].items()
+        for rate in (f"refused, of {num_prompts}", *below)
+    ]
+    rows = [
+        (name, [share_text(rate) for told in groups.values() for rate in (told["refused"], *told["unsafe"].values())])
+        for name, groups in profile["rows"].items()
+    ]
+    return {"title": SET_NAMES[profile["set"]], "heads": heads, "rows": rows}
 
 
 def _one_shot(ratio: Mapping[str, Any] | None) -> str:

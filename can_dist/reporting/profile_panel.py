@@ -8,7 +8,7 @@ from typing import Any
 from can_dist.measuring.gains import SIDES
 from can_dist.reporting.page import share_text
 
-NAMES = {"xstest": "XSTest", "beavertails": "BeaverTails", "do_not_answer": "Do-Not-Answer", "pku": "PKU-SafeRLHF"}
+SET_NAMES = {"xstest": "XSTest", "beavertails": "BeaverTails", "do_not_answer": "Do-Not-Answer", "pku": "PKU-SafeRLHF"}
 
 
 def profile_panel(report: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -28,4 +28,4 @@ def profile_panel(report: Mapping[str, Any]) -> dict[str, Any] | None:
     ]
     heads = ["refused", *(f"{name} below {borders[name]:g}" for name in borders)]
     shown = {"num_prompts": profile["num_prompts"], "too_small": profile["too_small"]}
-    return {"title": NAMES[profile["set"]], "heads": heads, "rows": rows, **shown}
+    return {"title": SET_NAMES[profile["set"]], "heads": heads, "rows": rows, **shown}

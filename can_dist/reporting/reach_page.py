@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -24,6 +24,7 @@ def render_reach(record: Mapping[str, Any]) -> str:
     """Return the page of a record of :func:`can_dist.outcomes.reach.reach` as text."""
     script = files("can_dist.reporting").joinpath("templates", "reach.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    ways = [way for way in WAYS if any(curve[way] for curve in record["constraints"].values())]
     constraints = []
     for index, (name, curve) in enumerate(record["constraints"].items()):
         panels = [
@@ -35,7 +36,7 @@ def render_reach(record: Mapping[str, Any]) -> str:
             {
                 "name": name,
                 "panels": panels,
-                "rows": rows(name, curve, record["run"]),
+                "rows": rows(name, curve, ways, record["run"]),
                 "start": _nearest(curve["margin"], curve["asked"]),
                 "last": max(len(curve["margin"]) - 1, 0),
                 "within": None if within is None else plain(float(f"{within:.2g}")),
@@ -47,9 +48,9 @@ def render_reach(record: Mapping[str, Any]) -> str:
         {
             "title": "Every margin without another training",
             "num_prompts": record["num_prompts"],
-            "has_basis": any(curve["basis"] for curve in record["constraints"].values()),
+            "has_basis": "basis" in ways,
             "constraints": constraints,
-            "ways": list(WAYS.values()),
+            "ways": [WAYS[way] for way in ways],
             "script": safe_svg(script),
             "data": safe_svg(data),
             "digest": safe_svg(digest),
@@ -57,12 +58,12 @@ def render_reach(record: Mapping[str, Any]) -> str:
     )
 
 
-def rows(name: str, curve: Mapping[str, Any], run: str) -> list[dict[str, Any]]:
-    """Return what the page says of each margin: reward and KL of every way, and the command."""
+def rows(name: str, curve: Mapping[str, Any], ways: Sequence[str], run: str) -> list[dict[str, Any]]:
+    """Return what the page says of each margin: reward and KL of the ways there are, and the command."""
     made = []
     for index, margin in enumerate(curve["margin"]):
         cells = []
-        for way in WAYS:
+        for way in ways:
             points = curve[way] or {}
             for quantity, _ in QUANTITIES:
                 values = points.get(quantity, [])

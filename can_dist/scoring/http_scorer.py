@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from can_dist.config import HttpScorer
+from can_dist.console import advance
 from can_dist.endpoints import Client, open_client, refused, unreachable
 from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.modeling.formatter import Message
@@ -37,8 +38,11 @@ class HttpEndpointScorer:
         batches = [responses[start : start + size] for start in range(0, len(responses), size)]
         with ThreadPoolExecutor(self.spec.concurrency) as pool:
             # what has not begun is cancelled when one fails
-            scores = list(pool.map(lambda batch: score_batch(self.client, self.spec, batch), batches))
-        return np.asarray([score for batch in scores for score in batch], dtype=np.float64)
+            scores: list[float] = []
+            for batch in pool.map(lambda batch: score_batch(self.client, self.spec, batch), batches):
+                scores += batch
+                advance(len(batch))
+        return np.asarray(scores, dtype=np.float64)
 
 
 def score_batch(client: Client, spec: HttpScorer, batch: Sequence[Response]) -> list[float]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from can_dist.config import PythonCallable
+from can_dist.console import advance
 from can_dist.errors import ConfigError, DataError
 from can_dist.scoring.protocol import Response
 from can_dist.tables.artifacts import file_digest
@@ -38,6 +39,7 @@ class CallableScorer:
                     f"scorer {self.spec.function!r}: returned {len(values)} scores for {len(batch)} responses."
                 )
             scores += values
+            advance(len(batch))
         return np.asarray(scores, dtype=np.float64)
 
 

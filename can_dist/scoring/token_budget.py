@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from can_dist.console import advance
 from can_dist.errors import EnvironmentProblem
 from can_dist.modeling.packs import Pack, computed_tokens, in_layout
 
@@ -46,7 +47,9 @@ class Passes:
                 packs = self._divide(sorted(_numbers(packs)), prompts, sizes)
             else:
                 outputs.append(output)
-                order += _numbers(packs[:1])
+                numbers = _numbers(packs[:1])
+                order += numbers
+                advance(len(numbers))  # on their way
                 packs = packs[1:]
         gathered = torch.cat(outputs).cpu()
         result = torch.empty_like(gathered)

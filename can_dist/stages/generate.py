@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from can_dist.config import Config, Model
 from can_dist.config.base import identity
 from can_dist.config.sections import Generate
+from can_dist.console import advance
 from can_dist.errors import ConfigError, DataError
 from can_dist.modeling.formatter import Formatter, convention, ending_identity, open_formatter, text_identity
 from can_dist.modeling.loading import model_digest
@@ -243,8 +244,9 @@ class GenerateJob:
         ids_R = [ids for _, ids, _ in pairs]
         if options.engine == "vllm":
             samples = vllm_engine.sample(model, ids_R, seeds, options, end_ids)
+            advance(len(samples))
         else:
-            samples = sampling.sample(model, tokenizer, ids_R, seeds, options, end_ids)
+            samples = sampling.sample(model, tokenizer, ids_R, seeds, options, end_ids, told=advance)
         return [
             {
                 "prompt_id": row["prompt_id"],

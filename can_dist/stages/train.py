@@ -20,12 +20,13 @@ from can_dist.cluster.places import check_room_for_workers
 from can_dist.config import Config, Model
 from can_dist.config.base import identity
 from can_dist.console import interruptible, progress
+from can_dist.dual.flat import flat_sentence
 from can_dist.errors import CanDistError, ConfigError, EnvironmentProblem, Interrupted
 from can_dist.modeling.formatter import require_convention, text_identity
 from can_dist.modeling.loading import model_digest
 from can_dist.modeling.policy_probe import PROBE
 from can_dist.modeling.precision import require_known_gpus, run_precision
-from can_dist.stages.watch import Ascent, Watched, watch_spec
+from can_dist.stages.watch import Ascent, Watched, steering_inputs, watch_spec
 from can_dist.tables.artifacts import Artifact, StageDirectory, write_json
 from can_dist.training import ADAPTER, CHECKPOINTS, CURVE, POLICY, STOP, SUMMARY
 from can_dist.training.batches import num_steps
@@ -68,12 +69,13 @@ def train(
         beta: KL weight β.
         start: The initial weights, by default the reference's.
         epochs: Replaces ``train.num_epochs``.
-        watched: What each evaluation estimates the policy by, and what ``train.feedback`` steers λ by; None: neither.
+        watched: What each evaluation estimates the policy by, ``train.feedback`` steers λ by, and ``train.stop`` ends
+            the training by; None: nothing.
         name: What messages call the policy.
 
     Raises:
         ConfigError: The initial weights are those of a trained policy, and ``train.lora.quantize`` is set; or λ would
-            never move.
+            never move; or ``train.stop`` is flat and nothing tells when it is.
         DataError: The preferences' reference log-probabilities were computed with another template than the
             reference's.
         NumericalError: A loss or gradient is not finite (step, rank, example ids), or the loss of the reference's own
@@ -86,7 +88,7 @@ def train(
     if work.rank is not None:
         require_known_gpus(config)
     models = {name: policy_model(policy, config.reference) for name, policy in policies.items()}
-    inputs = {"preferences": preferences, **trained, **_steered_by(config, watched)}
+    inputs = {"preferences": preferences, **trained, **steering_inputs(config.train, watched)}
     stage = _open(work, config, models, inputs, beta, watched.ascent if watched else None, name)
     if stage.finished:
         return stage.finished
@@ -136,19 +138,6 @@ def _check_start(config: Config, start: Policy) -> None:
         raise refuse_requantizing("this training starts from a trained policy")
 
 
-def _steered_by(config: Config, watched: Watched | None) -> dict[str, Artifact]:
-    """Return the inputs of a training that λ moves in; what merely watches a training is none of its inputs."""
-    if watched is None or (config.train.feedback is None and watched.ascent is None):
-        return {}
-    if watched.validation is None:
-        raise ConfigError(
-            f"{'caid.within' if watched.ascent else 'train.feedback'}: there are no validation responses to steer λ "
-            "by.",
-            "Give prompts.num_validation (128 are advised) or bring more prompts; or leave it out.",
-        )
-    return {"validation": watched.validation, "solution": watched.solution}
-
-
 def refuse_requantizing(why: str) -> ConfigError:
     """Return the error for a trained policy that would be quantized again; ``why`` begins its message."""
     return ConfigError(
@@ -190,7 +179,7 @@ def _open(
     }
     if ascent is not None:
         identity_keys["ascent"] = asdict(ascent)
-    elif "validation" in inputs:
+    elif config.train.feedback is not None and "validation" in inputs:
         identity_keys |= {"feedback": config.train.feedback, "eval_every": config.train.eval_every}
     return work.open("train", name, identity_keys, inputs)
 
@@ -383,6 +372,8 @@ def _commit(work: Workspace, stage: StageDirectory) -> Artifact:
     written = [p for folder in (POLICY, ADAPTER) for p in (stage.path / folder).rglob("*") if p.is_file()]
     files = [CURVE, PROBE, *(str(p.relative_to(stage.path)) for p in written)]
     summary = json.loads((stage.path / SUMMARY).read_text(encoding="utf-8"))
+    if flat := summary.get("stopped"):
+        work.say(f"train: {flat_sentence(summary['num_steps'], **flat)}")
     with writing(stage.path, stage.path / CHECKPOINTS):
         write_json(stage.path / CURVE, curve)
         artifact = stage.commit(files, info={"summary": summary})

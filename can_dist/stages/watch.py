@@ -15,6 +15,9 @@ from can_dist.stages.solve import demands, labelled_lam, load_solution, solved_c
 from can_dist.tables.artifacts import Artifact
 from can_dist.training.spec import Steering, WatchSpec
 
+STOPS_PER_EPOCH = 3
+"""Evaluations of an epoch that can end a training, where an epoch has as many steps."""
+
 
 @dataclass(frozen=True)
 class Ascent:
@@ -45,6 +48,22 @@ class Watched:
     ascent: Ascent | None = None
 
 
+def steering_inputs(options: Train, watched: Watched | None) -> dict[str, Artifact]:
+    """Return the inputs of a training that λ moves in or that ends when it is flat; what merely watches is none."""
+    stop, feedback = options.stop == "flat", options.feedback is not None
+    if watched is None or not (stop or feedback or watched.ascent):
+        if stop:
+            raise ConfigError("train.stop: flat: nothing watches this training.", "Leave it out.")
+        return {}
+    if watched.validation is None:
+        key = "caid.within" if watched.ascent else "train.feedback" if feedback else "train.stop: flat"
+        raise ConfigError(
+            f"{key}: there are no validation responses to go by.",
+            "Give prompts.num_validation (128 are advised) or bring more prompts; or leave it out.",
+        )
+    return {"validation": watched.validation, "solution": watched.solution}
+
+
 def watch_spec(watched: Watched | None, preferences: Artifact, options: Train, total: int) -> WatchSpec | None:
     """Return what the ranks of a training of ``total`` steps on ``preferences`` are told; None to watch nothing.
 
@@ -56,6 +75,7 @@ def watch_spec(watched: Watched | None, preferences: Artifact, options: Train, t
         return None
     identity, demanded = watched.solution.manifest["identity"], demands(watched.solution)
     lam = labelled_lam(preferences, watched.solution)
+    epoch = -(-preferences.info["splits"]["train"] // options.batch_size)
     return WatchSpec(
         scores=watched.validation.path.resolve(),
         reward=identity["reward"],
@@ -63,13 +83,13 @@ def watch_spec(watched: Watched | None, preferences: Artifact, options: Train, t
         log_weight=identity["log_weight"],
         lam={demand.name: lam[demand.name] for demand in demanded},
         demands=demanded,
-        steering=_steering(watched, preferences, options, total),
+        steering=_steering(watched, epoch, options, total),
+        stop_every=max(1, epoch // STOPS_PER_EPOCH) if options.stop == "flat" else None,
     )
 
 
-def _steering(watched: Watched, preferences: Artifact, options: Train, total: int) -> Steering | None:
+def _steering(watched: Watched, epoch: int, options: Train, total: int) -> Steering | None:
     if watched.ascent is not None:
-        epoch = -(-preferences.info["splits"]["train"] // options.batch_size)
         return _ascent(watched.ascent, epoch, total)
     return _feedback(watched.solution, options.eval_every, total) if options.feedback else None
 

@@ -118,6 +118,7 @@ def _open(url: str) -> tuple[Any, str]:
         raise EnvironmentProblem(f"{url}: {error}.", "Install it beside can-dist (s3fs, gcsfs, ...).") from None
     except ValueError as error:
         raise ConfigError(f"{url}: {error}.", "Give s3://, gs:// or another store that fsspec knows.") from None
+    files.invalidate_cache()  # of this process: the store may have changed since it was last listed
     return files, str(path)
 
 

@@ -49,13 +49,24 @@ class Shell:
         train: The options of the training.
         precision: 'bf16' or 'fp32'.
         head_bytes: Bytes of float32 logits that exist at a time.
+        num_layers: The first layers only; default: all.
     """
 
-    def __init__(self, spec: Model, train: Train, precision: str, head_bytes: int) -> None:
+    def __init__(
+        self, spec: Model, train: Train, precision: str, head_bytes: int, num_layers: int | None = None
+    ) -> None:
+        def first_layers(config: Any) -> Any:
+            text = config.get_text_config()
+            if num_layers is not None:
+                text.num_hidden_layers = num_layers
+                if getattr(text, "layer_types", None):
+                    text.layer_types = text.layer_types[:num_layers]
+            return config
+
         self.name = spec.model
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.device("meta"):
-            self.model = ResponseModel(adapt(empty_causal_lm(spec, precision), train))
+            self.model = ResponseModel(adapt(empty_causal_lm(spec, precision, first_layers), train))
         with self.mode:
             _pretend_on_cpu(self.model)
         self.model.head_bytes = head_bytes
@@ -69,6 +80,14 @@ class Shell:
             tuple(p.numel() for p in weights if p.requires_grad),
             tuple(p.numel() for p in weights if not p.requires_grad),
         )
+
+    def alike_layers(self) -> int:
+        """Return the number of layers if all are of one kind and shape, else 0."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        kinds = {_kind_of(layer) for layer in layers}
+        return len(layers) if len(kinds) == 1 and len(layers) == self.config.num_hidden_layers else 0
 
     def count(self, tokens: int, response_tokens: int, *, varlen: bool) -> Pass:
         """Count a pass of a pack of pairs.
@@ -111,6 +130,18 @@ class Shell:
                 "whose memory is not counted. Train a few steps with a small train.tokens_per_pack and look."
             )
         return logp_R
+
+
+def _kind_of(layer: torch.nn.Module) -> tuple[Any, ...]:
+    """Return what decides the memory of a layer: its modules, their plain settings, and its parameters."""
+    weights = tuple((name, tuple(p.shape), p.requires_grad) for name, p in layer.named_parameters())
+    settings = tuple(
+        (name, type(module), key, value)
+        for name, module in layer.named_modules()
+        for key, value in sorted(vars(module).items())
+        if key not in ("layer_idx", "gradient_checkpointing") and isinstance(value, str | int | float | None)
+    )
+    return weights, settings
 
 
 def _pretend_on_cpu(model: torch.nn.Module) -> None:

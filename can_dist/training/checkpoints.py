@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from can_dist.dual.flat import Best
 from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.tables.artifacts import digest_of, file_digest, write_json
 from can_dist.tables.disk import sync
@@ -29,6 +30,7 @@ from can_dist.training.extensions import unsafe_below
 
 COMMIT = "COMMIT.json"
 LAM = "lam.json"
+BEST = "best.json"
 TAG = "state"
 UNIVERSAL = "universal"
 KEEP = 2
@@ -44,12 +46,14 @@ class Checkpoint:
         step: Optimizer steps done.
         universal: Whether it was written by another number of ranks, and converted for this one.
         lam: λ that the examples are labelled by from here on, by constraint; empty where none was kept.
+        best: The evaluation that later ones are compared with; None where none was kept.
     """
 
     path: Path
     step: int
     universal: bool
     lam: Mapping[str, float] = field(default_factory=dict)
+    best: Best | None = None
 
     @property
     def ds_config(self) -> dict[str, Any]:
@@ -57,8 +61,10 @@ class Checkpoint:
         return {"checkpoint": {"load_universal": True}} if self.universal else {}
 
 
-def save(engine: Any, directory: Path, step: int, lam: Mapping[str, float], *, adapters_only: bool) -> None:
-    """Write and commit the checkpoint of ``step`` on all ranks, with λ where there is one; keep the two newest.
+def save(
+    engine: Any, directory: Path, step: int, lam: Mapping[str, float], best: Best | None, *, adapters_only: bool
+) -> None:
+    """Write and commit the checkpoint of ``step`` on all ranks, with λ and the best evaluation; keep the two newest.
 
     Raises:
         EnvironmentProblem: on all ranks, when it does not fit on the disk or a rank could not write its part. The
@@ -82,6 +88,8 @@ def save(engine: Any, directory: Path, step: int, lam: Mapping[str, float], *, a
                 raise EnvironmentProblem(f"{failures[0]}. {_advice(directory)}")
             if first and lam:
                 write_json(path / LAM, dict(lam))
+            if first and best is not None:
+                write_json(path / BEST, best.to_dict())
         digests = _digests(path)
         with ranks.agreed():
             if first:
@@ -123,7 +131,7 @@ def newest(directory: Path) -> Checkpoint | None:
             ranks.say(f"checkpoint {path.name} is not whole and is passed over: {problem}")
             damaged += [f"{path.name}: {problem}"] if committed else []
         elif commit["world_size"] == dist.get_world_size():
-            return Checkpoint(path, commit["step"], universal=False, lam=_lam(path))
+            return Checkpoint(path, commit["step"], universal=False, lam=_lam(path), best=_best(path))
         else:
             return _converted(path, commit)
     if damaged:
@@ -174,13 +182,19 @@ def _converted(path: Path, commit: Mapping[str, Any]) -> Checkpoint:
                     f"{path}: DeepSpeed could not convert it for {dist.get_world_size()} rank(s): {lines[-1]}. "
                     f"{_free(path)}. Free space, or train with {commit['world_size']} rank(s)."
                 )
-    return Checkpoint(out, commit["step"], universal=True, lam=_lam(path))
+    return Checkpoint(out, commit["step"], universal=True, lam=_lam(path), best=_best(path))
 
 
 def _lam(path: Path) -> dict[str, float]:
     """Return λ of a checkpoint whose files have their digests."""
     kept: dict[str, float] = json.loads((path / LAM).read_text(encoding="utf-8")) if (path / LAM).is_file() else {}
     return kept
+
+
+def _best(path: Path) -> Best | None:
+    """Return the best evaluation of a checkpoint whose files have their digests."""
+    file = path / BEST
+    return Best.from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 @contextmanager

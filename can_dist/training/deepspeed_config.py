@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import KeysView, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from can_dist.config.sections import Train
 from can_dist.config.shipped import shipped_file, short_names
 from can_dist.errors import ConfigError
+from can_dist.modeling.precision import say_accelerator
 
 # keys that the run's own configuration decides; a second opinion in the file would win or lose silently
 OWNED = {
@@ -43,12 +41,6 @@ NOT_OFFERED = {
     "pipeline": ("weights are divided by ZeRO-3 alone", "Take more ranks."),
     "compression_training": ("the policy is exported in the precision it was trained in", "Quantize it afterwards."),
 }
-
-
-def say_accelerator() -> None:
-    """Set DS_ACCELERATOR=cpu before DeepSpeed is imported on a machine without a GPU; its own detection warns."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def read_ds_config(path: str | None) -> dict[str, Any]:

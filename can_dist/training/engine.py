@@ -17,16 +17,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from can_dist.config import Model
 from can_dist.config.sections import Train
 from can_dist.console import progress
 from can_dist.errors import CanDistError, Interrupted, NumericalError
 from can_dist.modeling.formatter import open_formatter
 from can_dist.modeling.liger import check_kernels, use_kernels
-from can_dist.modeling.loading import context_length, load_causal_lm, load_tokenizer
+from can_dist.modeling.loading import context_length, load_causal_lm, load_model_config, load_tokenizer
 from can_dist.modeling.logprobs import ResponseModel, choose_layout
 from can_dist.modeling.policy_probe import write_probe
-from can_dist.modeling.remote_code import source_options
 from can_dist.tables.artifacts import load_artifact, write_json
 from can_dist.training import CHECKPOINTS, POLICY, STOP, SUMMARY, batches, checkpoints, ranks, room
 from can_dist.training.batches import Batch, Example, Slot
@@ -79,7 +77,7 @@ def _train(spec: TrainSpec, beats: Heartbeat) -> None:
         tokenizer = load_tokenizer(spec.reference)
         preferences = load_artifact(spec.preferences)
         formatter = open_formatter(spec.reference)
-        context = context_length(_model_config(spec.start))
+        context = context_length(load_model_config(spec.start, "causal language model"))
         examples, validation = batches.load_examples(preferences, formatter, context)
         watch = Watch.of(spec, preferences, formatter)
     ranks.require_same(preferences.digest, f"content of {spec.preferences}")
@@ -92,20 +90,20 @@ def _train(spec: TrainSpec, beats: Heartbeat) -> None:
     beats.at("counting memory")
     with ranks.agreed():
         if rank == 0 and torch.cuda.is_available():
-            _require_room(spec, ds_config, [*examples, *validation])
+            room.require_room_here(spec, ds_config, [*examples, *validation], dist.get_world_size(), ranks.say)
     beats.at("loading the model")
     model, partitioned = _build_model(spec, ds_config)
     engine = _initialize(ResponseModel(model), ds_config, train, total)
     if checkpoint:
         checkpoints.load(engine, checkpoint, adapters_only=train.lora is not None)
         if watch is not None:
-            watch.lam |= checkpoint.lam
+            watch.lam, watch.best = {**watch.lam, **checkpoint.lam}, checkpoint.best
     layout, sentence = _layout(engine)
     log = None
     if rank == 0:
         log = MetricsLog(spec.directory, first, _trackers(spec, first))
     loop = _Loop(spec, engine, preferences.info["loss"], examples, validation, watch, layout, log, beats)
-    loop.run(first, total)
+    done = loop.run(first, total)
     beats.at("export of the policy")
     groups, probe_logp_R = probe(engine, examples, layout)
     del partitioned  # kept until here: it makes transformers load partitioned weights
@@ -114,34 +112,20 @@ def _train(spec: TrainSpec, beats: Heartbeat) -> None:
         if log is not None:
             log.close()
             write_probe(spec.directory, groups, probe_logp_R, spec.precision)
-            steered = {"lam": watch.lam} if watch is not None and watch.spec.steering is not None else {}
-            write_json(spec.directory / SUMMARY, _summary(spec, examples, total, sentence) | steered)
+            summary = _summary(spec, examples, done, sentence) | (watch.course(total) if watch is not None else {})
+            write_json(spec.directory / SUMMARY, summary)
 
 
-def _summary(spec: TrainSpec, examples: Sequence[Example], total: int, sentence: str) -> dict[str, Any]:
+def _summary(spec: TrainSpec, examples: Sequence[Example], done: int, sentence: str) -> dict[str, Any]:
     size = spec.train.batch_size
-    chosen = (batches.global_batch(len(examples), size, spec.seed, step) for step in range(total))
+    chosen = (batches.global_batch(len(examples), size, spec.seed, step) for step in range(done))
     tokens = sum(examples[index].num_tokens for batch in chosen for index in batch.tolist())
-    return {"num_steps": total, "num_examples": len(examples), "num_tokens": tokens, "attention": sentence}
-
-
-def _require_room(spec: TrainSpec, ds_config: dict[str, Any], examples: Sequence[Example]) -> None:
-    num_ranks = dist.get_world_size()
-    tokens = room.largest_pack(examples, spec.train, num_ranks)
-    responses = room.mean_response(examples)
-    demand = room.Demand(spec.start, spec.train, spec.precision, ds_config, num_ranks, tokens, responses)
-    room.require_room(demand, torch.cuda.get_device_properties(0).total_memory, ranks.say)
+    return {"num_steps": done, "num_examples": len(examples), "num_tokens": tokens, "attention": sentence}
 
 
 def _trackers(spec: TrainSpec, first: int) -> list[Tracker]:
     settings = spec.model_dump(mode="json", exclude={"directory", "preferences", "watch"})
     return open_trackers(spec.train.trackers, spec.directory, first, spec.train.tracker_project, settings)
-
-
-def _model_config(model: Model) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(model.model, **source_options(model))
 
 
 def _build_model(spec: TrainSpec, ds_config: dict[str, Any]) -> tuple[Any, Any]:
@@ -208,9 +192,12 @@ class _Loop:
         self.tokens, self.seconds, self.learning_rate = 0, 0.0, 0.0
         self.batches: Iterator[Batch] = iter(())  # of the training steps, made ahead
 
-    def run(self, first: int, total: int) -> None:
-        """Train from step ``first`` to ``total``, with the checks, evaluations and checkpoints that are due."""
-        train, directory = self.spec.train, self.spec.directory / CHECKPOINTS
+    def run(self, first: int, total: int) -> int:
+        """Train from step ``first`` to ``total``, with the checks, evaluations and checkpoints that are due.
+
+        Returns the steps done: fewer than ``total`` where the training was flat before.
+        """
+        train = self.spec.train
         if first == 0:
             self.check_start()
         self.batches = self._stream(
@@ -223,20 +210,30 @@ class _Loop:
             for done in range(first + 1, total + 1):
                 stops = self.step(done - 1) and done < total
                 saves = stops or (done % train.checkpoint_every == 0 and done < total)
-                # a checkpoint ends an interval, else a resumed run would miss the losses before it
-                if done % train.log_every == 0 or done == total or saves:
-                    self.write_metrics(done)
                 moves = self.watch is not None and self.watch.moves_after(done)
-                if done % train.eval_every == 0 or done == total or moves:
+                compares = self.watch is not None and self.watch.compares_after(done)
+                # a checkpoint ends an interval, else a resumed run would miss the losses before it
+                if done % train.log_every == 0 or done == total or saves or compares:
+                    self.write_metrics(done)
+                if done % train.eval_every == 0 or done == total or moves or compares:
                     self.evaluate(done)
+                if self.watch is not None and self.watch.is_flat:
+                    return done
                 if saves:
-                    self.beats.at(f"checkpoint of step {done}")
-                    lam = self.watch.lam if self.watch is not None else {}
-                    checkpoints.save(self.engine, directory, done, lam, adapters_only=train.lora is not None)
+                    self.save(done)
                 if stops:
                     raise Interrupted(f"stopped by a signal; step {done} is committed, run again to continue.")
                 if bar is not None:
                     bar.update(1)
+        return total
+
+    def save(self, done: int) -> None:
+        """Commit a checkpoint after ``done`` steps."""
+        directory = self.spec.directory / CHECKPOINTS
+        self.beats.at(f"checkpoint of step {done}")
+        lam, best = (self.watch.lam, self.watch.best) if self.watch is not None else ({}, None)
+        adapters_only = self.spec.train.lora is not None
+        checkpoints.save(self.engine, directory, done, lam, best, adapters_only=adapters_only)
 
     def step(self, step: int) -> bool:
         """Accumulate the global batch and update; a non-finite loss on any rank stops all before the update.

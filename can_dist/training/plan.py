@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,8 @@ from can_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from can_dist.config import Config
-    from can_dist.training.activations import Pass
+    from can_dist.config.sections import Train
+    from can_dist.training.activations import Pass, Shell
     from can_dist.training.memory import Parameters
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -129,6 +130,10 @@ def make_plan(settings: Config, memory_bytes: int) -> Plan:
     )
 
 
+FEW_LAYERS = (2, 3)
+"""Numbers of layers that are counted where all are alike: what one more takes is the same from there on."""
+
+
 def _count_passes(
     settings: Config, precision: str, on_gpu: bool, head_bytes: int
 ) -> tuple[Parameters, int, Pass, Pass, tuple[Pass, Pass]]:
@@ -137,14 +142,37 @@ def _count_passes(
 
     train = settings.train
     opposite = train.model_copy(update={"activation_checkpointing": not train.activation_checkpointing})
-    shell, other = (Shell(settings.reference, options, precision, head_bytes) for options in (train, opposite))
+    shell = Shell(settings.reference, train, precision, head_bytes)
+    num_layers = shell.alike_layers()
 
-    def count(model: Shell, tokens: int) -> Pass:
-        return model.count(tokens, settings.generate.max_new_tokens, varlen=on_gpu and precision == "bf16")
+    def shells(options: Train) -> dict[int, Shell]:
+        if num_layers <= max(FEW_LAYERS) or int(options.activation_checkpointing) > 1:
+            return {0: shell if options is train else Shell(settings.reference, options, precision, head_bytes)}
+        return {few: Shell(settings.reference, options, precision, head_bytes, few) for few in FEW_LAYERS}
+
+    def count(of: dict[int, Shell], tokens: int) -> Pass:
+        varlen = on_gpu and precision == "bf16"
+        counted = [each.count(tokens, settings.generate.max_new_tokens, varlen=varlen) for each in of.values()]
+        if len(counted) == 1:
+            return counted[0]
+        if (whole := _with_layers(num_layers, *counted)) is not None:
+            return whole
+        every = shell if of is these else Shell(settings.reference, opposite, precision, head_bytes)
+        return every.count(tokens, settings.generate.max_new_tokens, varlen=varlen)
 
     vocabulary, tokens = int(shell.config.vocab_size), train.tokens_per_pack
-    here = count(shell, tokens)
+    these = shells(train)
+    here = count(these, tokens)
     # with at least two chunks of the head in the smaller of two packs, the peak is a straight line
     many = max(tokens, head_bytes // vocabulary)
-    line = (count(shell, many // 2), here if many == tokens else count(shell, many))
-    return shell.parameters(), vocabulary, here, count(other, tokens), line
+    line = (count(these, many // 2), here if many == tokens else count(these, many))
+    return shell.parameters(), vocabulary, here, count(shells(opposite), tokens), line
+
+
+def _with_layers(num_layers: int, few: Pass, more: Pass) -> Pass | None:
+    """Return a pass of ``num_layers`` alike layers by those of ``FEW_LAYERS``; None where the peak does not follow."""
+    layer, higher = more.kept - few.kept, more.peak - few.peak
+    if layer != higher:  # something else than what the layers keep is the highest with so few
+        return None
+    rest = (num_layers - FEW_LAYERS[1]) * layer
+    return replace(more, kept=more.kept + rest, peak=more.peak + rest)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from can_dist import errors
 from can_dist.errors import CanDistError, EnvironmentProblem
-from can_dist.training.deepspeed_config import say_accelerator
+from can_dist.modeling.precision import say_accelerator
 from can_dist.training.extensions import check_build_directories
 
 Value = TypeVar("Value")

@@ -15,6 +15,7 @@ from can_dist.modeling.logprobs import HEAD_BYTES_ON
 from can_dist.training import memory as m
 from can_dist.training.activations import Shell
 from can_dist.training.batches import Example
+from can_dist.training.spec import TrainSpec
 
 GB = 10**9
 MOST_RANKS = 4096
@@ -110,6 +111,15 @@ def require_room(demand: Demand, memory_bytes: int, say: Callable[[str], None]) 
     if peak > memory_bytes * (1 - m.SPARE):
         ways = _ways_out(demand, counted, memory_bytes)
         say(f"warning: training needs {needed}: it may run out of memory. {ways}")
+
+
+def require_room_here(
+    spec: TrainSpec, ds_config: dict[str, Any], examples: Sequence[Example], num_ranks: int, say: Callable[[str], None]
+) -> None:
+    """Refuse a training on examples that the GPU of this rank cannot hold, as ``require_room`` does."""
+    tokens, response = largest_pack(examples, spec.train, num_ranks), mean_response(examples)
+    demand = Demand(spec.start, spec.train, spec.precision, ds_config, num_ranks, tokens, response)
+    require_room(demand, torch.cuda.get_device_properties(0).total_memory, say)
 
 
 def _ways_out(demand: Demand, counted: tuple[m.Parameters, int], memory_bytes: int) -> str:

@@ -38,6 +38,7 @@ class WatchSpec(BaseModel):
         lam: λ by constraint, by which the preferences are labelled.
         demands: What the constraints ask, in the order of ``lam``.
         steering: How λ moves; None: it stays.
+        stop_every: Steps between the evaluations that end a training which is flat; None: it is not ended by them.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -49,6 +50,7 @@ class WatchSpec(BaseModel):
     lam: dict[str, float]
     demands: tuple[Demand, ...]
     steering: Steering | None
+    stop_every: int | None = None
 
 
 class TrainSpec(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -54,8 +55,10 @@ def _recompute(model: Any, every: int) -> None:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    # the non-reentrant kind breaks on frozen weights that ZeRO-3 partitioned
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with warnings.catch_warnings():  # transformers 5.20 has a newer name, 5.3 has this one alone
+        warnings.simplefilter("ignore", FutureWarning)
+        # the non-reentrant kind breaks on frozen weights that ZeRO-3 partitioned
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model.enable_input_require_grads()
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if every > 1 and not layers:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from can_dist.dual import PolicyEstimate, ScoreTable, estimate_line, estimate_policy, steer
+from can_dist.dual.flat import Best, compared, objective
 from can_dist.errors import NumericalError
 from can_dist.modeling.formatter import Formatter
 from can_dist.tables.artifacts import Artifact, load_artifact
@@ -48,6 +49,7 @@ class Watch:
 
     Attributes:
         lam: λ by constraint, by which the examples are labelled now.
+        best: The evaluation that later ones are compared with, where ``train.stop`` is flat.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Watch:
         self._rows: dict[str, list[int]] = {}
         self.examples = list(self._grouped(responses, formatter))
         self._scores = _scores_of(preferences, spec) if spec.steering else {}
+        self.best: Best | None = None
 
     @classmethod
     def of(cls, spec: TrainSpec, preferences: Artifact, formatter: Formatter) -> Watch | None:
@@ -85,6 +88,22 @@ class Watch:
     def moves_after(self, step: int) -> bool:
         """Return whether λ moves after ``step`` optimizer steps."""
         return self.spec.steering is not None and step in self.spec.steering.steps
+
+    def compares_after(self, step: int) -> bool:
+        """Return whether the evaluation after ``step`` optimizer steps can end the training."""
+        return self.spec.stop_every is not None and step % self.spec.stop_every == 0
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the estimates no longer rise, so that the training ends."""
+        return self.best is not None and self.best.is_flat
+
+    def course(self, total: int) -> dict[str, Any]:
+        """Return what watching changed: the last λ where it moves, and the best step where it ended the training."""
+        course: dict[str, Any] = {"lam": self.lam} if self.spec.steering is not None else {}
+        if self.best is not None and self.best.is_flat:
+            course["stopped"] = {"of_steps": total, "best_step": self.best.step}
+        return course
 
     def packs(self, rank: int, world_size: int) -> list[list[Slot]]:
         """Return the packs of a rank; every response lies in one pack of one rank."""
@@ -105,16 +124,18 @@ class Watch:
         return logps
 
     def observe(self, logp_N: FloatArray, step: int) -> Observation:
-        """Estimate what the policy does after ``step`` steps, and move λ where it is due; the same on all ranks.
+        """Estimate what the policy does after ``step`` steps; move λ, or compare, where due; the same on all ranks.
 
         Raises:
             NumericalError: A log-probability is not finite, on all ranks.
         """
-        observed = Observation({}, ""), self.lam
+        observed = Observation({}, ""), self.lam, self.best
         with ranks.agreed():
             if dist.get_rank() == 0:
                 observed = self._observe(logp_N, step)
-        observation, self.lam = ranks.of_first(observed)  # one machine's arithmetic, so that all have the same bits
+        observation, self.lam, self.best = ranks.of_first(
+            observed
+        )  # one machine's arithmetic, so that all have the same bits
         return observation
 
     def labelled(self, batch: Batch) -> Batch:
@@ -130,7 +151,7 @@ class Watch:
         target_BN = pad_sequence(targets, batch_first=True).to(batch.target_BN.device)
         return replace(batch, target_BN=target_BN)
 
-    def _observe(self, logp_N: FloatArray, step: int) -> tuple[Observation, dict[str, float]]:
+    def _observe(self, logp_N: FloatArray, step: int) -> tuple[Observation, dict[str, float], Best | None]:
         if bad := int((~np.isfinite(logp_N)).sum()):
             raise NumericalError(
                 f"step {step}: the policy's log-probabilities of {bad} of {len(logp_N)} validation responses are not "
@@ -143,7 +164,14 @@ class Watch:
         if self.spec.steering is not None and self.moves_after(step):
             lam = self._steered(estimate, self.spec.steering)
             line += f"; lambda {_moved(self.lam, lam)}"
-        return Observation(values, line), lam
+        best = self._compared(logp_N, step) if self.compares_after(step) else self.best
+        return Observation(values, line), lam, best
+
+    def _compared(self, logp_N: FloatArray, step: int) -> Best:
+        objective_P = objective(self.table, self.ref_N, logp_N, list(self.lam.values()), self.beta)
+        if step == 0:
+            return Best(0, objective_P)
+        return compared(self.best or Best(0, np.zeros_like(objective_P)), objective_P, step)  # 0: the reference's
 
     def _steered(self, estimate: PolicyEstimate, steering: Steering) -> dict[str, float]:
         gain_J = [estimate.improvement[name].mean for name in self.lam]

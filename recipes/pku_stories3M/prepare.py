@@ -30,8 +30,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from can_dist.config.sections import Generate
-from can_dist.demo.score_models import ScoreExample, ScorePair, fit_score_model, save_model, scores_of
 from can_dist.errors import CanDistError, DataError, EnvironmentProblem
+from can_dist.fitting.score_models import ScoreExample, ScorePair, fit_score_model, save_model, scores_of
 from can_dist.modeling.formatter import Formatter
 from can_dist.modeling.loading import end_token_ids
 from can_dist.modeling.sampling import row_seed, sample

@@ -133,11 +133,13 @@ def test_comparison_holds_what_the_evaluations_say(run: Path) -> None:
     assert costs["mocan"]["scored_tokens"] == 3 * sampled.info["num_tokens"], "reward, safety, ln π_ref"
     assert costs["dpo_h"]["generated_tokens"] == 0
     assert record["frontier"]["safety"]["method"] == "MoCAN"
+    assert len(record["frontier"]["safety"]["kl"]) == len(record["frontier"]["safety"]["safety"]) > 1
     assert record["ranking"]["reward"]["names"] == ["reference", "MoCAN", "DPO-H", "DPO-S"]
     assert record["one_shot"] is None
-    svg = (run / "compare.svg").read_text()
-    assert "var(--" not in svg
-    assert all(name in svg for name in ("MoCAN", "DPO-H", "DPO-S", "margin 0.05", "predicted frontier"))
+    for picture in ("compare.svg", "compare_kl.svg"):
+        svg = (run / picture).read_text()
+        assert "var(--" not in svg
+        assert all(name in svg for name in ("MoCAN", "DPO-H", "DPO-S", "margin 0.05", "predicted frontier"))
 
 
 def test_table_of_gains_is_part_of_the_evaluation(run: Path) -> None:

@@ -31,10 +31,27 @@ LLAMA_31_8B = LLAMA_7B | {
     "vocab_size": 128256,
     "max_position_embeddings": 131072,
 }
-SHAPES = {"PKU-Alignment/alpaca-7b-reproduced": LLAMA_7B, "meta-llama/Llama-3.1-8B-Instruct": LLAMA_31_8B}
+QWEN_25_HALF = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
+SHAPES = {
+    "Qwen/Qwen2.5-0.5B-Instruct": QWEN_25_HALF,
+    "PKU-Alignment/alpaca-7b-reproduced": LLAMA_7B,
+    "meta-llama/Llama-3.1-8B-Instruct": LLAMA_31_8B,
+}
 SMOKE_METHODS = {
     "pku_7b/lora": ("mocan", "pecan"),
     "pku_7b/full": ("mocan,pecan", "sacpo,p_sacpo", "cdpo"),
+    "instruct_0.5b/mocan": ("",),
     "instruct_8b/mocan": ("",),
     "instruct_8b/helpful_harmless_honest": ("",),
 }
@@ -47,6 +64,7 @@ SMOKES = [(recipe, methods) for recipe, parts in SMOKE_METHODS.items() for metho
     [
         ("pku_7b/lora", "48GB", 6_738_423_808 + 6_291_456),  # 32,001 words, and three adapters of rank 8 a layer
         ("pku_7b/full", "80GB", 6_738_423_808),
+        ("instruct_0.5b/mocan", "24GB", 494_032_768),  # 0.49 billion on its card, the shared embedding counted once
         ("instruct_8b/mocan", "80GB", 8_030_261_248 + 41_943_040),  # as Meta counts it, and adapters of rank 16
         ("instruct_8b/helpful_harmless_honest", "80GB", 8_030_261_248 + 41_943_040),
     ],

@@ -298,7 +298,7 @@ def _open_hub(name: str, split: str, subset: str | None, revision: str | None) -
     except DatasetNotFoundError as error:
         raise DataError(
             f"{name}: neither a path here ({Path.cwd()}) nor a data set on the hub that can be read.\n  {error}\n",
-            "Correct the path or the id; for a gated data set run `hf auth login`.",
+            "Correct the path, the id or the revision; for a gated data set run `hf auth login`.",
         ) from error
     except ConnectionError as error:
         raise EnvironmentProblem(

@@ -31,3 +31,10 @@ def test_a_log_is_told_the_beginning_and_the_end(monkeypatch: pytest.MonkeyPatch
 
 def test_a_terminal_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drawn(Terminal(), monkeypatch) >= 50
+
+
+def test_nothing_draws_a_logs_bar_sooner_than_after_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tqdm's watcher draws a bar that waits for many steps as soon as maxinterval, by default ten seconds, is over."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress("score", 50, "row") as bar:
+        assert (bar.mininterval, bar.maxinterval) == (60, 60)

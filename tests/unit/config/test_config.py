@@ -101,6 +101,7 @@ BOUNDS = [
     ("generate.max_new_tokens", 0, 1, 10**6, None),
     ("generate.max_truncated", -0.001, 0, 1, 1.001),
     ("generate.batch_prompts", 0, 1, 32, None),
+    ("generate.tokens_at_once", 0, 1, 10**6, None),
     ("generate.shard_prompts", 0, 4, 4000, None),
     ("generate.tokens_at_once", 0, 1, 10**9, None),
     ("solve.confidence", 0.499, 0.5, 0.999, 1),
@@ -637,6 +638,7 @@ OTHER = {
     "prompts.num_validation": 64,
     "prompts.num_sealed": 64,
     "train.feedback": None,  # of runs with validation prompts, and here are none
+    "train.stop": None,  # likewise
     "strength": 1.5,
     "strength.max_kl": 2.0,
     "strength.confidence": 0.9,

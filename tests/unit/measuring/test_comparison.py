@@ -24,22 +24,22 @@ from can_dist.measuring.comparison import (
     short_time,
 )
 from can_dist.measuring.ranking import bradley_terry, rank_methods
-from can_dist.reporting.figures.comparison import comparison_svg
+from can_dist.reporting.figures.comparison import GAINS, PRICE, REACH, Plane, comparison_svg
 
 COST = Cost(1_200_000, 3_400_000, 12_345_678, 4000.0, 1)
-COVARIANCE_22 = np.array([[1.0, -0.9], [-0.9, 2.0]])  # reward, safety
+COVARIANCE_33 = np.array([[1.0, -0.9, 0.2], [-0.9, 2.0, 0.3], [0.2, 0.3, 0.4]])  # reward, safety, KL
 
 
 def method(name: str, reward: float, safety: float, num_prompts: int = 60, seed: int = 0, margin: float = 1.0) -> Any:
-    gain_P2 = np.random.default_rng(seed).multivariate_normal([reward, safety], COVARIANCE_22, size=num_prompts)
-    return method_result(name, gain_P2[:, 0], gain_P2[:, 1], margin=margin, verdict="met", kl=0.5, cost=COST)
+    value_P3 = np.random.default_rng(seed).multivariate_normal([reward, safety, 0.5], COVARIANCE_33, size=num_prompts)
+    return method_result(name, *value_P3.T, margin=margin, verdict="met", cost=COST)
 
 
 def inside(result: MethodResult, reward: float, safety: float) -> bool:
     """Whether a point lies in the ellipse, by the ellipse's own axes."""
-    ellipse = confidence_ellipse(result)
+    ellipse = confidence_ellipse(result.safety_P, result.reward_P)
     turn = np.radians(ellipse.angle)
-    x, y = safety - ellipse.safety, reward - ellipse.reward
+    x, y = safety - ellipse.x, reward - ellipse.y
     along, across = x * np.cos(turn) + y * np.sin(turn), -x * np.sin(turn) + y * np.cos(turn)
     return bool((2 * along / ellipse.width) ** 2 + (2 * across / ellipse.height) ** 2 <= 1)
 
@@ -55,18 +55,18 @@ def test_ellipse_covers_95_percent(num_prompts: int) -> None:
 
 def test_ellipse_edge_is_where_hotellings_t2_says() -> None:
     result = method("m", 0.3, 0.7, num_prompts=20)
-    ellipse = confidence_ellipse(result)
-    region = Ellipse((ellipse.safety, ellipse.reward), ellipse.width, ellipse.height, angle=ellipse.angle)
-    edge = region.get_patch_transform().transform(np.eye(2))[:, ::-1] - [result.reward_gain, result.safety_gain]
-    distance = np.einsum("ni,ij,nj->n", edge, np.linalg.inv(result.covariance_22), edge)
+    ellipse = confidence_ellipse(result.safety_P, result.reward_P)
+    region = Ellipse((ellipse.x, ellipse.y), ellipse.width, ellipse.height, angle=ellipse.angle)
+    edge = region.get_patch_transform().transform(np.eye(2)) - [result.safety_gain, result.reward_gain]
+    covariance_22 = np.cov(result.safety_P, result.reward_P) / 20
+    distance = np.einsum("ni,ij,nj->n", edge, np.linalg.inv(covariance_22), edge)
     np.testing.assert_allclose(distance, 2 * 19 / 18 * 3.554557, rtol=1e-6)  # F_{2,18}(0.95)
 
 
-def test_means_and_their_covariance_are_over_prompts() -> None:
+def test_means_are_over_prompts() -> None:
     result = method("m", 0.3, 0.7)
-    assert result.reward_gain == pytest.approx(result.reward_P.mean())
-    assert result.covariance_22[1, 1] == pytest.approx(result.safety_P.var(ddof=1) / 60)
-    assert result.covariance_22[0, 1] < 0
+    means = (result.reward_gain, result.safety_gain, result.kl)
+    assert means == pytest.approx([result.reward_P.mean(), result.safety_P.mean(), result.kl_P.mean()])
 
 
 # ------------------------------------------------------------------------------------------------------------- table
@@ -78,7 +78,7 @@ def test_table_reads_well() -> None:
     assert all(re.fullmatch(r"[+-]\d\.\d\d \[[+-]\d\.\d\d, [+-]\d\.\d\d\]", row["safety gain"]) for row in rows)
     assert rows[0] | {"helpfulness gain": "", "safety gain": ""} == {
         "method": "MoCAN", "helpfulness gain": "", "safety gain": "", "margin": "1", "verdict": "met",
-        "KL (nats)": "0.5",
+        "KL (nats)": f"{method('MoCAN', 0.5, 1.0).kl:.3g}",
     }  # fmt: skip
 
 
@@ -199,25 +199,68 @@ LAM = np.linspace(0, 3, 40)
 FRONTIER = np.stack([-0.3 + 2.1 * (1 - np.exp(-LAM)), 1.15 - 0.17 * LAM**2])
 
 
-def draw(methods: list[MethodResult] = METHODS, frontier: Any = FRONTIER) -> str:
-    return comparison_svg(methods, frontier, label="methods", prefix="cmp")
+RAY = np.stack([np.linspace(0, 1.5, 9), np.linspace(0, 0.6, 9)])
 
 
-def test_picture_is_well_formed_and_the_same_every_time() -> None:
-    svg = draw()
-    assert svg == draw()
+def draw(methods: list[MethodResult] = METHODS, frontier: Any = FRONTIER, ray: Any = RAY, plane: Plane = GAINS) -> str:
+    curves = [("predicted frontier", frontier), ("MoCAN, any strength", ray)]
+    return comparison_svg(plane, methods, curves, label="methods", prefix="cmp")
+
+
+@pytest.mark.parametrize("plane", [GAINS, PRICE])
+def test_picture_is_well_formed_and_the_same_every_time(plane: Plane) -> None:
+    svg = draw(plane=plane)
+    assert svg == draw(plane=plane)
     root = ElementTree.fromstring(svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1))
     texts = ["".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    for name in (*(result.name for result in METHODS), "reference", "predicted frontier", "margin 1"):
+    for name in (
+        *(result.name for result in METHODS),
+        "reference",
+        "predicted frontier",
+        "MoCAN, any strength",
+        "margin 1",
+    ):
         assert texts.count(name) == 1
     assert "var(--policy)" in svg
     assert "#0" not in re.sub(r'"#cmp-[^"]*"|\(#cmp-[^)]*\)', "", svg)  # every colour is the page's
 
 
-def test_every_margin_is_a_line() -> None:
-    svg = draw([METHODS[0], method("other", 0, 0, 400, margin=2.0)])
+@pytest.mark.parametrize("plane", [GAINS, PRICE])
+def test_every_margin_is_a_line(plane: Plane) -> None:
+    svg = draw([METHODS[0], method("other", 0, 0, 400, margin=2.0)], plane=plane)
     assert svg.count("margin 1<") == svg.count("margin 2<") == 1
-    assert svg.count("var(--margin)") == 2 * draw([METHODS[0]]).count("var(--margin)")
+    assert svg.count("var(--margin)") == 2 * draw([METHODS[0]], plane=plane).count("var(--margin)")
+
+
+def paths(plane: Plane, ray: Any) -> tuple[list[Any], tuple[float, float]]:
+    """The curve of the ray as it is drawn, in data units, and the limits of the horizontal axis."""
+    from matplotlib.axes import Axes
+
+    drawn: list[Any] = []
+    plot = Axes.plot
+
+    def kept(self: Any, *points: Any, **options: Any) -> Any:
+        if options.get("label") == "MoCAN, any strength":
+            drawn.append((self, np.array(points)))
+        return plot(self, *points, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "plot", kept)
+        draw(ray=ray, plane=plane)
+    ((ax, points),) = drawn
+    return points, ax.get_xlim()
+
+
+def test_curves_against_kl_end_at_the_furthest_method() -> None:
+    """A frontier goes on to the best of all responses, at a KL that would leave the methods in a corner."""
+    far = np.stack([np.linspace(0, 30, 601), np.linspace(0, 3, 601)])
+    ellipses = [confidence_ellipse(result.kl_P, result.safety_P) for result in METHODS]
+    furthest = REACH * max(ellipse.x + ellipse.width / 2 for ellipse in ellipses)
+    points, (_, right) = paths(PRICE, far)
+    assert 0.5 < points[0].max() <= furthest < right < 2.0
+    assert points[0].size == (far[0] <= furthest).sum()
+    points, _ = paths(GAINS, far)
+    assert points[0].max() == 30
 
 
 def boxes(svg: str) -> dict[str, tuple[float, float, float, float]]:
@@ -241,6 +284,7 @@ def test_names_do_not_overlap_even_where_policies_do(spread: float, stem: str) -
     found = boxes(svg)
     width, height = map(float, re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0])
     names = [found[m.name] for m in methods] + [found["reference"], found["predicted frontier"]]
+    names.append(found["MoCAN, any strength"])
     for i, a in enumerate(names):
         assert a[0] >= 0
         assert a[2] <= width
@@ -258,14 +302,14 @@ def test_methods_differ_without_colours() -> None:
 
 
 def test_hostile_name_stays_text() -> None:
-    svg = draw([method("<script>alert(1)</script> & $x^2$", 0.1, 0.2), method("b", 0.3, 0.4)], np.empty((2, 0)))
+    svg = draw([method("<script>alert(1)</script> & $x^2$", 0.1, 0.2), method("b", 0.3, 0.4)], *[np.empty((2, 0))] * 2)
     assert "<script>" not in svg
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; $x^2$" in svg
 
 
 def test_one_method_without_spread_can_be_drawn() -> None:
-    constant = method_result("m", np.ones(5), np.ones(5), margin=0.5, verdict="met", kl=0.1, cost=COST)
-    assert "<svg" in draw([constant], np.empty((2, 0)))
+    constant = method_result("m", *[np.ones(5)] * 3, margin=0.5, verdict="met", cost=COST)
+    assert "<svg" in draw([constant], *[np.empty((2, 0))] * 2)
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -273,11 +317,11 @@ def test_one_method_without_spread_can_be_drawn() -> None:
 
 def test_bad_gains_are_named() -> None:
     with pytest.raises(
-        DataError, match=r"method 'm': reward gains of shape \(2,\), safety gains of shape \(3,\); expected"
+        DataError, match=r"method 'm': reward gains of shape \(2,\), safety gains of shape \(3,\), KL of shape \(3,\)"
     ):
-        method_result("m", [1, 2], [1, 2, 3], margin=1, verdict="met", kl=0, cost=COST)
-    with pytest.raises(DataError, match=r"method 'm': a gain is not finite\. Evaluate it again\."):
-        method_result("m", [1, 2, np.nan], [1, 2, 3], margin=1, verdict="met", kl=0, cost=COST)
+        method_result("m", [1, 2], [1, 2, 3], [0, 0, 0], margin=1, verdict="met", cost=COST)
+    with pytest.raises(DataError, match=r"method 'm': a gain or a KL is not finite\. Evaluate it again\."):
+        method_result("m", [1, 2, 3], [1, 2, 3], [0, 0, np.nan], margin=1, verdict="met", cost=COST)
 
 
 def test_methods_that_cannot_be_compared_are_named() -> None:

@@ -213,6 +213,14 @@ def test_model_that_is_left_to_generate_is_sampled_batch_by_batch(tokenizer: Any
         assert sampling.sample(model, tokenizer, [prompt], [seed], options, [END]) == [response]
 
 
+@pytest.mark.parametrize(("kind", "told"), [("llama", [1] * 15), ("phi3", [6, 6, 3])])
+def test_responses_that_end_are_told(kind: str, told: list[int], tokenizer: Any) -> None:
+    options = Generate(num_responses=3, batch_prompts=2, max_new_tokens=LONG)
+    heard: list[int] = []
+    sampling.sample(model_of(kind), tokenizer, *asked_for(5, 3), options, [END], told=heard.append)
+    assert heard == told
+
+
 def test_layer_that_was_copied_gives_its_memory_back_and_a_prompt_stays() -> None:
     rows, _ = decoding.Decoder(model_of("llama")).read([[5, 6, 7], [8]])
     first = decoding.gather([(rows, [0, 0, 1])])

@@ -18,6 +18,7 @@ from can_dist.cli.compare import compare as compare_command
 from can_dist.errors import DataError
 from can_dist.measuring.gains import interval
 from can_dist.outcomes.compare import check_same_basis, compare, cost_of, find_evaluations, names_of
+from can_dist.reporting.page import MISSING
 from can_dist.tables.artifacts import Artifact, open_stage, write_json, write_part
 
 NUM_PROMPTS = 40
@@ -57,6 +58,8 @@ def evaluated(
     basis: Mapping[str, Any] = BASIS,
     predicted: bool = False,
     seed: int = 0,
+    inputs: Mapping[str, Artifact] | None = None,
+    **further: Any,
 ) -> Artifact:
     """An evaluation as the stage leaves it, of gains around ``gain`` in reward and every constraint."""
     random = np.random.default_rng(seed)
@@ -68,9 +71,10 @@ def evaluated(
         columns[f"{score}.reference"] = np.linspace(-1, 1, NUM_PROMPTS)
         shift = gain[min(index, 1)] + 0.3 * random.normal(size=NUM_PROMPTS)
         columns[f"{score}.policy"] = columns[f"{score}.reference"] + shift
+    columns["kl"] = 0.1 + 0.2 * random.random(NUM_PROMPTS)
     one = {"mean": 0.2, "low": 0.1, "high": 0.3, "se": 0.05}
     sides = {"reference": one, "policy": one}
-    curve = {"margin": [-0.2, 0.5, 1.0], "reward_improvement": [1.0, None, 0.2]}
+    curve = {"margin": [-0.2, 0.5, 1.0], "reward_improvement": [1.0, None, 0.2], "kl": [0.3, None, 0.9]}
     report = {
         "method": method, "variant": variant, "name": title, "beta": 0.1, "config": dict(config or {}),
         "reward": {"name": "reward"},
@@ -78,9 +82,9 @@ def evaluated(
         "kl": {"realised": one}, "refusals": None, "lengths": {"policy": one, "reference": one},
         "tails": {c: {"border": 0.0, "worst_share": 0.1, "unsafe": sides, "worst": sides} for c in constraints},
         "prediction": {"source": "held-out"} if predicted else None,
-        "examination": {"frontier": dict.fromkeys(constraints, curve)} if predicted else None,
+        "examination": {"frontier": dict.fromkeys(constraints, curve)} if predicted else None, **further,
     }  # fmt: skip
-    stage = open_stage(run, "evaluate", title, {"config": dict(config or {})}, {"policy": policy})
+    stage = open_stage(run, "evaluate", title, {"config": dict(config or {})}, {"policy": policy, **(inputs or {})})
     write_json(stage.path / "report.json", report)
     write_part(stage.path, 0, pa.table(columns))
     return stage.commit(["report.json"], {"method": method, "variant": variant, "basis": basis})
@@ -237,13 +241,15 @@ def test_page_has_a_picture_and_a_table_for_each_constraint(two: Path) -> None:
     assert [a["id"] for t, a in page.tags if t == "section"] == [
         "constraint-1", "constraint-2", "cost", "ranking", "provenance", "reading"
     ]  # fmt: skip
-    assert sum(tag == "svg" for tag, _ in page.tags) == 2
-    assert text.count("The dotted curve is what the dual of MoCAN predicts") == 2
+    assert sum(tag == "svg" for tag, _ in page.tags) == 4
+    assert text.count("The dotted curve is what the dual of MoCAN predicts") == 4
+    assert "every strength" not in text
     assert not re.search(r"\bnan\b|\bNone\b|Undefined", re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL))
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
     assert {path.name for path in (two / "out").iterdir()} == {
-        "compare.html", "compare.json", "compare-safety.svg", "compare-honesty.svg"
+        "compare.html", "compare.json", "compare-safety.svg", "compare-honesty.svg", "compare_kl-safety.svg",
+        "compare_kl-honesty.svg",
     }  # fmt: skip
 
 
@@ -259,7 +265,8 @@ def test_numbers_of_the_record_are_those_of_the_tables(two: Path) -> None:
     above = np.mean([a > b for a, b in zip(*(
         find_evaluations([two])[n].table["reward.policy"].to_pylist() for n in (0, 1)), strict=True)])  # fmt: skip
     assert ranking["win"][1][2] == pytest.approx(above)
-    assert record["frontier"]["safety"] == {"method": "MoCAN", "safety": [-0.2, 0.5, 1.0], "reward": [1.0, None, 0.2]}
+    assert record["frontier"]["safety"] == {"method": "MoCAN", "safety": [-0.2, 0.5, 1.0], "reward": [1.0, None, 0.2],
+                                            "kl": [0.3, None, 0.9]}  # fmt: skip
     again = (two / "compare.html").read_bytes()
     compare(find_evaluations([two]), two)
     assert (two / "compare.html").read_bytes() == again
@@ -280,3 +287,71 @@ def test_pictures_stand_by_themselves(two: Path) -> None:
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert "var(--" not in (two / "compare-honesty.svg").read_text()
     assert "var(--policy)" in (two / "compare.html").read_text()
+
+
+# ------------------------------------------------------------------------------ rays, over-refusal, and public sets
+
+
+def share(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": max(0.0, mean - 0.05), "high": min(1.0, mean + 0.05), "se": 0.02}
+
+
+def profile_of(policy: float, reference: float = 0.1) -> dict[str, Any]:
+    """XSTest as a report has it: two totals, and a category that the comparison leaves to the reports."""
+    sides = {"reference": share(reference), "policy": share(policy)}
+    rows = [
+        {"name": name, "is_total": total, "num_prompts": number, "refused": sides, "unsafe": {"safety": sides}}
+        for name, total, number in (("to answer", True, 250), ("to refuse", True, 200), ("homonyms", False, 25))
+    ]
+    return {"set": "xstest", "num_prompts": 450, "rows": rows, "too_small": 0, "over_refusal": sides}
+
+
+def test_a_set_that_several_were_asked_is_one_table_with_the_reference(tmp_path: Path) -> None:
+    policy = trained(tmp_path, "a", 1, {})
+    one_set, other_set = (made(tmp_path, "prompts", name, {}) for name in ("profile", "other"))
+    for method, rate, inputs in (("mocan", 0.2, one_set), ("dpo_h", 0.4, one_set), ("dpo_s", 0.7, other_set)):
+        evaluated(tmp_path, method, policy, inputs={"profile": inputs}, profile=profile_of(rate))
+    evaluated(tmp_path, "sacpo", policy)
+    compare(find_evaluations([tmp_path]), tmp_path)
+    record = json.loads((tmp_path / "compare.json").read_text())
+    first, second = record["profiles"]
+    assert [list(entry["rows"]) for entry in (first, second)] == [
+        ["reference", "MoCAN", "DPO-H"], ["reference", "DPO_S"]
+    ]  # fmt: skip
+    assert first["groups"] == {"to answer": 250, "to refuse": 200}
+    assert first["rows"]["DPO-H"]["to refuse"]["unsafe"]["safety"]["mean"] == 0.4
+    assert first["rows"]["reference"]["to answer"]["refused"]["mean"] == 0.1
+    text = (tmp_path / "compare.html").read_text()
+    assert text.count("<caption>XSTest: shares of responses") == 2
+    assert "to answer: refused, of 250" in text
+    assert "to refuse: safety below 0" in text
+
+
+def test_over_refusal_is_a_column_also_where_one_method_has_none(tmp_path: Path) -> None:
+    policy = trained(tmp_path, "a", 1, {})
+    rates = {"num_prompts": 250, "reference": share(0.1), "policy": share(0.3)}
+    evaluated(tmp_path, "mocan", policy, refusals=rates)
+    evaluated(tmp_path, "dpo_h", policy)
+    compare(find_evaluations([tmp_path]), tmp_path)
+    text = (tmp_path / "compare.html").read_text()
+    (table,) = re.findall(r"benign prompts refused</th>.*?</tbody>", text, re.DOTALL)
+    rows = re.findall(r"<tr>.*?</tr>", table[table.index("<tbody>") :], re.DOTALL)
+    cells = [re.findall(r"<td>(.*?) <small>", row) for row in rows]
+    assert [len(row) for row in cells] == [4, 4]
+    assert (cells[0][2], cells[1][2]) == ("30.0%", MISSING)
+
+
+def test_the_ray_of_the_first_estimated_method_is_drawn_in_both_pictures(tmp_path: Path) -> None:
+    policy = trained(tmp_path, "a", 1, {})
+    ray = {"improvement": {"safety": [0.0, 0.4]}, "reward_improvement": [0.0, 0.1], "kl": [0.0, 0.2]}
+    estimate = {"strength": {"alpha": 1.7}, "line": "safety +0.24", "ray": ray}
+    evaluated(tmp_path, "dpo_h", policy)
+    evaluated(tmp_path, "mocan", policy, estimate=estimate)
+    compare(find_evaluations([tmp_path]), tmp_path)
+    record = json.loads((tmp_path / "compare.json").read_text())
+    assert record["ray"] == {
+        "safety": {"method": "MoCAN", "safety": [0.0, 0.4], "reward": [0.0, 0.1], "kl": [0.0, 0.2]}
+    }
+    text = (tmp_path / "compare.html").read_text()
+    assert text.count("validation responses say of every strength of MoCAN") == 2
+    assert all("MoCAN, any strength" in (tmp_path / name).read_text() for name in ("compare.svg", "compare_kl.svg"))

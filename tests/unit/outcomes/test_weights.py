@@ -209,9 +209,25 @@ def test_log_ratios_are_refused(tmp_path: Path) -> None:
         constrained_reward(run)
 
 
-@pytest.mark.parametrize(("tool", "file"), [("trl", "trainer/rloo_config.py"), ("verl", "trainer/config/ppo.yaml")])
+@pytest.mark.parametrize(
+    ("tool", "file", "lacking"),
+    [
+        ("trl", "trainer/rloo_config.py", "normalize_advantages, reward_weights"),
+        (
+            "openrlhf",
+            "cli/train_ppo_ray.py",
+            "advantage_estimator, gamma, generate_max_len, init_kl_coef, kl_estimator",
+        ),
+        ("verl", "trainer/config/ppo.yaml", "adv_estimator, gamma, kl_coef"),
+    ],
+)
 def test_a_version_that_lacks_a_switch_is_told(
-    solved: tuple[Path, dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, file: str
+    solved: tuple[Path, dict[str, float]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tool: str,
+    file: str,
+    lacking: str,
 ) -> None:
     package = tmp_path / tool
     (package / file).parent.mkdir(parents=True)
@@ -221,11 +237,11 @@ def test_a_version_that_lacks_a_switch_is_told(
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(EnvironmentProblem) as caught:
         export_weights(solved[0], tmp_path / "out", tool=tool)
-    lacking = {"trl": "normalize_advantages, reward_weights", "verl": "adv_estimator, gamma, kl_coef"}[tool]
     assert f"has no switch {lacking}" in str(caught.value)
     assert f"Install a newer {tool}" in str(caught.value)
     assert not (tmp_path / "out").exists()
     (package / file).write_text(" ".join(["reward_weights normalize_advantages beta temperature top_p reward_funcs",
         "max_completion_length path name adv_estimator norm_adv_by_std_in_grpo use_kl_in_reward kl_penalty type",
-        "kl_coef gamma use_kl_loss max_response_length"]))  # fmt: skip
+        "kl_coef gamma use_kl_loss max_response_length remote_rm_url advantage_estimator init_kl_coef kl_estimator",
+        "reward_clip_range generate_max_len"]))  # fmt: skip
     assert export_weights(solved[0], tmp_path / "out", tool=tool)[1] == 0.5

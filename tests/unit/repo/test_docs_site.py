@@ -17,7 +17,8 @@ import pytest
 from click.testing import CliRunner
 
 from can_dist.cli import cli
-from can_dist.config import validate_config
+from can_dist.config import Config, validate_config
+from can_dist.config.describe import describe_keys
 from can_dist.config.yaml_files import merge, parse_yaml
 from can_dist.train import train
 
@@ -117,13 +118,39 @@ def test_python_page_has_every_public_name() -> None:
     assert set(can_dist.__all__) - {"PlottedFrontier"} <= {name.rpartition(".")[2] for name in shown}
 
 
-def test_the_star_of_a_letter_is_kept_in_code_of_every_kind() -> None:
-    pytest.importorskip("mkdocs", reason="extra [dev]: mkdocs")
+@pytest.fixture
+def site() -> Any:
+    """What mkdocs is told."""
+    pytest.importorskip("mkdocs", reason="extra [docs]: mkdocs")
     spec = importlib.util.spec_from_file_location("site_hooks", DOCS / "site.py")
     assert spec is not None
     assert spec.loader is not None
     site = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(site)
+    return site
+
+
+def test_the_star_of_a_letter_is_kept_in_code_of_every_kind(site: Any) -> None:
     page = SimpleNamespace(file=SimpleNamespace(src_uri="concepts.md"))
     code = "\n\n    λ* ← [λ* − η]\n\n    θ*\n\n```text\nλ*\n```\n`π*`"
     assert site.on_page_markdown(f"λ* of{code} and π*", page, None, None) == f"λ&#42; of{code} and π&#42;"
+
+
+def test_every_key_has_a_heading_once_and_each_of_its_meanings(site: Any) -> None:
+    text = site.configuration_page()
+    headings = re.findall(r"^### `(.+)`$", text, re.MULTILINE)
+    keys = list(describe_keys(Config))
+    assert len(headings) == len(set(headings))
+    assert set(headings) == {key.name for key in keys}
+    assert not [key for key in keys if key.description.replace("<", "&lt;") not in text]
+    cost = text[text.index("### `reward.sign`") :].partition("\n### ")[0]
+    assert "(kind sequence_classifier, " in cost, "kinds with the same key share a line"
+    assert cost.count("-1 for a cost model") == 1
+
+
+def test_an_option_is_one_word_where_code_wraps(site: Any) -> None:
+    html = '<p>a-b</p><pre><code><span id="a-b">can-dist run --until x</span> -- &lt;a-b&gt;</code></pre>'
+    shown = site.on_page_content(html, None, None, None)
+    word = '<span class="word">{}</span>'.format
+    code = f'<span id="a-b">{word("can-dist")} run {word("--until")} x</span> {word("--")} {word("&lt;a-b&gt;")}'
+    assert shown == f"<p>a-b</p><pre><code>{code}</code></pre>"

@@ -36,8 +36,8 @@ LIBRARIES = {
     "numba": {"cluster", "dual"},
     "peft": {"training"},
     "ray": {"cluster"},
-    "torch": {"demo", "modeling", "scoring", "training"},
-    "transformers": {"demo", "modeling", "scoring", "training"},
+    "torch": {"demo", "fitting", "modeling", "scoring", "training"},
+    "transformers": {"demo", "fitting", "modeling", "scoring", "training"},
 }
 """The rooms that may import a library: each is known by few, so that the others load and test without it."""
 EXCEPTIONS = {

@@ -66,6 +66,7 @@ def test_hostile_names_stay_text() -> None:
 def test_a_run_without_a_basis_has_its_ray() -> None:
     page = render_reach(record(basis=False))
     assert "a strength of the run's one" in page.replace("&#39;", "'")
+    assert "mixture of the basis" not in page
     text = reach_text(record(basis=False))
     assert "ray KL" in text
     assert "basis" not in text

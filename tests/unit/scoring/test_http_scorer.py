@@ -12,6 +12,7 @@ from judge_server import Endpoint, serving
 from pydantic import ValidationError
 
 from can_dist.config import HttpScorer
+from can_dist.console import heard_by
 from can_dist.errors import CanDistError, DataError, EnvironmentProblem
 from can_dist.scoring.kinds import check_scorer_opens, load_scorer, scorer_identity
 from can_dist.scoring.protocol import Response
@@ -107,8 +108,11 @@ def test_scores_keep_the_order_of_the_rows_and_requests_their_bound() -> None:
         return ok({"score": len(body["response"])})
 
     with serving(slow_at_first) as server:
-        assert scores(spec_of(server, concurrency=3)) == LENGTHS
+        told: list[int] = []
+        with heard_by(told.append):
+            assert scores(spec_of(server, concurrency=3)) == LENGTHS
         assert server.most == 3
+        assert told == [1] * len(LENGTHS), "for the bar"
 
 
 # ---------------------------------------------------------------------------------------------- what may go wrong

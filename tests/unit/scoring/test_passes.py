@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from can_dist.config import Guard, Model, MultiHead, PythonCallable, SequenceClassifier
+from can_dist.console import heard_by
 from can_dist.errors import EnvironmentProblem
 from can_dist.modeling.last_token import LastToken, choose_text_layout, reads_last_token
 from can_dist.modeling.packs import common_prefixes, computed_tokens, in_layout, make_text_pack
@@ -258,6 +259,20 @@ def test_rows_of_the_last_tokens(layout: str, rows: list[int]) -> None:
     assert pack.rows_N.tolist() == rows
     if layout == "padded":
         assert pack.input_ids_BT.tolist() == [[10, 11, 12, 20, 21], [10, 11, 12, 30, 3], [13, 40, 3, 3, 3]]
+
+
+def test_rows_are_told_pass_by_pass(llama: Path) -> None:
+    scorer, responses = (
+        ClassifierScorer(SequenceClassifier(model=str(llama), tokens_per_pass=60), "fp32"),
+        make_responses(),
+    )
+    told: list[int] = []
+    with heard_by(told.append):
+        scores = scorer.score(responses)
+    assert len(told) > 1
+    assert sum(told) == len(responses)
+    np.testing.assert_array_equal(scorer.score(responses), scores)
+    assert sum(told) == len(responses), "told to nobody any more"
 
 
 def test_budget_is_no_part_of_the_identity_and_older_scores_are_another(llama: Path) -> None:

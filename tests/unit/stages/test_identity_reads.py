@@ -42,6 +42,7 @@ NOT_HELD = re.compile(r"score: .*\.batch_size|align: .*\.(model|preferences|cali
 # in an identity when it is given: runs made before it keep their names
 HELD_WHEN_GIVEN = [("template_options", {}), ("num_sealed", 0), ("feedback", None), ("kernels", None)]
 HELD_WHEN_GIVEN += [("of", "mean"), ("level", None), ("alpha", None), ("others", {}), ("profile", None)]
+HELD_WHEN_GIVEN += [("stop", "epochs"), ("tokens_at_once", 32768)]
 RECORD = "report.build_report"  # its copy of the whole configuration tells how the run was made; no number is of it
 
 

@@ -16,7 +16,7 @@ from can_dist.dual import Demand
 from can_dist.errors import ConfigError, NumericalError
 from can_dist.stages import train as stage
 from can_dist.stages.estimate import lam_of
-from can_dist.stages.watch import Watched, watch_spec
+from can_dist.stages.watch import Watched, steering_inputs, watch_spec
 from can_dist.tables.artifacts import Artifact, open_stage
 from can_dist.workspace import Workspace
 
@@ -33,7 +33,7 @@ def opened(world: ww.Watching, watched: Watched | None, **train: Any) -> Path:
     config: Config = world.config.model_copy(update={"train": Train(**train)})
     work = Workspace(world.root / "run", config)
     try:
-        inputs = {"preferences": world.preferences, **stage._steered_by(config, watched)}
+        inputs = {"preferences": world.preferences, **steering_inputs(config.train, watched)}
         return stage._open(work, config, {"reference": config.reference}, inputs, ww.tw.BETA, None, "policy").path
     finally:
         work.close()
@@ -80,8 +80,38 @@ def test_what_watches_makes_no_other_training_and_what_steers_does(world: ww.Wat
     assert steered != plain
     assert opened(world, watched, feedback="validation", eval_every=3) != steered, "λ moves at other steps"
     assert opened(world, None, feedback="validation") == plain, "a training without a dual has nothing to steer"
-    with pytest.raises(ConfigError, match=r"no validation responses to steer λ by. Give prompts.num_validation"):
+    with pytest.raises(
+        ConfigError, match=r"train.feedback: there are no validation responses to go by. Give prompts.num_validation"
+    ):
         opened(world, Watched(world.solution, None), feedback="validation")
+
+
+def test_what_can_end_a_training_makes_another_training(world: ww.Watching) -> None:
+    watched = Watched(world.solution, world.validation)
+    plain = opened(world, watched)
+    assert "stop" not in json.loads((plain / "STAGE.json").read_text())["identity"]["train"]
+    ended = opened(world, watched, stop="flat")
+    assert ended != plain
+    assert opened(world, watched, stop="flat", eval_every=3) == ended, "what is only shown does not end it"
+    held = json.loads((ended / "STAGE.json").read_text())
+    assert held["identity"]["train"]["stop"] == "flat"
+    assert held["inputs"].keys() >= {"validation", "solution"}
+    with pytest.raises(ConfigError, match=r"train.stop: flat: there are no validation responses to go by. Give"):
+        opened(world, Watched(world.solution, None), stop="flat")
+    with pytest.raises(ConfigError, match=r"train.stop: flat: nothing watches this training"):
+        opened(world, None, stop="flat")
+
+
+@pytest.mark.parametrize(("batch_size", "every"), [(1, 4), (4, 1), (100, 1)])
+def test_three_evaluations_of_an_epoch_can_end_it(world: ww.Watching, batch_size: int, every: int) -> None:
+    watched, options = Watched(world.solution, world.validation), {"batch_size": batch_size}
+    assert world.preferences.info["splits"]["train"] == 13
+    spec = watch_spec(watched, world.preferences, Train(stop="flat", **options), 100)
+    assert spec is not None
+    assert spec.stop_every == every
+    plain = watch_spec(watched, world.preferences, Train(**options), 100)
+    assert plain is not None
+    assert plain.stop_every is None
 
 
 def test_lambda_of_a_steered_policy_is_its_last(world: ww.Watching) -> None:

@@ -1,11 +1,12 @@
 """Object stores: what is read there is what a local file would be; what breaks off leaves nothing half-written.
 
-The stores are fsspec's own in memory, and one that fails as told. No S3 server runs here.
+The stores are fsspec's own in memory, and one that fails as told; an S3 server is in ``test_s3.py``.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,15 @@ def test_what_is_not_there_is_named(url: str, kind: type[Exception], message: st
     for read in (read_prompts, lambda source: source_identity(DataSource(source=source))):
         with pytest.raises(kind, match=message):
             read(url)
+
+
+def test_a_store_whose_package_is_missing_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)  # of an earlier use
+    with pytest.raises(
+        EnvironmentProblem, match=r"s3://bucket/prompts.jsonl: Install s3fs to access S3\. Install it beside"
+    ):
+        read_prompts("s3://bucket/prompts.jsonl")
 
 
 def test_a_store_that_vanishes_in_the_middle_leaves_no_copy(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from can_dist.cli import plan as cli_plan
 from can_dist.config import Config
 from can_dist.config.sections import Train
-from can_dist.errors import ConfigError
+from can_dist.errors import ConfigError, DataError
 from can_dist.training import memory as m
 from can_dist.training.deepspeed_config import build_ds_config
 from can_dist.training.plan import rank_memory
@@ -201,9 +201,11 @@ def test_a_model_that_is_padded_is_not_counted(tmp_path: Path, kind: str, why: s
     assert f"takes no segments ({why}), so it is trained in padded batches" in str(done.exception)
 
 
-def test_the_text_ends_in_a_verdict(config: Path) -> None:
+def test_the_table_of_memory_ends_in_a_verdict_and_the_work_follows(config: Path) -> None:
     done = CliRunner().invoke(cli_plan.plan, [str(config), "--memory", "1MB"], standalone_mode=False)
-    assert done.stdout.splitlines()[-1].startswith("verdict     nothing fits")
+    memory, work = done.stdout.split("\n\n")
+    assert memory.splitlines()[-1].startswith("verdict     nothing fits")
+    assert work.startswith("work        ")
 
 
 @pytest.mark.parametrize("size", ["lots", "140", "3 parsecs", "-1GB"])
@@ -215,3 +217,39 @@ def test_a_size_that_is_none_is_refused(size: str) -> None:
 @pytest.mark.parametrize(("text", "size"), [("140GB", 140 * 10**9), ("1.5 GiB", 3 * 2**29), ("80gb", 80 * 10**9)])
 def test_sizes(text: str, size: int) -> None:
     assert rank_memory(Config.model_construct(), text) == size
+
+
+@pytest.mark.parametrize("options", ["{}", "{activation_checkpointing: true}", "{lora: {r: 2}}"])
+def test_alike_layers_are_counted_by_a_few_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    from transformers import LlamaConfig
+
+    from can_dist.training import plan as training_plan
+
+    sizes = {"vocab_size": 2000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
+    LlamaConfig(**sizes, num_attention_heads=2).save_pretrained(tmp_path)
+    (tmp_path / "run.yaml").write_text(CONFIG.format(model=tmp_path))
+    set_train = ("--set", f"train={options}", "--set", "train.tokens_per_pack=500", "--set", "precision=bf16")
+    by_a_few = plan(tmp_path / "run.yaml", *set_train)
+    followed = []
+    with_layers = training_plan._with_layers
+    monkeypatch.setattr(training_plan, "_with_layers", lambda *counted: followed.append(with_layers(*counted)))
+    assert plan(tmp_path / "run.yaml", *set_train) == by_a_few, "all layers, counted"
+    assert any(whole is not None for whole in followed), "some peak followed what the layers keep"
+
+
+def test_a_shape_file_stands_for_a_hub_that_is_out_of_reach(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shape = config.parent / "lm" / "config.json"
+    run = [str(config), "--memory", "1GB", "--set", "reference.model=nobody/has-this-model"]
+    done = CliRunner().invoke(cli_plan.plan, run, standalone_mode=False)
+    assert isinstance(done.exception, DataError)
+    assert "Without reach of the hub give its config.json: --shape FILE." in str(done.exception)
+    done = CliRunner().invoke(cli_plan.plan, [*run, "--shape", str(shape)], standalone_mode=False)
+    assert done.exception is None, done.exception
+    assert "verdict     train.tokens_per_pack=128" in done.output
+    assert "work        " in done.output
+    done = CliRunner().invoke(cli_plan.plan, [*run, "--shape", str(config)], standalone_mode=False)
+    assert isinstance(done.exception, ConfigError)
+    assert "expected a model's config.json" in str(done.exception)

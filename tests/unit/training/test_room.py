@@ -15,11 +15,20 @@ from can_dist.config import Cluster, Model
 from can_dist.config.sections import Lora, Train
 from can_dist.errors import ConfigError, EnvironmentProblem
 from can_dist.modeling.precision import require_known_gpus, resolve_precision, run_precision
-from can_dist.training import engine, room
 from can_dist.training import memory as m
+from can_dist.training import room
 from can_dist.training.batches import Example
 from can_dist.training.deepspeed_config import build_ds_config
-from can_dist.training.room import Demand, count, largest_pack, mean_response, peak_bytes, require_room
+from can_dist.training.room import (
+    Demand,
+    count,
+    largest_pack,
+    mean_response,
+    peak_bytes,
+    require_room,
+    require_room_here,
+)
+from can_dist.training.spec import TrainSpec
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +165,7 @@ def test_launched_ranks_do_not_train_in_fp32_on_gpus_that_the_configuration_does
 def test_a_rank_asks_for_its_own_gpu_before_the_model_is_loaded(
     demand: Demand, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    spec = engine.TrainSpec(
+    spec = TrainSpec(
         directory=tmp_path,
         preferences=tmp_path,
         reference=demand.model,
@@ -167,11 +176,10 @@ def test_a_rank_asks_for_its_own_gpu_before_the_model_is_loaded(
         precision="bf16",
     )
     examples = [Example("", [1] * 10, [[1] * 20, [1] * 30], [], [], 1.0)]
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     device = SimpleNamespace(total_memory=10**6)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
     with pytest.raises(EnvironmentProblem, match=r"training needs about 0\.\d GB of this GPU's 0\.0 GB"):
-        engine._require_room(spec, demand.ds_config, examples)
+        require_room_here(spec, demand.ds_config, examples, 1, print)
 
 
 def test_model_directory_is_all_that_is_read(demand: Demand) -> None:

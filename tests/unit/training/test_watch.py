@@ -87,21 +87,44 @@ def test_parts(sizes: list[int], budget: int, parts: list[list[int]]) -> None:
 
 def test_the_reference_itself_gains_nothing_and_has_no_direction(world: ww.Watching) -> None:
     watch = watch_of(world)
-    observation, lam = watch._observe(watch.ref_N.copy(), 3)
+    observation, lam, best = watch._observe(watch.ref_N.copy(), 3)
     assert observation.values["estimate.gain.calm"] == pytest.approx(0.0, abs=1e-12)
     assert "estimate.direction" not in observation.values, "what does not exist is no number of a tracker"
     assert all(math.isfinite(value) for value in observation.values.values())
     assert observation.line.startswith("calm +0.00 ± 0.00 of +0.60, short +0.00 ± 0.00 of +0.30, reward +0.00, KL 0.00")
     assert lam == watch.lam, "λ does not move after step 3"
+    assert best is None, "nothing ends this training"
 
 
 def test_lambda_moves_where_it_is_due_and_is_said(world: ww.Watching) -> None:
     watch = watch_of(world)
-    observation, lam = watch._observe(watch.ref_N.copy(), 4)
+    observation, lam, _ = watch._observe(watch.ref_N.copy(), 4)
     assert lam["calm"] != watch.lam["calm"]
     moved = f"; lambda calm {watch.lam['calm']:.3g} to {lam['calm']:.3g}, short {watch.lam['short']:.3g} to "
     assert moved in observation.line
     assert observation.values["estimate.lam.calm"] == watch.lam["calm"], "the one that the policy was trained towards"
+
+
+def test_a_policy_that_stays_is_flat_and_one_that_rose_is_compared_with_itself(world: ww.Watching) -> None:
+    spec = TrainSpec.model_validate_json(world.spec("spec", 8, stop="flat", batch_size=1))
+    assert spec.watch is not None
+    every = spec.watch.stop_every
+    assert every is not None
+    assert every > 1
+    watch = Watch.of(spec, world.preferences, open_formatter(Model(model=str(world.reference))))
+    assert watch is not None
+    score_N = np.array([r["reward"] + sum(v * r[k] for k, v in world.lam.items()) for r in world.validation_rows])
+    courses = {"stays": [0.0, 0.0], "rises, then stays": [0.05, 0.05, 0.05], "falls": [-0.02, -0.05]}
+    for name, strengths in courses.items():
+        watch.best, steps = None, [every * number for number in range(1, len(strengths) + 1)]
+        for step, strength in zip(steps, strengths, strict=True):
+            assert not watch.is_flat
+            assert not watch.compares_after(step + 1)
+            assert watch.compares_after(step)
+            _, _, watch.best = watch._observe(watch.ref_N + strength * (score_N - score_N.max()), step)
+        assert watch.is_flat, name
+        best_step = steps[0] if name.startswith("rises") else 0
+        assert watch.course(80) == {"stopped": {"of_steps": 80, "best_step": best_step}}, name
 
 
 def test_a_policy_that_diverged_is_a_numerical_error(world: ww.Watching) -> None:

@@ -31,6 +31,7 @@ from transformers.utils import logging as hf_logging
 
 from can_dist.console import progress
 from can_dist.errors import DataError, EnvironmentProblem, NumericalError
+from can_dist.modeling.precision import say_accelerator
 from can_dist.tables.artifacts import atomic_directory
 
 Messages = Sequence[dict[str, str]]
@@ -181,6 +182,7 @@ def scores_of(model: Any, ids: Sequence[list[int]], batch_size: int = 64) -> np.
 
 def save_model(model: Any, tokenizer: Any, out: Path, extra_files: dict[str, str] | None = None) -> None:
     """Save ``model`` and ``tokenizer`` in ``out``: written beside it, then renamed."""
+    say_accelerator()
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_directory(out) as built, _quiet():
         model.save_pretrained(built)

@@ -14,9 +14,9 @@ from small_run import WORDS
 from tiny import make_tiny_lm
 
 from can_dist.config import DataSource, Model, SequenceClassifier
-from can_dist.demo.fit_scorer import fit_scorer, rows_of, told
 from can_dist.doctor import inputs
 from can_dist.errors import ConfigError, DataError
+from can_dist.fitting.fit_scorer import fit_scorer, rows_of, told
 from can_dist.measuring.calibration import reliability, wilson
 from can_dist.scoring.fitted import check_fitted
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from can_dist.config import DataSource, Model
-from can_dist.demo.score_models import ScoreExample, ScorePair, fit_score_model
 from can_dist.errors import ConfigError, DataError
+from can_dist.fitting.score_models import ScoreExample, ScorePair, fit_score_model
 from can_dist.measuring.calibration import reliability
 from can_dist.modeling.formatter import open_formatter
 from can_dist.modeling.loading import context_length, load_model_config, model_directory
@@ -43,7 +43,7 @@ def fit_scorer(
         out: Written whole or not at all; must not exist.
         criterion: Which labels are learnt.
         least_accuracy: Least share of held-out pairs (else of flagged responses) that the model must order rightly.
-        options: Of :func:`can_dist.demo.score_models.fit_score_model`: epochs, lr, batch_size, held_out, seed.
+        options: Of :func:`can_dist.fitting.score_models.fit_score_model`: epochs, lr, batch_size, held_out, seed.
 
     Raises:
         ConfigError: ``least_accuracy`` is no share above one half.
