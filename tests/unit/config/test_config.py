@@ -103,7 +103,6 @@ BOUNDS = [
     ("generate.batch_prompts", 0, 1, 32, None),
     ("generate.tokens_at_once", 0, 1, 10**6, None),
     ("generate.shard_prompts", 0, 4, 4000, None),
-    ("generate.tokens_at_once", 0, 1, 10**9, None),
     ("solve.confidence", 0.499, 0.5, 0.999, 1),
     ("label.pairs_per_prompt", 0, 1, 10**6, None),
     ("label.validation_fraction", -0.001, 0, 0.999, 1),
