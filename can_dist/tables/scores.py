@@ -136,7 +136,9 @@ def _read_file(path: Path, names: Sequence[str] | None) -> pa.Table:
 
             columns = None if names is None else _needed(pq.read_schema(path).names, names)
             coded = [] if columns is None else list(ID_COLUMNS)
-            table = pq.read_table(path, columns=columns, read_dictionary=coded, page_checksum_verification=True)
+            table = pq.read_table(
+                path, columns=columns, read_dictionary=coded, page_checksum_verification=True, partitioning=None
+            )  # pyarrow 21 makes a column of a folder named a=b
             return sound(table)
         if path.suffix in (".arrow", ".feather"):
             with pa.memory_map(str(path)) as source:

@@ -67,7 +67,7 @@ def test_whole_run_leaves_every_artifact_with_verified_lineage(folder: Path, fin
     verified = can_dist(folder, "verify", "runs/mine")
     assert verified.returncode == 0, verified.stderr
     assert f"{len(manifests(finished))} artifacts" in verified.stdout
-    resolved = YAML(typ="safe").load(finished / "config.yaml")
+    resolved = YAML(typ="safe", pure=True).load(finished / "config.yaml")
     assert resolved["train"]["max_grad_norm"] == 1.0
     assert not list(finished.rglob(".tmp-*"))
 

@@ -250,7 +250,7 @@ def test_a_command_that_does_not_exist_would_be_found(line: str) -> None:
 
 
 def test_kuberay_example_is_a_ray_job_with_a_token_from_a_secret() -> None:
-    job = YAML(typ="safe").load((JOBS / "kuberay.yaml").read_text(encoding="utf-8"))
+    job = YAML(typ="safe", pure=True).load((JOBS / "kuberay.yaml").read_text(encoding="utf-8"))
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", job["metadata"]["name"])
     check_command(job["spec"]["entrypoint"].replace("/can-dist/", ""))
@@ -288,7 +288,7 @@ def test_autoscaling_example_keeps_the_schema_of_ray_and_its_commands_exist() ->
     import ray.autoscaler
 
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text(encoding="utf-8"))
-    config = YAML(typ="safe").load((JOBS / "autoscaling.yaml").read_text(encoding="utf-8"))
+    config = YAML(typ="safe", pure=True).load((JOBS / "autoscaling.yaml").read_text(encoding="utf-8"))
     jsonschema.validate(config, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**config, "max_worker": 4}, schema)
@@ -301,10 +301,10 @@ def test_autoscaling_example_keeps_the_schema_of_ray_and_its_commands_exist() ->
 
 def test_heads_of_the_examples_give_a_training_time_to_commit() -> None:
     """``ray job stop`` waits as long as the process that the head's job server runs in was told to: 3 s unless told."""
-    job = YAML(typ="safe").load((JOBS / "kuberay.yaml").read_text(encoding="utf-8"))
+    job = YAML(typ="safe", pure=True).load((JOBS / "kuberay.yaml").read_text(encoding="utf-8"))
     (container,) = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
     assert int({entry["name"]: entry.get("value") for entry in container["env"]}["RAY_JOB_STOP_WAIT_TIME_S"]) > 20
-    config = YAML(typ="safe").load((JOBS / "autoscaling.yaml").read_text(encoding="utf-8"))
+    config = YAML(typ="safe", pure=True).load((JOBS / "autoscaling.yaml").read_text(encoding="utf-8"))
     heads = [*config["head_start_ray_commands"], *_heads_in(JOBS / "README.md")]
     assert len(heads) == 2
     for head in heads:

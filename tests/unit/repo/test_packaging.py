@@ -103,7 +103,7 @@ def test_the_context_holds_what_the_wheel_is_built_from_and_no_more() -> None:
 
 
 def test_kuberay_starts_the_script_that_the_image_has() -> None:
-    entry = YAML(typ="safe").load((JOBS / "kuberay.yaml").read_text(encoding="utf-8"))["spec"]["entrypoint"]
+    entry = YAML(typ="safe", pure=True).load((JOBS / "kuberay.yaml").read_text(encoding="utf-8"))["spec"]["entrypoint"]
     folder, script = re.match(r"python (/[\w-]+)/(ray_jobs/run\.py) ", entry).groups()  # type: ignore[union-attr]
     assert (ROOT / script).is_file()
     for stage in STAGES[1:]:

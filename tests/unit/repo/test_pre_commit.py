@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_ruff_before_a_commit_is_that_of_make_lint() -> None:
-    repositories: list[dict[str, Any]] = YAML(typ="safe").load(ROOT / ".pre-commit-config.yaml")["repos"]
+    repositories: list[dict[str, Any]] = YAML(typ="safe", pure=True).load(ROOT / ".pre-commit-config.yaml")["repos"]
     revision = {repository["repo"].rpartition("/")[2]: repository.get("rev") for repository in repositories}
     pins = dict(re.findall(r"^(\S+)==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
     assert revision["ruff-pre-commit"] == f"v{pins['ruff']}"
