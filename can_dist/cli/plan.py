@@ -103,7 +103,7 @@ def work_text(work: Work) -> str:
         f"{kind} {f'{size / GB:,.1f} GB' if size is not None else 'not in reach'}"
         for kind, size in work.actor_bytes.items()
     ]
-    cache = "what vLLM takes" if work.cache_bytes is None else f"at most {work.cache_bytes / GB:,.1f} GB"
+    cache = "what vLLM takes" if work.cache_bytes is None else f"{work.cache_bytes / GB:,.1f} GB without prompts"
     lines.append(f"actors      weights: {', '.join(held)}; keys and values of what is decoded at once: {cache}")
     return "\n".join(lines)
 

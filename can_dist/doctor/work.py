@@ -50,7 +50,7 @@ class Work:
         host_hours: Of the driver's CPU.
         disk_bytes: By what is kept.
         actor_bytes: Weights of each kind of actor; None where the model's files are not in reach.
-        cache_bytes: Keys and values of the responses that are decoded at once; None where vLLM decides.
+        cache_bytes: Keys and values of the responses that are decoded at once, not of prompts; None where vLLM decides.
     """
 
     responses: int
@@ -248,7 +248,7 @@ def _stored_bytes(model: Model, weight_bytes: int) -> int | None:
 
 
 def cache_bytes(options: Generate, text_config: Any, weight_bytes: int) -> int:
-    """Return the most bytes of keys and values: of the responses of ``batch_prompts``, within ``tokens_at_once``."""
+    """Return the bytes of keys and values of the responses of ``batch_prompts``, within ``tokens_at_once``."""
     heads = text_config.num_attention_heads
     width = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     kept = 2 * text_config.num_hidden_layers * (getattr(text_config, "num_key_value_heads", None) or heads) * width
