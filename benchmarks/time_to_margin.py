@@ -138,6 +138,7 @@ def show() -> None:
     click.echo("|---|---|---|---|---|---|---|---|---|---|---|")
     for known in rows:
         total, kl = sum(known["cpu"].values()), known["kl"]
+        predicted = "–" if kl["predicted"] is None else f"{kl['predicted']:.2f}"
         gain = known["constraints"]["safety"]
         is_loop = any(known["way"].startswith(loop) for loop in ROUNDS)
         name = f"{known['way']}, round {known['round']}" if is_loop else known["way"]
@@ -148,7 +149,8 @@ def show() -> None:
             f"| {name} | {known['trainings']} | {tokens} | {made} "
             f"| {total:.0f} ({total / sum(base['cpu'].values()):.1f}×) | {wall} | {lam_range(known)} "
             f"| {gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}] | {known['reward']['mean']:+.2f} "
-            f"| {kl['mean']:.2f} ({kl['predicted']:.2f}) | {current(gain['verdict'])} |"
+            f"| {kl['mean']:.2f} ({predicted}) "
+            f"| {current(gain['verdict'])} |"
         )
 
 

@@ -11,7 +11,7 @@ from policy_world import PolicyWorld, make_world
 from scipy.optimize import brentq, minimize
 
 from can_dist.dual import Demand, ScoreTable, choose_strength, estimate_policy, mix, mixing_correlation
-from can_dist.dual.basis import basis_of, largest_margins, mixture_of, reachable, refuse_outside
+from can_dist.dual.basis import MIXING, basis_of, largest_margins, mixture_of, reachable, refuse_outside
 from can_dist.errors import ConfigError, DataError, InfeasibleConstraint, NumericalError
 
 BETA = 0.5
@@ -262,6 +262,9 @@ class TestReach:
         basis = basis_of(table, columns[0], dict(zip(("s", "g0", "g1"), columns[1:], strict=True)), beta=BETA)
         demands = [Demand("a", 0.4), Demand("b", 0.3)]
         mixture = mixture_of(basis, demands)
-        reach = reachable(basis, demands, mixture, 0.9975)  # a quarter of what may be missing: four times the KL
-        assert reach == pytest.approx(largest_margins(basis, demands, 4 * mixture.kl.mean), rel=1e-9)
+        kl = mixture.kl.mean
+        # a quarter of what may be missing, or four times as much: whichever law promises less
+        for correlation, at_most in ((1 - (1 - MIXING) / 4, 2 * kl), (1 - (1 - MIXING) * 4, kl / 4)):
+            reach = reachable(basis, demands, mixture, correlation)
+            assert reach == pytest.approx(largest_margins(basis, demands, at_most), rel=1e-9)
         assert reachable(basis, demands, mixture, 1.0) == {}
