@@ -121,6 +121,8 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> None:
         left, right = figure.subplots(1, 2)
         for number, way in enumerate(WAYS):
             cells = [known for known in rows if known["way"] == way]
+            if not cells:
+                continue
             gain = [known["constraints"]["safety"]["mean"] for known in cells]
             style = {"color": SERIES[number], "marker": MARKERS[number], "markersize": 4, "linestyle": "none"}
             left.plot(gain, [known["kl"]["mean"] for known in cells], label=way, **style)
