@@ -65,11 +65,11 @@ test-all: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,qlora]'
 	$(BIN)/python -m pytest $(ARGS)
 
-# vLLM against transformers, on the CPU. vLLM pins a torch and a transformers of its own, older than constraints.txt, hence
+# vLLM against transformers, on the CPU; warnings of its own end no test. vLLM pins a torch and a transformers of its own, older than constraints.txt, hence
 # the environment of its own. Its torch==…+cpu is on PyTorch's index: where pip does not know that,
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 test-vllm: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest tests/integration/test_vllm_real.py tests/unit/modeling/test_vllm_engine.py $(ARGS)
+	$(VLLM)/bin/python -m pytest -W default tests/integration/test_vllm_real.py tests/unit/modeling/test_vllm_engine.py $(ARGS)
 
 # PyPI's torchvision and torchaudio are for CUDA and end the import beside a torch that is not; text needs neither
 $(VLLM)/.installed: pyproject.toml
