@@ -65,9 +65,9 @@ test-all: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,qlora]'
 	$(BIN)/python -m pytest $(ARGS)
 
-# vLLM against transformers, on the CPU; warnings of its own end no test. vLLM pins a torch and a transformers of its own, older than constraints.txt, hence
-# the environment of its own. Its torch==…+cpu is on PyTorch's index: where pip does not know that,
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# vLLM against transformers, on the CPU; warnings of its own end no test. vLLM pins a torch and a transformers of its own,
+# older than constraints.txt, hence the environment of its own. Its torch==…+cpu is on PyTorch's index of CPU builds:
+# where pip does not know that, name it in PIP_EXTRA_INDEX_URL
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest -W default tests/integration/test_vllm_real.py tests/unit/modeling/test_vllm_engine.py $(ARGS)
 
