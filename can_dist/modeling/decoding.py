@@ -124,6 +124,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._takes = model, frozenset(signature(model.forward).parameters)
+        self._cache = "cache" if "cache" in self._takes else "past_key_values"  # before transformers 5.24
 
     def read(self, prompts: Sequence[Sequence[int]]) -> tuple[Rows, torch.Tensor]:
         """Return a row for each prompt and the logits of their next tokens, (P, V)."""
@@ -148,11 +149,10 @@ class Decoder:
         before = cache.get_seq_length()
         num_columns = before + ids_RT.shape[1]
         position_RC = torch.arange(num_columns, device=ids_RT.device) + (num_own_R - num_columns)[:, None]
-        inputs = {"position_ids": position_RC[:, before:].clamp(min=0), "logits_to_keep": 1}
+        inputs = {"position_ids": position_RC[:, before:].clamp(min=0), "logits_to_keep": 1, self._cache: cache}
         output = self._model(
             input_ids=ids_RT,
             attention_mask=(position_RC >= 0).long(),
-            past_key_values=cache,
             use_cache=True,
             **{name: value for name, value in inputs.items() if name in self._takes},
         )

@@ -5,6 +5,7 @@ The oracles are transformers' ``generate`` on whole batches, and a pass over the
 
 from __future__ import annotations
 
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -143,9 +144,11 @@ class Passes:
         self.shapes: list[tuple[int, int, int]] = []
         plain = model.forward
 
-        def forward(input_ids: Any = None, past_key_values: Any = None, position_ids: Any = None, **given: Any) -> Any:
-            self.shapes.append((*input_ids.shape, past_key_values.get_seq_length()))
-            return plain(input_ids=input_ids, past_key_values=past_key_values, position_ids=position_ids, **given)
+        @wraps(plain)
+        def forward(input_ids: Any, **given: Any) -> Any:
+            cache = given.get("cache", given.get("past_key_values"))  # the name before transformers 5.24
+            self.shapes.append((*input_ids.shape, cache.get_seq_length()))
+            return plain(input_ids=input_ids, **given)
 
         monkeypatch.setattr(model, "forward", forward)
 

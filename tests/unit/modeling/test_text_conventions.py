@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,7 @@ class Parrot:
     """Stands for a model that samples given tokens, so that the sampled way can be met with known ones."""
 
     device = "cpu"
+    config = SimpleNamespace(is_encoder_decoder=True)  # so that it is left to its own `generate`
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
@@ -114,7 +116,7 @@ def sampled(reference: Model, name: str, tokens: list[int]) -> dict[str, Any]:
     formatter = open_formatter(reference)
     job = GenerateJob(reference, Generate(num_responses=1), 0, "fp32", "train", Path(), Path())
     # what comes after the end token must not count
-    (row,) = job._sample_batch((None, Parrot([*tokens, *tokens]), formatter), [asked(name)])
+    (row,) = job._sample((None, Parrot([*tokens, *tokens]), formatter), [asked(name)])
     return row
 
 
