@@ -7,12 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from can_dist.demo import world as demo_world
 from can_dist.errors import EnvironmentProblem
-from can_dist.fitting.score_models import save_model
 from can_dist.modeling.formatter import Formatter
 
 
@@ -23,20 +21,10 @@ def rows():
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    """An untrained causal language model with the demo's tokenizer."""
-    tokenizer = demo_world.build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    directory = tmp_path_factory.mktemp("tiny") / "base"
-    torch.manual_seed(0)
-    save_model(LlamaForCausalLM(config), tokenizer, directory)
+def saved(tmp_path_factory) -> Path:
+    """The demo's tokenizer, saved."""
+    directory = tmp_path_factory.mktemp("tokenizer") / "saved"
+    demo_world.build_tokenizer().save_pretrained(directory)
     return directory
 
 
@@ -95,13 +83,13 @@ def test_tokens_are_exact_and_answers_fit(rows):
         assert len(whole) - len(prompt) <= 20  # generate.max_new_tokens of demo.yaml
 
 
-def test_tokenizer_survives_saving(tiny):
+def test_tokenizer_survives_saving(saved):
     text = "<s>USER: How do I bake bread? ASSISTANT:Just knead the dough.</s>"
-    ids = AutoTokenizer.from_pretrained(tiny)(text, add_special_tokens=False).input_ids
+    ids = AutoTokenizer.from_pretrained(saved)(text, add_special_tokens=False).input_ids
     assert ids == demo_world.build_tokenizer()(text, add_special_tokens=False).input_ids
     assert ids[0] == 1
 
 
-def test_a_folder_with_something_in_it_is_not_written_to(tiny):
+def test_a_folder_with_something_in_it_is_not_written_to(saved):
     with pytest.raises(EnvironmentProblem, match="not empty"):
-        demo_world.build_demo_world(tiny)
+        demo_world.build_demo_world(saved)
