@@ -98,9 +98,9 @@ def dual_svg(
 
 
 def ess_svg(
-    edges: Sequence[float], count: Sequence[int], median: float, needed: float, *, label: str, prefix: str
+    edges: Sequence[float], count: Sequence[int], median: float, mark: float, *, label: str, prefix: str
 ) -> str:
-    """Draw the distribution of the prompts' effective sample sizes, their median and the median that is needed."""
+    """Draw the distribution of the prompts' effective sample sizes, their median, and from which the bias is small."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     with panel(HEIGHT_IN) as (figure, ax):
@@ -115,9 +115,9 @@ def ess_svg(
         ax.xaxis.set_major_locator(FixedLocator(ticks))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xticks(ticks, [str(tick) for tick in ticks])
-        ax.axvline(needed, color=MARGIN, linewidth=1.6, linestyle=DASHED)
+        ax.axvline(mark, color=MARGIN, linewidth=1.6, linestyle=DASHED)
         ax.axvline(median, color=INK, linewidth=1.4)
-        _two_labels(ax, (median, f"median {median:.3g}", INK), (needed, f"{needed:g} needed", MARGIN))
+        _two_labels(ax, (median, f"median {median:.3g}", INK), (mark, f"small bias from {mark:g}", MARGIN))
         ax.set_xlabel("effective responses of a prompt")
         ax.set_ylabel("share of prompts")
         return svg_text(figure, label, prefix)
