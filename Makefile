@@ -84,7 +84,7 @@ test-s3: $(S3)/.installed
 
 $(S3)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(S3)
-	$(S3)/bin/python -m pip install --quiet --disable-pip-version-check --editable . s3fs 'moto[s3,server]>=5.2,<6' pytest pytest-timeout
+	$(S3)/bin/python -m pip install --quiet --disable-pip-version-check --editable . s3fs 'moto[s3,server]>=5.2,<6' pytest pytest-timeout hypothesis
 	@touch $@
 
 lint: setup

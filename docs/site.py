@@ -153,4 +153,4 @@ def _shown(output: dict[str, Any]) -> str:
     if "text/html" in data:
         return re.sub(r"\n\s*", "", re.sub(r"<style.*?</style>", "", "".join(data["text/html"]), flags=re.DOTALL))
     text = "".join(output.get("text", data.get("text/plain", [])))
-    return f"```text\n{text.rstrip()}\n```" if text.strip() else ""
+    return f"```console\n{text.rstrip()}\n```" if text.strip() else ""

@@ -64,7 +64,7 @@ def plan(
     from can_dist.doctor.work import count_work, parse_rates, reference_shape
 
     settings, known = read_config(config, config_option, overrides), parse_rates(rates)
-    check_sources(settings)
+    check_sources(settings, by_commit=shape is None)
     if shape is not None:
         settings = _shaped(settings, Path(shape))
     memory_bytes = rank_memory(settings, memory)

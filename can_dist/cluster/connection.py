@@ -55,7 +55,7 @@ def connect(cluster: Cluster) -> None:
         if not isinstance(error, (ConnectionError, RuntimeError, ValueError)) and type(error) is not Exception:
             raise
         raise EnvironmentProblem(
-            f"Ray at {address or 'this machine'} cannot be reached: {error}.",
+            f"Ray at {address or 'this machine'} cannot be reached: {str(error).rstrip('.')}.",
             "If the cluster uses tokens, export RAY_AUTH_MODE=token and its token.",
         ) from None
 

@@ -84,9 +84,8 @@ def locks(directory: Path, flock: Callable[[int, int], None] = fcntl.flock) -> F
 def space(free: int, needed: int | None, place: Path) -> Finding:
     """Compare the free space with what training needs, where that is known."""
     if needed is None:
-        return note(
-            "free space", f"{_gigabytes(free)} at {place}; what is needed is known with --config, of models that open"
-        )
+        state = f"{_gigabytes(free)} at {place}; what is needed is said with --config, once its reference opens"
+        return note("free space", state)
     if free < needed:
         state = f"{_gigabytes(free)} at {place}; checkpoints and policy need about {_gigabytes(needed)}"
         return error("free space", state, "Free some, give another --run, or train adapters (train.lora).")

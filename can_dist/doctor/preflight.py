@@ -140,19 +140,26 @@ def _check_quantize(config: Config) -> None:
         raise refuse_requantizing(f"method {config.method} trains on from a policy that it trained")
 
 
-def check_sources(config: Config) -> None:
+def check_sources(config: Config, *, by_commit: bool = True) -> None:
     """Refuse data sources that do not exist, all of them at once; run, doctor and plan give the same message.
+
+    Args:
+        config: the configuration.
+        by_commit: whether a data set of the hub must have a revision; a plan without the hub does not need it.
 
     Raises:
         DataError: when a local file or directory is missing.
         ConfigError: when a data set of the hub has no revision.
     """
-    problems = {}
+    problems: dict[str, ConfigError | DataError] = {}
     for key, source in sources(config).items():
         try:
             source_identity(source)
-        except (ConfigError, DataError) as problem:
+        except DataError as problem:
             problems[key] = problem
+        except ConfigError as problem:
+            if by_commit:
+                problems[key] = problem
     if not problems:
         return
     key, first = next(iter(problems.items()))

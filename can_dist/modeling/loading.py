@@ -75,7 +75,7 @@ def _hub_commit(spec: Model) -> str:
         config = cached_file(spec.model, "config.json", revision=spec.revision)
     except OSError as error:
         _refuse_hub_adapter(spec)
-        raise DataError(f"model {spec.model!r}: not a local directory, and the hub answered: {error}") from None
+        raise stored.not_loaded(spec.model, "not a local directory, and the hub answered", error) from None
     return str(extract_commit_hash(config, None) or spec.revision)
 
 
@@ -387,7 +387,7 @@ def named_errors(model: str, role: str) -> Iterator[None]:
         if isinstance(error, CanDistError):
             raise
         _refuse_absent(model)
-        raise DataError(f"model {model!r}: cannot be loaded as a {role}: {error}") from None
+        raise stored.not_loaded(model, f"cannot be loaded as a {role}", error) from None
     finally:
         logger.setLevel(level)
         if shows_bars:

@@ -27,9 +27,11 @@ def adapt(model: Any, train: Train) -> Any:
         adapters = LoraConfig(
             r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=modules, task_type="CAUSAL_LM"
         )
-        # mixed fp32 adapters on a bf16 base fail in DeepSpeed's first step
         try:
-            model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
+            with warnings.catch_warnings():  # peft asks by a name that transformers 5.24 has renamed
+                warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+                # mixed fp32 adapters on a bf16 base fail in DeepSpeed's first step
+                model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
         except ValueError as error:
             raise ConfigError(f"train.lora: {error}{_about_experts(error)}") from None
     if train.activation_checkpointing:
