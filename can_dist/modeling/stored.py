@@ -19,14 +19,14 @@ ADAPTER = "adapter_config.json"
 
 
 def not_loaded(model: str, problem: str, error: BaseException) -> DataError:
-    """Return the error for a model that does not open: by what the library says, or that no hub could be asked for it."""
+    """Return the error for a model that does not open: by what the library says, or that no hub was asked."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     if isinstance(error.__cause__, LocalEntryNotFoundError):
         return DataError(
             f"model {model!r}: is in no cache of this machine, and the hub could not be asked.",
-            f"`hf download {model}` fetches it on a machine that reaches the hub (HF_HOME names the cache); or name the "
-            "directory of a copy.",
+            f"`hf download {model}` fetches it on a machine that reaches the hub (HF_HOME names the cache); or name "
+            "the directory of a copy.",
         )
     return DataError(f"model {model!r}: {problem}: {' '.join(str(error).split())}")
 

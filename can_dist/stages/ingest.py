@@ -395,6 +395,6 @@ def source_identity(source: DataSource) -> dict[str, Any]:
     if source.revision is None:
         raise ConfigError(
             f"data set {source.source!r} on the hub:",
-            "give its revision (a commit), so the run can be repeated; `python recipes/pin.py FILE` asks the hub for it.",
+            "give its revision (a commit), so the run can be repeated; `python recipes/pin.py FILE` asks the hub.",
         )
     return {"hub": source.source, "split": source.split, "subset": source.subset, "revision": source.revision}

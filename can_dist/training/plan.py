@@ -130,6 +130,9 @@ def make_plan(settings: Config, memory_bytes: int) -> Plan:
     )
 
 
+MOST_COUNTED = 2**16
+"""Most tokens of a pack that is counted to draw the line: counting millions takes minutes and gigabytes."""
+
 FEW_LAYERS = (2, 3)
 """Numbers of layers that are counted where all are alike: what one more takes is the same from there on."""
 
@@ -163,8 +166,9 @@ def _count_passes(
     vocabulary, tokens = int(shell.config.vocab_size), train.tokens_per_pack
     these = shells(train)
     here = count(these, tokens)
-    # with at least two chunks of the head in the smaller of two packs, the peak is a straight line
-    many = max(tokens, head_bytes // vocabulary)
+    # with at least two chunks of the head in the smaller of two packs, the peak is a straight line; with fewer, for a
+    # vocabulary of some hundred words, a token is counted with its logits, and the largest pack as less than it is
+    many = max(tokens, min(head_bytes // vocabulary, MOST_COUNTED))
     line = (count(these, many // 2), here if many == tokens else count(these, many))
     return shell.parameters(), vocabulary, here, count(shells(opposite), tokens), line
 

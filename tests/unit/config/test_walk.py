@@ -19,7 +19,7 @@ from can_dist.config.endpoints import Endpoint
 from can_dist.config.walk import READ_AS, endpoints, models, read_as, scorers, sources
 from can_dist.doctor.inputs import check_inputs
 from can_dist.doctor.preflight import check_sources
-from can_dist.errors import DataError
+from can_dist.errors import ConfigError, DataError
 from can_dist.pipeline import run_pipeline
 
 HTTP = {"kind": "http", "url": "http://h:1/x", "model": "m", "request": {"input": "{response}"}, "value": "s"}
@@ -151,3 +151,26 @@ def test_run_doctor_and_plan_give_one_message_on_a_missing_source(tmp_path: Path
     with pytest.raises(DataError) as direct:
         check_sources(validate_config(raw))
     assert str(direct.value) == str(refused.value)
+
+
+def test_a_plan_from_a_shape_asks_no_commit_of_the_data(tmp_path: Path) -> None:
+    make_tiny_lm(tmp_path / "lm", [f"w{n}" for n in range(5000)])  # of few words long packs are counted, for seconds
+    raw = configure("mocan").model_dump(mode="json", exclude_unset=True) | {
+        "prompts": {"source": "owner/data", "num_train": 9, "num_test": 2, "num_validation": 0},
+        "reference": {"model": "owner/model"},
+        "reward": {"kind": "callable", "function": "scorers:num_words"},
+        "constraints": {"safety": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.1}},
+        "evaluate": {},
+        "strength": 1,
+        "train": {"tokens_per_pack": 512},
+    }
+    (tmp_path / "hub.json").write_text(json.dumps(raw))
+    command = ["plan", str(tmp_path / "hub.json"), "--memory", "24GB"]
+    refused = CliRunner().invoke(cli, command)
+    assert isinstance(refused.exception, ConfigError)
+    assert "give its revision" in str(refused.exception)
+    planned = CliRunner().invoke(cli, [*command, "--shape", str(tmp_path / "lm" / "config.json")])
+    assert planned.exit_code == 0, planned.output
+    (tmp_path / "hub.json").write_text(json.dumps(raw | {"prompts": {"source": "none.jsonl", "num_test": 2}}))
+    missing = CliRunner().invoke(cli, [*command, "--shape", str(tmp_path / "lm" / "config.json")])
+    assert isinstance(missing.exception, DataError)

@@ -82,6 +82,12 @@ def missing_model(world: Path, _: pytest.MonkeyPatch) -> tuple[Finding, str, str
     return finding, f"model '{world}/none': no such directory", "Give a model directory or a hub id 'owner/name'."
 
 
+def model_that_no_hub_could_be_asked_for(world: Path, _: Any) -> tuple[Finding, str, str]:
+    finding = error_of(inputs.check_inputs(configure(world, reference={"model": "owner/none"})), "reference")
+    assert "\n" not in finding.state
+    return finding, "model 'owner/none': is in no cache of this machine, and", "`hf download owner/none` fetches it"
+
+
 def adapter_for_a_model(world: Path, _: pytest.MonkeyPatch) -> tuple[Finding, str, str]:
     (world / "lm" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": DOTS}))
     finding = error_of(inputs.check_inputs(configure(world)), "reference")
@@ -137,6 +143,7 @@ KINDS = [
     bad_line,
     none_left_to_train_on,
     missing_model,
+    model_that_no_hub_could_be_asked_for,
     adapter_for_a_model,
     bad_conversation,
     endpoint_without_key,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -14,7 +15,7 @@ from can_dist.config.sections import Train
 from can_dist.errors import ConfigError, DataError
 from can_dist.training import memory as m
 from can_dist.training.deepspeed_config import build_ds_config
-from can_dist.training.plan import rank_memory
+from can_dist.training.plan import MOST_COUNTED, rank_memory
 
 SIZES = m.Parameters(trained=(1000, 10, 7), frozen=())
 CONFIG = """\
@@ -128,6 +129,24 @@ def plan(config: Path, *arguments: str) -> dict:
     )
     assert done.exception is None, done.exception
     return json.loads(done.stdout)
+
+
+def test_of_few_words_no_pack_of_millions_is_counted(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from can_dist.training.activations import Pass, Shell
+
+    counted = []
+
+    def count(_: Shell, tokens: int, *__: Any, **___: Any) -> Pass:
+        counted.append(tokens)
+        return Pass(tokens, 8 * tokens, 10 * tokens)
+
+    monkeypatch.setattr(Shell, "count", count)
+    written = json.loads((config.parent / "lm" / "config.json").read_text())
+    (config.parent / "few").mkdir()
+    (config.parent / "few" / "config.json").write_text(json.dumps(written | {"vocab_size": 6}))
+    planned = plan(config, "--shape", str(config.parent / "few" / "config.json"))
+    assert max(counted) == MOST_COUNTED
+    assert planned["largest_tokens_per_pack"] > 8 * MOST_COUNTED
 
 
 def test_counts_are_exact_without_weights(config: Path) -> None:
