@@ -417,6 +417,12 @@ const frame = document.getElementById("f");
 frame.onload = () => {{
   const doc = frame.contentDocument;
   doc.querySelectorAll("details").forEach(d => d.open = true);
+  const split = e => {{
+    const range = doc.createRange();
+    range.selectNodeContents(e);
+    const ends = [...range.getClientRects()].map(r => r.bottom);
+    return Math.max(...ends) - Math.min(...ends) > 10;
+  }};
   const box = e => {{ const r = e.getBoundingClientRect(); return [r.width, r.height]; }};
   document.getElementById("out").textContent = JSON.stringify({{
     width: doc.documentElement.clientWidth, scroll: doc.documentElement.scrollWidth,
@@ -424,8 +430,10 @@ frame.onload = () => {{
     figures: [...doc.querySelectorAll("svg")].map(box),
     ink: getComputedStyle(doc.documentElement).color,
     small: Math.min(...[...doc.querySelectorAll("svg text")].map(e => e.getBoundingClientRect().height)),
-    wide: [...doc.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right >
-      doc.documentElement.clientWidth + 1).map(e => e.outerHTML.slice(0, 80)),
+    wide: [...doc.querySelectorAll("body *")].filter(e => !e.closest(".scroll *") &&
+      e.getBoundingClientRect().right > doc.documentElement.clientWidth + 1).map(e => e.outerHTML.slice(0, 80)),
+    broken: [...doc.querySelectorAll("table.narrow thead th, table.grid thead th")].filter(e =>
+      /^[a-z]{{1,10}}$/.test(e.textContent) && split(e)).map(e => e.textContent),
     scripts: typeof frame.contentWindow.hacked,
   }});
 }};
@@ -449,6 +457,7 @@ def test_renders_in_a_browser(tmp_path: Path, width: int) -> None:
     assert seen["width"] in range(width - 20, width + 1)
     assert seen["scroll"] <= seen["width"], seen["wide"]
     assert seen["wide"] == []
+    assert seen["broken"] == [], "a word of a table's head stands in several lines"
     assert seen["headings"][0] == report["title"]
     assert len(seen["headings"]) == len(SECTIONS)  # the verdict stands under the title; h1 takes its place
     assert len(seen["figures"]) == 20
