@@ -38,7 +38,6 @@ from can_dist.training.spec import TrainSpec
 from can_dist.training.trackers import Tracker, open_trackers
 from can_dist.training.trainable import adapt
 from can_dist.training.watch import Watch
-from can_dist.training.whole import leave_out_hooks
 
 # Allowed |loss − expected| before step 1 (relative when expected > 1): bf16 log-probabilities vary with the batch.
 STEP0_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
@@ -152,7 +151,6 @@ def _initialize(model: Any, ds_config: dict[str, Any], train: Train, total: int)
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=trainable, config=ds_config, lr_scheduler=schedule, dist_init_required=False
     )
-    leave_out_hooks(engine, dist.get_world_size())
     return engine
 
 

@@ -184,7 +184,7 @@ def launch(
 
     'gradients:FILE:HEAD_BYTES' keeps the gradients of the first step, 'gradients:FILE:HEAD_BYTES:padded' those of plain
     padded batches, 'states:FILE' the optimizer's states at the start of the loop. 'memory:FILE'
-    writes the peak of each rank to FILE0, FILE1, ... 'keep_hooks' leaves ZeRO-3's hooks on all modules.
+    writes the peak of each rank to FILE0, FILE1, ...
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train_world_preload"])
@@ -272,8 +272,6 @@ def _install(hook: str, rank: int) -> None:
     if kind == "preferences" and rank == 1:
         plain_load = engine.load_artifact
         engine.load_artifact = lambda _: plain_load(Path(arguments[0]))
-    if kind == "keep_hooks":
-        engine.leave_out_hooks = lambda *_: None
     if kind == "states":
         _keep_states(Path(arguments[0]))
     if kind == "memory":
