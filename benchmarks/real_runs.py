@@ -22,7 +22,7 @@ AS_MEASURED: dict[str, Any] = {
     "generate.num_responses": 8,
     "train.num_epochs": 2,
 }
-"""The recipe as the rows were measured; it takes 400 validation prompts and 16 responses once since."""
+"""The recipe as the rows were measured; it takes 400 validation prompts and 32 responses once since."""
 
 
 def command(verb: str, run: Path, settings: Mapping[str, Any], recipe: Path = RECIPE) -> list[str]:

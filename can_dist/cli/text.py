@@ -114,8 +114,6 @@ def reach_text(record: Mapping[str, Any]) -> str:
             cells = [_number(values[index]) if index < len(values) else "–" for values in columns]
             rows.append([_number(curve["margin"][index]), *cells])
         lines += _columns(rows)
-        within = (record["within"] or {}).get(name)
-        lines += [] if within is None else [f"mixed weights mix log-ratios as far as about {name} {within:+.2g}"]
     return "\n".join(lines)
 
 

@@ -162,23 +162,22 @@ def mixture_of(basis: Basis, demands: Sequence[Demand], *, confidence: float = 0
 
 
 def reachable(basis: Basis, demands: Sequence[Demand], mixture: Mixture, correlation: float) -> dict[str, float]:
-    """Return the largest margin of each constraint whose mixture is expected within ``MIXING``, by its name.
+    """Return the largest margin of each constraint that a refused mixture lets expect within ``MIXING``, by its name.
 
     A log-ratio is linear in the weights up to a term of second order. Its share grows as the coefficients do, and so
-    what the correlation lacks to 1 grows as their square, as KL; on real text, where the first policies outweigh the
-    others near the reference, as KL². One measured mixture tells where it ends, by the law that promises less. The
-    other demands stay. A constraint is left out where none of its margins is so cheap.
+    what the correlation lacks to 1 grows as their square, as KL, or faster: a mixture beyond the range lets expect at
+    least the share of its KL that this says. The other demands stay. A constraint is left out where none of its
+    margins is so cheap.
 
     Args:
         basis: of the policies.
         demands: what the mixture was made for.
         mixture: as it was measured.
-        correlation: of its log-ratio with the mixture of log-ratios.
+        correlation: of its log-ratio with the mixture of log-ratios, below ``MIXING``.
     """
     if not 0 < correlation < 1:
         return {}
-    ratio = (1 - MIXING) / (1 - correlation)
-    return largest_margins(basis, demands, mixture.kl.mean * min(ratio, math.sqrt(ratio)))
+    return largest_margins(basis, demands, mixture.kl.mean * (1 - MIXING) / (1 - correlation))
 
 
 def largest_margins(basis: Basis, demands: Sequence[Demand], kl: float) -> dict[str, float]:
@@ -238,13 +237,16 @@ def mixing_correlation(
     return cross / math.sqrt(mixed * actual) if mixed * actual > 0 else math.nan
 
 
-def refuse_outside(coefficient: Mapping[str, float], correlation: float, reach: Mapping[str, float]) -> None:
-    """Raise ``InfeasibleConstraint`` for a mixture of a correlation below ``MIXING``; ``reach`` are margins within."""
-    if correlation >= MIXING:
-        return
+def mixes(correlation: float) -> bool:
+    """Return whether mixing weights mixed log-ratios; a correlation of NaN does not."""
+    return correlation >= MIXING
+
+
+def outside(coefficient: Mapping[str, float], correlation: float, reach: Mapping[str, float]) -> InfeasibleConstraint:
+    """Return what refuses a mixture that does not mix; ``reach`` are margins that one is expected to meet."""
     weights = ", ".join(f"{name} {weight:+.2f}" for name, weight in coefficient.items())
     largest = " or ".join(f"{name} {margin:+.2g}" for name, margin in reach.items())
-    raise InfeasibleConstraint(
+    return InfeasibleConstraint(
         f"basis: the mixture ({weights}) lies outside the range where mixing weights mixes log-ratios: their "
         f"correlation is {correlation:.4f}, expected at least {MIXING:g}. "
         + (f"Ask for a margin nearer to those trained for: at most about {largest}." if largest else NONE_WITHIN)

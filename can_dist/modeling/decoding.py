@@ -46,6 +46,8 @@ def serves(model: PreTrainedModel) -> bool:
     if not general or not model._supports_default_dynamic_cache():
         return False
     text = model.config.get_text_config(decoder=True)
+    if getattr(text, "num_kv_shared_layers", 0):
+        return False
     kinds = {type(layer) for layer in DynamicCache(config=text).layers}
     return kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and getattr(text, "attention_chunk_size", None) is None
 

@@ -66,15 +66,14 @@ def export_mixture(path: Path, out: Path, *, margins: Mapping[str, float], max_s
 
 
 def expectations(mixed: Artifact, solution: Artifact, estimate: Artifact) -> tuple[str, ...]:
-    """Return what the estimate expects of a mixture, what was mixed, how far it reaches, and the frontier's price."""
+    """Return what the estimate expects of a mixture, what was mixed, and the frontier's price."""
     policy, record, predicted = load_estimate(estimate), mixed.read_json(MIXTURE), load_solution(solution).predicted
     gains = ", ".join(f"{name} {plus_minus(gain)}" for name, gain in policy.improvement.items())
-    reach = " or ".join(f"{name} {margin:+.2g}" for name, margin in record["reach"].items())
     return (
         f"{gains}, reward {plus_minus(policy.reward_improvement)}, KL {policy.kl.mean:.3g} nats by "
         f"{policy.num_prompts} validation prompts, not measured",
         f"mixture of {weights_text(record['coefficient'])}; mixed weights and mixed log-ratios correlate by "
-        f"{record['correlation']:.4f}" + (f", and are expected to as far as about {reach}" if reach else ""),
+        f"{record['correlation']:.4f}",
         f"at these margins the dual's frontier has reward {predicted['reward_improvement']:+.3g}, KL "
         f"{predicted['kl']:.3g} nats",
     )

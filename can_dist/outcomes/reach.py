@@ -17,7 +17,7 @@ from can_dist.measuring.reach import basis_reach, ray_reach
 from can_dist.outcomes.estimate import find_solution
 from can_dist.outcomes.export import find_policy
 from can_dist.outcomes.stretch import find_estimate, frontier_at
-from can_dist.stages.estimate import MIXTURE, load_estimate, trained_policy, without_strength
+from can_dist.stages.estimate import load_estimate, trained_policy, without_strength
 from can_dist.stages.mixture import MAIN, inputs_of, told_by
 from can_dist.stages.solve import cvar_offset, demands, load_solution
 from can_dist.tables.artifacts import Artifact
@@ -55,12 +55,10 @@ def reach(path: Path) -> dict[str, Any]:
             if mixed.stage == "mixture"
             else None,
         }
-    record = mixed.read_json(MIXTURE) if mixed.stage == "mixture" else None
     return {
         "format_version": 1,
         "run": str(policy.path.parent),
         "num_prompts": estimate.num_prompts,
-        "within": record["reach"] if record else None,
         "constraints": curves,
     }
 

@@ -31,7 +31,6 @@ def render_reach(record: Mapping[str, Any]) -> str:
             panel(f"{axis} against {name}", reach_svg(name, curve, quantity, axis, f"reach{index}-{quantity}"))
             for quantity, axis in QUANTITIES
         ]
-        within = (record["within"] or {}).get(name)
         constraints.append(
             {
                 "name": name,
@@ -39,7 +38,6 @@ def render_reach(record: Mapping[str, Any]) -> str:
                 "rows": rows(name, curve, ways, record["run"]),
                 "start": _nearest(curve["margin"], curve["asked"]),
                 "last": max(len(curve["margin"]) - 1, 0),
-                "within": None if within is None else plain(float(f"{within:.2g}")),
             }
         )
     data = json.dumps([constraint["rows"] for constraint in constraints], ensure_ascii=True).replace("<", "\\u003c")

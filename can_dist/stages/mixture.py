@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from can_dist.config import Model
 from can_dist.dual import Mixture, ScoreTable
-from can_dist.dual.basis import basis_of, mixing_correlation, mixture_of, reachable, refuse_outside
+from can_dist.dual.basis import Basis, basis_of, mixes, mixing_correlation, mixture_of, outside, reachable
 from can_dist.dual.strength import ADVISED_PROMPTS, MIN_PROMPTS, plus_minus
 from can_dist.dual.table import FloatArray
 from can_dist.errors import DataError, InfeasibleConstraint, NumericalError
@@ -78,16 +78,12 @@ def mixture(
             told = told_by(validation, written, solution)
             mixed_N = told.policy_N.pop(MIXED)
             correlation = mixing_correlation(told.table, told.ref_N, told.policy_N, mixed_N, mixed.coefficient)
-            offset = cvar_offset(solution)
-            reach = {
-                name: margin - offset.get(name, 0.0)
-                for name, margin in reachable(basis, demanded, mixed, correlation).items()
-            }
-            refuse_outside(mixed.coefficient, correlation, reach)
+            if not mixes(correlation):
+                raise outside(mixed.coefficient, correlation, _reach(basis, solution, mixed, correlation))
         except (NumericalError, InfeasibleConstraint) as refusal:
             shutil.rmtree(stage.path, ignore_errors=True)  # what was written holds for nothing
             raise _refused(refusal, policies[""]) from None
-        return _commit(work, stage, mixed, correlation, reach)
+        return _commit(work, stage, mixed, correlation)
 
 
 @dataclass(frozen=True)
@@ -186,10 +182,15 @@ def _write(
     return Model(model=str(out), template=reference.template, template_options=reference.template_options)
 
 
-def _commit(
-    work: Workspace, stage: StageDirectory, mixed: Mixture, correlation: float, reach: Mapping[str, float]
-) -> Artifact:
-    write_json(stage.path / MIXTURE, mixed.to_dict() | {"correlation": correlation, "reach": dict(reach)})
+def _reach(basis: Basis, solution: Artifact, mixed: Mixture, correlation: float) -> dict[str, float]:
+    """Return the largest margin of each constraint that a refused mixture lets expect, without the CVaR's offset."""
+    offset = cvar_offset(solution)
+    largest = reachable(basis, demands(solution), mixed, correlation)
+    return {name: margin - offset.get(name, 0.0) for name, margin in largest.items()}
+
+
+def _commit(work: Workspace, stage: StageDirectory, mixed: Mixture, correlation: float) -> Artifact:
+    write_json(stage.path / MIXTURE, mixed.to_dict() | {"correlation": correlation})
     written = [p for folder in (POLICY, ADAPTER) for p in (stage.path / folder).rglob("*") if p.is_file()]
     gains = ", ".join(f"{name} {plus_minus(gain)}" for name, gain in mixed.improvement.items())
     work.say(
