@@ -28,6 +28,7 @@ from can_dist.modeling.loading import load_causal_lm
 from can_dist.modeling.logprobs import ResponseModel, choose_layout
 from can_dist.modeling.packs import make_pack
 from can_dist.modeling.sampling import row_seed, sample
+from can_dist.modeling.segments import attend_by
 from can_dist.scoring.kinds import load_scorer
 from can_dist.scoring.protocol import LogProb, Response, Scorer
 from can_dist.scoring.token_budget import Passes
@@ -49,10 +50,11 @@ def main(path: Path, run: Path) -> dict[str, Any]:
     reference, scored = _model(config.reference), _Scored(config, formatter)
     [prompts] = run.glob("prompts-*")
 
-    def responses(lm: Any, split: str) -> pa.Table:
-        return _sampled(lm, formatter, prompts_of_split(prompts, split), config, split)
+    def responses(model: ResponseModel, split: str) -> pa.Table:
+        attend_by(model.lm, model.plain_attention)  # passes over packs leave another
+        return _sampled(model.lm, formatter, prompts_of_split(prompts, split), config, split)
 
-    train, validation = (scored(responses(reference.lm, split), reference) for split in ("train", "validation"))
+    train, validation = (scored(responses(reference, split), reference) for split in ("train", "validation"))
     margins = [Margin(name, c.margin, c.threshold, c.equal) for name, c in config.constraints.items()]
     table, beta = _table(train, constraint_names), config.beta
     solution = solve_table(table, beta=beta, constraints=margins, estimator=config.solve.estimator)
@@ -69,8 +71,8 @@ def main(path: Path, run: Path) -> dict[str, Any]:
             weight.copy_(weight_ref + strength.alpha * (weight - weight_ref))
     estimate_policy(held, ref_N, scored.logp(policy, validation), lam=solution.lam, beta=beta)
 
-    before = scored(responses(reference.lm, "test"))
-    after = scored(responses(policy.lm, "test"), reference)
+    before = scored(responses(reference, "test"))
+    after = scored(responses(policy, "test"), reference)
     kl_N = scored.logp(policy, after) - after.column("logp_ref").to_numpy()
     gains = {name: improvement(before, after, name)["mean"] for name in (REWARD, *constraint_names)}
     return {"lam": dict(solution.lam), "alpha": strength.alpha, "gains": gains, "kl": float(kl_N.mean())}
