@@ -46,7 +46,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "soft labels, the recipe before": {"label.labels": "soft", **PAIRS, **AS_TRAINED},
     "C-DPO": {"method": "cdpo", "cdpo.rounds": CDPO_ROUNDS, **AS_TRAINED},
     "CAID": {"method": "caid", "caid.epochs": 2, **AS_TRAINED},
-    "primal–dual": {"method": "primal_dual", **AS_TRAINED},
+    "primal–dual": {"method": "primal_dual", "label": "{}", **AS_TRAINED},
 }
 ROUNDS: dict[str, tuple[str, tuple[int, ...]]] = {
     "CAID": ("caid.rounds", (1, 2, 3)),
