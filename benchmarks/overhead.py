@@ -7,8 +7,8 @@
 
 Ours is the whole tree of processes, Ray's included, by kind. The plain process (``plain_run.py``) calls the library's
 sampler, scorers, dual, labels, losses and estimates, each model loaded once; it has no Ray, no DeepSpeed, no artifacts,
-no report and nothing that watches a training. Its own start and imports are counted. λ* must be equal to nine digits;
-gains may differ by what a last bit of a weight changes in a sampled token.
+no report and nothing that watches a training. Its own start and imports are counted. λ* must be equal to six digits, since
+other packs have other last bits of scores; gains may differ by what a last bit of a weight changes in a sampled token.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def both(config: Path, run_dir: Path) -> dict[str, Any]:
     said = said_by(load_artifact(Path(printed.split()[-1])))
     printed, plain = metered([sys.executable, str(Path(__file__).with_name("plain_run.py")), str(config), str(run_dir)])
     same = json.loads(printed.splitlines()[-1])
-    lams = [abs(said["lam"][name] - lam) <= 1e-9 * max(1.0, lam) for name, lam in same["lam"].items()]
+    lams = [abs(said["lam"][name] - lam) <= 1e-6 * max(1.0, lam) for name, lam in same["lam"].items()]
     gains = [abs(said["gains"][name] - gain) <= CLOSE for name, gain in same["gains"].items()]
     if not all([*lams, *gains]):
         raise SystemExit(f"void: the sides differ\n  ours  {said}\n  plain {same}")
