@@ -7,8 +7,8 @@
 
 Ours is the whole tree of processes, Ray's included, by kind. The plain process (``plain_run.py``) calls the library's
 sampler, scorers, dual, labels, losses and estimates, each model loaded once; it has no Ray, no DeepSpeed, no artifacts,
-no report and nothing that watches a training. Its own start and imports are counted. λ* must be equal to six digits, since
-other packs have other last bits of scores; gains may differ by what a last bit of a weight changes in a sampled token.
+no report and nothing that watches a training. Its own start and imports are counted. λ* must be equal to six digits:
+texts in other packs have other last bits of scores. Gains may differ by what such a bit changes in a sampled token.
 """
 
 from __future__ import annotations
