@@ -15,7 +15,12 @@ from pathlib import Path
 
 INTERVAL_S = 0.5
 TICKS = os.sysconf("SC_CLK_TCK")
-KINDS = {"ray::ShardWorker": "actors", "ray::RayTrainWorker": "ranks", "ray::TrainController": "driver"}
+KINDS = {
+    "ray::ShardWorker": "actors",
+    "ray::RayTrainWorker": "ranks",
+    "ray::Rank": "ranks",
+    "ray::TrainController": "driver",
+}
 OTHER = "Ray"
 
 Process = tuple[int, int]

@@ -151,6 +151,13 @@ class Workspace:
             self._pool.close()
             self._pool = None
 
+    def lend_places(self) -> Any:
+        """Return the places of idle actors for a training's one rank; None, and no actors, where it has its own."""
+        if self._pool is not None and (places := self._pool.lend()) is not None:
+            return places
+        self.release_actors()
+        return None
+
     def say(self, message: str, **event: Any) -> None:
         """Print a line for the user, and append it to RUN/log.jsonl."""
         if not self.rank:

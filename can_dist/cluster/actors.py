@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import ray
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -19,6 +22,10 @@ from can_dist.config import Cluster
 from can_dist.console import MACHINE, heard_by, of_machine
 from can_dist.errors import CanDistError, EnvironmentProblem
 
+LITTLE = 0.1
+"""Share of the free memory: actors that hold less keep their models, and stay open beside a training."""
+REST_S = 10.0  # within which an actor lets go of its models
+
 
 class ShardJob(Protocol):
     """The work of a stage on actors: load once, then process shards. Instances are pickled to the actors."""
@@ -27,8 +34,12 @@ class ShardJob(Protocol):
     def out(self) -> Path:
         """The directory of the stage."""
 
+    @property
+    def models(self) -> str:
+        """What ``load`` opens, with its weights' digest: jobs with the same text share it."""
+
     def load(self) -> Any:
-        """Open models; runs in the actor, once per job."""
+        """Open models; runs in the actor."""
 
     def process(self, loaded: Any, shard: int) -> None:
         """Make and commit part ``shard``."""
@@ -47,34 +58,46 @@ class ShardJob(Protocol):
 
 
 class ShardWorker:
-    """The actor: keeps the models of the newest job and runs its shards."""
+    """The actor: runs shards, and keeps the models of earlier jobs where they take little memory, and no GPU's."""
 
     def __init__(self, num_gpus: float) -> None:
         """Take the GPUs that Ray gave; where it gave none, it leaves the machine's visible."""
         if num_gpus == 0:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        self._job: ShardJob | None = None
-        self._loaded: Any = None
+        self._keeps = num_gpus == 0
+        self._opened: dict[str, Any] = {}
         self._seconds = shard_seconds()
 
     def open(self, job: ShardJob) -> None:
         """Load the models of a job, unless they are loaded."""
-        if job != self._job:
-            self._loaded = None  # free the old models before the new ones are loaded
-            self._loaded, self._job = job.load(), job
+        if job.models not in self._opened:
+            if not self._keeps or _held() >= LITTLE:
+                self._opened.clear()  # before the new ones are loaded
+            self._opened[job.models] = job.load()
 
     def run(self, job: ShardJob, shard: int, work: str, key: str) -> None:
         """Process one shard; ``work`` tags its seconds in the metrics, under ``key`` the driver finds its rows done."""
         self.open(job)
         start = time.monotonic()
         with heard_by(RowsDone(key)):
-            job.process(self._loaded, shard)
+            job.process(self._opened[job.models], shard)
         self._seconds.observe(time.monotonic() - start, {"work": work})
 
     def try_rows(self, job: ShardJob, shard: int, rows: range) -> None:
         """Process some rows of a shard and keep nothing."""
         self.open(job)
-        job.try_rows(self._loaded, shard, rows)
+        job.try_rows(self._opened[job.models], shard, rows)
+
+    def rest(self) -> float:
+        """Let go of the models; return what this process still holds, as a share of the free memory."""
+        self._opened.clear()
+        gc.collect()
+        return _held()
+
+
+def _held() -> float:
+    """Return what this process holds, as a share of the free memory."""
+    return float(psutil.Process().memory_info().rss / psutil.virtual_memory().available)
 
 
 class ActorPool:
@@ -111,6 +134,22 @@ class ActorPool:
     def placed(self) -> bool:
         """Return whether every place is on a node; after a node is lost, Ray looks for another."""
         return bool(placement_group_table(self._group)["state"] == "CREATED")
+
+    def lend(self) -> Any:
+        """Return the places of the actors, idle from now on, for one rank on a CPU; None where they are to be closed.
+
+        They are where GPUs are used, where the rank wants more than a CPU or than an actor's, and where memory is
+        scarce.
+        """
+        cluster = self.cluster
+        gpus, cpus = cluster.gpus_per_actor + cluster.gpus_per_worker, cluster.cpus_per_worker
+        if cluster.num_workers > 1 or gpus > 0 or cpus > min(1.0, cluster.cpus_per_actor):
+            return None
+        try:
+            held = ray.get([actor.rest.remote() for actor in self._actors], timeout=REST_S)
+        except (GetTimeoutError, RayError):  # one has died, or hangs
+            return None
+        return self._group if sum(held) < LITTLE else None
 
     def close(self) -> None:
         """Kill the actors and release their resources."""

@@ -95,19 +95,20 @@ def listen_on_loopback(only: bool) -> None:
 
 @contextmanager
 def own_session() -> Iterator[None]:
-    """Start Ray's servers in sessions of their own.
+    """Start Ray's servers in sessions of their own, less the one that carries prints of workers to the driver.
 
     A signal to the whole group of the driver (a terminal, ``timeout``, systemd, Slurm) is then the driver's to handle,
-    and ends no server under it. The kernel still ends them with the driver.
+    and ends no server under it. The kernel still ends them with the driver. The driver asks for no prints.
     """
-    from ray._private import services
+    from ray._private import parameter, services
 
-    start = services.ConsolePopen
+    start, options = services.ConsolePopen, parameter.RayParams
     services.ConsolePopen = functools.partial(start, start_new_session=True)
+    parameter.RayParams = functools.partial(options, include_log_monitor=False)
     try:
         yield
     finally:
-        services.ConsolePopen = start
+        services.ConsolePopen, parameter.RayParams = start, options
 
 
 def _own_token(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def generate(
         return stage.finished
     if options.engine == "vllm":
         work.release_actors()  # an engine takes all of a GPU's memory
-    job = GenerateJob(model, options, seed, precision, split, prompts.path, stage.path)
+    weights = identity_of_stage["model"]
+    job = GenerateJob(model, options, seed, precision, split, prompts.path, stage.path, weights)
     table = prompts_of_split(prompts.path, split)
     num_prompts = table.num_rows
     longest = check_prompts_fit(model, table, options.max_new_tokens)
@@ -185,30 +187,37 @@ class GenerateJob:
     split: str
     prompts_path: Path
     out: Path
+    weights: str = ""
+
+    @property
+    def models(self) -> str:
+        """The model, with the digest of its weights; an engine is made for the prompts of its job."""
+        engine = f"{self.options!r} {self.prompts_path} {self.split}" if self.options.engine == "vllm" else ""
+        return f"generate {self.model!r} {self.precision} {self.weights} {engine}"
 
     def load(self) -> Any:
-        """Open prompts, model, tokenizer and formatter."""
+        """Open model, tokenizer and formatter."""
         from can_dist.modeling.loading import load_causal_lm
         from can_dist.modeling.policy_probe import check_probe, probe_length
         from can_dist.modeling.precision import device
         from can_dist.modeling.vllm_engine import logp, open_engine
 
         formatter = open_formatter(self.model)
-        prompts = prompts_of_split(self.prompts_path, self.split)
         model: Any
         if self.options.engine == "vllm":
+            prompts = prompts_of_split(self.prompts_path, self.split)
             longest = max(len(formatter.prompt_ids(messages)) for messages in prompts["messages"].to_pylist())
             longest = max(longest + self.options.max_new_tokens, probe_length(self.model.model))
             model = open_engine(self.model, self.precision, longest)
             check_probe(model, self.model.model, self.precision, logp)
-            return prompts, model, formatter
+            return model, formatter
         model = load_causal_lm(self.model, self.precision).eval().to(device())
         check_probe(model, self.model.model, self.precision)
-        return prompts, model, formatter
+        return model, formatter
 
     def process(self, loaded: Any, shard: int) -> None:
         """Sample and commit one shard."""
-        out = self._sample(loaded, self._rows(loaded[0], shard))
+        out = self._sample(loaded, self._rows(shard))
         write_part(self.out, shard, pa.Table.from_pylist(out, schema=RESPONSES))
 
     def halved(self) -> None:
@@ -216,8 +225,7 @@ class GenerateJob:
 
     def row_names(self, shard: int) -> list[str]:
         """Return what the prompts of a shard are called."""
-        rows = self._rows(prompts_of_split(self.prompts_path, self.split), shard)
-        return [f"prompt {row['prompt_id']!r}" for row in rows]
+        return [f"prompt {row['prompt_id']!r}" for row in self._rows(shard)]
 
     def set_aside(self, shard: int, row: int, why: str) -> bool:  # noqa: ARG002
         """Refuse: a prompt without responses is a prompt that the user must take out."""
@@ -225,17 +233,18 @@ class GenerateJob:
 
     def try_rows(self, loaded: Any, shard: int, rows: range) -> None:
         """Sample the responses to some prompts of a shard and keep nothing."""
-        self._sample(loaded, self._rows(loaded[0], shard)[rows.start : rows.stop])
+        self._sample(loaded, self._rows(shard)[rows.start : rows.stop])
 
-    def _rows(self, prompts: pa.Table, shard: int) -> list[dict[str, Any]]:
+    def _rows(self, shard: int) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]]
+        prompts = _read_once(self.prompts_path, self.split)
         rows = prompts.slice(shard * self.options.shard_prompts, self.options.shard_prompts).to_pylist()
         return rows
 
     def _sample(self, loaded: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         from can_dist.modeling import sampling, vllm_engine
 
-        _, model, formatter = loaded
+        model, formatter = loaded
         tokenizer, end_ids = formatter.tokenizer, formatter.end_ids
         options, num_responses = self.options, self.options.num_responses
         prompt_ids = [formatter.prompt_ids(row["messages"]) for row in rows]
@@ -259,6 +268,12 @@ class GenerateJob:
             }
             for (row, _, k), (tokens, reason) in zip(pairs, samples, strict=True)
         ]
+
+
+@lru_cache(maxsize=1)
+def _read_once(path: Path, split: str) -> pa.Table:
+    """Read the prompts of a split, of which an actor makes many shards."""
+    return prompts_of_split(path, split)
 
 
 def response_text(formatter: Formatter, tokens: list[int], options: Generate) -> str:

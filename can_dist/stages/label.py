@@ -93,7 +93,7 @@ def label(
         identity_keys |= {"lam": dict(lam), **column_keys(columns)}
     if unit:
         identity_keys["unit"] = dict(unit)
-    loss = LOSS_OF[options.labels] if options.lists else PAIR_LOSS_OF[options.labels]
+    loss = loss_of(options)
     if options.lists and loss != "listwise":
         identity_keys["examples"] = "lists"  # as a pair each, all pairs were other examples under the same keys
     stage = work.open("label", name, {**identity_keys, "beta": beta}, inputs)
@@ -110,7 +110,7 @@ def label(
         table = join(responses, scores).append_column("score", pa.array(score_N))
         kept, noted = Examples(stage), []
         has_signal = False
-        for row, reasons in _labelled(table, options, work.config.seed, beta, loss):
+        for row, reasons in labelled(table, options, work.config.seed, beta, loss):
             noted += reasons
             if row is not None:
                 kept.add(row)
@@ -121,6 +121,11 @@ def label(
                 "Check the scorers: a constant score cannot say which response is better."
             )
         return commit(work, kept, noted, scores, loss=loss)
+
+
+def loss_of(options: Label) -> str:
+    """Return the loss that labels from scores are for."""
+    return LOSS_OF[options.labels] if options.lists else PAIR_LOSS_OF[options.labels]
 
 
 def combined_score(
@@ -199,7 +204,8 @@ Labelled = tuple[Row | None, list[Row]]
 """An example, or None where none is kept, and the notes about it."""
 
 
-def _labelled(table: pa.Table, options: Label, seed: int, beta: float, loss: str) -> Iterator[Labelled]:
+def labelled(table: pa.Table, options: Label, seed: int, beta: float, loss: str) -> Iterator[Labelled]:
+    """Yield the examples of scored responses (:func:`~can_dist.stages.examples.join`, with a column ``score``)."""
     if options.lists:
         for members in by_neighbour(table) if options.pairs == "preferences" else by_prompt(table):
             name = pair_id(*members) if options.pairs == "preferences" else members[0]["prompt_id"]

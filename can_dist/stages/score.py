@@ -253,6 +253,11 @@ class ScoreJob:
         """Shape of one response's score: () for a number, (L,) for several."""
         return () if self.num_outputs is None else (self.num_outputs,)
 
+    @property
+    def models(self) -> str:
+        """The scorer, with the digest of its weights."""
+        return f"score {self.spec!r} {self.precision} {self.identity}"
+
     def load(self) -> Any:
         """Open the scorer."""
         return load_scorer(self.spec, self.precision)

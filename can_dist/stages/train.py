@@ -1,10 +1,9 @@
-"""preferences → policy: one preference optimisation, by Ray Train inside a run or by a launcher's ranks."""
+"""preferences → policy: one preference optimisation, by Ray inside a run or by a launcher's ranks."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
 import threading
@@ -12,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from can_dist import errors
 from can_dist.cluster.connection import connect
@@ -21,26 +19,22 @@ from can_dist.config import Config, Model
 from can_dist.config.base import identity
 from can_dist.console import interruptible, progress
 from can_dist.dual.flat import flat_sentence
-from can_dist.errors import CanDistError, ConfigError, EnvironmentProblem, Interrupted
+from can_dist.errors import ConfigError, Interrupted
 from can_dist.modeling.formatter import require_convention, text_identity
 from can_dist.modeling.loading import model_digest
 from can_dist.modeling.policy_probe import PROBE
 from can_dist.modeling.precision import require_known_gpus, run_precision
+from can_dist.stages.train_on_ray import FAILURE, run_ranks
 from can_dist.stages.watch import Ascent, Watched, steering_inputs, watch_spec
 from can_dist.tables.artifacts import Artifact, StageDirectory, write_json
 from can_dist.training import ADAPTER, CHECKPOINTS, CURVE, POLICY, STOP, SUMMARY
 from can_dist.training.batches import num_steps
 from can_dist.training.checkpoints import writing
 from can_dist.training.deepspeed_config import accumulation, read_ds_config
-from can_dist.training.extensions import extensions_directory
 from can_dist.training.heartbeat import HANG, RANKS, read_hang
 from can_dist.training.metrics import ESTIMATE, METRICS, RESUMED, loss_above_start, read_metrics, training_curve
-from can_dist.training.ranks import BACKSTOP_S
 from can_dist.training.spec import TrainSpec, WatchSpec
 from can_dist.workspace import Workspace
-
-FAILURE = "FAILURE.json"
-
 
 Policy = Model | Artifact
 """A language model: a configured one, or a trained policy."""
@@ -60,7 +54,7 @@ def train(
     """Return the ``policy`` artifact: ``policy/`` is a Hugging Face directory of safetensors.
 
     Unfinished training continues from its newest checkpoint. Inside a launched process group (``deepspeed``,
-    ``torchrun``) this process is one of the ranks; otherwise Ray Train starts them.
+    ``torchrun``) this process is one of the ranks; otherwise Ray starts them.
 
     Args:
         work: The run.
@@ -106,18 +100,19 @@ def train(
             if work.rank != 0:
                 raise SystemExit(0)  # rank 0 commits for all
             return _commit(work, stage)
-    return _train_on_ray(work, config, stage, spec, steps, name)
+    return _train_on_ray(work, stage, spec, steps, name)
 
 
-def _train_on_ray(work: Workspace, config: Config, stage: StageDirectory, spec: str, steps: int, name: str) -> Artifact:
+def _train_on_ray(work: Workspace, stage: StageDirectory, spec: str, steps: int, name: str) -> Artifact:
     """Run the ranks on Ray, raise the error that they left, or commit the policy."""
-    work.release_actors()
-    connect(config.cluster)
-    with interruptible():
-        check_room_for_workers(config.cluster, work.say)
-    with work.timed("train", name, ranks=config.cluster.num_workers, steps=steps):
+    cluster, lent = work.config.cluster, work.lend_places()
+    connect(cluster)
+    if lent is None:
+        with interruptible():
+            check_room_for_workers(cluster, work.say)
+    with work.timed("train", name, ranks=cluster.num_workers, steps=steps):
         with _watch(stage.path, steps):
-            _run_ray_train(config, stage, spec)
+            run_ranks(work, stage.path, spec, lent)
         _raise_failure(stage.path)
         artifact = _commit(work, stage)
     if (stage.path / STOP).exists():  # requested after the last step
@@ -192,7 +187,7 @@ def _spec(
     beta: float,
     watch: WatchSpec | None,
 ) -> str:
-    # Ray Train's workers start in a directory of their own
+    # Ray's workers start in a directory of their own
     absolute = {name: m.model_copy(update={"model": _absolute(m.model)}) for name, m in models.items()}
     return TrainSpec(
         directory=directory.resolve(),
@@ -216,90 +211,6 @@ def _total_steps(config: Config, preferences: Artifact) -> int:
     options = config.train
     num_examples = preferences.info["splits"]["train"]
     return num_steps(num_examples, options.batch_size, options.num_epochs, options.max_steps)
-
-
-def _run_ray_train(config: Config, stage: StageDirectory, spec: str) -> None:
-    """Run the ranks as one Ray Train worker group; a group that dies is restarted from its newest checkpoint."""
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    connect(config.cluster)
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    cluster = config.cluster
-    use_gpu = cluster.gpus_per_worker > 0
-    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if use_gpu else {})
-    trainer = TorchTrainer(
-        _ray_worker,
-        train_loop_config={"spec": spec},
-        scaling_config=ScalingConfig(num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources),
-        torch_config=TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=int(cluster.hang_timeout_s + BACKSTOP_S)
-        ),
-        run_config=RunConfig(
-            name="group",
-            storage_path=str((stage.path / "ray").resolve()),
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
-            worker_runtime_env={"env_vars": _worker_environment(use_gpu)},
-        ),
-    )
-    shutil.rmtree(stage.path / "ray", ignore_errors=True)
-    with interruptible((stage.path / STOP).touch, cluster.stop_grace_s):
-        try:
-            trainer.fit()
-        except CanDistError:
-            raise
-        except Exception as error:
-            if type(error).__module__.startswith("ray."):
-                why = (
-                    read_hang(stage.path)
-                    or f"{_dead_ranks(error)}\nThe same command goes on from the newest checkpoint."
-                )
-                raise EnvironmentProblem(f"training stopped, after {cluster.max_failures} restart(s): {why}") from error
-            raise
-
-
-def _dead_ranks(error: Exception) -> str:
-    """Return which ranks' processes died; if none did, Ray's message with the ranks' own tracebacks."""
-    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
-    # the other ranks fail because of them, with network errors
-    died = {
-        rank: str(failure)
-        for rank, failure in failures.items()
-        if type(failure).__name__ == "WorkerHealthCheckFailedError"
-    }
-    if not died:
-        return str(error)
-    places = {rank: re.search(r"pid: (\d+).*?ip: (\S+)", text, re.DOTALL) for rank, text in died.items()}
-    named = [f"rank {rank}" + (f" (process {m[1]} on {m[2]})" if m else "") for rank, m in sorted(places.items())]
-    return (
-        f"{', '.join(named)} died. Killed, out of memory, or its node was lost: see the node's logs (dmesg), and raise "
-        "cluster.max_failures if that is to be expected."
-    )
-
-
-def _ray_worker(config: dict[str, Any]) -> None:
-    """Run one rank; a ``CanDistError`` reaches the driver by file: if it were raised, Ray would restart the group."""
-    from can_dist.training.engine import train_worker
-
-    try:
-        train_worker(config["spec"])
-    except (CanDistError, Interrupted) as error:
-        if os.environ["RANK"] == "0":
-            directory = TrainSpec.model_validate_json(config["spec"]).directory
-            write_json(directory / FAILURE, {"type": type(error).__name__, "message": str(error)})
-
-
-def _worker_environment(use_gpu: bool) -> dict[str, str]:
-    """Return the variables of a rank; Ray leaves the machine's GPUs visible to workers that were given none."""
-    without = {} if use_gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    return {"RAY_TRAIN_RUN": "1", "TORCH_EXTENSIONS_DIR": _extensions_directory(), **without}
-
-
-def _extensions_directory() -> str:
-    path = extensions_directory()
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return str(path)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from collections.abc import KeysView, Mapping
@@ -43,6 +44,10 @@ NOT_OFFERED = {
 }
 
 
+PLAIN = {"zero_optimization": {"stage": 3}}
+"""A run's DeepSpeed configuration where it gives none."""
+
+
 def read_ds_config(path: str | None) -> dict[str, Any]:
     """Read the user's DeepSpeed JSON, given by its path or as the name of one in ``ds_configs``; without, plain ZeRO-3.
 
@@ -51,7 +56,7 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
             values, gives a key that the run's configuration owns, or one that is not offered.
     """
     if path is None:
-        return {"zero_optimization": {"stage": 3}}
+        return copy.deepcopy(PLAIN)
     try:
         config = json.loads(_file_of(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
     except OSError:
@@ -124,15 +129,9 @@ def build_ds_config(base: dict[str, Any], train: Train, precision: str) -> dict[
         ConfigError: When DeepSpeed does not know a key, or not a value of ``zero_optimization``; or for ZeRO-2 without
             adapters.
     """
-    say_accelerator()
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
-
-    try:
-        DeepSpeedZeroConfig(**base["zero_optimization"])
-    except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"train.ds_config: {train.ds_config}: zero_optimization: {'; '.join(problems)}.") from None
+    is_plain = base == PLAIN  # there is nothing of a user's in it, and DeepSpeed takes seconds to import
+    if not is_plain:
+        _check_zero(base["zero_optimization"], train.ds_config)
     if base["zero_optimization"]["stage"] == 2 and train.lora is None:
         raise ConfigError(
             f"train.ds_config: {train.ds_config}: zero_optimization.stage 2 keeps every weight on every rank, and is "
@@ -162,8 +161,22 @@ def build_ds_config(base: dict[str, Any], train: Train, precision: str) -> dict[
         "steps_per_print": 10**9,
         **base,
     }
-    _refuse_unknown(whole, train.ds_config)
+    if not is_plain:
+        _refuse_unknown(whole, train.ds_config)
     return whole
+
+
+def _check_zero(zero: Mapping[str, Any], path: str | None) -> None:
+    """Raise ``ConfigError`` for a key or a value that DeepSpeed's ZeRO does not take."""
+    say_accelerator()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"train.ds_config: {path}: zero_optimization: {'; '.join(problems)}.") from None
 
 
 def accumulation(base: Mapping[str, Any], precision: str) -> dict[str, Any]:

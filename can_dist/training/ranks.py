@@ -26,8 +26,14 @@ BACKSTOP_S = 60.0  # collectives give up later than the heartbeat, whose message
 _stop = threading.Event()
 
 
+def join_alone() -> None:
+    """Make a process group of this one rank, which needs no port."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+
+
 def join(hang_timeout_s: float) -> None:
-    """Initialise the process group of a launched rank, or take the one that Ray Train made.
+    """Initialise the process group of a launched rank, or take the one that was made for it under Ray.
 
     From here on SIGTERM and SIGINT only set a flag in a launched rank, see ``stop_wanted``.
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from scipy.special import expit
-from scipy.stats import binomtest
 
 from can_dist.reporting.figures.style import BLUE, DOTTED, GREY, ORANGE, paper_figure, save_figure
 
@@ -43,6 +42,8 @@ def draw_reliability(gap_N: np.ndarray, preferred_N: np.ndarray, scale: float, s
 
 def reliability_bins(predicted_N: np.ndarray, agrees_N: np.ndarray) -> np.ndarray:
     """Return per bin (mean prediction, observed share, low, high), (bins, 4), in bins of equally many pairs."""
+    from scipy.stats import binomtest  # a second to import, and every verb comes by here
+
     order = np.argsort(predicted_N, kind="stable")
     num_bins = int(np.clip(len(order) // PAIRS_PER_BIN, 1, MAX_BINS))
     rows = []

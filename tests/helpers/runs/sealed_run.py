@@ -13,7 +13,7 @@ from tiny import make_tiny_lm
 
 from can_dist.config import Config, load_config
 from can_dist.modeling.policy_probe import PROBE
-from can_dist.tables.artifacts import StageDirectory, write_json
+from can_dist.tables.artifacts import write_json
 from can_dist.training import POLICY, SUMMARY
 from can_dist.workspace import Workspace
 
@@ -37,7 +37,7 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Workspace, "run_shards", _run_shards)
     patch.setattr("can_dist.stages.train.connect", lambda cluster: None)
     patch.setattr("can_dist.stages.train.check_room_for_workers", lambda cluster, say: None)
-    patch.setattr("can_dist.stages.train._run_ray_train", _trained)
+    patch.setattr("can_dist.stages.train.run_ranks", _trained)
 
 
 def change(run: Path, key: str, value: Any) -> Config:
@@ -61,8 +61,8 @@ def _run_shards(work: Workspace, job: Any, shards: Mapping[int, int], name: str)
         job.process(loaded, shard)
 
 
-def _trained(config: Config, stage: StageDirectory, spec: str) -> None:
-    make_tiny_lm(stage.path / POLICY, WORDS, seed=int(stage.path.name[-4:], 16))
-    write_json(stage.path / SUMMARY, {"num_steps": 1, "num_examples": 1, "num_tokens": 1})
-    write_json(stage.path / PROBE, {"precision": "fp32", "rows": []})
-    (stage.path / "metrics.jsonl").write_text(json.dumps({"step": 0, "loss": 0.7, "reference_loss": 0.6}) + "\n")
+def _trained(work: Workspace, directory: Path, spec: str, lent: Any) -> None:
+    make_tiny_lm(directory / POLICY, WORDS, seed=int(directory.name[-4:], 16))
+    write_json(directory / SUMMARY, {"num_steps": 1, "num_examples": 1, "num_tokens": 1})
+    write_json(directory / PROBE, {"precision": "fp32", "rows": []})
+    (directory / "metrics.jsonl").write_text(json.dumps({"step": 0, "loss": 0.7, "reference_loss": 0.6}) + "\n")

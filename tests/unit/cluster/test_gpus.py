@@ -7,7 +7,7 @@ import os
 import pytest
 
 from can_dist.cluster.actors import ShardWorker
-from can_dist.stages.train import _worker_environment
+from can_dist.stages.train_on_ray import _worker_environment
 
 
 @pytest.mark.parametrize(("num_gpus", "visible"), [(0, ""), (0.5, "0,1"), (1, "0,1")])

@@ -116,7 +116,7 @@ def sampled(reference: Model, name: str, tokens: list[int]) -> dict[str, Any]:
     formatter = open_formatter(reference)
     job = GenerateJob(reference, Generate(num_responses=1), 0, "fp32", "train", Path(), Path())
     # what comes after the end token must not count
-    (row,) = job._sample((None, Parrot([*tokens, *tokens]), formatter), [asked(name)])
+    (row,) = job._sample((Parrot([*tokens, *tokens]), formatter), [asked(name)])
     return row
 
 

@@ -43,7 +43,7 @@ LIBRARIES = {
 EXCEPTIONS = {
     ("can_dist.doctor.environment", "torch"),  # which build and which devices there are
     ("can_dist.doctor.ray_cluster", "ray"),  # what the cluster says of itself
-    ("can_dist.stages.train", "ray"),  # starts the ranks by Ray Train
+    ("can_dist.stages.train_on_ray", "ray"),  # starts several ranks by Ray Train
 }
 LONGEST_FUNCTION = 60  # lines without the docstring, which may hold an example
 LINES_WITH_METHODS = 3

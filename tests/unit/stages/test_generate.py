@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from can_dist.config import Config, validate_config
 from can_dist.errors import ConfigError
-from can_dist.stages.generate import GenerateJob, generate
+from can_dist.stages.generate import GenerateJob, generate, prompts_of_split
 from can_dist.stages.ingest import ingest_prompts
 from can_dist.workspace import Workspace
 
@@ -49,8 +49,7 @@ def sampled(run: Path, config: Config) -> list[dict[str, Any]]:
     """The responses of all training prompts as one shard, sampled in this process."""
     prompts = ingest_prompts(Workspace(run, config), config.prompts)
     job = GenerateJob(config.reference, config.generate, config.seed, "fp32", "train", prompts.path, run)
-    loaded = job.load()
-    return job._sample(loaded, loaded[0].to_pylist())
+    return job._sample(job.load(), prompts_of_split(prompts.path, "train").to_pylist())
 
 
 def test_responses_do_not_depend_on_how_many_are_decoded_at_once(world: Path, tmp_path: Path) -> None:

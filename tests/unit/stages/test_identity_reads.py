@@ -191,16 +191,16 @@ def watched(config: Config, monkeypatch: pytest.MonkeyPatch) -> Reads:
     monkeypatch.setattr("can_dist.stages.calibrate.fit_scale", fitted)
     monkeypatch.setattr("can_dist.stages.train.connect", lambda cluster: None)
     monkeypatch.setattr("can_dist.stages.train.check_room_for_workers", lambda cluster, say: None)
-    monkeypatch.setattr("can_dist.stages.train._run_ray_train", trained)
+    monkeypatch.setattr("can_dist.stages.train.run_ranks", trained)
     return reads
 
 
-def trained(config: Config, stage: StageDirectory, spec: str) -> None:
+def trained(work: Workspace, directory: Path, spec: str, lent: Any) -> None:
     """Leave what ranks leave: other weights as the policy."""
-    make_tiny_lm(stage.path / POLICY, WORDS, seed=int(stage.path.name[-4:], 16))
-    write_json(stage.path / SUMMARY, {"num_steps": 1, "num_examples": 1, "num_tokens": 1})
-    write_json(stage.path / PROBE, {"precision": "fp32", "rows": []})
-    (stage.path / "metrics.jsonl").write_text(json.dumps({"step": 0, "loss": 0.7, "reference_loss": 0.6}) + "\n")
+    make_tiny_lm(directory / POLICY, WORDS, seed=int(directory.name[-4:], 16))
+    write_json(directory / SUMMARY, {"num_steps": 1, "num_examples": 1, "num_tokens": 1})
+    write_json(directory / PROBE, {"precision": "fp32", "rows": []})
+    (directory / "metrics.jsonl").write_text(json.dumps({"step": 0, "loss": 0.7, "reference_loss": 0.6}) + "\n")
 
 
 def fitted(gap_N: np.ndarray, preferred_N: np.ndarray, prompt_N: np.ndarray, name: str) -> Calibration:
