@@ -129,6 +129,7 @@ def build_ds_config(base: dict[str, Any], train: Train, precision: str) -> dict[
         ConfigError: When DeepSpeed does not know a key, or not a value of ``zero_optimization``; or for ZeRO-2 without
             adapters.
     """
+    say_accelerator()
     is_plain = base == PLAIN  # there is nothing of a user's in it, and DeepSpeed takes seconds to import
     if not is_plain:
         _check_zero(base["zero_optimization"], train.ds_config)
@@ -168,7 +169,6 @@ def build_ds_config(base: dict[str, Any], train: Train, precision: str) -> dict[
 
 def _check_zero(zero: Mapping[str, Any], path: str | None) -> None:
     """Raise ``ConfigError`` for a key or a value that DeepSpeed's ZeRO does not take."""
-    say_accelerator()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 

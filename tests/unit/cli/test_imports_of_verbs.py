@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_run import small_run, write_config
 
 HEAVY = (
     "torch",
@@ -59,13 +58,6 @@ def test_a_pipeline_loads_what_most_runs_need() -> None:
     code = "import json, sys, can_dist.pipeline; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert set(json.loads(done.stdout)) & {"ray", "datasets", "deepspeed", "matplotlib", "scipy.stats"} == set()
-
-
-@pytest.mark.slow
-def test_a_plan_loads_no_deepspeed(tmp_path: Path) -> None:
-    config = write_config(tmp_path / "my.yaml", small_run(tmp_path, train={}))
-    loaded = modules_of(tmp_path / "modules", "plan", str(config), "--memory", "1GB")
-    assert loaded & {"ray", "datasets", "deepspeed", "matplotlib", "scipy.stats"} == set()
 
 
 def test_a_solution_of_one_constraint_loads_the_solver_alone(tmp_path: Path) -> None:

@@ -585,3 +585,12 @@ def test_only_bf16_gets_a_wider_sum_of_gradients_and_a_new_identity() -> None:
     assert accumulation(own, "bf16") == {}, "the user's file decides"
     assert build_ds_config(base, Train(), "bf16")["data_types"] == wider["data_types"]
     assert build_ds_config(own, Train(), "bf16")["data_types"] == own["data_types"]
+
+
+def test_deepspeed_is_told_the_accelerator_before_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own detection warns; a plan imports it after this."""
+    monkeypatch.setenv("DS_ACCELERATOR", "")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    build_ds_config(read_ds_config(None), Train(), "fp32")
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
