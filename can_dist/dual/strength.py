@@ -326,7 +326,8 @@ def _check_bounds(
         return  # the policy as it was trained; nothing is stretched
     gain, kl = estimate.improvement[limiting], estimate.kl
     cause = f"{limiting} needs strength {alpha:.3g} (gain {plus_minus(gain)} at strength 1)"
-    remedy = f"lower constraints.{limiting}.margin (or threshold); train longer or on more prompts"
+    lower = f"lower constraints.{limiting}.margin (or threshold)"
+    remedy = f"{lower}; train at a higher learning rate, longer or on more prompts"
     if alpha > max_strength:
         raise InfeasibleConstraint(
             f"{cause}, above strength.max = {max_strength:g}.\n  Do one of: raise strength.max; {remedy}."
