@@ -187,7 +187,7 @@ class GenerateJob:
     split: str
     prompts_path: Path
     out: Path
-    weights: str = ""
+    weights: str
 
     @property
     def models(self) -> str:

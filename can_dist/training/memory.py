@@ -8,24 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from can_dist.errors import ConfigError
 
 FP32 = 4
-PLAIN_ZERO: dict[str, Any] = {
-    "stage": 3,
-    "reduce_bucket_size": 500_000_000,
-    "prefetch_bucket_size": 50_000_000,
-    "param_persistence_threshold": 100_000,
-    "max_reuse_distance": 1_000_000_000,
-    "sub_group_size": 1_000_000_000,
-    "contiguous_gradients": True,
-    "offload_param": None,
-    "offload_optimizer": None,
-}
-"""What DeepSpeed takes where a configuration says no more than stage 3."""
 # of a rank's memory, left to what no count sees: fragmentation, NCCL, the CUDA context, the C library's own pools
 SPARE = 0.1
 AGREEMENT = 0.15  # a plan is within so much of what was measured (on CPU ranks; on a GPU not yet measured)
@@ -70,7 +57,9 @@ class Zero:
         Raises:
             ConfigError: When it is not for ZeRO-3.
         """
-        zero = _options(ds_config["zero_optimization"])
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
         if zero.stage != 3:
             raise ConfigError(
                 f"plan: train.ds_config is for ZeRO-{zero.stage}; only ZeRO-3 is counted. Use another file."
@@ -96,15 +85,6 @@ class Zero:
             states_on=places[1],
             swap_buffers=int(zero.offload_optimizer.buffer_count) if places[1] == "nvme" else 0,
         )
-
-
-def _options(zero: Mapping[str, Any]) -> Any:
-    """Return what is read of ZeRO's options; of plain ZeRO-3 without DeepSpeed, whose import takes seconds."""
-    if zero == {"stage": 3}:
-        return SimpleNamespace(**PLAIN_ZERO)
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    return DeepSpeedZeroConfig(**zero)
 
 
 def _place(offload: Any) -> str:

@@ -320,7 +320,7 @@ def test_f45_policy_that_is_not_the_function_that_was_trained_is_refused_by_its_
     policy = tw.policy_dir(spec)
     prompts = write_prompts(world.root / f"{name}-run")
     options = Generate(num_responses=1, max_new_tokens=4)
-    job = GenerateJob(Model(model=str(policy)), options, 0, "fp32", "test", prompts.path, world.root)
+    job = GenerateJob(Model(model=str(policy)), options, 0, "fp32", "test", prompts.path, world.root, "its digest")
 
     def score() -> None:
         LogProbScorer(LogProb(model=job.model), "fp32")

@@ -240,7 +240,7 @@ def test_f21_classifier_context_too_short_for_a_text_is_refused(world, responses
 def test_f02_generation_names_and_tries_single_prompts(world, responses, tmp_path) -> None:
     config = configure(world)
     model, options = config.reference, config.generate
-    job = GenerateJob(model, options, 3, "fp32", "train", responses.input("prompts").path, tmp_path)
+    job = GenerateJob(model, options, 3, "fp32", "train", responses.input("prompts").path, tmp_path, "its digest")
     ids = [row["prompt_id"] for row in responses.part(1).to_pylist()]
     assert job.row_names(1) == [f"prompt {name!r}" for name in dict.fromkeys(ids)]
     loaded = job.load()

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from small_run import ROOT, small_run, write_config
+from small_run import small_run, write_config
+from started import BIN, STEPS_IN_PLENTY, losses, start
 from train_world import free_port
 
-BIN = Path(sys.executable).parent
 ALONE = ["--set", "cluster.num_workers=1"]
-ENVIRONMENT = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 pytestmark = pytest.mark.slow
-
-
-def start(folder: Path, *command: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
 
 
 def train(folder: Path, run: Path, *settings: str) -> subprocess.Popen:
@@ -43,16 +33,7 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder with a run whose preferences are labelled, ``labelled``."""
     folder = tmp_path_factory.mktemp("alone")
-    train = {
-        "learning_rate": 1e-3,
-        "batch_size": 12,
-        "tokens_per_pack": 40,
-        "num_epochs": 2,
-        "log_every": 1,
-        "checkpoint_every": 4,
-        "ds_config": str(ROOT / "ds_configs" / "zero3_cpu.json"),
-    }
-    write_config(folder / "my.yaml", small_run(folder, label={"pairs_per_prompt": 6}, train=train))
+    write_config(folder / "my.yaml", small_run(folder, label={"pairs_per_prompt": 6}, train=STEPS_IN_PLENTY))
     finish(start(folder, str(BIN / "can-dist"), "label", "my.yaml", "--run", "labelled"))
     return folder
 
@@ -65,12 +46,6 @@ def outcome(run: Path) -> tuple[dict[str, bytes], dict[int, float]]:
     """The bytes of the policy, and the loss of every step."""
     policy = {path.name: path.read_bytes() for path in run.glob("train-*/policy/*")}
     return policy, losses(run)
-
-
-def losses(run: Path) -> dict[int, float]:
-    text = "".join(path.read_text() for path in run.glob("train-*/metrics.jsonl"))
-    lines = [json.loads(line) for line in text.split("\n")[:-1]]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def rank_at(process: subprocess.Popen, run: Path, step: int) -> psutil.Process:

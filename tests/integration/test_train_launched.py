@@ -18,19 +18,14 @@ import loopback_nodes
 import psutil
 import pytest
 from ruamel.yaml import YAML
+from started import BIN, ENVIRONMENT, STEPS_IN_PLENTY, losses, start
 from tiny import make_tiny_lm
 from train_world import free_port
 
-BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 WORDS = [f"w{i}" for i in range(12)]
 RAY_TRAIN = [str(BIN / "can-dist"), "train", "my.yaml", "--run"]
 RARELY = ["--set", "train.checkpoint_every=1000"]  # where it is saved is no part of what is trained
-ENVIRONMENT = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-
-
-def start(folder: Path, *command: str, env: dict[str, str] = ENVIRONMENT) -> subprocess.Popen:
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def deepspeed(folder: Path, run: Path, *arguments: str) -> subprocess.Popen:
@@ -69,16 +64,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "calm": {"scorer": {"kind": "callable", "function": "scorers:num_calm"}, "margin": 0.05},
         },
         "generate": {"num_responses": 4, "max_new_tokens": 6, "batch_prompts": 4, "shard_prompts": 20},
-        "label": {"validation_fraction": 0.2, "pairs_per_prompt": 6},  # many short examples: time enough for a kill
-        "train": {
-            "learning_rate": 1e-3,
-            "batch_size": 12,
-            "tokens_per_pack": 40,
-            "num_epochs": 2,
-            "log_every": 1,
-            "checkpoint_every": 4,
-            "ds_config": str(ROOT / "ds_configs" / "zero3_cpu.json"),
-        },
+        "label": {"validation_fraction": 0.2, "pairs_per_prompt": 6},
+        "train": STEPS_IN_PLENTY,
     }
     with (folder / "my.yaml").open("w") as file:
         YAML().dump(config, file)
@@ -90,12 +77,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def copied(folder: Path, name: str) -> Path:
     return Path(shutil.copytree(folder / "runs" / "labelled", folder / "runs" / name))
-
-
-def losses(run: Path) -> dict[int, float]:
-    paths = list(run.glob("train-*/metrics.jsonl"))
-    lines = [json.loads(line) for path in paths for line in path.read_text().split("\n")[:-1]]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def policy_bytes(run: Path) -> dict[str, bytes]:

@@ -114,7 +114,7 @@ class Parrot:
 
 def sampled(reference: Model, name: str, tokens: list[int]) -> dict[str, Any]:
     formatter = open_formatter(reference)
-    job = GenerateJob(reference, Generate(num_responses=1), 0, "fp32", "train", Path(), Path())
+    job = GenerateJob(reference, Generate(num_responses=1), 0, "fp32", "train", Path(), Path(), "its digest")
     # what comes after the end token must not count
     (row,) = job._sample((Parrot([*tokens, *tokens]), formatter), [asked(name)])
     return row

@@ -42,7 +42,9 @@ def test_answers_are_the_first_draws_of_the_run(trained: TrainedRun, tmp_path: P
     drawn = {}
     for role, model in (("reference", trained.folder / "lm"), ("policy", policy.path / "policy")):
         spec = trained.reference.model_copy(update={"model": str(model)})
-        job = GenerateJob(spec, trained.config.generate, trained.config.seed, "fp32", "test", prompts.path, tmp_path)
+        job = GenerateJob(
+            spec, trained.config.generate, trained.config.seed, "fp32", "test", prompts.path, tmp_path, "its digest"
+        )
         drawn[role] = job._sample(job.load(), [row])[0]
     answers = Chat(trained.run).answer(PROMPT)
     assert (answers.reference, answers.policy) == (drawn["reference"]["text"], drawn["policy"]["text"])

@@ -48,7 +48,7 @@ def configure(world: Path, model: str = "lm", **options: Any) -> Config:
 def sampled(run: Path, config: Config) -> list[dict[str, Any]]:
     """The responses of all training prompts as one shard, sampled in this process."""
     prompts = ingest_prompts(Workspace(run, config), config.prompts)
-    job = GenerateJob(config.reference, config.generate, config.seed, "fp32", "train", prompts.path, run)
+    job = GenerateJob(config.reference, config.generate, config.seed, "fp32", "train", prompts.path, run, "its digest")
     return job._sample(job.load(), prompts_of_split(prompts.path, "train").to_pylist())
 
 

@@ -100,13 +100,6 @@ def test_nvme_moves_states_to_the_disk_and_leaves_buffers() -> None:
     assert found.host["swap_buffers"] == 4 * 255 * 4
 
 
-def test_plain_zero_has_the_defaults_of_deepspeed() -> None:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    defaults = DeepSpeedZeroConfig(stage=3)
-    assert {name: getattr(defaults, name) for name in m.PLAIN_ZERO} == m.PLAIN_ZERO
-
-
 def test_the_budget_lies_on_the_line() -> None:
     # 100 bytes and 2 per token; a tenth is kept free
     assert m.largest_budget(1000, {50: 200, 100: 300}, step=500) == 400
