@@ -58,30 +58,38 @@ def run(run_dir: Path, seeds: Sequence[int], ways: Sequence[str], margins: Seque
                 if way == OWN:
                     known = row(evaluated(run_dir, {"seed": seed, "constraints.safety.margin": margin}))
                 else:
-                    known = at_margin(run_dir, evaluated(run_dir, trained), trained, way, margin)
+                    own = evaluated(run_dir, trained)
+                    known = at_margins(run_dir, own, trained, {"safety": margin}, mixed=way == BASIS)
                 save([*read_rows(RESULT), {**cell, **known}])
 
 
-def at_margin(
-    run_dir: Path, evaluation: Artifact, settings: Mapping[str, Any], way: str, margin: float
+def at_margins(
+    run_dir: Path, evaluation: Artifact, settings: Mapping[str, Any], margins: Mapping[str, float], *, mixed: bool
 ) -> dict[str, Any]:
-    """Return the row of the policy that a finished run with a basis gives for a margin, without a training.
+    """Return the row of the policy that a finished run with a basis gives for other margins, without a training.
+
+    Args:
+        run_dir: Of the finished run.
+        evaluation: Of its own policy.
+        settings: What the run overrode in the recipe.
+        margins: By constraint.
+        mixed: Mix the basis; otherwise its policy of r + ⟨λ, g⟩ alone.
 
     Raises:
-        InfeasibleConstraint: No mixture of the basis, and no strength, meets the margin.
+        InfeasibleConstraint: No mixture of the basis, and no strength, meets the margins.
     """
     own = without_strength(evaluation.input("policy"))
     overrides = [f"{key}={value}" for key, value in settings.items()]
-    config = with_margins(load_config(RECIPE, overrides), {"safety": margin})
+    config = with_margins(load_config(RECIPE, overrides), margins)
     with Run(run_dir, config) as work:
         solved = work.solve(own.input("solution").input("scores"), config.constraints, config.beta)
         policies, validation = inputs_of(own, "policy"), own.input("validation")
-        policy = work.mixture(policies, config.reference, solved, validation) if way == BASIS else policies[""]
+        policy = work.mixture(policies, config.reference, solved, validation) if mixed else policies[""]
         policy = work.strength(policy, config.reference, solved, validation)
         judged = work.evaluate(policy, work.prompts(), config.reference, config.reward, config.constraints)
     known = row(judged)
     known["kl"]["predicted"] = load_solution(solved).predicted["kl"]
-    return known | {"mixed": own.info["coefficient"] if way == BASIS else None}
+    return known
 
 
 def save(rows: list[dict[str, Any]]) -> None:
