@@ -38,7 +38,7 @@ def run_pipeline(
     >>> [row["name"] for row in evaluation.info["constraints"]], (evaluation.path / "report.html").is_file()
     (['safety'], True)
     """
-    return run_method(Path(directory), config, until, only_stage=only_stage)[-1]
+    return run_method(directory, config, until, only_stage=only_stage)[-1]
 
 
 def run_methods(directory: Path, config: Config, methods: Sequence[str]) -> list[Artifact]:
@@ -93,7 +93,7 @@ REFUSALS = (InfeasibleConstraint, NotBelieved, NumericalError, DataError)
 
 
 def run_method(
-    directory: Path,
+    directory: str | Path,
     config: Config,
     until: str = "evaluate",
     *,

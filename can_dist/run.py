@@ -70,7 +70,7 @@ class Run:
         self, directory: str | Path, config: Config, *, until: str | None = None, only_stage: str | None = None
     ) -> None:
         self.config = config
-        self._work = Workspace(Path(directory), config, only_stage=only_stage)
+        self._work = Workspace(directory, config, only_stage=only_stage)
         self._until = until
 
     def __enter__(self) -> Run:

@@ -20,6 +20,7 @@ from can_dist.console import interruptible, tell
 from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.tables.artifacts import Artifact, StageDirectory, find_finished, open_stage, write_text
 from can_dist.tables.disk import naming
+from can_dist.tables.urls import check_run_directory
 
 if TYPE_CHECKING:
     from can_dist.cluster.actors import ActorPool, ShardJob
@@ -70,9 +71,10 @@ class Owner:
 class Workspace:
     """A run directory held by this process, and the Ray actors that work for it."""
 
-    def __init__(self, directory: Path, config: Config, *, only_stage: str | None = None) -> None:
+    def __init__(self, directory: str | Path, config: Config, *, only_stage: str | None = None) -> None:
         """Hold the directory; ``only_stage`` is the one stage that may compute, the others must be finished."""
-        self.directory = directory
+        check_run_directory(str(directory))
+        self.directory = directory = Path(directory).expanduser()
         self.config = config
         self._only_stage = only_stage
         # a launcher starts one stage in every rank; the variables that it sets mean nothing to a whole run
