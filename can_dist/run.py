@@ -366,9 +366,9 @@ class Run:
         self.say(f"estimate: {strength.verdict_of(artifact)}")
         return artifact
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, **event: Any) -> None:
         """Print a line for the user, and log it."""
-        self._work.say(message)
+        self._work.say(message, **event)
 
     def ancestor(self, artifact: Artifact, stage: str) -> Artifact:
         """Return the nearest artifact of ``stage`` that an artifact was made from."""

@@ -35,12 +35,15 @@ SOLUTION, BELIEF = "solution.json", "belief.html"
 """Of a stage ``solve``; the page is in no manifest, since it decides nothing."""
 REPORT, PAGE = "report.json", "report.html"
 """Of a stage ``evaluate``. A copy of either page is in the run directory, of the last."""
+SWEEP_PAGE, SWEEP_RECORD = "sweep.html", "sweep.json"
+"""Of the last sweep, in the run directory."""
 FIELDS: dict[str, dict[str, Any]] = {
     "failed": {"error": str, "message": str},
     "shards": {"done": int, "waiting": int, "work": str},
     "actor died": {"work": str},
     "quarantined": {"work": str, "row": str},
     "done": {"seconds": int | float},
+    "sweep": {"point": int, "points": list},
 }
 """What readers of the log take from an event, by its kind."""
 NUMBERS = {"seconds", "steps", "done", "waiting"}
