@@ -34,16 +34,14 @@ def run_options(required: bool = True) -> Callable[[Callable[..., Any]], Callabl
     return lambda command: config_options(run(amount_options(command)))
 
 
-class LocalPath(click.ParamType):
+class LocalPath(click.Path):
     """A path of this machine. A URL is refused as it was typed; a path made of it would have lost a slash."""
 
-    name = "path"
-
-    def convert(self, value: str | Path, param: click.Parameter | None, _context: click.Context | None) -> Path:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path; raise ``ConfigError`` for a URL."""
         if param is not None:
             check_local(param.opts[0] if isinstance(param, click.Option) else param.human_readable_name, str(value))
-        return Path(value)
+        return super().convert(value, param, ctx)
 
 
 def check_local(name: str, path: str) -> None:
@@ -54,7 +52,7 @@ def check_local(name: str, path: str) -> None:
         raise ConfigError(f"{name} {path}: is a URL, and only a path of this machine can stand here.", "Give a path.")
 
 
-LOCAL_PATH = LocalPath()
+LOCAL_PATH = LocalPath(path_type=Path)
 RUN_DIRECTORIES = ("--run", "RUN", "RUN...")
 """As what commands take a run directory."""
 
