@@ -44,6 +44,8 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
     failed = [event for event in session if event.get("event") == "failed"]
     if sweep is not None:
         failed = [event for event in failed if event["error"] not in REFUSED]
+    if sweep is not None and ended:  # where a margin was refused is told with the margin
+        stages = [stage for stage in stages if stage["state"] == "finished"]
     own = [] if _certifies(stages) else own
     stages += [{"stage": name, "state": "not started"} for name in own if name not in begun and not ended]
     return {

@@ -311,7 +311,7 @@ def sweep_point(number: int, *events: dict[str, Any]) -> list[dict[str, Any]]:
 REFUSED = {"event": "failed", "error": "InfeasibleConstraint", "message": "no policy can.\n  What can be had: ..."}
 WHOLE_SWEEP = [
     *sweep_point(1, opened("prompts-1", "prompts"), {"event": "ended"}),
-    *sweep_point(2, REFUSED),
+    *sweep_point(2, opened("solve-1"), REFUSED),
 ]
 
 
@@ -331,6 +331,7 @@ def test_a_sweep_tells_of_every_margin_and_of_its_page(run: Path) -> None:
     assert "  finished     calm +0.2  calm met: +0.5 [+0.3, +0.7] against a margin of +0.2\n" in text
     assert f"\npage of all margins: {run / 'sweep.html'}\nnext: can-dist verify {run}" in text
     assert "not started" not in text
+    assert "interrupted" not in text, "the solution that cannot be had is no work left over"
 
 
 def test_an_interrupted_sweep_names_its_own_command(run: Path) -> None:
