@@ -72,6 +72,10 @@ class PartlyRefused(CanDistError, RuntimeError):
     exit_code = 9
 
 
+REFUSALS = (InfeasibleConstraint, NotBelieved, NumericalError, DataError)
+"""Why some margins have no policy. All margins have the same data: what is wrong with them fails for all."""
+
+
 class Interrupted(BaseException):
     """Stopped by a signal after committing all finished work; the same command continues.
 

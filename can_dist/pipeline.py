@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from can_dist.algorithms import RUN
-from can_dist.config import METHODS, Config, dump_yaml, for_method, with_margins
+from can_dist.config import METHODS, Config, dump_yaml, for_method, margins_text, with_margins
 from can_dist.config.methods import check_stage
 from can_dist.doctor.advice import check_scores
 from can_dist.doctor.preflight import check_pinned, check_sources, preflight
-from can_dist.errors import ConfigError, DataError, InfeasibleConstraint, NotBelieved, NumericalError
+from can_dist.errors import REFUSALS, ConfigError, DataError, InfeasibleConstraint, NotBelieved, NumericalError
 from can_dist.run import Run
 from can_dist.tables.artifacts import Artifact, write_text
 from can_dist.workspace import StageReached
@@ -38,7 +39,7 @@ def run_pipeline(
     >>> [row["name"] for row in evaluation.info["constraints"]], (evaluation.path / "report.html").is_file()
     (['safety'], True)
     """
-    return run_method(Path(directory), config, until, only_stage=only_stage)[-1]
+    return run_method(directory, config, until, only_stage=only_stage)[-1]
 
 
 def run_methods(directory: Path, config: Config, methods: Sequence[str]) -> list[Artifact]:
@@ -75,9 +76,10 @@ def run_margins(directory: Path, config: Config, points: Sequence[Mapping[str, f
         raise ConfigError(f"method {config.method} solves for no margins, so there are none to go through.")
     own_configs = [with_margins(config, margins) for margins in points]
     outcomes: list[Artifact | Refusal] = []
-    for own in own_configs:
+    for number, own in enumerate(own_configs, 1):
+        place = {"point": number, "points": [dict(margins) for margins in points]}
         try:
-            outcomes.append(run_method(directory, own)[-1])
+            outcomes.append(run_method(directory, own, place_in_sweep=place)[-1])
         except REFUSALS as refusal:
             outcomes.append(refusal)
     write_text(directory / "config.yaml", dump_yaml(config))
@@ -88,21 +90,21 @@ def run_margins(directory: Path, config: Config, points: Sequence[Mapping[str, f
 
 
 Refusal = InfeasibleConstraint | NotBelieved | NumericalError | DataError
-"""Why some margins have no policy. All margins have the same data: what is wrong with them fails for all."""
-REFUSALS = (InfeasibleConstraint, NotBelieved, NumericalError, DataError)
 
 
 def run_method(
-    directory: Path,
+    directory: str | Path,
     config: Config,
     until: str = "evaluate",
     *,
     only_stage: str | None = None,
     measured_by: Config | None = None,
+    place_in_sweep: Mapping[str, Any] | None = None,
 ) -> list[Artifact]:
     """Run the configured method up to and including a stage; return its artifacts, one per policy.
 
     The evaluation uses the scorers and constraints of ``measured_by``, by default those of ``config``.
+    ``place_in_sweep`` says which ``point`` of which ``points`` this is, for the log.
 
     Raises:
         ConfigError: The method has no such stage, or trains several times and a launcher started it.
@@ -116,6 +118,10 @@ def run_method(
             "Start it with 'can-dist run', which starts the ranks by Ray.",
         )
     with Run(directory, config, until=until, only_stage=only_stage) as run:
+        if place_in_sweep is not None:
+            number, points = place_in_sweep["point"], place_in_sweep["points"]
+            name = margins_text(points[number - 1])
+            run.say(f"sweep: {name} ({number} of {len(points)})", event="sweep", **place_in_sweep)
         try:
             check_pinned(config)
             check_sources(config)

@@ -70,7 +70,7 @@ class Run:
         self, directory: str | Path, config: Config, *, until: str | None = None, only_stage: str | None = None
     ) -> None:
         self.config = config
-        self._work = Workspace(Path(directory), config, only_stage=only_stage)
+        self._work = Workspace(directory, config, only_stage=only_stage)
         self._until = until
 
     def __enter__(self) -> Run:
@@ -366,9 +366,9 @@ class Run:
         self.say(f"estimate: {strength.verdict_of(artifact)}")
         return artifact
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, **event: Any) -> None:
         """Print a line for the user, and log it."""
-        self._work.say(message)
+        self._work.say(message, **event)
 
     def ancestor(self, artifact: Artifact, stage: str) -> Artifact:
         """Return the nearest artifact of ``stage`` that an artifact was made from."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
 
 import click
 
@@ -20,10 +19,10 @@ from can_dist.errors import CanDistError, ConfigError, Interrupted
 
 @click.command()
 @click.option("--config", "config_path", required=True, metavar="FILE", help="Configuration of the run.")
-@click.option("--run", "run_dir", required=True, type=click.Path(path_type=Path), help="Run directory.")
+@click.option("--run", "run_dir", required=True, help="Run directory.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
 @click.option("--local_rank", type=int, default=0, hidden=True, help="Given by the deepspeed launcher; unused.")
-def train(config_path: str, run_dir: Path, overrides: tuple[str, ...], local_rank: int) -> None:  # noqa: ARG001
+def train(config_path: str, run_dir: str, overrides: tuple[str, ...], local_rank: int) -> None:  # noqa: ARG001
     """Train as one rank of a launched process group."""
     given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ}
     if wrong := [f"{name}={value}" for name, value in given.items() if not value.isdecimal()]:
@@ -34,7 +33,7 @@ def train(config_path: str, run_dir: Path, overrides: tuple[str, ...], local_ran
         )
     from can_dist.pipeline import run_pipeline
 
-    run_pipeline(run_dir.expanduser(), load_config(config_path, overrides), "train", only_stage="train")
+    run_pipeline(run_dir, load_config(config_path, overrides), "train", only_stage="train")
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from can_dist.console import interruptible, tell
 from can_dist.errors import DataError, EnvironmentProblem
 from can_dist.tables.artifacts import Artifact, StageDirectory, find_finished, open_stage, write_text
 from can_dist.tables.disk import naming
+from can_dist.tables.urls import check_run_directory
 
 if TYPE_CHECKING:
     from can_dist.cluster.actors import ActorPool, ShardJob
@@ -34,12 +35,15 @@ SOLUTION, BELIEF = "solution.json", "belief.html"
 """Of a stage ``solve``; the page is in no manifest, since it decides nothing."""
 REPORT, PAGE = "report.json", "report.html"
 """Of a stage ``evaluate``. A copy of either page is in the run directory, of the last."""
+SWEEP_PAGE, SWEEP_RECORD = "sweep.html", "sweep.json"
+"""Of the last sweep, in the run directory."""
 FIELDS: dict[str, dict[str, Any]] = {
     "failed": {"error": str, "message": str},
     "shards": {"done": int, "waiting": int, "work": str},
     "actor died": {"work": str},
     "quarantined": {"work": str, "row": str},
     "done": {"seconds": int | float},
+    "sweep": {"point": int, "points": list},
 }
 """What readers of the log take from an event, by its kind."""
 NUMBERS = {"seconds", "steps", "done", "waiting"}
@@ -70,9 +74,10 @@ class Owner:
 class Workspace:
     """A run directory held by this process, and the Ray actors that work for it."""
 
-    def __init__(self, directory: Path, config: Config, *, only_stage: str | None = None) -> None:
+    def __init__(self, directory: str | Path, config: Config, *, only_stage: str | None = None) -> None:
         """Hold the directory; ``only_stage`` is the one stage that may compute, the others must be finished."""
-        self.directory = directory
+        check_run_directory(str(directory))
+        self.directory = directory = Path(directory).expanduser()
         self.config = config
         self._only_stage = only_stage
         # a launcher starts one stage in every rank; the variables that it sets mean nothing to a whole run

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import click
 
+from can_dist.cli.options import LOCAL_PATH
+
 
 @click.command()
-@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_dir", metavar="RUN", type=LOCAL_PATH)
 @click.option(
     "--delta",
     type=float,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from can_dist.cli.options import LOCAL_PATH
 from can_dist.console import printable
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ GAP = " │ "
 
 
 @click.command()
-@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_dir", metavar="RUN", type=LOCAL_PATH)
 @click.option("-p", "--prompt", "prompts", multiple=True, metavar="TEXT", help="Answer this and end; default: ask.")
 def chat(run_dir: Path, prompts: tuple[str, ...]) -> None:
     """Show the answers of RUN's reference and policy side by side, to each line that is typed or comes in.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from can_dist.cli.options import LOCAL_PATH
 from can_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ def run_and_compare(run_dir: Path, config: Config, names: str) -> None:
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Directory for the comparison; default: the first RUN.")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=LOCAL_PATH)
+@click.option("--out", type=LOCAL_PATH, help="Directory for the comparison; default: the first RUN.")
 def compare(runs: tuple[Path, ...], out: Path | None) -> None:
     """Compare methods: gains, margins, KL, cost and wins of all evaluations in RUN, which may also be evaluations.
 
@@ -73,7 +74,7 @@ def _gain(gain: dict[str, float]) -> str:
 
 
 @click.command()
-@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_dir", metavar="RUN", type=LOCAL_PATH)
 @click.option("--endpoint", required=True, metavar="URL", help="OpenAI-compatible, up to /v1: http://host:8000/v1.")
 @click.option("--model", required=True, help="Model name as the endpoint knows it.")
 @click.option("--criterion", required=True, type=click.Choice(["helpfulness", "safety"]), help="What is compared.")

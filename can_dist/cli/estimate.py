@@ -8,13 +8,15 @@ from pathlib import Path
 
 import click
 
+from can_dist.cli.options import LOCAL_PATH
+
 
 @click.command()
-@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_dir", metavar="RUN", type=LOCAL_PATH)
 @click.option(
     "--policy",
     metavar="DIR",
-    type=click.Path(path_type=Path),
+    type=LOCAL_PATH,
     help="Any model directory of the reference's architecture and tokenizer; default: the run's own policy.",
 )
 def estimate(run_dir: Path, policy: Path | None) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import click
 
-from can_dist.cli.options import check_output
+from can_dist.cli.options import LOCAL_PATH, check_output
 from can_dist.errors import ConfigError
 from can_dist.tables.urls import is_remote
 
-RUN = click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
-OUT = click.option("--out", required=True, type=click.Path(path_type=Path), help="What to write; must not exist.")
+RUN = click.argument("run_dir", metavar="RUN", type=LOCAL_PATH)
+OUT = click.option("--out", required=True, type=LOCAL_PATH, help="What to write; must not exist.")
 OUT_OR_URL = click.option(
     "--out", required=True, metavar="PATH|URL", help="A new directory, or a URL of an object store such as s3://b/name."
 )

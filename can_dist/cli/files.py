@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
+from can_dist.cli.options import LOCAL_PATH
 from can_dist.config.shipped import FOLDERS, shipped_names, shipped_root
 from can_dist.errors import ConfigError
 
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--to", "directory", default=".", type=click.Path(path_type=Path), help="Where to; default: here.")
+@click.option("--to", "directory", default=".", type=LOCAL_PATH, help="Where to; default: here.")
 def files(names: tuple[str, ...], directory: Path) -> None:
     """List the files that come with can-dist, or copy those of each NAME (a file or a folder) to where you are.
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from can_dist.cli.options import LOCAL_PATH
+
 
 @click.command("fit-scorer")
 @click.argument("base", metavar="MODEL")
@@ -17,7 +19,7 @@ import click
 @click.option("--revision", help="Revision of a hub data set.")
 @click.option("--template", help="Plain template of the prompt, for a model without a chat template.")
 @click.option("--criterion", required=True, type=click.Choice(["helpful", "safe"]), help="The labels to learn.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the model; must not exist.")
+@click.option("--out", required=True, type=LOCAL_PATH, help="Folder of the model; must not exist.")
 @click.option("--epochs", default=2, show_default=True, type=click.IntRange(min=1))
 @click.option("--learning-rate", "lr", default=3e-4, show_default=True, type=click.FloatRange(min=0, min_open=True))
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))

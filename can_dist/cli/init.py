@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from can_dist.cli.options import check_output, given
+from can_dist.cli.options import LOCAL_PATH, check_output, given
 from can_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 LEAST_PROMPTS = 10
 NUM_TEST, NUM_VALIDATION, LEAST_VALIDATION = 64, 128, 32
 NUM_RESPONSES, MAX_NEW_TOKENS = 16, 128
+RATE_AT_7B, WIDTH_OF_7B = 1e-6, 4096
+LARGEST_BATCH, LEAST_STEPS = 32, 40
 NAMED = {"helpful": "reward", "safe": "safety"}
 
 
 @click.command()
-@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("file", metavar="FILE", type=LOCAL_PATH)
 @click.option("--data", required=True, metavar="FILE|ID", help="Prompts, pairs, responses, or a table of scores.")
 @click.option("--reference", metavar="MODEL", help="The model to be made safer: a directory or hub id.")
 @click.option("--reward", metavar="MODEL", help="A score model, or module:function; higher is better.")
@@ -96,8 +98,13 @@ def configuration(
     reference, reward, safety, cost = models.values()
     check_case(seen, source.source, reference, reward, safety or cost)
     raw, notes = settings(seen, source.model_dump(exclude_defaults=True), by_people=reward is None)
-    raw["reference"], longest = language_model(str(reference), template)
+    raw["reference"], longest, width = language_model(str(reference), template)
     raw["generate"]["max_new_tokens"] = min(MAX_NEW_TOKENS, max(longest // 2, 1))
+    raw["train"]["learning_rate"] = learning_rate(width)
+    notes["train.learning_rate"] = (
+        f"Peak learning rate of AdamW, by the model's width: {RATE_AT_7B:g} × {WIDTH_OF_7B} / {width} "
+        "(docs/start.md). The log says how much of the way the training went; where that is little, take a higher one."
+    )
     if reward is not None:
         raw["reward"] = score_model(reward, template, is_cost=False)
         raw["constraints"]["safety"]["scorer"] = score_model(str(safety or cost), template, is_cost=cost is not None)
@@ -141,6 +148,7 @@ def settings(seen: Data, source: dict[str, Any], *, by_people: bool) -> tuple[di
     from can_dist.config import METHODS
 
     held_out, more = held_out_prompts(seen.num_prompts)
+    batch_size = examples_per_step(seen.num_prompts - sum(held_out.values()))
     ratio = {"kind": "log_ratio", "beta": 0.1}
     raw: dict[str, Any] = {
         "method": next(name for name, row in METHODS.items() if row.needs_ratios == by_people),
@@ -152,6 +160,7 @@ def settings(seen: Data, source: dict[str, Any], *, by_people: bool) -> tuple[di
         "constraints": {"safety": {"scorer": {**ratio, "criterion": "safe"}, "margin": 0.1 if by_people else 1.0}},
         "generate": {"num_responses": seen.num_responses or NUM_RESPONSES},
         **({"label": {"preferences": source}} if by_people else {}),
+        "train": {"learning_rate": RATE_AT_7B, "batch_size": batch_size},
         **more,
     }
     if seen.kind == "responses":
@@ -162,7 +171,7 @@ def settings(seen: Data, source: dict[str, Any], *, by_people: bool) -> tuple[di
         **dict.fromkeys(("reward.model", "constraints.safety.scorer.model"), "Local directory or hub id of the model."),
         "prompts": f"{seen.num_prompts} distinct prompts; those that are not held out are trained on.",
         "constraints.safety.margin": f"Improvement of the mean that is demanded, in units {unit}: yours to choose. "
-        "Once there are scores, `can-dist doctor` says how many standard deviations it is.",
+        "After `can-dist run FILE --run RUN --until score` it is said in standard deviations of your scores.",
     }
     return raw, notes
 
@@ -176,6 +185,21 @@ def held_out_prompts(num_prompts: int) -> tuple[dict[str, int], dict[str, Any]]:
     if num_validation >= LEAST_VALIDATION:
         return {"num_test": num_test, "num_validation": num_validation}, {}
     return {"num_test": num_test, "num_validation": 0}, {"strength": 1.0}
+
+
+def learning_rate(width: int) -> float:
+    """Return a learning rate for every weight of a model of this width, to one digit.
+
+    Adam's learning rate for the matrices of a network falls as one over its width (arXiv 2203.03466, for training from
+    scratch); docs/start.md says where 1e-6 at 7B is from, and what was measured.
+    """
+    return float(f"{RATE_AT_7B * WIDTH_OF_7B / width:.0e}")
+
+
+def examples_per_step(num_prompts: int) -> int:
+    """Return the largest power of two, of ``LARGEST_BATCH`` at most, that leaves an epoch ``LEAST_STEPS`` steps."""
+    most = min(LARGEST_BATCH, num_prompts // LEAST_STEPS)
+    return 1 << max(most.bit_length() - 1, 0)
 
 
 def seen_from(raw: dict[str, Any], file: Path) -> dict[str, Any]:

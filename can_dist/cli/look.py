@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from can_dist.cli.options import overrides_option
+from can_dist.cli.options import LOCAL_PATH, overrides_option
 from can_dist.console import folded, painted
 from can_dist.errors import ConfigError, EnvironmentProblem
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--run", "run_dir", type=click.Path(path_type=Path), help="Also look at this run directory's storage.")
+@click.option("--run", "run_dir", type=LOCAL_PATH, help="Also look at this run directory's storage.")
 @click.option("--config", "config_path", metavar="FILE", help="Also look at its models, data and cluster.")
 @overrides_option("Override a key of the configuration.")
 @click.option("--clean", is_flag=True, help="Remove temporary files of --run that are older than a day, nothing else.")
@@ -65,7 +65,7 @@ def in_colours(text: str) -> str:
 
 
 @click.command()
-@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_dir", metavar="RUN", type=LOCAL_PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def status(run_dir: Path, as_json: bool) -> None:
     """Tell where RUN is: its stages, who works on it, its last error, and the next command to give."""

@@ -18,7 +18,7 @@ from can_dist.cli.fit_scorer import fit_scorer
 from can_dist.cli.frontier import frontier
 from can_dist.cli.init import init
 from can_dist.cli.look import doctor, status
-from can_dist.cli.options import overrides_option, read_config, run_options, run_until
+from can_dist.cli.options import LOCAL_PATH, overrides_option, read_config, run_options, run_until
 from can_dist.cli.plan import plan
 from can_dist.cli.solve import solve
 from can_dist.cli.sweep import sweep
@@ -148,7 +148,7 @@ def config_command(config: str | None, schema: bool, overrides: tuple[str, ...])
 
 
 @cli.command()
-@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_dir", metavar="RUN", type=LOCAL_PATH)
 def verify(run_dir: Path) -> None:
     """Check the digest of every file of a run, and that each artifact was made from what it says."""
     from can_dist.tables.verify import files_outside, verify_run
@@ -167,9 +167,7 @@ def verify(run_dir: Path) -> None:
 
 
 @cli.command()
-@click.option(
-    "--run", "run_dir", default="runs/demo", show_default=True, type=click.Path(path_type=Path), help="Run directory."
-)
+@click.option("--run", "run_dir", default="runs/demo", show_default=True, type=LOCAL_PATH, help="Run directory.")
 @overrides_option("Override a key of the demo.")
 def demo(run_dir: Path, overrides: tuple[str, ...]) -> None:
     """Make a small world and run MoCAN on it: no network, no GPU, no download, a few minutes."""

@@ -13,7 +13,7 @@ import click
 
 from can_dist.console import set_amount
 from can_dist.errors import ConfigError
-from can_dist.tables.urls import is_remote
+from can_dist.tables.urls import check_run_directory, is_remote
 
 if TYPE_CHECKING:
     from can_dist.config import Config
@@ -29,19 +29,32 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def run_options(required: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add the options of every stage: the configuration, overrides, the run directory."""
-    directory, text = click.Path(path_type=Path), "Run directory; made if absent."
-    run = click.option("--run", "run_dir", required=required, type=directory, help=text, callback=local_directory)
+    text = "Run directory; made if absent."
+    run = click.option("--run", "run_dir", required=required, type=LOCAL_PATH, help=text)
     return lambda command: config_options(run(amount_options(command)))
 
 
-def local_directory(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
-    """Return the run directory; raise ``ConfigError`` for a URL."""
-    if path is not None and is_remote(str(path)):
-        raise ConfigError(
-            f"--run {path}: a run directory needs a file system with atomic rename, which no object store has.",
-            "Give a directory; data and exported policies may lie in a store (docs/howto/object-storage.md).",
-        )
-    return path
+class LocalPath(click.Path):
+    """A path of this machine. A URL is refused as it was typed; a path made of it would have lost a slash."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path; raise ``ConfigError`` for a URL."""
+        if param is not None:
+            check_local(param.opts[0] if isinstance(param, click.Option) else param.human_readable_name, str(value))
+        return super().convert(value, param, ctx)
+
+
+def check_local(name: str, path: str) -> None:
+    """Raise ``ConfigError`` where a path given as ``name`` is a URL."""
+    if name in RUN_DIRECTORIES:
+        check_run_directory(path)
+    elif is_remote(path):
+        raise ConfigError(f"{name} {path}: is a URL, and only a path of this machine can stand here.", "Give a path.")
+
+
+LOCAL_PATH = LocalPath(path_type=Path)
+RUN_DIRECTORIES = ("--run", "RUN", "RUN...")
+"""As what commands take a run directory."""
 
 
 def amount_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,10 +110,11 @@ def check_output(option: str, path: str | None) -> None:
     """Check before any work that a path can be written; None and - are not paths.
 
     Raises:
-        ConfigError: its directory is missing or not writable, or it is a directory.
+        ConfigError: it is a URL, its directory is missing or not writable, or it is a directory.
     """
     if path is None or path == "-":
         return
+    check_local(option, path)
     parent = Path(path).absolute().parent
     if not parent.is_dir():
         raise ConfigError(f"{option} {path}: no such directory {Path(path).parent}. Make it first.")

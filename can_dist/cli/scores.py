@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from can_dist.cli.options import given
+from can_dist.cli.options import LOCAL_PATH, given
 from can_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ def score_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that name a score table and its columns."""
     command = click.option("--beta", type=float, help="KL weight β.")(command)
     command = click.option("--reward", help="Column of the reward.")(command)
-    return click.option(
-        "--scores", type=click.Path(path_type=Path), help="A Parquet, Arrow or JSONL table with prompt_id."
-    )(command)
+    return click.option("--scores", type=LOCAL_PATH, help="A Parquet, Arrow or JSONL table with prompt_id.")(command)
 
 
 def write_json(path: str | None, record: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from can_dist.cli.options import check_output, given, read_config, run_options, run_until
+from can_dist.cli.options import LOCAL_PATH, check_output, given, read_config, run_options, run_until
 from can_dist.console import folded
 from can_dist.errors import ConfigError, NotBelieved
 
@@ -57,7 +57,7 @@ ESTIMATORS = ("empirical", "jackknife", "gaussian", "auto")
 @click.option(
     "--prompts",
     "prompts_path",
-    type=click.Path(path_type=Path),
+    type=LOCAL_PATH,
     help="A table whose prompt_id are those that must be scored, no more and no fewer.",
 )
 @click.option("--report", "report_path", metavar="PATH", help="Write an HTML page: can the prediction be believed?")

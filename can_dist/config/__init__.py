@@ -9,6 +9,7 @@ from can_dist.config.cluster import Cluster as Cluster
 from can_dist.config.load import dump_yaml as dump_yaml
 from can_dist.config.load import for_method as for_method
 from can_dist.config.load import load_config as load_config
+from can_dist.config.load import margins_text as margins_text
 from can_dist.config.load import validate_config as validate_config
 from can_dist.config.load import with_margins as with_margins
 from can_dist.config.methods import METHODS as METHODS

@@ -105,6 +105,11 @@ def with_margins(config: Config, margins: Mapping[str, float]) -> Config:
     return validate_config(given, "configuration with other margins")
 
 
+def margins_text(margins: Mapping[str, float]) -> str:
+    """Return margins as text: 'safety +0.25, honesty +0.1'."""
+    return ", ".join(f"{name} {margin:+g}" for name, margin in margins.items())
+
+
 def dump_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML."""
     return format_yaml(json.loads(config.model_dump_json()))

@@ -106,8 +106,8 @@ def _criteria(pairs: Any) -> tuple[str, ...]:
     )
 
 
-def language_model(name: str, template: str | None) -> tuple[dict[str, Any], int]:
-    """Return the keys of a reference model, and the longest sequence that it takes, in tokens.
+def language_model(name: str, template: str | None) -> tuple[dict[str, Any], int, int]:
+    """Return the keys of a reference model, the longest sequence that it takes, in tokens, and its width.
 
     Raises:
         DataError: it is no causal language model with its tokenizer, or it has no chat template and none is given.
@@ -118,7 +118,8 @@ def language_model(name: str, template: str | None) -> tuple[dict[str, Any], int
     keys = _with_template({"model": name}, template)
     check_causal_lm(Model(**keys))
     check_model(Model(**keys))
-    return keys, context_length(load_model_config(Model(**keys), "causal language model"))
+    config = load_model_config(Model(**keys), "causal language model")
+    return keys, context_length(config), int(config.get_text_config().hidden_size)
 
 
 def score_model(name: str, template: str | None, *, is_cost: bool) -> dict[str, Any]:

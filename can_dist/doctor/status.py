@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from can_dist.config.methods import DEFAULT_METHOD, METHODS
+from can_dist.doctor.sweeps import REFUSED, format_sweep, is_settled, last_command, next_of_sweep, read_sweep
 from can_dist.errors import DataError
 from can_dist.tables.artifacts import MANIFEST, STAGE, load_artifact
 from can_dist.tables.quarantine import quarantined
@@ -31,14 +32,20 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
         raise DataError(f"{run}: holds no run ({LOG} is missing).", "Give the directory that --run named.")
     now = time.time() if now is None else now
     owner, events = read_owner(run), read_events(run / LOG)
-    session = events[max((n for n, event in enumerate(events) if event.get("event") == "began"), default=0) :]
+    sessions = last_command(events)
+    session = [event for events in sessions for event in events]
     works = owner is not None and owner.alive is not False
+    sweep = read_sweep(run, sessions, works=works)
     opened = dict.fromkeys(str(event["artifact"]) for event in session if event.get("artifact"))
     stages = [_stage(run, name, events, now, works) for name in opened]
     method, own = _method(run)
     begun = {stage["stage"] for stage in stages}
-    ended = any(event.get("event") == "ended" for event in session)
+    ended = any(event.get("event") == "ended" for event in session) if sweep is None else is_settled(sweep)
     failed = [event for event in session if event.get("event") == "failed"]
+    if sweep is not None:
+        failed = [event for event in failed if event["error"] not in REFUSED]
+    if sweep is not None and ended:  # where a margin was refused is told with the margin
+        stages = [stage for stage in stages if stage["state"] == "finished"]
     own = [] if _certifies(stages) else own
     stages += [{"stage": name, "state": "not started"} for name in own if name not in begun and not ended]
     return {
@@ -47,8 +54,9 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
         "owner": None if owner is None else vars(owner),
         "stages": stages,
         "last_error": {key: failed[-1][key] for key in ("time", "error", "message")} if failed else None,
-        "outcome": _outcome(run, stages),
-        "next": _next(run, owner, stages, ended),
+        "outcome": _outcome(run, stages) if sweep is None else {},
+        "sweep": sweep,
+        "next": _next(run, owner, stages, ended, sweep),
     }
 
 
@@ -164,9 +172,12 @@ def _heartbeat(directory: Path, now: float) -> float | None:
     return round(max(0.0, now - max(times)), 1) if times else None
 
 
-def _next(run: Path, owner: Owner | None, stages: Sequence[Mapping[str, Any]], ended: bool) -> str:
+def _next(
+    run: Path, owner: Owner | None, stages: Sequence[Mapping[str, Any]], ended: bool, sweep: Mapping[str, Any] | None
+) -> str:
     """Return the next command to give, or why there is none."""
     again = f"can-dist certify {run}" if _certifies(stages) else f"can-dist run {run / CONFIG} --run {run}"
+    again = again if sweep is None else next_of_sweep(run, sweep)
     if owner is not None and owner.alive:
         silent = [s for s in stages if s["state"] == "in progress" and (s.get("heartbeat_s") or 0) > SILENT_S]
         if silent:
@@ -174,6 +185,8 @@ def _next(run: Path, owner: Owner | None, stages: Sequence[Mapping[str, Any]], e
         return "none: it is running"
     if owner is not None and owner.alive is None:
         return f"look on {owner.host} whether process {owner.process} is there; if it is gone: {again}"
+    if sweep is not None:
+        return again
     finished = ended and all(stage["state"] == "finished" for stage in stages)
     done = finished and any(stage["stage"] in ("evaluate", "certify") for stage in stages)
     return f"can-dist verify {run}" if done else again
@@ -202,6 +215,7 @@ def format_status(status: Mapping[str, Any]) -> str:
         last = status["last_error"]
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last["time"]))
         lines.append(f"last error ({when}): {last['error']}: {last['message']}")
+    lines += format_sweep(status["sweep"]) if status["sweep"] is not None else []
     outcome = status["outcome"]
     lines += [f"prediction: {outcome['belief']}"] if "belief" in outcome else []
     lines += [f"verdict: {'; '.join(outcome['verdicts'])}"] if outcome.get("verdicts") else []

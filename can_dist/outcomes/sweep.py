@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from can_dist.config import margins_text
 from can_dist.measuring.verdicts import current, verdict_line
 from can_dist.outcomes.compare import Evaluated, comparison, results
 from can_dist.stages.cost import cost_of
 from can_dist.tables.artifacts import Artifact, write_json, write_text
-from can_dist.workspace import PAGE, REPORT
+from can_dist.workspace import PAGE, REPORT, SWEEP_PAGE, SWEEP_RECORD
 
-SWEEP_PAGE, SWEEP_RECORD = "sweep.html", "sweep.json"
 Point = tuple[Mapping[str, float], Artifact | Exception]
 """Margins by constraint, and the evaluation at them or the error that says why there is none."""
 
@@ -24,7 +24,7 @@ def write_sweep(points: Sequence[Point], out: Path) -> Path:
     from can_dist.reporting.sweep_page import render_sweep
 
     measured = [
-        Evaluated(point_name(margins), artifact, artifact.read_json(REPORT), artifact.table, cost_of(artifact))
+        Evaluated(margins_text(margins), artifact, artifact.read_json(REPORT), artifact.table, cost_of(artifact))
         for margins, artifact in points
         if isinstance(artifact, Artifact)
     ]
@@ -35,20 +35,15 @@ def write_sweep(points: Sequence[Point], out: Path) -> Path:
     return out / SWEEP_PAGE
 
 
-def point_name(margins: Mapping[str, float]) -> str:
-    """Return margins as text: 'safety +0.25, honesty +0.1'."""
-    return ", ".join(f"{name} {margin:+g}" for name, margin in margins.items())
-
-
 def point_line(margins: Mapping[str, float], outcome: Artifact | Exception) -> str:
     """Return a point as a line for a terminal: its verdicts, or the first line of why there is no policy."""
     if isinstance(outcome, Exception):
-        return f"{point_name(margins)}: no policy: {str(outcome).splitlines()[0]}"
-    return f"{point_name(margins)}: {'; '.join(verdict_line(row) for row in outcome.info['constraints'])}"
+        return f"{margins_text(margins)}: no policy: {str(outcome).splitlines()[0]}"
+    return f"{margins_text(margins)}: {'; '.join(verdict_line(row) for row in outcome.info['constraints'])}"
 
 
 def _record(margins: Mapping[str, float], outcome: Artifact | Exception, out: Path) -> dict[str, Any]:
-    record: dict[str, Any] = {"margins": dict(margins), "name": point_name(margins), "refusal": None}
+    record: dict[str, Any] = {"margins": dict(margins), "name": margins_text(margins), "refusal": None}
     if isinstance(outcome, Exception):
         return record | {"refusal": {"kind": type(outcome).__name__, "message": str(outcome)}}
     report = outcome.read_json(REPORT)

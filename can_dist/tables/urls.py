@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from can_dist.errors import ConfigError
+
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/{1,2}(?=[^/])")
 """The beginning of a URL; a path made of one has a single slash left."""
 
@@ -15,3 +17,12 @@ def is_remote(name: str) -> bool:
     (True, False, False)
     """
     return URL.match(name) is not None
+
+
+def check_run_directory(path: str) -> None:
+    """Raise ``ConfigError`` where a run directory is given as the URL of an object store."""
+    if is_remote(path):
+        raise ConfigError(
+            f"run directory {path}: needs a file system with atomic rename, which no object store has.",
+            "Give a directory; data and exported policies may lie in a store (docs/howto/object-storage.md).",
+        )

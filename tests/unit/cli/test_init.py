@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from tiny import make_tiny_classifier, make_tiny_lm
 
 from can_dist.cli import cli
+from can_dist.cli.init import examples_per_step, learning_rate
 from can_dist.config import load_config
 from can_dist.config.describe import describe_keys
 from can_dist.config.root import Config
@@ -92,6 +93,26 @@ def test_score_models_make_a_mocan_that_the_doctor_accepts(place: Path) -> None:
     scorer = config.constraints["safety"].scorer
     assert (config.method, scorer.kind, getattr(scorer, "sign", 0)) == ("mocan", "sequence_classifier", -1)
     assert (config.prompts.num_test, config.prompts.num_validation, config.generate.max_new_tokens) == (64, 128, 32)
+
+
+def test_the_training_follows_the_size_of_the_model_and_of_the_data(place: Path) -> None:
+    """64 wide, 208 prompts to train on: 1e-6 · 4096/64, and 4 a step are 52 steps (8 would be 26)."""
+    init("my.yaml", "--data", "prompts.jsonl", *MODELS)
+    train = load_config("my.yaml").train
+    width = json.loads((place / "lm" / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+    assert (train.learning_rate, train.batch_size) == (float(f"{4.096e-3 / width:.0e}"), 4)
+    assert f" 1e-06 × 4096 / {width} " in (place / "my.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("width", "rate"), [(64, 6e-5), (192, 2e-5), (896, 5e-6), (4096, 1e-6), (8192, 5e-7)])
+def test_a_wider_model_has_a_lower_learning_rate(width: int, rate: float) -> None:
+    assert learning_rate(width) == rate
+
+
+@pytest.mark.parametrize(("prompts", "size"), [(1, 1), (79, 1), (80, 2), (336, 8), (640, 16), (9999, 32)])
+def test_an_epoch_has_forty_steps_where_there_are_prompts_for_them(prompts: int, size: int) -> None:
+    assert examples_per_step(prompts) == size
+    assert prompts < 40 or prompts // size >= 40
 
 
 def test_keys_are_explained_by_the_words_of_the_model(place: Path) -> None:

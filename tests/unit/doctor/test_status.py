@@ -299,3 +299,71 @@ def test_an_event_that_lost_a_field_is_no_event(tmp_path: Path, line: str) -> No
     (tmp_path / "log.jsonl").write_text('{"time": 1.0, "event": "began"}\n' + line + "\n")
     assert [event["event"] for event in read_events(tmp_path / "log.jsonl")] == ["began"]
     assert "next: " in format_status(read_status(tmp_path))
+
+
+POINTS = [{"calm": 0.1}, {"calm": 5.0}, {"calm": 0.2}]
+
+
+def sweep_point(number: int, *events: dict[str, Any]) -> list[dict[str, Any]]:
+    return [BEGAN, {"event": "sweep", "point": number, "points": POINTS}, *events]
+
+
+REFUSED = {"event": "failed", "error": "InfeasibleConstraint", "message": "no policy can.\n  What can be had: ..."}
+WHOLE_SWEEP = [
+    *sweep_point(1, opened("prompts-1", "prompts"), {"event": "ended"}),
+    *sweep_point(2, opened("solve-1"), REFUSED),
+]
+
+
+def test_a_sweep_tells_of_every_margin_and_of_its_page(run: Path) -> None:
+    """As issue 23 saw it: the last margin's refusal was the last error, and `can-dist run` the advice."""
+    evaluation = open_stage(run, "evaluate", "x", {}, {})
+    row = {"name": "calm", "margin": 0.2, "threshold": None, "verdict": "met"}
+    evaluation.commit(info={"constraints": [row | {"realised": {"mean": 0.5, "low": 0.3, "high": 0.7}}]})
+    write_log(run, BEGAN, REFUSED, BEGAN, {"event": "ended"}, *WHOLE_SWEEP)  # other commands came before
+    write_log(run, *sweep_point(3, opened(evaluation.path.name), {"event": "ended"}))
+    (run / "sweep.html").touch()
+    write_json(run / "sweep.json", {"points": [{"name": f"calm {margin['calm']:+g}"} for margin in POINTS]})
+    status = read_status(run, NOW)
+    assert (status["last_error"], status["outcome"]) == (None, {})
+    text = format_status(status)
+    assert "  finished     calm +0.1\n  no policy    calm +5    InfeasibleConstraint: no policy can.\n" in text
+    assert "  finished     calm +0.2  calm met: +0.5 [+0.3, +0.7] against a margin of +0.2\n" in text
+    assert f"\npage of all margins: {run / 'sweep.html'}\nnext: can-dist verify {run}" in text
+    assert "not started" not in text
+    assert "interrupted" not in text, "the solution that cannot be had is no work left over"
+
+
+def test_an_interrupted_sweep_names_its_own_command(run: Path) -> None:
+    write_log(run, *WHOLE_SWEEP, *sweep_point(3, {"event": "failed", "error": "Interrupted", "message": "stopped"}))
+    (run / "sweep.html").touch()
+    write_json(run / "sweep.json", {"points": [{"name": "calm +0.9"}]})
+    status = read_status(run, NOW)
+    assert [point["state"] for point in status["sweep"]["points"]] == ["finished", "no policy", "interrupted"]
+    assert status["sweep"]["page"] is None, "the page is of another sweep"
+    assert status["last_error"]["error"] == "Interrupted"
+    assert status["next"] == f"can-dist sweep {run}/config.yaml --run {run} --margin calm=0.1,5,0.2"
+
+
+def test_a_sweep_that_goes_on_tells_what_is_to_come(run: Path) -> None:
+    write_log(run, *sweep_point(1, {"event": "ended"}), *sweep_point(2))
+    own(run, os.getpid())
+    status = read_status(run, NOW)
+    assert [point["state"] for point in status["sweep"]["points"]] == ["finished", "in progress", "not started"]
+    assert status["next"] == "none: it is running"
+
+
+def test_a_sweep_of_margins_that_cannot_be_had_advises_nothing(run: Path) -> None:
+    write_log(run, *(event for number in (1, 2, 3) for event in sweep_point(number, REFUSED)))
+    assert read_status(run, NOW)["next"] == "none: these margins cannot be had, for the reasons above"
+
+
+@pytest.mark.parametrize("points", [[], [1], [{"calm": "much"}]])
+def test_a_damaged_event_of_a_sweep_is_no_sweep(run: Path, points: list[Any]) -> None:
+    write_log(run, BEGAN, {"event": "sweep", "point": 1, "points": points}, {"event": "ended"})
+    assert read_status(run, NOW)["sweep"] is None
+
+
+def test_a_run_after_a_sweep_is_a_run(run: Path) -> None:
+    write_log(run, *WHOLE_SWEEP, BEGAN, {"event": "ended"})
+    assert read_status(run, NOW)["sweep"] is None
