@@ -245,12 +245,18 @@ def mixes(correlation: float) -> bool:
 def outside(coefficient: Mapping[str, float], correlation: float, reach: Mapping[str, float]) -> InfeasibleConstraint:
     """Return what refuses a mixture that does not mix; ``reach`` are margins that one is expected to meet."""
     weights = ", ".join(f"{name} {weight:+.2f}" for name, weight in coefficient.items())
-    largest = " or ".join(f"{name} {margin:+.2g}" for name, margin in reach.items())
+    largest = " or ".join(f"{name} {_rounded_down(margin):+.2g}" for name, margin in reach.items())
     return InfeasibleConstraint(
         f"basis: the mixture ({weights}) lies outside the range where mixing weights mixes log-ratios: their "
         f"correlation is {correlation:.4f}, expected at least {MIXING:g}. "
         + (f"Ask for a margin nearer to those trained for: at most about {largest}." if largest else NONE_WITHIN)
     )
+
+
+def _rounded_down(margin: float) -> float:
+    """Return a margin with two digits that is no larger: what is named as reachable is asked for next."""
+    unit = 10.0 ** (math.floor(math.log10(abs(margin))) - 1) if margin else 1.0
+    return math.floor(round(margin / unit, 9)) * unit
 
 
 def _covariances(table: ScoreTable, first_AN: FloatArray, second_BN: FloatArray) -> FloatArray:

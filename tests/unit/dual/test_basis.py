@@ -250,9 +250,11 @@ class TestReach:
                     assert costs > kl
         assert largest_margins(basis, demands, 1e-6) == {}
 
-    def test_refusal_names_them(self) -> None:
-        refusal = str(outside({"s": 2.0}, 0.95, {"a": 0.6171, "b": -1.0}))
-        assert refusal.endswith("nearer to those trained for: at most about a +0.62 or b -1.")
+    def test_refusal_names_them_and_none_that_is_larger(self) -> None:
+        refusal = str(outside({"s": 2.0}, 0.95, {"a": 0.6171, "b": -1.0, "c": 1.59, "d": -0.0126, "e": 0.62}))
+        assert refusal.endswith(
+            "nearer to those trained for: at most about a +0.61 or b -1 or c +1.5 or d -0.013 or e +0.62."
+        )
 
     def test_what_is_missing_grows_as_the_cost(self) -> None:
         table, columns = self.world.enumerated(*noisy_basis(self.world).values())
