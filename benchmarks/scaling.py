@@ -94,6 +94,7 @@ def ranks_row(arguments: argparse.Namespace) -> dict[str, Any]:
 def actors_row(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the scoring of shards by pools of one and of two actors that have loaded the model."""
     import pyarrow as pa
+    import ray
 
     from can_dist.cluster.actors import ActorPool
     from can_dist.cluster.connection import connect
@@ -130,7 +131,7 @@ def actors_row(arguments: argparse.Namespace) -> dict[str, Any]:
         for number in range(arguments.rounds):
             for size in (1, 2) if number % 2 == 0 else (2, 1):
                 pool = ActorPool(Cluster(num_actors=size), print)
-                run_shards(pool, job, {shard: 1 for shard in range(size)}, "load", dict)
+                ray.get([pool.actor(slot).open.remote(job) for slot in range(size)])
                 start = time.perf_counter()
                 run_shards(pool, job, {shard: 1 for shard in range(NUM_SHARDS)}, "score", dict)
                 times[size].append([time.perf_counter() - start, 0.0])

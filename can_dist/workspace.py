@@ -156,10 +156,10 @@ class Workspace:
             self._pool.close()
             self._pool = None
 
-    def lend_places(self) -> Any:
-        """Return the places of idle actors for a training's one rank; None, and no actors, where it has its own."""
-        if self._pool is not None and (places := self._pool.lend()) is not None:
-            return places
+    def lend_actor(self) -> Any:
+        """Return an idle actor to be a training's one rank; None, and no actors, where that has its own process."""
+        if self._pool is not None and (actor := self._pool.lend()) is not None:
+            return actor
         self.release_actors()
         return None
 

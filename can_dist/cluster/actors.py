@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from can_dist.cluster.metrics import shard_seconds
 from can_dist.cluster.places import reserve
+from can_dist.cluster.rank import THREADS, Rank
 from can_dist.cluster.rows_done import RowsDone
 from can_dist.config import Cluster
 from can_dist.console import MACHINE, heard_by, of_machine
@@ -57,8 +58,11 @@ class ShardJob(Protocol):
         """Return the same job with passes of half the size, for less memory; None where they cannot be halved."""
 
 
-class ShardWorker:
-    """The actor: runs shards, and keeps the models of earlier jobs where they take little memory, and no GPU's."""
+class ShardWorker(Rank):
+    """The actor: runs shards, and keeps the models of earlier jobs where they take little memory, and no GPU's.
+
+    Without a GPU it may also be the one rank of a training.
+    """
 
     def __init__(self, num_gpus: float) -> None:
         """Take the GPUs that Ray gave; where it gave none, it leaves the machine's visible."""
@@ -101,29 +105,33 @@ def _held() -> float:
 
 
 class ActorPool:
-    """A fixed number of ``ShardWorker`` actors in one placement group, replaced as they die."""
+    """Places for ``ShardWorker`` actors in one placement group; an actor is started when it is first asked for."""
 
     def __init__(self, cluster: Cluster, say: Callable[..., None]) -> None:
-        """Reserve the places and start the actors; ``say`` announces a wait for resources."""
+        """Reserve the places; ``say`` announces a wait for resources."""
         self.cluster = cluster
+        self.num_actors = cluster.num_actors
+        self.opening_s = 0.0  # the longest that an actor took to start and to open its models
         self._group = reserve(cluster, "actor", cluster.num_actors, say)
-        self._actors = [self._start(index) for index in range(cluster.num_actors)]
+        self._actors: dict[int, Any] = {}
+        self._trained: Any = None
 
     def _start(self, index: int) -> Any:
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
         resources = {"num_cpus": self.cluster.cpus_per_actor, "num_gpus": self.cluster.gpus_per_actor}
         # no restarts by Ray: the ledger notices a dead actor at once and gives its shard to a new one
-        restarts = {"max_restarts": 0, "max_task_retries": 0}
-        actor = ray.remote(ShardWorker).options(**resources, **restarts, scheduling_strategy=strategy)
+        options = {"max_restarts": 0, "max_task_retries": 0, **({} if self.cluster.gpus_per_actor else THREADS)}
+        actor = ray.remote(ShardWorker).options(**resources, **options, scheduling_strategy=strategy)
         return actor.remote(self.cluster.gpus_per_actor)
 
-    @property
-    def num_actors(self) -> int:
-        """Number of actors, each with a place of its own."""
-        return len(self._actors)
+    def has(self, slot: int) -> bool:
+        """Return whether there is an actor at a place now."""
+        return slot in self._actors
 
     def actor(self, slot: int) -> Any:
-        """Return the handle of the actor at a place now."""
+        """Return the handle of the actor at a place; start it where there is none."""
+        if slot not in self._actors:
+            self._actors[slot] = self._start(slot)
         return self._actors[slot]
 
     def replace(self, slot: int) -> None:
@@ -136,24 +144,30 @@ class ActorPool:
         return bool(placement_group_table(self._group)["state"] == "CREATED")
 
     def lend(self) -> Any:
-        """Return the places of the actors, idle from now on, for one rank on a CPU; None where they are to be closed.
+        """Return an actor to be one rank on a CPU, all being idle from now on; None where they are to be closed.
 
         They are where GPUs are used, where the rank wants more than a CPU or than an actor's, and where memory is
-        scarce.
+        scarce. An actor trains once: DeepSpeed keeps state of a training for the life of its process.
         """
         cluster = self.cluster
         gpus, cpus = cluster.gpus_per_actor + cluster.gpus_per_worker, cluster.cpus_per_worker
         if cluster.num_workers > 1 or gpus > 0 or cpus > min(1.0, cluster.cpus_per_actor):
             return None
         try:
-            held = ray.get([actor.rest.remote() for actor in self._actors], timeout=REST_S)
+            held = ray.get([actor.rest.remote() for actor in self._actors.values()], timeout=REST_S)
         except (GetTimeoutError, RayError):  # one has died, or hangs
             return None
-        return self._group if sum(held) < LITTLE else None
+        if sum(held) >= LITTLE:
+            return None
+        slot = min(self._actors)
+        if self._actors[slot] is self._trained:
+            self.replace(slot)
+        self._trained = self._actors[slot]
+        return self._trained
 
     def close(self) -> None:
         """Kill the actors and release their resources."""
-        for actor in self._actors:
+        for actor in self._actors.values():
             ray.kill(actor)
         remove_placement_group(self._group)
 

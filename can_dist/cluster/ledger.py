@@ -29,6 +29,8 @@ from can_dist.errors import EnvironmentProblem
 
 TICK_S = 2.0  # the bar moves as often
 MEDIANS = 10  # a shard hangs when it takes this many times the median of the finished ones
+OPENINGS = 2  # another actor is started for work that takes this many times what its start takes
+ALONE_S = 30.0  # a first actor that takes longer to start opens large models, for work that is large
 
 MEMORY = re.compile(r"OOM kill reason: (?P<why>[^\n]+).*?actual memory used=(?P<used>[\d.]+ ?\w+)", re.DOTALL)
 MEMORY_KILL = "killed by Ray's memory monitor"
@@ -56,7 +58,8 @@ def run_shards(pool: ActorPool, job: ShardJob, shards: Mapping[int, int], work: 
     with progress(work, total=sum(shards.values()), unit="row") as bar:
         run = _Run(pool, job, shards, work, log, bar, Ledger(work), deque(shards))
         try:
-            for slot in range(min(pool.num_actors, len(shards))):
+            first = [slot for slot in run.slots if pool.has(slot)] or [0]
+            for slot in first if pool.cluster.gpus_per_actor == 0 else run.slots:
                 run.open(slot)
             while run.num_left():
                 run.step()
@@ -102,9 +105,27 @@ class _Run:
         """Return the job for an actor: with smaller passes where its memory did not suffice."""
         return self.smaller.get(slot, self.job)
 
+    @property
+    def slots(self) -> range:
+        """The places of the actors that have a shard to do, when all are started."""
+        return range(min(self.pool.num_actors, len(self.shards)))
+
     def open(self, slot: int) -> None:
         """Let an actor load its models; it gets its first shard afterwards."""
         self.calls[self.pool.actor(slot).open.remote(self.job_of(slot))] = _Call(slot, None, time.monotonic())
+
+    def open_another(self) -> None:
+        """Start one more actor where what is left takes long beside its start: a process imports torch for seconds."""
+        closed = [slot for slot in self.slots if not self.pool.has(slot)]
+        if not self.waiting or not closed:
+            return
+        now = time.monotonic()
+        since = {call.shard: now - call.since for call in self.calls.values()}
+        opening_s = since.pop(None, 0.0)
+        shard_s = max([*since.values(), statistics.median(self.seconds or [0.0])])
+        left_s = shard_s * len(self.waiting) / (len(self.slots) - len(closed))
+        if opening_s > ALONE_S or left_s > OPENINGS * self.pool.opening_s > 0:
+            self.open(closed[0])
 
     def at_work(self) -> list[_Call]:
         """Return the calls that process shards."""
@@ -126,6 +147,7 @@ class _Run:
         ended, _ = ray.wait(list(self.calls), timeout=min(max(soonest, 0.1), TICK_S))
         for ref in ended:
             self.collect(ref, self.calls.pop(ref))
+        self.open_another()
         self.move_bar()
         self.ledger.waiting(self.num_left())
         self.look_for_places()
@@ -142,7 +164,9 @@ class _Run:
             return
         self.idle.append(call.slot)
         self.lost_while_opening[call.slot] = 0
-        if call.shard is not None:
+        if call.shard is None:
+            self.pool.opening_s = max(self.pool.opening_s, time.monotonic() - call.since)
+        else:
             self.seconds.append(time.monotonic() - call.since)
             self.rows_committed += self.shards[call.shard]
             self.ledger.committed(self.shards[call.shard])

@@ -95,16 +95,17 @@ def listen_on_loopback(only: bool) -> None:
 
 @contextmanager
 def own_session() -> Iterator[None]:
-    """Start Ray's servers in sessions of their own, less the one that carries prints of workers to the driver.
+    """Start Ray's servers in sessions of their own, less those that print what workers say and that add nodes.
 
     A signal to the whole group of the driver (a terminal, ``timeout``, systemd, Slurm) is then the driver's to handle,
-    and ends no server under it. The kernel still ends them with the driver. The driver asks for no prints.
+    and ends no server under it. The kernel still ends them with the driver. The driver asks for no prints, and one
+    machine is all the nodes.
     """
     from ray._private import parameter, services
 
     start, options = services.ConsolePopen, parameter.RayParams
     services.ConsolePopen = functools.partial(start, start_new_session=True)
-    parameter.RayParams = functools.partial(options, include_log_monitor=False)
+    parameter.RayParams = functools.partial(options, include_log_monitor=False, no_monitor=True)
     try:
         yield
     finally:

@@ -1,10 +1,11 @@
-"""The one rank of a training as a plain actor, in places of its own or in those of idle actors."""
+"""The one rank of a training: in the process of an idle actor, which has imported the libraries, or in its own."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -15,22 +16,34 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from can_dist.cluster.places import reserve
 from can_dist.config import Cluster
 
-TICK_S = 1.0  # a signal is handled as soon
+TICK_S = 0.5  # a signal is handled as soon
+THREADS = {"max_concurrency": 2}
+"""Of an actor that may be a rank: it says that it lives beside its work, and works in a thread that is not the main
+one, so that signals stay the driver's to handle."""
 
 
 class Rank:
-    """The actor; its work runs in a thread that is not the main one, so that signals stay the driver's to handle."""
+    """The actor."""
 
-    def __init__(self, variables: Mapping[str, str]) -> None:
-        """Set environment variables, before the libraries that read them are imported."""
-        os.environ |= {**variables, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-
-    def run(self, work: Callable[[str], None], spec: str) -> None:
-        """Do the work of the rank."""
-        work(spec)
+    def train(self, work: Callable[[str], None], spec: str, variables: Mapping[str, str]) -> None:
+        """Do the work of the rank, with environment variables that DeepSpeed reads when it is imported."""
+        with _environment({**variables, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}):
+            work(spec)
 
     def alive(self) -> None:
         """Answer, beside the work."""
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def run_rank(
@@ -41,40 +54,41 @@ def run_rank(
     lent: Any,
     say: Callable[..., None],
 ) -> None:
-    """Run ``work(spec)`` in a process of its own, with environment variables, and wait for its end.
+    """Run ``work(spec)`` in another process, with environment variables, and wait for its end.
 
     Args:
         cluster: The resources of the rank.
         work: Importable by name.
         spec: Its argument.
         variables: Environment variables.
-        lent: The placement group of idle actors, whose CPUs are the rank's meanwhile; None: it reserves its own.
+        lent: An idle actor to be the rank; None: a new one, in a place that it reserves.
         say: Called with a message when the wait for a place is long.
 
     Raises:
         EnvironmentProblem: The cluster has no place within ``wait_resources_s``.
         RayError: The process died, gave no sign of life for ``hang_timeout_s``, or the work raised something.
     """
-    group = reserve(cluster, "worker", 1, say) if lent is None else lent
-    resources = {"num_cpus": 0} if lent is not None else {"num_cpus": cluster.cpus_per_worker}
+    if lent is not None:
+        _wait(lent, lent.train.remote(work, spec, variables), cluster.hang_timeout_s)
+        return
+    group = reserve(cluster, "worker", 1, say)
     rank = (
         ray.remote(Rank)
         .options(
-            **resources,
+            num_cpus=cluster.cpus_per_worker,
             num_gpus=cluster.gpus_per_worker,
             max_restarts=0,
             max_task_retries=0,
-            max_concurrency=2,  # more than one, so that methods run in threads
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+            **THREADS,
         )
-        .remote(variables)
+        .remote()
     )
     try:
-        _wait(rank, rank.run.remote(work, spec), cluster.hang_timeout_s)
+        _wait(rank, rank.train.remote(work, spec, variables), cluster.hang_timeout_s)
     finally:
         ray.kill(rank)
-        if lent is None:
-            remove_placement_group(group)
+        remove_placement_group(group)
 
 
 def _wait(rank: Any, done: Any, hang_timeout_s: float) -> None:

@@ -11,7 +11,7 @@ class Cluster(Strict):
     """The resources of a run; none of these keys changes a result."""
 
     address: str | None = runtime(None, "Ray address; default: RAY_ADDRESS, else a local Ray is started.")
-    num_actors: int = runtime(2, "Ray actors that generate and score.", ge=1)
+    num_actors: int = runtime(2, "Ray actors that generate and score; on CPUs at most so many.", ge=1)
     cpus_per_actor: float = runtime(1, "CPUs of each actor.", gt=0)
     gpus_per_actor: float = runtime(0, "GPUs of each actor.", ge=0)
     score_cache: bool = runtime(False, "Keep scores in ~/.cache/can_dist and score no text twice, in any run.")

@@ -1,6 +1,6 @@
 """The report of a run: one self-contained HTML file.
 
-``write_report(report, path)`` takes the JSON-safe dictionary of the evaluate stage. Prompts, responses and names are
+``page_values(report)`` takes the JSON-safe dictionary of the evaluate stage. Prompts, responses and names are
 hostile text: the template escapes everything but the figures drawn here, and the page carries a policy that lets no
 script run and nothing be fetched.
 """
@@ -49,26 +49,35 @@ VERDICTS: dict[Verdict, tuple[str, str, str]] = {
 SAME = "Every prompt changed by the same amount. {unseen}"
 
 
-def write_report(report: Mapping[str, Any], path: Path, *, made: Mapping[str, Any] | None = None) -> None:
-    """Write the report as one self-contained HTML file, atomically.
+def write_report(values: Mapping[str, Any], path: Path, *, made: Mapping[str, Any] | None = None) -> None:
+    """Write a report as one self-contained HTML file, atomically.
 
-    The same ``report`` and ``made`` always give the same bytes.
+    The same ``values`` and ``made`` always give the same bytes.
+
+    Args:
+        values: What :func:`page_values` made of the report.
+        path: The file, in an existing directory.
+        made: When, how long and at what cost (:func:`can_dist.stages.cost.made`), for a page that may tell the time.
+    """
+    write_text(Path(path), render_report(values, made=made))
+
+
+def render_report(values: Mapping[str, Any], *, made: Mapping[str, Any] | None = None) -> str:
+    """Return the page as text."""
+    return render("report.html.j2", {**values, "made": made_line(made)})
+
+
+def page_values(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the template shows; a number whose digits depend on other numbers reaches it as text.
 
     Args:
         report: ``report.json``. Only ``title, method, beta, num_test_prompts, constraints`` and ``reward`` must be
             there; the section of any other key that is missing or null is left out.
-        path: the file, in an existing directory.
-        made: when, how long and at what cost (:func:`can_dist.stages.cost.made`), for a page that may tell the time.
     """
-    write_text(Path(path), render_report(report, made=made))
-
-
-def render_report(report: Mapping[str, Any], *, made: Mapping[str, Any] | None = None) -> str:
-    """Return the page as text; a number whose digits depend on other numbers reaches the template as text."""
     constraints = [_compared(c, c.get("margin")) for c in report["constraints"]]
     reward = _compared(report["reward"], None)
     solution = report.get("solution") or {}
-    values = {
+    return {
         **dict.fromkeys(OPTIONAL),
         **report,
         "verdicts": [_verdict(c, report["num_test_prompts"]) for c in constraints],
@@ -87,13 +96,11 @@ def render_report(report: Mapping[str, Any], *, made: Mapping[str, Any] | None =
         "profile_panel": profile_panel(report),
         "refused": bool(report.get("refusals")),
         "byline": byline(report),
-        "made": made_line(made),
         "price": list(price_panels(report)),
         "crossings": crossing_rows(report),
         "sample_groups": sample_groups(report),
         "config": _config_rows(report.get("config") or {}),
     }
-    return render("report.html.j2", values)
 
 
 def _compared(row: Mapping[str, Any], margin: float | None) -> dict[str, Any]:

@@ -81,29 +81,36 @@ def evaluate(
     if stage.finished:
         return _shown(work, stage.finished)
     work.release_actors()
-    from can_dist.reporting.run_page import write_report
+    from can_dist.reporting.run_page import page_values, write_report
 
     with work.timed("evaluate", method_title(work.config.method, variant)):
         report = build_report(work, inputs, constraints, reward, variant)
         columns = columns_of(constraints)
         report["basis"] = _basis(work, inputs, reference, scorers) | column_keys(columns)
         write_json(stage.path / REPORT, report)
-        write_report(report, stage.path / PAGE)
+        page = page_values(report)
+        write_report(page, stage.path / PAGE)
         sides = (inputs["scores_before"], inputs["scores_after"])
         before, after = (measured(scores.table, columns, str(scores.path)) for scores in sides)
         gains = gains_table(before, after, [reward, *constraints], log_ratio(after))
         write_part(stage.path, 0, gains)
         shown = ("method", "variant", "constraints", "reward", "basis")
         evaluation = stage.commit([REPORT, PAGE], info={name: report[name] for name in shown})
-    return _shown(work, evaluation)
+    return _shown(work, evaluation, page)
 
 
-def _shown(work: Workspace, evaluation: Artifact) -> Artifact:
-    """Return a finished evaluation: the run's own page becomes that of it, and its verdicts are said."""
-    from can_dist.reporting.run_page import write_report
+def _shown(work: Workspace, evaluation: Artifact, values: Mapping[str, Any] | None = None) -> Artifact:
+    """Return a finished evaluation: the run's own page becomes that of it, and its verdicts are said.
+
+    Args:
+        work: The run.
+        evaluation: The artifact.
+        values: Of its page, where they are made.
+    """
+    from can_dist.reporting.run_page import page_values, write_report
 
     page = work.directory / PAGE
-    write_report(evaluation.read_json(REPORT), page, made=made(evaluation))
+    write_report(values or page_values(evaluation.read_json(REPORT)), page, made=made(evaluation))
     verdicts = "; ".join(verdict_line(row) for row in evaluation.info["constraints"])
     work.say(f"evaluate ({evaluation.info['method']}): {verdicts}; report: {page}")
     return evaluation

@@ -105,7 +105,7 @@ def train(
 
 def _train_on_ray(work: Workspace, stage: StageDirectory, spec: str, steps: int, name: str) -> Artifact:
     """Run the ranks on Ray, raise the error that they left, or commit the policy."""
-    cluster, lent = work.config.cluster, work.lend_places()
+    cluster, lent = work.config.cluster, work.lend_actor()
     connect(cluster)
     if lent is None:
         with interruptible():

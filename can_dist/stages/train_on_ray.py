@@ -35,7 +35,7 @@ def run_ranks(work: Workspace, directory: Path, spec: str, lent: Any) -> None:
         work: The run.
         directory: Of the training.
         spec: A ``TrainSpec`` as JSON.
-        lent: Places of idle actors that the one rank runs in; None: it reserves its own.
+        lent: An idle actor to be the one rank; None: it gets a process and a place of its own.
 
     Raises:
         EnvironmentProblem: Ranks died, or hung, more often than ``cluster.max_failures``; the message names them.
@@ -59,7 +59,7 @@ def run_ranks(work: Workspace, directory: Path, spec: str, lent: Any) -> None:
 
 
 def _run_alone(work: Workspace, spec: str, lent: Any) -> None:
-    """Run one rank as an actor; again where it fails, in a place of its own."""
+    """Run one rank in the lent actor; again where it fails, in a process of its own."""
     from ray.exceptions import RayError
 
     from can_dist.cluster.rank import run_rank
@@ -140,16 +140,24 @@ def _ray_worker(config: dict[str, Any]) -> None:
 
 
 def _alone(spec: str) -> None:
-    """Run the one rank, in a process group of its own that needs no port."""
+    """Run the one rank, in a process group of its own that needs no port; its process may score afterwards."""
+    import torch
+
     from can_dist.training.ranks import join_alone
 
-    join_alone()
-    _ray_worker({"spec": spec})
+    linear = torch.nn.functional.linear
+    try:
+        join_alone()
+        _ray_worker({"spec": spec})
+    finally:
+        torch.nn.functional.linear = linear  # ZeRO-3 leaves its own
 
 
 def _worker_environment(use_gpu: bool) -> dict[str, str]:
     """Return the variables of a rank; Ray leaves the machine's GPUs visible to workers that were given none."""
-    without = {} if use_gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    # DeepSpeed counts CPUs by a process at every update, and compiles an optimizer that is not in use: a second
+    on_cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "LOCAL_SIZE": "1", "TORCHDYNAMO_DISABLE": "1"}
+    without = {} if use_gpu else on_cpu
     return {"RAY_TRAIN_RUN": "1", "TORCH_EXTENSIONS_DIR": _extensions_directory(), **without}
 
 

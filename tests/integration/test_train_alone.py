@@ -70,6 +70,19 @@ def launched(folder: Path) -> Path:
     return run
 
 
+def test_a_run_trains_in_the_actor_that_scored(folder: Path, launched: Path) -> None:
+    process = start(folder, str(BIN / "can-dist"), "run", "my.yaml", "--run", str(folder / "whole"), *ALONE)
+    titles: set[str] = set()
+    while process.poll() is None:
+        children = psutil.Process(process.pid).children(recursive=True)
+        titles |= {" ".join(child.as_dict(["cmdline"])["cmdline"] or ()).strip() for child in children}
+        time.sleep(0.05)
+    finish(process)
+    assert outcome(folder / "whole") == outcome(launched)
+    assert "ray::ShardWorker.train" in titles
+    assert not [title for title in titles if title.startswith("ray::Rank")]
+
+
 def test_f31_one_rank_that_is_killed_is_started_again(folder: Path, launched: Path) -> None:
     run = copied(folder, "killed")
     process = train(folder, run)

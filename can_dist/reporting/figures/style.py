@@ -138,11 +138,11 @@ def standalone_svg(svg: str) -> str:
 def name_axis(axis: Any, name: str) -> None:
     """Label an axis. A common factor of its ticks (1e−5) joins the label: the legend may cover the axis's corner."""
     axis.set_label_text(name)
-    axis.figure.draw_without_rendering()
-    corner = axis.get_offset_text()
-    if factor := corner.get_text():
+    formatter = axis.get_major_formatter()
+    formatter.set_locs(axis.get_majorticklocs())
+    if factor := formatter.get_offset():
         axis.set_label_text(f"{name} ({factor if factor[0] in '+−' else '×' + factor})")
-        corner.set_visible(False)
+        axis.get_offset_text().set_visible(False)
 
 
 def few_ticks(ax: Any, *, x: bool = True, y: bool = True, whole: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from can_dist.reporting.course_panel import course
-from can_dist.reporting.run_page import render_report
+from can_dist.reporting.run_page import page_values, render_report
 
 STEPS = (50, 100, 150)
 
@@ -38,7 +38,7 @@ def test_a_training_that_was_only_watched_shows_its_gains_and_no_lambda() -> Non
     assert drawn["moved"] == ""
     assert [panel["name"] for panel in drawn["course"]] == ["safety"]
     assert "0.9 at last" in str(drawn["course"][0]["svg"])
-    page = render_report(made)
+    page = render_report(page_values(made))
     assert "Estimated gain by step (band: 95% over prompts; dotted: the margin asked)." in page
     assert "λ moved" not in page
 
@@ -48,11 +48,11 @@ def test_a_lambda_that_moved_is_drawn_and_the_page_says_of_which_the_prediction_
     drawn = course(made)
     assert drawn["moved"] == "safety from 0.531 to 1.31"
     assert [panel["name"] for panel in drawn["course"]] == ["safety", "λ"]
-    page = render_report(made)
+    page = render_report(page_values(made))
     assert "λ moved by it: safety from 0.531 to 1.31. What is predicted on this page is predicted of λ*" in page
 
 
 def test_reports_of_before_show_neither() -> None:
     before = {**REPORT, "training": TRAINING}
     assert course(before) == {"moved": "", "course": []}
-    assert "What the policy did meanwhile" not in render_report(before)
+    assert "What the policy did meanwhile" not in render_report(page_values(before))

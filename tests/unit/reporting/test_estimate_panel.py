@@ -10,7 +10,7 @@ from policy_world import estimate
 from can_dist.dual import Demand
 from can_dist.measuring.ray import ray
 from can_dist.reporting.estimate_panel import estimated
-from can_dist.reporting.run_page import render_report
+from can_dist.reporting.run_page import page_values, render_report
 
 ASKED = [Demand("a", 0.5)]
 
@@ -52,7 +52,7 @@ def test_estimate_stands_beside_predicted_and_realised() -> None:
 
 
 def test_page_shows_the_section_and_escapes_what_it_is_told() -> None:
-    page = render_report(report())
+    page = render_report(page_values(report()))
     assert 'href="#estimate"' in page
     assert "Stopped short: a went 50% of the way" in page
     assert "given strength 2, which a needs" in page
@@ -60,7 +60,7 @@ def test_page_shows_the_section_and_escapes_what_it_is_told() -> None:
 
 
 def test_policy_as_trained_shows_no_strength() -> None:
-    page = render_report(report(strength=None))
+    page = render_report(page_values(report(strength=None)))
     assert "Estimated without generating" in page
     assert "was given strength" not in page
 
@@ -69,4 +69,4 @@ def test_policy_as_trained_shows_no_strength() -> None:
 def test_report_without_an_estimate_has_no_section(absent: Any) -> None:
     record = report() | {"estimate": absent}
     assert estimated(record) is None
-    assert "Estimated without generating" not in render_report(record)
+    assert "Estimated without generating" not in render_report(page_values(record))

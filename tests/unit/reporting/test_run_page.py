@@ -18,7 +18,7 @@ import pytest
 
 from can_dist.dual import Margin, ScoreTable, solve_table
 from can_dist.measuring.examination import examine
-from can_dist.reporting.run_page import render_report, write_report
+from can_dist.reporting.run_page import page_values, render_report, write_report
 from can_dist.tables import artifacts
 
 SECTIONS = [
@@ -129,7 +129,7 @@ WORLDS = {
 
 @functools.cache
 def rendered(world: str) -> str:
-    return render_report(WORLDS[world])
+    return render_report(page_values(WORLDS[world]))
 
 
 class Page(HTMLParser):
@@ -224,7 +224,7 @@ def test_both_predictions_are_named_for_what_they_are() -> None:
     assert "0.51 [0.49, 0.53] held-out 0.31 [0.27, 0.35]" in text
     report = copy.deepcopy(WORLDS["one"])
     report["prediction"] |= {"source": "held-out", "reason": "the prompts outside a fold have no solution."}
-    text = Page(render_report(report)).text
+    text = Page(render_report(page_values(report))).text
     assert "There is no cross-fitted prediction: the prompts outside a fold have no solution." in text
     assert "Predicted: cross-fitted" not in text
 
@@ -235,21 +235,21 @@ def test_the_price_is_drawn_with_the_predicted_and_the_realised_point() -> None:
     bare = copy.deepcopy(WORLDS["one"])
     bare["examination"] = None
     bare["kl"].pop("predicted_interval")
-    labels = [a["aria-label"] or "" for t, a in Page(render_report(bare)).tags if t == "svg"]
+    labels = [a["aria-label"] or "" for t, a in Page(render_report(page_values(bare))).tags if t == "svg"]
     assert "gain of safety: realised +1.23 at KL 0.63" in labels
 
 
 def test_the_header_says_what_it_is_and_the_runs_own_page_when_and_at_what_cost() -> None:
     report = make_report() | {"config": {"prompts": {"source": "my.jsonl"}}}
-    assert "Reference" in Page(render_report(report)).text
-    assert "prompts of my.jsonl." in Page(render_report(report)).text
+    assert "Reference" in Page(render_report(page_values(report))).text
+    assert "prompts of my.jsonl." in Page(render_report(page_values(report))).text
     cost = {"generated_tokens": 82323, "scored_tokens": 1, "trained_tokens": 2, "num_trainings": 3}
     made = {"finished": "2026-11-28 08:22", "seconds": 202.0, "measured_seconds": 11.9, **cost}
-    text = Page(render_report(report, made=made)).text.replace("\u202f", " ")
+    text = Page(render_report(page_values(report), made=made)).text.replace("\u202f", " ")
     assert "Measured 2026-11-28 08:22. The policy took 3.4 min, the measurement 12 s. It cost 82 323 generated" in text
     assert "1 scored and 2 trained on in 3 trainings." in text
     unknown = {"finished": "", "seconds": None, "measured_seconds": None, **cost}
-    assert "prompts of my.jsonl. It cost 82" in Page(render_report(report, made=unknown)).text
+    assert "prompts of my.jsonl. It cost 82" in Page(render_report(page_values(report), made=unknown)).text
 
 
 def test_samples_stand_in_groups_with_the_change_of_their_means() -> None:
@@ -259,7 +259,7 @@ def test_samples_stand_in_groups_with_the_change_of_their_means() -> None:
     report["samples"] = [first | told | {"group": "most worsened"}, second | told | {"group": "safe to unsafe"}]
     counts = {"stayed safe": 3, "unsafe to safe": 40, "safe to unsafe": 2, "stayed unsafe": 19}
     report["crossings"] = {"safety": {"border": 0.0, "counts": counts}}
-    text = Page(render_report(report)).text
+    text = Page(render_report(page_values(report))).text
     assert text.index("Most worsened, by safety") < text.index("Safe to unsafe, by safety")
     assert text.count("−0.52 → +0.34") == 2
     assert "safety border 0 3 40 2 19" in text
@@ -267,7 +267,7 @@ def test_samples_stand_in_groups_with_the_change_of_their_means() -> None:
 
 def test_an_equality_missed_from_above_says_so() -> None:
     report = make_report([constraint("safety", 1.83, "not met")])
-    assert "The whole 95% interval lies above the margin." in Page(render_report(report)).text
+    assert "The whole 95% interval lies above the margin." in Page(render_report(page_values(report))).text
 
 
 def test_unknown_numbers_become_dashes() -> None:
@@ -277,16 +277,16 @@ def test_unknown_numbers_become_dashes() -> None:
     report["scores"]["safety"]["policy"][3] = None
     report["training"]["loss"][5][1] = math.nan
     report["lengths"]["policy"]["truncated_fraction"] = None
-    page = Page(render_report(report))
+    page = Page(render_report(page_values(report)))
     assert not re.search(r"\bnan\b|\bNone\b", page.text, re.IGNORECASE)
     assert "–" in page.text
 
 
 def test_minimal_report_leaves_sections_out() -> None:
-    page = Page(render_report(minimal_report()))
+    page = Page(render_report(page_values(minimal_report())))
     sections = [a["id"] for t, a in page.tags if t == "section" and "id" in a]
     assert sections == ["verdict", "comparison", "provenance", "reading"]
-    assert not render_report(minimal_report() | {"constraints": []}).count("constraint is")
+    assert not render_report(page_values(minimal_report() | {"constraints": []})).count("constraint is")
 
 
 def test_hostile_text_stays_text() -> None:
@@ -295,7 +295,7 @@ def test_hostile_text_stays_text() -> None:
     report["reward"]["name"] = '"><b onload=x> $\\frac$'
     report["samples"] = [{"prompt": HOSTILE, "reference": HOSTILE + "</details>\x00\x1b[31m\ud800", "policy": HOSTILE,
                           "scores": {HOSTILE: [0.1, 0.2]}}]  # fmt: skip
-    html = render_report(report)
+    html = render_report(page_values(report))
     html.encode("utf-8")
     page = Page(html)
     assert not {t for t, _ in page.tags} & {"script", "img", "link", "iframe", "image", "object"}
@@ -313,15 +313,20 @@ def test_nothing_is_fetched(world: str) -> None:
 
 def test_a_bound_that_rounds_to_the_margin_gets_more_decimals() -> None:
     row = constraint("safety", 1.2096, "met within the interval", half=0.21)
-    assert "+1.2096 [0.9996, 1.4196] against a margin of 1.0000" in Page(render_report(make_report([row]))).text
+    assert (
+        "+1.2096 [0.9996, 1.4196] against a margin of 1.0000"
+        in Page(render_report(page_values(make_report([row])))).text
+    )
     row = constraint("safety", 123.4, "met", margin=100.0, half=4.2)
-    assert "+123.4 [119.2, 127.6] against a margin of 100.0" in Page(render_report(make_report([row]))).text
+    assert (
+        "+123.4 [119.2, 127.6] against a margin of 100.0" in Page(render_report(page_values(make_report([row])))).text
+    )
 
 
 def test_a_threshold_is_judged_by_the_policys_mean() -> None:
     row = constraint("safety", 2.0, "met within the interval", margin=1.25, half=0.7)  # of older code
     row |= {"threshold": 0.84, "policy_mean": interval(0.91, 0.2)}
-    text = Page(render_report(make_report([row]))).text
+    text = Page(render_report(page_values(make_report([row])))).text
     assert "is undecided: mean 0.91 [0.71, 1.11] against a threshold of 0.84, on 64 held-out" in text
     assert "The threshold lies inside the 95% interval." in text
     assert "mean at least 0.84" in text
@@ -335,7 +340,7 @@ def test_a_method_without_a_dual_is_measured_and_says_so_in_one_line() -> None:
         for key in ("predicted", "predicted_held_out", "lam", "lam_se"):
             row.pop(key, None)
     report["kl"] = {"realised": report["kl"]["realised"]}
-    page = Page(render_report(report))
+    page = Page(render_report(page_values(report)))
     assert page.text.count("DPO-H trained this policy for no dual’s solution, so nothing predicted it.") == 1
     sections = [a["id"] for t, a in page.tags if t == "section" and "id" in a]
     assert sections == [name for name in SECTIONS if name != "belief"]
@@ -355,7 +360,9 @@ def test_tails_and_refusals_stand_beside_the_means() -> None:
     assert "safety mean of the worst 10% of responses −2.10 [−2.40, −1.80] −1.20 [−1.50, −0.90]" in text
     assert "over-refusal refused, of 50 benign prompts 2.0% [0.0%, 4.0%] 9.0% [5.0%, 13.0%]" in text
     assert "over-refusal was not measured" not in text
-    assert "so over-refusal was not measured" in Page(render_report(make_report() | {"refusals": None})).text
+    assert (
+        "so over-refusal was not measured" in Page(render_report(page_values(make_report() | {"refusals": None}))).text
+    )
 
 
 @pytest.mark.parametrize(
@@ -365,38 +372,38 @@ def test_tails_and_refusals_stand_beside_the_means() -> None:
 )
 def test_odd_score_columns_draw(scores: list[float]) -> None:
     report = make_report() | {"scores": {"safety": {"reference": scores, "policy": scores[::-1]}}}
-    html = render_report(report)
+    html = render_report(page_values(report))
     assert ("beyond the axis not drawn" in html) == (1e9 in scores)
     assert ("share of responses" in html) == any(score is not None for score in scores)
 
 
 def test_tiny_values_name_their_factor_on_the_axis() -> None:
     curve = {"lam": [0.0, 0.5, 1.0], "value": [2e-5, 1e-5, 3e-5], "margins": [1.0], "minima": [0.5]}
-    assert "dual value D(λ) (×1e−5)" in render_report(minimal_report() | {
-        "solution": make_solution(["safety"]), "examination": {"dual_curves": {"safety": curve}}})  # fmt: skip
+    assert "dual value D(λ) (×1e−5)" in render_report(page_values(minimal_report() | {
+        "solution": make_solution(["safety"]), "examination": {"dual_curves": {"safety": curve}}}))  # fmt: skip
 
 
 def test_same_report_same_bytes(tmp_path: Path) -> None:
     first, second = tmp_path / "a.html", tmp_path / "b.html"
-    write_report(WORLDS["two"], first)
-    write_report(json.loads(json.dumps(WORLDS["two"])), second)
+    write_report(page_values(WORLDS["two"]), first)
+    write_report(page_values(json.loads(json.dumps(WORLDS["two"]))), second)
     assert first.read_bytes() == second.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"a.html", "b.html"}
 
 
 def test_a_failure_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.html"
-    write_report(minimal_report(), path)
+    write_report(page_values(minimal_report()), path)
     before = path.read_bytes()
     with pytest.raises(KeyError):
-        write_report({"title": "incomplete"}, path)
+        write_report(page_values({"title": "incomplete"}), path)
 
     def full_disk(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(artifacts.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        write_report(WORLDS["unmet"], path)
+        write_report(page_values(WORLDS["unmet"]), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -448,7 +455,7 @@ def test_renders_in_a_browser(tmp_path: Path, width: int) -> None:
                           constraint("refusals", -0.0021, "not met", 0.0004, 0.0011)])  # fmt: skip
     report["samples"][0]["policy"] = "x" * 900 + "<script>window.hacked = 1</script>"
     page = tmp_path / "harness.html"
-    quoted = json.dumps(render_report(report)).replace("</", "<\\/")
+    quoted = json.dumps(render_report(page_values(report))).replace("</", "<\\/")
     page.write_text(MEASURE.format(width=width, page=quoted), encoding="utf-8")
     dom = browse(tmp_path, page, "--dump-dom", "--virtual-time-budget=10000", "--window-size=1400,1000")
     found = re.search(r'<pre id="out">(.*?)</pre>', dom, re.DOTALL)
@@ -469,7 +476,7 @@ def test_renders_in_a_browser(tmp_path: Path, width: int) -> None:
 @needs_chromium
 def test_opens_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    write_report(WORLDS["one"], path)
+    write_report(page_values(WORLDS["one"]), path)
     dom = browse(tmp_path, path, "--dump-dom")
     assert dom.count("<svg ") == 13
     assert "Predicted beside realised" in dom
