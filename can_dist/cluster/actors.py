@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from can_dist.cluster.connection import address_of
 from can_dist.cluster.metrics import shard_seconds
 from can_dist.cluster.places import reserve
 from can_dist.cluster.rank import THREADS, Rank
@@ -111,6 +112,8 @@ class ActorPool:
         """Reserve the places; ``say`` announces a wait for resources."""
         self.cluster = cluster
         self.num_actors = cluster.num_actors
+        # where nodes or GPUs were given to the run, nobody else has their time
+        self.starts_all = cluster.gpus_per_actor > 0 or address_of(cluster) is not None
         self.opening_s = 0.0  # the longest that an actor took to start and to open its models
         self._group = reserve(cluster, "actor", cluster.num_actors, say)
         self._actors: dict[int, Any] = {}

@@ -26,6 +26,11 @@ FORWARDED = (
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 
 
+def address_of(cluster: Cluster) -> str | None:
+    """Return the address of the Ray cluster to connect to; None: a Ray of this machine's own."""
+    return cluster.address or os.environ.get("RAY_ADDRESS")
+
+
 def connect(cluster: Cluster) -> None:
     """Connect to the cluster that the config or RAY_ADDRESS names, or start a local Ray; once per process."""
     import ray
@@ -36,7 +41,7 @@ def connect(cluster: Cluster) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(cluster)
     # the workers' prints stay in Ray's logs: errors return as exceptions, progress through the driver's bars
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:

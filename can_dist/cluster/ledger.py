@@ -58,9 +58,9 @@ def run_shards(pool: ActorPool, job: ShardJob, shards: Mapping[int, int], work: 
     with progress(work, total=sum(shards.values()), unit="row") as bar:
         run = _Run(pool, job, shards, work, log, bar, Ledger(work), deque(shards))
         try:
-            first = [slot for slot in run.slots if pool.has(slot)] or [0]
-            for slot in first if pool.cluster.gpus_per_actor == 0 else run.slots:
-                run.open(slot)
+            for slot in run.slots:
+                if slot == 0 or pool.has(slot) or pool.starts_all:
+                    run.open(slot)
             while run.num_left():
                 run.step()
         finally:

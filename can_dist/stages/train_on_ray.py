@@ -140,17 +140,11 @@ def _ray_worker(config: dict[str, Any]) -> None:
 
 
 def _alone(spec: str) -> None:
-    """Run the one rank, in a process group of its own that needs no port; its process may score afterwards."""
-    import torch
+    """Run the one rank, in a process that may score afterwards."""
+    from can_dist.training.ranks import alone
 
-    from can_dist.training.ranks import join_alone
-
-    linear = torch.nn.functional.linear
-    try:
-        join_alone()
+    with alone():
         _ray_worker({"spec": spec})
-    finally:
-        torch.nn.functional.linear = linear  # ZeRO-3 leaves its own
 
 
 def _worker_environment(use_gpu: bool) -> dict[str, str]:

@@ -26,10 +26,16 @@ BACKSTOP_S = 60.0  # collectives give up later than the heartbeat, whose message
 _stop = threading.Event()
 
 
-def join_alone() -> None:
-    """Make a process group of this one rank, which needs no port."""
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Make a process group of this one rank, which needs no port; take back what ZeRO-3 puts in torch's place."""
+    linear = torch.nn.functional.linear
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    try:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        yield
+    finally:
+        torch.nn.functional.linear = linear
 
 
 def join(hang_timeout_s: float) -> None:

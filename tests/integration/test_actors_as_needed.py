@@ -66,7 +66,7 @@ def test_an_actor_trains_once_and_scores_between(tmp_path: Path) -> None:
     """The second training gets a new process in the same place."""
     import ray
 
-    pool = ActorPool(Cluster(num_actors=2), print)
+    pool = ActorPool(Cluster(num_actors=2, num_workers=1), print)
     try:
         run_shards(pool, Job(tmp_path, 0.0, 0.0), {0: 1}, "work", dict)
         first = pool.lend()
