@@ -91,15 +91,26 @@ def interruptible(ask: Callable[[], object] | None = None, grace_s: float = 0.0)
             ask()
             return
         kept = "shards are" if ask is None else "work is"
-        raise Interrupted(f"stopped by {signal.Signals(number).name}; finished {kept} kept, run again to continue.")
+        words = f"stopped by {signal.Signals(number).name}; finished {kept} kept, run again to continue."
+        if ask is None:
+            raise Interrupted(words)
+        said.append(words)
+        raise KeyboardInterrupt  # inside the ``ray.get`` of a group of ranks any other exception is lost
 
+    said: list[str] = []
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except KeyboardInterrupt:
+        if said:
+            raise Interrupted(said[-1]) from None
+        raise
     except SystemError as error:
         # Ray's compiled deserialiser wraps an exception raised in our signal handler in a SystemError: unwrap it
         if isinstance(error.__cause__, Interrupted):
             raise error.__cause__ from None
+        if said and isinstance(error.__cause__, KeyboardInterrupt):
+            raise Interrupted(said[-1]) from None
         raise
     finally:
         patience.cancel()

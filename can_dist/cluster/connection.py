@@ -67,14 +67,22 @@ def connect(cluster: Cluster) -> None:
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Keep the process's handler of SIGTERM: Ray's start replaces it by one that exits with code 15."""
+    """Keep the process's handler of SIGTERM: Ray's start replaces it by one that exits with code 15.
+
+    It does so before it starts its processes, which takes seconds. Between the start of its compiled core and the end
+    of ``ray.init`` a handler of that core kills.
+    """
+    import ray._private.utils
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before, theirs = signal.getsignal(signal.SIGTERM), ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda _handler: None
     try:
         yield
     finally:
+        ray._private.utils.set_sigterm_handler = theirs
         signal.signal(signal.SIGTERM, before)
 
 

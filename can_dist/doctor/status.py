@@ -33,7 +33,7 @@ def read_status(run: Path, now: float | None = None) -> dict[str, Any]:
     now = time.time() if now is None else now
     owner, events = read_owner(run), read_events(run / LOG)
     sessions = last_command(events)
-    session = [event for events in sessions for event in events]
+    session = [event for part in sessions for event in part]
     works = owner is not None and owner.alive is not False
     sweep = read_sweep(run, sessions, works=works)
     opened = dict.fromkeys(str(event["artifact"]) for event in session if event.get("artifact"))

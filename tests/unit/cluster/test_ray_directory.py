@@ -169,22 +169,27 @@ def wait():
     time.sleep(600)
 
 try:
-    with interruptible():
+    with interruptible(ASK):
         waiting = wait.remote()
         print("waits", flush=True)
-        while not ray.wait([waiting], timeout=1)[0]:  # as the ledger does: ray.get loses what a handler raises
-            pass
+        WAIT
 except Interrupted as stopped:
     raise SystemExit(stopped.exit_code)
 """
 
 
 @pytest.mark.slow
-def test_signal_to_the_whole_process_group_is_the_drivers(tmp_path: Path) -> None:
-    """As ``timeout``, systemd and Slurm send it; Ray's servers were in the group, and died under the driver."""
+@pytest.mark.parametrize("ask", ["", "lambda: None, 1.0"], ids=["at_once", "after_grace"])
+def test_signal_to_the_whole_process_group_is_the_drivers(ask: str) -> None:
+    """As ``timeout``, systemd and Slurm send it; Ray's servers were in the group, and died under the driver.
+
+    With grace it waits as Ray Train does for its ranks, in ``ray.get``, which lost what the handler raised.
+    """
+    wait = "ray.get(waiting)" if ask else "while not ray.wait([waiting], timeout=1)[0]: pass"  # as the ledger does
+    code = STOPPED.replace("ASK", ask).replace("WAIT", wait)
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     driver = subprocess.Popen(
-        [sys.executable, "-c", STOPPED], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, start_new_session=True,
     )  # fmt: skip
     assert driver.stdout is not None
@@ -192,6 +197,40 @@ def test_signal_to_the_whole_process_group_is_the_drivers(tmp_path: Path) -> Non
     os.killpg(driver.pid, signal.SIGTERM)
     _, said = driver.communicate(timeout=60)
     assert driver.returncode == 75, said
+
+
+EARLY = """
+import signal, subprocess, sys, threading, time
+from can_dist.cluster.connection import connect
+from can_dist.config import Cluster
+from can_dist.console import interruptible
+from can_dist.errors import Interrupted
+import psutil, os
+
+def signal_me():
+    while not psutil.Process().children():  # Ray's first server: its own handler is in place by now
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=signal_me, daemon=True).start()
+try:
+    with interruptible():
+        connect(Cluster())
+        print("connected", flush=True)
+        time.sleep(5)
+except Interrupted as stopped:
+    raise SystemExit(stopped.exit_code)
+"""
+
+
+@pytest.mark.slow
+def test_signal_while_ray_starts_is_the_drivers_too() -> None:
+    """Ray's start sets a handler that exits with 15."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (75, ""), done.stderr
 
 
 def test_s1_token_is_made_for_this_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
