@@ -29,7 +29,7 @@ from can_dist.stages.solve import load_solution
 from can_dist.tables.artifacts import Artifact
 
 RESULT, FIGURE = RESULTS / "every_margin.json", IMAGES / "every_margin.svg"
-TRAINED_FOR, MARGINS = 0.5, (0.25, 0.5, 0.75, 1.0)
+TRAINED_FOR, MARGINS = 0.5, (0.25, 0.5, 0.75, 1.0, 1.25)
 BASIS, RAY, OWN = "basis", "ray", "a training of its own"
 WAYS = (BASIS, RAY, OWN)
 
