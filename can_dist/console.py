@@ -118,6 +118,23 @@ def interruptible(ask: Callable[[], object] | None = None, grace_s: float = 0.0)
             signal.signal(number, handler)
 
 
+class _Lines:
+    """Writes a bar as lines of a log, which keeps what a terminal draws over."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.encoding = stream, stream.encoding
+
+    def write(self, text: str) -> int:
+        """Write what tqdm draws, between its carriage return and its blanks, as a line of its own."""
+        if drawn := text.strip():
+            self.stream.write(f"{drawn}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the log."""
+        self.stream.flush()
+
+
 @contextmanager
 def progress(label: str, total: int, unit: str, *, delay: float = 0.0) -> Iterator[Any]:
     """Show a tqdm bar with rate and remaining time; one line a minute when the output is not a terminal.
@@ -128,6 +145,7 @@ def progress(label: str, total: int, unit: str, *, delay: float = 0.0) -> Iterat
 
     terminal = sys.stderr.isatty()
     with tqdm(
+        file=sys.stderr if terminal else _Lines(sys.stderr),
         total=total,
         desc=label,
         unit=unit,

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from can_dist.console import progress, tick
+from can_dist.console import progress, tell, tick
 
 
 class Terminal(io.StringIO):
@@ -38,3 +38,16 @@ def test_nothing_draws_a_logs_bar_sooner_than_after_a_minute(monkeypatch: pytest
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with progress("score", 50, "row") as bar:
         assert (bar.mininterval, bar.maxinterval) == (60, 60)
+
+
+def test_a_log_has_a_line_for_each_and_nothing_of_a_bar_beside_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    with progress("score", 50, "row") as bar:
+        tell("a message")
+        bar.update(50)
+    first, message, last = log.getvalue().splitlines()
+    assert first.startswith("score:   0%|")
+    assert message.endswith("can-dist: a message")
+    assert last.startswith("score: 100%|")
+    assert "\r" not in log.getvalue()
