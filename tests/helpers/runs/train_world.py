@@ -346,7 +346,7 @@ def _keep_states(file: Path) -> None:
 
     plain_run = engine._Loop.run
 
-    def run(loop: engine._Loop, first: int, total: int) -> None:
+    def run(loop: engine._Loop, first: int, total: int) -> int:
         states = {}
         for name, p in loop.engine.module.lm.named_parameters():
             if p.requires_grad:
@@ -355,7 +355,7 @@ def _keep_states(file: Path) -> None:
                     states[f"{name}.{moment}"] = safe_get_full_optimizer_state(p, moment).clone()
         if torch.distributed.get_rank() == 0:
             save_file(states, file)
-        plain_run(loop, first, total)
+        return plain_run(loop, first, total)
 
     engine._Loop.run = run
 
