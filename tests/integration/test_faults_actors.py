@@ -76,7 +76,7 @@ def test_f02_quarantined_row_is_recorded_and_left_out_by_every_reader(tmp_path: 
     for row in preferences.table.to_pylist():
         assert row["texts"] == [texts[name] for name in row["response_ids"]]
     num_responses = {row["prompt_id"]: len(row["response_ids"]) for row in preferences.table.to_pylist()}
-    assert num_responses == {"p0": 4, "p1": 3, "p2": 4}
+    assert num_responses == {"p0": 3, "p1": 3, "p2": 4}  # one of p0's is empty
     both = {
         "responses_before": responses,
         "scores_before": scores,
