@@ -9,19 +9,18 @@ confidence by which the demo's own configuration aims above the margin.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
-from machine import machine
-from real_runs import IMAGES, RESULTS, evaluated, read_rows, row
+from real_runs import IMAGES, RESULTS, evaluated, read_rows, row, save_rows
 
 from can_dist.measuring.verdicts import current
 
 RESULT, FIGURE = RESULTS / "demo_rates.json", IMAGES / "demo_rates.svg"
+SUBJECT = "can-dist demo at other learning rates"
 RATES = (5e-5, 2e-4, 8e-4)
 WAYS: dict[str, dict[str, Any]] = {
     "as trained (the paper's)": {"strength": 1},
@@ -41,7 +40,7 @@ def main(run_dir: Path) -> None:
             if not any((known["rate"], known["way"]) == (rate, way) for known in rows):
                 settings = {"train.learning_rate": rate, **keys}
                 known = row(evaluated(run_dir, settings, run_dir / "demo.yaml"))
-                save([*rows, {"rate": rate, "way": way, **known}])
+                save_rows(RESULT, [*rows, {"rate": rate, "way": way, **known}], SUBJECT)
     rows = read_rows(RESULT)
     click.echo("| learning rate | | strength | safety, 95 % interval | reward | KL | margin 0.5 |")
     click.echo("|---|---|---|---|---|---|---|")
@@ -53,12 +52,6 @@ def main(run_dir: Path) -> None:
             f"{gain['high']:+.2f}] | {known['reward']['mean']:+.2f} | {known['kl']['mean']:.2f} | {word} |"
         )
     draw(rows)
-
-
-def save(rows: list[dict[str, Any]]) -> None:
-    """Write the rows as JSON, with the machine and the date."""
-    record = {"what": "can-dist demo at other learning rates", "machine": machine(), "rows": rows}
-    RESULT.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def draw(rows: list[dict[str, Any]]) -> None:

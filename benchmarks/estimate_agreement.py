@@ -21,10 +21,9 @@ from typing import Any
 
 import click
 import numpy as np
-from machine import machine
 from real_margins import CELL, FEEDBACK, TITLES, TWO, agrees
 from real_margins import RESULT as MARGINS
-from real_runs import RECIPE, RESULTS, command, read_rows, span
+from real_runs import RECIPE, RESULTS, command, read_rows, save_rows, span
 
 from can_dist import load_config
 from can_dist.config import Model
@@ -37,6 +36,7 @@ from can_dist.tables.scores import score_arrays
 from can_dist.training import POLICY
 
 RESULT = RESULTS / "estimate_agreement.json"
+SUBJECT = "policies of real_margins.json, estimated and realised"
 BASES = {"validation": "the prompts that chose", "others": "other prompts", "test": "the held-out prompts themselves"}
 
 
@@ -100,7 +100,7 @@ def run(others_dir: Path, num_others: int) -> None:
         lam = {name: gain["lam"] for name, gain in cell["constraints"].items()}
         estimates = {base: scored[place].estimate(policy, lam) for base, place in places.items()}
         row = {key: cell[key] for key in (*CELL, "alpha", "evaluation", "constraints")} | {"estimates": estimates}
-        save([*rows, row])
+        save_rows(RESULT, [*rows, row], SUBJECT)
         click.echo(json.dumps(row))
 
 
@@ -137,12 +137,6 @@ def score_others(others_dir: Path, evaluation: Artifact, seed: int, number: int)
 def log_prob(model: str, responses: list[Response]) -> np.ndarray:
     """Return ln π of the responses under a model directory, nats."""
     return load_scorer(LogProb(model=Model(model=model)), "fp32").score(responses)
-
-
-def save(rows: list[dict[str, Any]]) -> None:
-    """Write the rows as JSON, with the machine and the date."""
-    record = {"what": "policies of real_margins.json, estimated and realised", "machine": machine(), "rows": rows}
-    RESULT.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 @main.command()

@@ -12,14 +12,12 @@ margin exactly (gains grow as the scale, KL as its square), so that policies tha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from machine import machine
-from real_runs import IMAGES, RECIPE, RESULTS, evaluated, read_rows, row
+from real_runs import IMAGES, RECIPE, RESULTS, evaluated, read_rows, row, save_rows
 
 from can_dist import Run, load_config
 from can_dist.config import with_margins
@@ -60,7 +58,7 @@ def run(run_dir: Path, seeds: Sequence[int], ways: Sequence[str], margins: Seque
                 else:
                     own = evaluated(run_dir, trained)
                     known = at_margins(run_dir, own, trained, {"safety": margin}, mixed=way == BASIS)
-                save([*read_rows(RESULT), {**cell, **known}])
+                save_rows(RESULT, [*read_rows(RESULT), {**cell, **known}])
 
 
 def at_margins(
@@ -90,12 +88,6 @@ def at_margins(
     known = row(judged)
     known["kl"]["predicted"] = load_solution(solved).predicted["kl"]
     return known
-
-
-def save(rows: list[dict[str, Any]]) -> None:
-    """Write the rows as JSON, with the machine and the date."""
-    record = {"what": "recipes/pku_stories3M/mocan.yaml", "machine": machine(), "rows": rows}
-    RESULT.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def at_the_margin(known: Mapping[str, Any]) -> tuple[float, float]:

@@ -14,15 +14,13 @@ scores, since they share the run directory.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import click
-from machine import machine
-from real_runs import AS_MEASURED, IMAGES, RESULTS, evaluated, read_rows, row
+from real_runs import AS_MEASURED, IMAGES, RESULTS, evaluated, read_rows, row, save_rows
 
 from can_dist.measuring.verdicts import current
 
@@ -65,13 +63,7 @@ def run(way: str, run_dir: Path, margins: Sequence[float], seeds: Sequence[int],
                 continue
             keys = {"seed": seed, "constraints.safety.margin": margin, "solve.estimator": estimator}
             known = row(evaluated(run_dir, {**AS_MEASURED, **keys, **WAYS.get(way, TWO)}))
-            save([*read_rows(RESULT), {**cell, **known}])
-
-
-def save(rows: list[dict[str, Any]]) -> None:
-    """Write the rows as JSON, with the machine and the date."""
-    record = {"what": "recipes/pku_stories3M/mocan.yaml", "machine": machine(), "rows": rows}
-    RESULT.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            save_rows(RESULT, [*read_rows(RESULT), {**cell, **known}])
 
 
 @main.command()

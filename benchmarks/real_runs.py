@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from machine import machine
+
 from can_dist.stages.mixture import inputs_of
 from can_dist.stages.report import lineage_of
 from can_dist.tables.artifacts import Artifact, load_artifact
@@ -106,3 +108,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a result that was begun; none where there is no file."""
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     return rows
+
+
+def save_rows(path: Path, rows: list[dict[str, Any]], subject: str = "recipes/pku_stories3M/mocan.yaml") -> None:
+    """Write the rows of a result as JSON, with what was run, the machine and the date."""
+    record = {"what": subject, "machine": machine(), "rows": rows}
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -17,13 +17,11 @@ with rows of its own.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
-from machine import machine
-from real_runs import AS_MEASURED, RESULTS, command, evaluated, read_rows, row
+from real_runs import AS_MEASURED, RESULTS, command, evaluated, read_rows, row, save_rows
 from tree_cpu import metered
 
 from can_dist.measuring.verdicts import current
@@ -31,6 +29,7 @@ from can_dist.stages.cost import cost_of, trajectories
 from can_dist.stages.trajectory import TRAJECTORY
 
 RESULT = RESULTS / "time_to_margin.json"
+SUBJECT = "recipes/pku_stories3M/mocan.yaml, margin 0.5, seed 0"
 CDPO_ROUNDS = 5
 PAIRS = {"label.pairs_per_prompt": 8, "train.batch_size": 32, "train.num_epochs": 1, "train.learning_rate": 5e-5}
 AS_TRAINED = {"strength": 1}
@@ -89,7 +88,11 @@ def run(
             if not before and name in GO_ON:
                 before = [known for known in rows if known["way"] == FIRST]
             rounds = {key: number} if key else {}
-            save([*rows, {"way": way, "round": number, **spent(run_dir, {**settings, **rounds}, before)}])
+            save_rows(
+                RESULT,
+                [*rows, {"way": way, "round": number, **spent(run_dir, {**settings, **rounds}, before)}],
+                SUBJECT,
+            )
 
 
 def spent(run_dir: Path, settings: dict[str, Any], before: list[dict[str, Any]]) -> dict[str, Any]:
@@ -114,16 +117,6 @@ def spent(run_dir: Path, settings: dict[str, Any], before: list[dict[str, Any]])
         "tokens": cost.trained_tokens,
         "cpu": {kind: earlier.get(kind, 0.0) + seconds.get(kind, 0.0) for kind in {*earlier, *seconds}},
     }
-
-
-def save(rows: list[dict[str, Any]]) -> None:
-    """Write the rows as JSON, with the machine and the date."""
-    record = {
-        "what": "recipes/pku_stories3M/mocan.yaml, margin 0.5, seed 0",
-        "machine": machine(),
-        "rows": rows,
-    }
-    RESULT.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 @main.command()

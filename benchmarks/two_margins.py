@@ -11,7 +11,6 @@ training of its own with ``train.feedback: validation``; all measured on fresh r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -19,9 +18,8 @@ from typing import Any
 
 import click
 from every_margin import at_margins
-from machine import machine
 from real_margins import FEEDBACK
-from real_runs import RESULTS, evaluated, read_rows, row
+from real_runs import RESULTS, evaluated, read_rows, row, save_rows
 
 RESULT = RESULTS / "two_margins.json"
 SECOND = {
@@ -56,18 +54,12 @@ def run(run_dir: Path, ways: Sequence[str]) -> None:
             known = at_margins(run_dir, evaluated(run_dir, own), own, margins, mixed=True)
         else:
             known = row(evaluated(run_dir, settings(safety, plain) | FEEDBACK))
-        save([*read_rows(RESULT), {**cell, **known}])
+        save_rows(RESULT, [*read_rows(RESULT), {**cell, **known}])
 
 
 def settings(safety: float, plain: float) -> dict[str, Any]:
     """Return what is overridden in the recipe for a pair of margins."""
     return SECOND | {"constraints.safety.margin": safety, "constraints.plain.margin": plain}
-
-
-def save(rows: list[dict[str, Any]]) -> None:
-    """Write the rows as JSON, with the machine and the date."""
-    record = {"what": "recipes/pku_stories3M/mocan.yaml", "machine": machine(), "rows": rows}
-    RESULT.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 @main.command()

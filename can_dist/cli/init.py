@@ -160,7 +160,7 @@ def settings(seen: Data, source: dict[str, Any], *, by_people: bool) -> tuple[di
         "constraints": {"safety": {"scorer": {**ratio, "criterion": "safe"}, "margin": 0.1 if by_people else 1.0}},
         "generate": {"num_responses": seen.num_responses or NUM_RESPONSES},
         **({"label": {"preferences": source}} if by_people else {}),
-        "train": {"learning_rate": RATE_AT_7B, "batch_size": batch_size},
+        "train": {"batch_size": batch_size},
         **more,
     }
     if seen.kind == "responses":

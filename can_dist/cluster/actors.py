@@ -162,10 +162,10 @@ class ActorPool:
             return None
         if sum(held) >= LITTLE:
             return None
-        slot = min(self._actors)
-        if self._actors[slot] is self._trained:
+        slot = min(self._actors, default=0)
+        if self.has(slot) and self._actors[slot] is self._trained:
             self.replace(slot)
-        self._trained = self._actors[slot]
+        self._trained = self.actor(slot)
         return self._trained
 
     def close(self) -> None:

@@ -55,6 +55,8 @@ def connect(cluster: Cluster) -> None:
     try:
         with _own_sigterm(), own_session():
             ray.init(**options)
+        # Ray prints deaths, at any time and on standard output, where programs read paths; our messages tell of them
+        ray._private.worker.print_to_stdstream = lambda *_, **__: None
     except Exception as error:
         # Ray raises a plain Exception where a node does not start in time
         if not isinstance(error, (ConnectionError, RuntimeError, ValueError)) and type(error) is not Exception:

@@ -83,9 +83,9 @@ def test_f02_quarantined_row_is_recorded_and_left_out_by_every_reader(tmp_path: 
         "responses_after": responses,
         "scores_after": scores,
     }
-    shown = [sample["reference"] for sample in chosen_samples(both, ["reward"], {"reward": 0.0}, 3)]
-    assert len(shown) == 3
-    assert set(shown) <= set(texts.values())
+    shown = chosen_samples(both, ["reward"], {"reward": 0.0}, 3)
+    assert len({sample["prompt"] for sample in shown}) == 3
+    assert {sample["reference"] for sample in shown} <= set(texts.values())
     work = Workspace(tmp_path, configured(**options))
     try:
         with pytest.raises(DataError, match=r"1 response\(s\) have no score: p1/0; cluster.max_quarantine is 0"):
