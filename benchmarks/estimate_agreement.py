@@ -23,7 +23,7 @@ import click
 import numpy as np
 from real_margins import CELL, FEEDBACK, TITLES, TWO, agrees
 from real_margins import RESULT as MARGINS
-from real_runs import RECIPE, RESULTS, command, read_rows, save_rows, span
+from real_runs import AS_MEASURED, RECIPE, RESULTS, command, read_rows, save_rows, span
 
 from can_dist import load_config
 from can_dist.config import Model
@@ -121,7 +121,7 @@ def score_others(others_dir: Path, evaluation: Artifact, seed: int, number: int)
     source.parent.mkdir(parents=True, exist_ok=True)
     left = order[len(used) : len(used) + number]
     source.write_text("".join(json.dumps({"prompt": ids[key]}) + "\n" for key in left), "utf-8")
-    settings = {
+    settings = AS_MEASURED | {
         "seed": seed,
         "prompts.source": str(source),
         "prompts.num_train": "null",

@@ -4,10 +4,10 @@
     python benchmarks/every_margin.py run --seed 0     # begun work goes on; an hour on two idle cores
     python benchmarks/every_margin.py show             # the table, and docs/images/every_margin.svg
 
-One ``can-dist run`` of the recipe with ``basis: true`` at margin 0.5; its policy of r + ⟨λ, g⟩ alone is the ray. Then,
-of every margin, the policy that ``export policy --margin`` writes of either, and one by a run of its own with strength;
-all measured on fresh responses to the same held-out prompts. The objective is E r − β KL, the policy scaled to meet its
-margin exactly (gains grow as the scale, KL as its square), so that policies that overshoot can be compared.
+One ``can-dist run`` of the recipe at margin 0.5; its policy of r + ⟨λ, g⟩ alone is the ray. Then, of every margin, the
+policy that ``export policy --margin`` writes of either, and one by a run of its own with strength; all measured on
+fresh responses to the same held-out prompts. The objective is E r − β KL, the policy scaled to meet its margin exactly
+(gains grow as the scale, KL as its square), so that policies that overshoot can be compared.
 """
 
 from __future__ import annotations
@@ -47,17 +47,18 @@ def main() -> None:
 def run(run_dir: Path, seeds: Sequence[int], ways: Sequence[str], margins: Sequence[float]) -> None:
     """Measure the policies that have no row yet, and write each row as it is known."""
     for seed in seeds:
-        trained = {"seed": seed, "constraints.safety.margin": TRAINED_FOR, "basis": "true"}
+        trained = {"seed": seed, "constraints.safety.margin": TRAINED_FOR}
         for way in ways:
             for margin in margins:
                 cell = {"way": way, "margin": margin, "seed": seed}
                 if any(cell.items() <= done.items() for done in read_rows(RESULT)):
                     continue
                 if way == OWN:
-                    known = row(evaluated(run_dir, {"seed": seed, "constraints.safety.margin": margin}))
+                    own = {"seed": seed, "constraints.safety.margin": margin, "basis": "false"}
+                    known = row(evaluated(run_dir, own))
                 else:
-                    own = evaluated(run_dir, trained)
-                    known = at_margins(run_dir, own, trained, {"safety": margin}, mixed=way == BASIS)
+                    of_basis = evaluated(run_dir, trained)
+                    known = at_margins(run_dir, of_basis, trained, {"safety": margin}, mixed=way == BASIS)
                 save_rows(RESULT, [*read_rows(RESULT), {**cell, **known}])
 
 

@@ -26,6 +26,7 @@ from machine import machine
 from real_runs import RECIPE, RESULTS, commit, read_rows
 from tree_cpu import metered
 
+from can_dist.config import dump_yaml, load_config
 from can_dist.tables.artifacts import Artifact, load_artifact
 
 RESULT = RESULTS / "overhead.json"
@@ -45,7 +46,7 @@ def main() -> None:
 def run(work: str, rounds: int) -> None:
     """Run both sides in turn; each run is a new one, of the same world."""
     with tempfile.TemporaryDirectory(prefix="can-dist-overhead-") as folder:
-        config = demo(Path(folder)) if work == "demo" else RECIPE
+        config = demo(Path(folder)) if work == "demo" else recipe(Path(folder))
         for number in range(rounds):
             save([*read_rows(RESULT), {"work": work, **both(config, Path(folder) / f"run{number}")}])
 
@@ -58,6 +59,13 @@ def demo(folder: Path) -> Path:
     path = folder / "demo.yaml"
     template = files("can_dist.demo").joinpath("demo.yaml").read_text("utf-8")
     path.write_text(template.format(world=folder / "world", path=path, run=folder), encoding="utf-8")
+    return path
+
+
+def recipe(folder: Path) -> Path:
+    """Write the recipe's configuration for one policy, which the plain process trains."""
+    path = folder / "recipe.yaml"
+    path.write_text(dump_yaml(load_config(RECIPE, ["basis=false"])), encoding="utf-8")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Write the README's measured results from ``results/real_margins.json``: ``python benchmarks/readme_table.py``.
+"""Write the README's measured results from ``results/every_margin.json``: ``python benchmarks/readme_table.py``.
 
 One row per margin, every seed of it: what was measured last is what is shown.
 """
@@ -14,7 +14,7 @@ from can_dist.measuring.verdicts import current
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- measured: written by benchmarks/readme_table.py -->", "<!-- measured: end -->"
-WAY, ESTIMATOR = "strength", "empirical"
+WAY = "basis"
 HEADER = (
     "| margin asked | safety gained, by seed | reward, by seed | KL (predicted) | verdict, by seed |",
     "|---|---|---|---|---|",
@@ -24,9 +24,7 @@ HEADER = (
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Return the lines of the table."""
     lines = list(HEADER)
-    shown = sorted(
-        (row for row in rows if (row["way"], row["estimator"]) == (WAY, ESTIMATOR)), key=lambda row: row["seed"]
-    )
+    shown = sorted((row for row in rows if row["way"] == WAY), key=lambda row: row["seed"])
     for margin in sorted({row["margin"] for row in shown}):
         cells = [row for row in shown if row["margin"] == margin]
         safety = ", ".join(f"{row['constraints']['safety']['mean']:+.2f}" for row in cells)
@@ -46,4 +44,4 @@ def written(text: str, lines: list[str]) -> str:
 
 if __name__ == "__main__":
     text = README.read_text(encoding="utf-8")
-    README.write_text(written(text, table(read_rows(RESULTS / "real_margins.json"))), encoding="utf-8")
+    README.write_text(written(text, table(read_rows(RESULTS / "every_margin.json"))), encoding="utf-8")

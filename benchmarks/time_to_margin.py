@@ -40,6 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
     BASE: {},
     "MoCAN + feedback": {"train.feedback": "validation", "train.eval_every": 10},
     "MoCAN, one epoch, + strength": {"train.num_epochs": 1},
+    "MoCAN, until flat, + strength": {"train.num_epochs": 4, "train.stop": "flat", "train.schedule": "constant"},
     "MoCAN, one epoch, + feedback": {"train.num_epochs": 1, "train.feedback": "validation", "train.eval_every": 5},
     "sampled labels, as published": {"label.labels": "sampled", **PAIRS, **AS_TRAINED},
     "soft labels, the recipe before": {"label.labels": "soft", **PAIRS, **AS_TRAINED},

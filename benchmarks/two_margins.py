@@ -19,10 +19,10 @@ from typing import Any
 import click
 from every_margin import at_margins
 from real_margins import FEEDBACK
-from real_runs import RESULTS, evaluated, read_rows, row, save_rows
+from real_runs import AS_MEASURED_32, RESULTS, evaluated, read_rows, row, save_rows
 
 RESULT = RESULTS / "two_margins.json"
-SECOND = {
+SECOND = AS_MEASURED_32 | {
     "constraints.plain.scorer.kind": "callable",
     "constraints.plain.scorer.function": "benchmarks.plain_words:plain_words",
 }

@@ -84,6 +84,7 @@ class Workspace:
         self.rank = int(os.environ["RANK"]) if only_stage and "RANK" in os.environ else None
         self._pool: ActorPool | None = None
         self._opened: dict[tuple[str, str], str] = {}
+        self.checked: set[str] = set()  # identities of the scorers that were seen to open
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = None if self.rank else _hold(directory)  # the first rank holds the run for all
         if self._lock is not None:

@@ -67,6 +67,7 @@ class ShardWorker(Rank):
 
     def __init__(self, num_gpus: float) -> None:
         """Take the GPUs that Ray gave; where it gave none, it leaves the machine's visible."""
+        gc.set_threshold(50_000)  # imports and models make no garbage
         if num_gpus == 0:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._keeps = num_gpus == 0

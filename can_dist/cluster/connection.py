@@ -47,6 +47,7 @@ def connect(cluster: Cluster) -> None:
     if address is None:
         # since Ray 2.59 a local Ray demands a token unless told otherwise
         options |= {"address": "local", "include_dashboard": False, "_temp_dir": make_private()}
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # Ray would start a worker for each CPU
         # Ray would put the current directory first on the workers' import path; ``import_callable`` searches it last
         options["job_config"] = ray.job_config.JobConfig(_client_job=True)
     else:

@@ -95,21 +95,29 @@ def listen_on_loopback(only: bool) -> None:
 
 @contextmanager
 def own_session() -> Iterator[None]:
-    """Start Ray's servers in sessions of their own, less those that print what workers say and that add nodes.
+    """Start Ray's servers in sessions of their own, and only those that a run needs.
 
     A signal to the whole group of the driver (a terminal, ``timeout``, systemd, Slurm) is then the driver's to handle,
-    and ends no server under it. The kernel still ends them with the driver. The driver asks for no prints, and one
-    machine is all the nodes.
+    and ends no server under it. The kernel still ends them with the driver. The driver asks for no prints and no
+    dashboard, and one machine is all the nodes: what serves those is left out.
     """
-    from ray._private import parameter, services
+    from ray._private import parameter, services, utils
 
-    start, options = services.ConsolePopen, parameter.RayParams
-    services.ConsolePopen = functools.partial(start, start_new_session=True)
-    parameter.RayParams = functools.partial(options, include_log_monitor=False, no_monitor=True)
+    names = {
+        services: ("ConsolePopen", "start_api_server"),
+        parameter: ("RayParams",),
+        utils: ("get_dashboard_dependency_error",),
+    }
+    theirs = {(place, name): getattr(place, name) for place in names for name in names[place]}
+    services.ConsolePopen = functools.partial(services.ConsolePopen, start_new_session=True)
+    services.start_api_server = lambda *_, **__: ("", None)  # without a dashboard it has nothing to serve
+    parameter.RayParams = functools.partial(parameter.RayParams, include_log_monitor=False, no_monitor=True)
+    utils.get_dashboard_dependency_error = lambda: ImportError()  # the node's agent then has its smallest form
     try:
         yield
     finally:
-        services.ConsolePopen, parameter.RayParams = start, options
+        for (place, name), value in theirs.items():
+            setattr(place, name, value)
 
 
 def _own_token(path: Path) -> None:

@@ -99,14 +99,16 @@ def _score_one(
     if stage.finished:
         return _check_allowed(stage.finished, allowed)
     rows = {int(e["file"][5:10]): e["rows"] for e in responses.manifest["files"] if "rows" in e}
-    check_scorer_opens(spec)
+    if (identity := canonical_json(scorer_keys)) not in work.checked:
+        check_scorer_opens(spec)
+        work.checked.add(identity)
     text = {}
     if isinstance(spec, LogProb):
         text = {"text": require_convention(spec.model, responses.info.get("text"), str(responses.path))}
     job = ScoreJob(
         name,
         spec,
-        canonical_json(scorer_keys),
+        identity,
         precision,
         responses.path,
         stage.path,

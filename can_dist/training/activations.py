@@ -210,7 +210,7 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def _zero3_linear() -> Iterator[None]:
-    """Use the linear layer that ZeRO-3 puts in place of torch's: it keeps the input of frozen layers too."""
+    """Use the linear layer that ZeRO-3 puts in place of torch's on several ranks: it keeps frozen layers' input too."""
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     plain = torch.nn.functional.linear

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from can_dist.errors import ConfigError
+from can_dist.training.extensions import no_tuner
 
 FP32 = 4
 # of a rank's memory, left to what no count sees: fragmentation, NCCL, the CUDA context, the C library's own pools
@@ -57,7 +58,8 @@ class Zero:
         Raises:
             ConfigError: When it is not for ZeRO-3.
         """
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+        with no_tuner():
+            from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
         zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
         if zero.stage != 3:

@@ -130,8 +130,8 @@ def make_plan(settings: Config, memory_bytes: int) -> Plan:
     )
 
 
-MOST_COUNTED = 2**16
-"""Most tokens of a pack that is counted to draw the line: counting millions takes minutes and gigabytes."""
+MOST_COUNTED = 2**13
+"""Most tokens of a pack that is counted to draw the line: on a CPU it is counted response by response."""
 
 FEW_LAYERS = (2, 3)
 """Numbers of layers that are counted where all are alike: what one more takes is the same from there on."""

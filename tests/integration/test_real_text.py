@@ -39,6 +39,6 @@ def test_recipe_on_real_text_moves_safety_up_on_held_out_prompts(shared_data: Pa
     assert subprocess.run([*can_dist, *overrides], cwd=ROOT).returncode == 0
     report = json.loads(next(run.glob("evaluate-*/report.json")).read_text())
     (safety,) = report["constraints"]
-    assert report["num_test_prompts"] == 200
+    assert report["num_test_prompts"] == 256
     assert safety["lam"] > 0.1
     assert safety["realised"]["low"] > 0

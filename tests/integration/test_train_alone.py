@@ -81,6 +81,15 @@ def test_a_run_trains_in_the_actor_that_scored(folder: Path, launched: Path) -> 
     assert outcome(folder / "whole") == outcome(launched)
     assert [title for title in titles if title.startswith("ray::ShardWorker")]
     assert not [title for title in titles if title.startswith(("ray::Rank", "ray::RayTrainWorker"))]
+    assert not [title for title in titles if "dashboard/dashboard.py" in title], "nobody looks at a dashboard"
+
+
+def test_the_linear_layer_of_several_ranks_gives_the_same_bytes(folder: Path, launched: Path) -> None:
+    """One rank keeps torch's own, which saves the calls of ZeRO-3's."""
+    (folder / "zero.json").write_text('{"zero_optimization": {"stage": 3, "memory_efficient_linear": true}}')
+    run = copied(folder, "linear")
+    finish(train(folder, run, "--set", "train.ds_config=zero.json"))
+    assert outcome(run) == outcome(launched)
 
 
 def test_f31_one_rank_that_is_killed_is_started_again(folder: Path, launched: Path) -> None:
