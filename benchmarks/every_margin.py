@@ -3,6 +3,7 @@
     python recipes/pku_stories3M/prepare.py --data ../shared/data --out runs/pku_stories3M/world
     python benchmarks/every_margin.py run --seed 0     # begun work goes on; an hour on two idle cores
     python benchmarks/every_margin.py show             # the table, and docs/images/every_margin.svg
+    python benchmarks/every_margin.py show --rows benchmarks/results/every_margin_32.json  # of the recipe before
 
 One ``can-dist run`` of the recipe at margin 0.5; its policy of r + ⟨λ, g⟩ alone is the ray. Then, of every margin, the
 policy that ``export policy --margin`` writes of either, and one by a run of its own with strength; all measured on
@@ -26,7 +27,7 @@ from can_dist.stages.mixture import inputs_of
 from can_dist.stages.solve import load_solution
 from can_dist.tables.artifacts import Artifact
 
-RESULT, FIGURE = RESULTS / "every_margin.json", IMAGES / "every_margin.svg"
+RESULT = RESULTS / "every_margin.json"
 TRAINED_FOR, MARGINS = 0.5, (0.25, 0.5, 0.75, 1.0, 1.25)
 BASIS, RAY, OWN = "basis", "ray", "a training of its own"
 WAYS = (BASIS, RAY, OWN)
@@ -98,9 +99,12 @@ def at_the_margin(known: Mapping[str, Any]) -> tuple[float, float]:
 
 
 @main.command()
-def show() -> None:
+@click.option(
+    "--rows", "result", default=RESULT, type=click.Path(path_type=Path, exists=True), help="Measured earlier."
+)
+def show(result: Path) -> None:
     """Print the table, and draw KL and reward against gain."""
-    rows = sorted(read_rows(RESULT), key=lambda known: (known["seed"], known["margin"], WAYS.index(known["way"])))
+    rows = sorted(read_rows(result), key=lambda known: (known["seed"], known["margin"], WAYS.index(known["way"])))
     click.echo("| seed | margin | way | safety, 95 % interval | realised/asked | reward | KL (predicted) | objective |")
     click.echo("|---|---|---|---|---|---|---|---|")
     for known in rows:
@@ -111,10 +115,10 @@ def show() -> None:
             f"| {known['reward']['mean']:+.2f} | {known['kl']['mean']:.2f} ({known['kl']['predicted']:.2f}) "
             f"| {reward - kl:+.2f} |"
         )
-    draw(rows)
+    draw(rows, IMAGES / f"{result.stem}.svg")
 
 
-def draw(rows: Sequence[Mapping[str, Any]]) -> None:
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw KL and reward of every measured policy against its gain, beside what the dual predicts at the margins."""
     from can_dist.reporting.figures.style import DOTTED, GREY, MARKERS, SERIES, paper_figure, save_figure
 
@@ -135,7 +139,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> None:
         for axes in (left, right):
             axes.set_xlabel("safety gained on held-out prompts")
         left.legend(loc="upper left")
-        save_figure(figure, FIGURE, "svg")
+        save_figure(figure, path, "svg")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ class ShardWorker(Rank):
         """Load the models of a job, unless they are loaded."""
         if job.models not in self._opened:
             if not self._keeps or _held() >= LITTLE:
-                self._opened.clear()  # before the new ones are loaded
+                self.rest()  # before the new ones are loaded
             self._opened[job.models] = job.load()
 
     def run(self, job: ShardJob, shard: int, work: str, key: str) -> None:
