@@ -1,7 +1,7 @@
 """Every margin from one run: the ray of one training, the mixtures of a basis, and a training of its own for each.
 
     python recipes/pku_stories3M/prepare.py --data ../shared/data --out runs/pku_stories3M/world
-    python benchmarks/every_margin.py run --seed 0     # begun work goes on; an hour on two idle cores
+    python benchmarks/every_margin.py run --seed 0     # begun work goes on; an hour on two cores
     python benchmarks/every_margin.py show             # the table, and docs/images/every_margin.svg
     python benchmarks/every_margin.py show --rows benchmarks/results/every_margin_32.json  # of the recipe before
 

@@ -210,7 +210,10 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def _zero3_linear() -> Iterator[None]:
-    """Use the linear layer that ZeRO-3 puts in place of torch's on several ranks: it keeps frozen layers' input too."""
+    """Use the linear layer that ZeRO-3 puts in place of torch's: it keeps the input of frozen layers too.
+
+    One rank without a DeepSpeed file keeps torch's, and so needs no more than is counted.
+    """
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     plain = torch.nn.functional.linear

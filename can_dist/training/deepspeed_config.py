@@ -13,6 +13,7 @@ from can_dist.config.sections import Train
 from can_dist.config.shipped import shipped_file, short_names
 from can_dist.errors import ConfigError
 from can_dist.modeling.precision import say_accelerator
+from can_dist.training.extensions import without_mlflow
 
 # keys that the run's own configuration decides; a second opinion in the file would win or lose silently
 OWNED = {
@@ -169,7 +170,8 @@ def build_ds_config(base: dict[str, Any], train: Train, precision: str) -> dict[
 
 def _check_zero(zero: Mapping[str, Any], path: str | None) -> None:
     """Raise ``ConfigError`` for a key or a value that DeepSpeed's ZeRO does not take."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    with without_mlflow():
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
     try:

@@ -72,8 +72,9 @@ def _train(spec: TrainSpec, beats: Heartbeat) -> None:
     torch.manual_seed(spec.seed)
     with ranks.agreed():
         ds_config = build_ds_config(read_ds_config(train.ds_config), train, spec.precision)
-        if dist.get_world_size() == 1:  # its linear layer saves gathering weights again, which one rank never does
-            ds_config["zero_optimization"].setdefault("memory_efficient_linear", False)
+        if dist.get_world_size() == 1 and train.ds_config is None:
+            # its linear layer lets go of gathered copies of weights; one rank makes none, unless a file offloads them
+            ds_config["zero_optimization"]["memory_efficient_linear"] = False
         if train.kernels is not None:
             check_kernels(spec.start, on_gpu=torch.cuda.is_available())
         tokenizer = load_tokenizer(spec.reference)

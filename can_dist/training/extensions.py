@@ -34,8 +34,8 @@ class BuildLock:
 
 
 @contextlib.contextmanager
-def no_tuner() -> Iterator[None]:
-    """Import DeepSpeed in this block without MLflow, which its tuner imports where it is installed: a second of CPU."""
+def without_mlflow() -> Iterator[None]:
+    """Import DeepSpeed in this block; its tuner would import MLflow where that is installed, a second of CPU."""
     hidden = "mlflow" not in sys.modules
     if hidden:
         sys.modules["mlflow"] = None  # type: ignore[assignment]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from can_dist.errors import ConfigError
-from can_dist.training.extensions import no_tuner
+from can_dist.training.extensions import without_mlflow
 
 FP32 = 4
 # of a rank's memory, left to what no count sees: fragmentation, NCCL, the CUDA context, the C library's own pools
@@ -58,7 +58,7 @@ class Zero:
         Raises:
             ConfigError: When it is not for ZeRO-3.
         """
-        with no_tuner():
+        with without_mlflow():
             from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
         zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])

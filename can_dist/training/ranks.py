@@ -19,7 +19,7 @@ import torch.distributed as dist
 from can_dist import errors
 from can_dist.errors import CanDistError, EnvironmentProblem
 from can_dist.modeling.precision import say_accelerator
-from can_dist.training.extensions import check_build_directories, no_tuner
+from can_dist.training.extensions import check_build_directories, without_mlflow
 
 Value = TypeVar("Value")
 BACKSTOP_S = 60.0  # collectives give up later than the heartbeat, whose message names the rank
@@ -53,7 +53,7 @@ def join(hang_timeout_s: float) -> None:
     # DeepSpeed calls collectives by names that torch is renaming
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     say_accelerator()
-    with no_tuner():
+    with without_mlflow():
         import deepspeed
     from deepspeed.accelerator import get_accelerator
 

@@ -7,8 +7,8 @@ import sys
 
 IMPORT = """
 import sys
-from can_dist.training.extensions import no_tuner
-with no_tuner():
+from can_dist.training.extensions import without_mlflow
+with without_mlflow():
     import deepspeed.autotuning.autotuner as tuner
 assert not tuner.has_mlflow
 assert "mlflow" not in sys.modules
