@@ -270,7 +270,10 @@ class Train(Strict):
         "validation prompts, [λ + ½H⁻¹(b − Ĝ)]₊; eval_every is then part of what is computed.",
     )
     eval_every: int = runtime(
-        50, "Steps between evaluations: the validation loss, and what the policy does on the validation prompts.", ge=1
+        50,
+        "Steps between evaluations: the validation loss, and what the policy does on the validation prompts. The last "
+        "step has one too, and the half of these steps before it none.",
+        ge=1,
     )
     log_every: int = runtime(5, "Steps between lines of metrics.", ge=1)
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = runtime(

@@ -125,6 +125,14 @@ def num_steps(num_examples: int, batch_size: int, num_epochs: int, max_steps: in
     return steps if max_steps is None else min(steps, max_steps)
 
 
+def is_evaluated(done: int, total: int, every: int) -> bool:
+    """Return whether a training of ``total`` steps is evaluated after ``done``: at its end, and every ``every`` steps.
+
+    Within the last half of ``every`` it is not: the end would say the same again, for another pass over the responses.
+    """
+    return done == total or (done % every == 0 and 2 * (total - done) >= every)
+
+
 def global_batch(num_examples: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """Return the example numbers of optimizer step ``step`` (0-based): a slice of the epoch's permutation."""
     per_epoch = -(-num_examples // batch_size)

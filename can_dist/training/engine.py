@@ -218,7 +218,7 @@ class _Loop:
                 # a checkpoint ends an interval, else a resumed run would miss the losses before it
                 if done % train.log_every == 0 or done == total or saves or compares:
                     self.write_metrics(done)
-                if done % train.eval_every == 0 or done == total or moves or compares:
+                if batches.is_evaluated(done, total, train.eval_every) or moves or compares:
                     self.evaluate(done)
                 if self.watch is not None and self.watch.is_flat:
                     return done

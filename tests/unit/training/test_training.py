@@ -41,7 +41,7 @@ from can_dist.console import interruptible
 from can_dist.errors import ConfigError, DataError, Interrupted
 from can_dist.modeling.loading import check_trainable, context_length
 from can_dist.modeling.logprobs import ResponseModel, response_logp
-from can_dist.training.batches import Example, about_long, global_batch, num_steps, rank_packs, stream
+from can_dist.training.batches import Example, about_long, global_batch, is_evaluated, num_steps, rank_packs, stream
 from can_dist.training.deepspeed_config import NOT_OFFERED, OWNED, accumulation, build_ds_config, read_ds_config
 from can_dist.training.export import _weights, check_shapes, write_shards
 from can_dist.training.heartbeat import describe_hang
@@ -135,6 +135,14 @@ def test_number_of_steps() -> None:
     assert num_steps(10, 4, num_epochs=3, max_steps=5) == 5
     assert num_steps(10, 4, num_epochs=1, max_steps=5) == 3
     assert num_steps(3, 8, num_epochs=1, max_steps=None) == 1
+
+
+@pytest.mark.parametrize(
+    ("total", "every", "steps"),
+    [(62, 50, [62]), (75, 50, [50, 75]), (100, 50, [50, 100]), (9, 3, [3, 6, 9]), (7, 2, [2, 4, 6, 7]), (1, 50, [1])],
+)
+def test_a_training_is_evaluated_at_its_end_and_not_just_before(total: int, every: int, steps: list[int]) -> None:
+    assert [done for done in range(1, total + 1) if is_evaluated(done, total, every)] == steps
 
 
 def test_examples_longer_than_a_pass_are_counted_and_said_and_not_cut() -> None:
