@@ -188,14 +188,16 @@ def test_batches_made_ahead_are_labelled_by_the_lambda_of_their_step(world: ww.W
 
 def test_watching_changes_no_byte_of_the_policy(world: ww.Watching) -> None:
     watched, plain = world.spec("watching", TOTAL), world.spec("plain", TOTAL, watched=False)
-    for spec in (watched, plain):
+    at_the_end = world.spec("watching at the end", TOTAL, eval_every=TOTAL - 1)
+    for spec in (watched, plain, at_the_end):
         outcome = tw.launch(spec)
         assert outcome.codes == [0, 0], outcome.output
-    assert tw.policy_bytes(watched) == tw.policy_bytes(plain)
+        assert tw.policy_bytes(spec) == tw.policy_bytes(watched)
     for key in KEYS:
         assert tw.read_metrics(watched, key) == tw.read_metrics(plain, key)
     assert set(tw.read_metrics(watched, "estimate.lam.calm").values()) == {world.lam["calm"]}
     assert [line["step"] for line in lines_of(watched)] == [2, 4, 6, 8]
+    assert [line["step"] for line in lines_of(at_the_end)] == [TOTAL]
     assert lines_of(plain) == []
     assert "lam" not in json.loads((folder_of(watched) / "summary.json").read_text())
 
